@@ -1,0 +1,418 @@
+//! A channel over a file descriptor: socket, pipe or file, never blocking beyond its deadline.
+//!
+//! The descriptor is non-blocking; a call that cannot go on waits in `poll` until its deadline.
+//! This is the only file of the crate with `unsafe`: gather and scatter calls on guest memory,
+//! which has no Rust reference to pass to the standard library.
+#![allow(unsafe_code)]
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use vm_memory::VolatileSlice;
+
+use super::{ByteSink, ByteSource, Chunk};
+
+/// The kernel takes at most this many pieces in one call (`UIO_MAXIOV`).
+const MAX_IOVECS: usize = 1024;
+
+/// What became ready in [`FdChannel::wait_readable`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Readiness {
+    /// The channel has bytes, or has ended.
+    Channel,
+    /// The other descriptor has.
+    Other,
+    /// The deadline passed.
+    TimedOut,
+}
+
+/// One direction, or both, of a connection. Clones share the connection, not the deadlines.
+#[derive(Debug)]
+pub struct FdChannel {
+    fd: Arc<OwnedFd>,
+    is_socket: bool,
+    limit: Duration,
+    read_deadline: Option<Instant>,
+    write_deadline: Option<Instant>,
+}
+
+impl FdChannel {
+    /// Takes a connected descriptor over and makes it non-blocking. `limit` is how long one call
+    /// may wait for the peer where no deadline was set.
+    ///
+    /// # Errors
+    /// Those of `fcntl`.
+    pub fn new(fd: impl Into<OwnedFd>, limit: Duration) -> io::Result<Self> {
+        let fd = fd.into();
+        // SAFETY: fcntl with F_GETFL/F_SETFL takes no pointers; the descriptor is ours.
+        let flags = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GETFL) };
+        if flags < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: as above.
+        if unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFL, flags | libc::O_NONBLOCK) } < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        let is_socket = {
+            // SAFETY: an all-zero stat is a valid value for fstat to overwrite.
+            let mut stat: libc::stat = unsafe { std::mem::zeroed() };
+            // SAFETY: `stat` lives for the call and has the type fstat writes.
+            let ret = unsafe { libc::fstat(fd.as_raw_fd(), &raw mut stat) };
+            ret == 0 && stat.st_mode & libc::S_IFMT == libc::S_IFSOCK
+        };
+        Ok(Self {
+            fd: Arc::new(fd),
+            is_socket,
+            limit,
+            read_deadline: None,
+            write_deadline: None,
+        })
+    }
+
+    /// Another handle on the same connection, for the other direction or for another thread.
+    #[must_use]
+    pub fn share(&self) -> Self {
+        Self {
+            fd: Arc::clone(&self.fd),
+            is_socket: self.is_socket,
+            limit: self.limit,
+            read_deadline: None,
+            write_deadline: None,
+        }
+    }
+
+    /// Ends both directions of a socket for every handle; blocked calls return at once. Calling it
+    /// on anything but a connected socket does nothing.
+    pub fn shutdown(&self) {
+        // SAFETY: shutdown takes no pointers; the descriptor is open as long as `self.fd`.
+        unsafe { libc::shutdown(self.fd.as_raw_fd(), libc::SHUT_RDWR) };
+    }
+
+    /// Waits until the channel can be read, `other` can be read, or `deadline` passes.
+    ///
+    /// # Errors
+    /// Those of `poll`.
+    pub fn wait_readable(
+        &self,
+        other: Option<BorrowedFd<'_>>,
+        deadline: Option<Instant>,
+    ) -> io::Result<Readiness> {
+        let mut fds = [
+            pollfd(self.fd.as_raw_fd(), libc::POLLIN),
+            pollfd(other.map_or(-1, |o| o.as_raw_fd()), libc::POLLIN),
+        ];
+        if !poll(&mut fds, deadline)? {
+            return Ok(Readiness::TimedOut);
+        }
+        // The other descriptor is how somebody asks for attention: it goes first.
+        Ok(if fds[1].revents != 0 {
+            Readiness::Other
+        } else {
+            Readiness::Channel
+        })
+    }
+
+    fn wait(&self, events: libc::c_short, deadline: Option<Instant>) -> io::Result<()> {
+        let until = deadline.unwrap_or_else(|| Instant::now() + self.limit);
+        if poll(
+            &mut [pollfd(self.fd.as_raw_fd(), events), pollfd(-1, 0)],
+            Some(until),
+        )? {
+            Ok(())
+        } else {
+            Err(io::Error::new(
+                io::ErrorKind::TimedOut,
+                if events == libc::POLLIN {
+                    "the peer sent nothing before the deadline"
+                } else {
+                    "the peer took nothing before the deadline"
+                },
+            ))
+        }
+    }
+
+    /// One non-blocking scatter read.
+    fn readv(&self, iovecs: &[libc::iovec]) -> io::Result<usize> {
+        // SAFETY: every iovec describes memory that the callers borrow for the call: a `&mut [u8]`
+        // or a VolatileSlice, whose guards they hold.
+        let n = unsafe {
+            libc::readv(
+                self.fd.as_raw_fd(),
+                iovecs.as_ptr(),
+                c_int_len(iovecs.len()),
+            )
+        };
+        usize::try_from(n).map_err(|_| io::Error::last_os_error())
+    }
+
+    /// One non-blocking gather write.
+    fn writev(&self, iovecs: &mut [libc::iovec]) -> io::Result<usize> {
+        let n = if self.is_socket {
+            // SAFETY: an all-zero msghdr is valid: no address, no control data.
+            let mut msg: libc::msghdr = unsafe { std::mem::zeroed() };
+            msg.msg_iov = iovecs.as_mut_ptr();
+            msg.msg_iovlen = iovecs.len();
+            // MSG_NOSIGNAL: a library must not let SIGPIPE end its process.
+            // SAFETY: `msg` and the iovecs live for the call; sendmsg only reads the memory.
+            unsafe { libc::sendmsg(self.fd.as_raw_fd(), &raw const msg, libc::MSG_NOSIGNAL) }
+        } else {
+            // SAFETY: as above.
+            unsafe {
+                libc::writev(
+                    self.fd.as_raw_fd(),
+                    iovecs.as_ptr(),
+                    c_int_len(iovecs.len()),
+                )
+            }
+        };
+        usize::try_from(n).map_err(|_| io::Error::last_os_error())
+    }
+}
+
+impl AsFd for FdChannel {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+impl ByteSink for FdChannel {
+    fn write_all(&mut self, chunks: &[Chunk<'_>]) -> io::Result<()> {
+        // Without a deadline the limit counts from the last progress, with one it is absolute.
+        for batch in chunks.chunks(MAX_IOVECS) {
+            // Our mappings are plain memory: a guard only hands out the pointer, and the slice
+            // borrowed by the chunk is what keeps the memory mapped.
+            let mut iovecs: Vec<libc::iovec> = batch
+                .iter()
+                .map(|chunk| match chunk {
+                    Chunk::Bytes(b) => iovec(b.as_ptr(), b.len()),
+                    Chunk::Guest(g) => iovec(g.ptr_guard().as_ptr(), g.len()),
+                })
+                .collect();
+            let mut rest = iovecs.as_mut_slice();
+            skip(&mut rest, 0);
+            while !rest.is_empty() {
+                match self.writev(rest) {
+                    Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                    Ok(n) => skip(&mut rest, n),
+                    Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                        self.wait(libc::POLLOUT, self.write_deadline)?;
+                    }
+                    Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                    Err(e) => return Err(e),
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn set_write_deadline(&mut self, deadline: Option<Instant>) {
+        self.write_deadline = deadline;
+    }
+}
+
+impl FdChannel {
+    fn read_once(&self, guest: &[VolatileSlice<'_>], buf: &mut [u8]) -> io::Result<usize> {
+        if guest.is_empty() {
+            return self.readv(&[iovec(buf.as_mut_ptr(), buf.len())]);
+        }
+        let guest = &guest[..guest.len().min(MAX_IOVECS - 1)];
+        let mut iovecs: Vec<libc::iovec> = guest
+            .iter()
+            .map(|g| iovec(g.ptr_guard_mut().as_ptr(), g.len()))
+            .collect();
+        iovecs.push(iovec(buf.as_mut_ptr(), buf.len()));
+        self.readv(&iovecs)
+    }
+}
+
+impl ByteSource for FdChannel {
+    fn read_scatter(&mut self, guest: &[VolatileSlice<'_>], buf: &mut [u8]) -> io::Result<usize> {
+        if buf.is_empty() && guest.iter().all(|g| g.is_empty()) {
+            return Ok(0);
+        }
+        loop {
+            match self.read_once(guest, buf) {
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                    self.wait(libc::POLLIN, self.read_deadline)?;
+                }
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                other => return other,
+            }
+        }
+    }
+
+    fn try_read(&mut self, buf: &mut [u8]) -> io::Result<Option<usize>> {
+        match self.read_once(&[], buf) {
+            Err(e)
+                if matches!(
+                    e.kind(),
+                    io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
+                ) =>
+            {
+                Ok(None)
+            }
+            other => other.map(Some),
+        }
+    }
+
+    fn set_read_deadline(&mut self, deadline: Option<Instant>) {
+        self.read_deadline = deadline;
+    }
+}
+
+fn iovec(ptr: *const u8, len: usize) -> libc::iovec {
+    libc::iovec {
+        iov_base: ptr.cast_mut().cast(),
+        iov_len: len,
+    }
+}
+
+/// Drops `n` written bytes, and pieces that are or became empty, from the front.
+fn skip(rest: &mut &mut [libc::iovec], mut n: usize) {
+    while let [first, ..] = &mut **rest {
+        if first.iov_len > n {
+            first.iov_base = first.iov_base.cast::<u8>().wrapping_add(n).cast();
+            first.iov_len -= n;
+            return;
+        }
+        n -= first.iov_len;
+        *rest = &mut std::mem::take(rest)[1..];
+    }
+}
+
+/// The length of an iovec array; at most [`MAX_IOVECS`].
+#[allow(clippy::cast_possible_truncation, clippy::cast_possible_wrap)]
+const fn c_int_len(len: usize) -> libc::c_int {
+    len as libc::c_int
+}
+
+const fn pollfd(fd: RawFd, events: libc::c_short) -> libc::pollfd {
+    libc::pollfd {
+        fd,
+        events,
+        revents: 0,
+    }
+}
+
+/// Waits for one of `fds`; false when the deadline passed first.
+fn poll(fds: &mut [libc::pollfd; 2], deadline: Option<Instant>) -> io::Result<bool> {
+    loop {
+        let timeout = match deadline {
+            None => -1,
+            Some(d) => {
+                // Rounded up, so that a wait never turns into a busy loop below a millisecond.
+                let ms = d
+                    .saturating_duration_since(Instant::now())
+                    .as_micros()
+                    .div_ceil(1000);
+                libc::c_int::try_from(ms).unwrap_or(libc::c_int::MAX)
+            }
+        };
+        // SAFETY: `fds` is an array of `fds.len()` pollfd that lives for the call.
+        let n = unsafe { libc::poll(fds.as_mut_ptr(), fds.len() as libc::nfds_t, timeout) };
+        match n {
+            0 if deadline.is_some_and(|d| Instant::now() < d) => {}
+            0 => return Ok(false),
+            n if n > 0 => return Ok(true),
+            _ => {
+                let e = io::Error::last_os_error();
+                if e.kind() != io::ErrorKind::Interrupted {
+                    return Err(e);
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+
+    const SHORT: Duration = Duration::from_millis(20);
+
+    fn pair() -> (FdChannel, FdChannel) {
+        let (a, b) = UnixStream::pair().unwrap();
+        (
+            FdChannel::new(a, SHORT).unwrap(),
+            FdChannel::new(b, SHORT).unwrap(),
+        )
+    }
+
+    #[test]
+    fn a_gather_write_arrives_in_order_and_scatters_into_guest_memory_first() {
+        let (mut a, mut b) = pair();
+        let mut page = vec![7u8; 4096];
+        let guest = VolatileSlice::from(page.as_mut_slice());
+        a.write_all(&[
+            Chunk::Bytes(b"ab"),
+            Chunk::Bytes(b""),
+            Chunk::Guest(guest),
+            Chunk::Bytes(b"z"),
+        ])
+        .unwrap();
+        let mut head = [0; 2];
+        assert_eq!(b.read(&mut head).unwrap(), 2);
+        assert_eq!(&head, b"ab");
+        let mut landed = vec![0u8; 4096];
+        let slice = VolatileSlice::from(landed.as_mut_slice());
+        let mut tail = [0; 16];
+        assert_eq!(b.read_scatter(&[slice], &mut tail).unwrap(), 4097);
+        assert_eq!(tail[0], b'z');
+        assert_eq!(landed, page);
+    }
+
+    #[test]
+    fn a_silent_peer_is_an_error_when_the_deadline_has_passed() {
+        let (_a, mut b) = pair();
+        assert_eq!(b.try_read(&mut [0; 4]).unwrap(), None);
+        assert_eq!(
+            b.read(&mut [0; 4]).unwrap_err().kind(),
+            io::ErrorKind::TimedOut
+        );
+        b.set_read_deadline(Some(Instant::now()));
+        assert_eq!(
+            b.read(&mut [0; 4]).unwrap_err().kind(),
+            io::ErrorKind::TimedOut
+        );
+        assert_eq!(
+            b.wait_readable(None, Some(Instant::now())).unwrap(),
+            Readiness::TimedOut
+        );
+    }
+
+    #[test]
+    fn a_peer_that_takes_nothing_is_an_error_when_the_deadline_has_passed() {
+        let (mut a, _b) = pair();
+        let big = vec![0u8; 8 << 20];
+        assert_eq!(
+            a.write_all(&[Chunk::Bytes(&big)]).unwrap_err().kind(),
+            io::ErrorKind::TimedOut
+        );
+    }
+
+    #[test]
+    fn shutdown_wakes_the_other_handles() {
+        let (a, mut b) = pair();
+        let mut other = a.share();
+        a.shutdown();
+        assert_eq!(other.read(&mut [0; 1]).unwrap(), 0);
+        assert_eq!(b.read(&mut [0; 1]).unwrap(), 0);
+    }
+
+    #[test]
+    fn more_pieces_than_one_call_takes_are_written_in_several() {
+        let (mut a, mut b) = pair();
+        let chunks = vec![Chunk::Bytes(b"x"); MAX_IOVECS + 10];
+        a.write_all(&chunks).unwrap();
+        let mut buf = vec![0; MAX_IOVECS + 10];
+        let mut n = 0;
+        while n < buf.len() {
+            n += b.read(&mut buf[n..]).unwrap();
+        }
+        assert!(buf.iter().all(|b| *b == b'x'));
+    }
+}

@@ -1,0 +1,98 @@
+//! Channels: how bytes and pages get in and out, as two small traits, and their implementation
+//! over a file descriptor.
+
+use std::io;
+use std::time::Instant;
+
+use vm_memory::VolatileSlice;
+
+#[cfg(feature = "fd")]
+mod fd;
+#[cfg(feature = "fd")]
+pub use fd::{FdChannel, Readiness};
+
+/// A piece of an outgoing gather write.
+#[derive(Clone, Copy, Debug)]
+pub enum Chunk<'a> {
+    /// Our own bytes (headers, device state).
+    Bytes(&'a [u8]),
+    /// Guest memory, which may change while it is being sent.
+    Guest(VolatileSlice<'a>),
+}
+
+impl Chunk<'_> {
+    /// Length in bytes.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        match self {
+            Self::Bytes(b) => b.len(),
+            Self::Guest(g) => g.len(),
+        }
+    }
+
+    /// Whether there is nothing in it.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// The outgoing direction of a channel.
+pub trait ByteSink: Send {
+    /// Writes all chunks in order, as one gather write where the transport can.
+    ///
+    /// # Errors
+    /// [`io::ErrorKind::TimedOut`] when the deadline passes; whatever the transport reports.
+    fn write_all(&mut self, chunks: &[Chunk<'_>]) -> io::Result<()>;
+
+    /// No write may take longer than until `deadline`; `None`: the transport's own limit.
+    fn set_write_deadline(&mut self, deadline: Option<Instant>);
+}
+
+/// The incoming direction of a channel.
+pub trait ByteSource: Send {
+    /// Reads at least one byte into `guest` first and then into `buf` (a scatter read), and returns
+    /// how many bytes in all; 0 only at the end of the stream or when both are empty.
+    ///
+    /// # Errors
+    /// [`io::ErrorKind::TimedOut`] when the deadline passes; whatever the transport reports.
+    fn read_scatter(&mut self, guest: &[VolatileSlice<'_>], buf: &mut [u8]) -> io::Result<usize>;
+
+    /// What is there now, without waiting: `None` when nothing is.
+    ///
+    /// # Errors
+    /// Whatever the transport reports.
+    fn try_read(&mut self, buf: &mut [u8]) -> io::Result<Option<usize>>;
+
+    /// No read may wait longer than until `deadline`; `None`: the transport's own limit.
+    fn set_read_deadline(&mut self, deadline: Option<Instant>);
+
+    /// As [`ByteSource::read_scatter`] into plain bytes only.
+    ///
+    /// # Errors
+    /// As there.
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        self.read_scatter(&[], buf)
+    }
+}
+
+impl<T: ByteSink + ?Sized> ByteSink for Box<T> {
+    fn write_all(&mut self, chunks: &[Chunk<'_>]) -> io::Result<()> {
+        (**self).write_all(chunks)
+    }
+    fn set_write_deadline(&mut self, deadline: Option<Instant>) {
+        (**self).set_write_deadline(deadline);
+    }
+}
+
+impl<T: ByteSource + ?Sized> ByteSource for Box<T> {
+    fn read_scatter(&mut self, guest: &[VolatileSlice<'_>], buf: &mut [u8]) -> io::Result<usize> {
+        (**self).read_scatter(guest, buf)
+    }
+    fn try_read(&mut self, buf: &mut [u8]) -> io::Result<Option<usize>> {
+        (**self).try_read(buf)
+    }
+    fn set_read_deadline(&mut self, deadline: Option<Instant>) {
+        (**self).set_read_deadline(deadline);
+    }
+}

@@ -1,0 +1,13 @@
+//! QEMU's migration (savevm) command stream.
+#![deny(unsafe_code)]
+
+pub mod io;
+mod memory;
+pub mod ram;
+mod transport;
+
+pub use memory::{DirtyLog, GuestRam, MemoryError, PageStore};
+pub use transport::{PageBarrier, PageTransport, StreamWriter, TransportCounters, TransportError};
+
+/// The page size of the stream, bytes. x86 guests have no other.
+pub const PAGE_SIZE: u64 = 4096;
