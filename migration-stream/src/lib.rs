@@ -1,11 +1,19 @@
 //! QEMU's migration (savevm) command stream.
 #![deny(unsafe_code)]
 
+pub mod codec;
+pub mod command;
+pub mod configuration;
+mod error;
+pub mod header;
 pub mod io;
 mod memory;
 pub mod ram;
+pub mod return_path;
+pub mod section;
 mod transport;
 
+pub use error::{Cause, DecodeError};
 pub use memory::{DirtyLog, GuestRam, MemoryError, PageStore};
 pub use transport::{PageBarrier, PageTransport, StreamWriter, TransportCounters, TransportError};
 

@@ -1,5 +1,18 @@
 //! The RAM section: block list and page records (wire id `ram`, instance 0, version 4).
 
 mod block;
+mod error;
+mod record;
+mod setup;
 
 pub use block::{BlockId, RamBlock, RamBlockError, RamBlockTable};
+pub use error::RamError;
+pub use record::{
+    PageAddress, Record, RecordDecoder, RecordEncoder, encode_end_of_section, encode_multifd_flush,
+};
+pub use setup::{SetupDecoder, check_announced, encode_setup_list};
+
+/// The idstr of the RAM section.
+pub const RAM_IDSTR: &str = "ram";
+/// The only version of the RAM section's body.
+pub const RAM_VERSION: u32 = 4;

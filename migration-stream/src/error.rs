@@ -1,0 +1,71 @@
+//! The error of every decoder of the crate.
+
+use crate::codec::IdStrError;
+use crate::command::CommandError;
+use crate::configuration::ConfigurationError;
+use crate::header::HeaderError;
+use crate::ram::RamError;
+use crate::return_path::ReturnPathError;
+use crate::section::SectionError;
+
+/// What was wrong with received bytes, and where.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("byte {offset:#x} of the stream: {cause}")]
+#[non_exhaustive]
+pub struct DecodeError {
+    /// Where the offending item begins, bytes since the stream did.
+    pub offset: u64,
+    /// What is wrong with it.
+    pub cause: Cause,
+}
+
+impl DecodeError {
+    pub(crate) fn new(offset: u64, cause: impl Into<Cause>) -> Self {
+        Self {
+            offset,
+            cause: cause.into(),
+        }
+    }
+
+    /// How many bytes are missing at least, if more bytes would help.
+    #[must_use]
+    pub const fn missing(&self) -> Option<usize> {
+        match self.cause {
+            Cause::Truncated { needed } => Some(needed),
+            _ => None,
+        }
+    }
+}
+
+/// What was wrong, by the part of the format it belongs to.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Cause {
+    /// The bytes end inside an item.
+    #[error("ends inside an item, at least {needed} more bytes expected")]
+    Truncated {
+        /// Bytes missing at least.
+        needed: usize,
+    },
+    /// A counted string that is no name.
+    #[error(transparent)]
+    IdStr(#[from] IdStrError),
+    /// The file header.
+    #[error(transparent)]
+    Header(#[from] HeaderError),
+    /// The configuration section.
+    #[error(transparent)]
+    Configuration(#[from] ConfigurationError),
+    /// A section's frame.
+    #[error(transparent)]
+    Section(#[from] SectionError),
+    /// A command.
+    #[error(transparent)]
+    Command(#[from] CommandError),
+    /// The body of a RAM section.
+    #[error(transparent)]
+    Ram(#[from] RamError),
+    /// A message of the return path.
+    #[error(transparent)]
+    ReturnPath(#[from] ReturnPathError),
+}

@@ -1,0 +1,94 @@
+//! What can be wrong with a RAM section's body.
+
+use super::RamBlockError;
+
+/// What is wrong with a RAM section's body.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum RamError {
+    /// The flags are no record's.
+    #[error("unknown combination of ram flags {flags:#x}")]
+    UnknownFlags {
+        /// The low bits of the record's first word.
+        flags: u64,
+    },
+    /// An XBZRLE record; that capability is not offered.
+    #[error("xbzrle record, but xbzrle is not in use")]
+    Xbzrle,
+    /// A HOOK record, which only RDMA sends.
+    #[error("rdma hook record, but rdma is not in use")]
+    Hook,
+    /// A COMPRESS_PAGE record, which QEMU 9.1 removed.
+    #[error("compressed page record, which QEMU 9.1 removed")]
+    Compressed,
+    /// A record that has no offset has one.
+    #[error("offset {offset:#x} in a ram record with flags {flags:#x}, expected 0")]
+    UnexpectedOffset {
+        /// The record's flags.
+        flags: u64,
+        /// What stands there.
+        offset: u64,
+    },
+    /// A record of "the same block as before" before any block was named.
+    #[error("page record continues a block, but none was named on this channel")]
+    NothingToContinue,
+    /// A block that this side does not have.
+    #[error("unknown ram block '{name}'")]
+    UnknownBlock {
+        /// Its name.
+        name: String,
+    },
+    /// A page that does not lie in its block.
+    #[error("page at {offset:#x} is outside ram block '{name}' of {used_length:#x} bytes")]
+    OutOfBlock {
+        /// The block's name.
+        name: String,
+        /// Offset of the page in the block, bytes.
+        offset: u64,
+        /// Length of the block, bytes.
+        used_length: u64,
+    },
+    /// A zero page with a fill byte that is not zero.
+    #[error("zero page record with fill byte {value:#04x}, expected 0")]
+    FillByte {
+        /// The byte.
+        value: u8,
+    },
+    /// A block list outside a set-up section, or a second one.
+    #[error("ram block list outside of set-up")]
+    UnexpectedSetup,
+    /// A set-up section without a block list, or pages before it.
+    #[error("ram records before the block list")]
+    SetupMissing,
+    /// The blocks are longer than the total announced before them.
+    #[error(
+        "ram block '{name}' of {used_length:#x} bytes, but only {remaining:#x} of the announced total are left"
+    )]
+    SetupOverrun {
+        /// The block.
+        name: String,
+        /// Its length, bytes.
+        used_length: u64,
+        /// What is left of the total, bytes.
+        remaining: u64,
+    },
+    /// A block has another length on this side.
+    #[error("ram block '{name}' of {received:#x} bytes, expected {local:#x}")]
+    BlockLength {
+        /// The block.
+        name: String,
+        /// Its length at the source, bytes.
+        received: u64,
+        /// Its length here, bytes.
+        local: u64,
+    },
+    /// A block of this side is not in the list.
+    #[error("ram block '{name}' is missing from the block list")]
+    BlockMissing {
+        /// The block.
+        name: String,
+    },
+    /// The list is no valid block table.
+    #[error(transparent)]
+    Block(#[from] RamBlockError),
+}
