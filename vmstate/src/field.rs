@@ -1,0 +1,175 @@
+//! Plain fields: what has bytes but no name, version or subsections of its own.
+
+use byteorder::{BigEndian, ByteOrder as _};
+
+use crate::{LoadError, Reader, Writer};
+
+/// What a field is, in the words of the stream's self-description.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FieldType {
+    /// QEMU's name of the type, such as `uint32`.
+    pub name: &'static str,
+    /// Number of elements of an array, `None` if it is not one.
+    pub elements: Option<usize>,
+}
+
+/// A plain field: integers (big endian), `bool`, arrays of them, and the types of
+/// [`types`](crate::types). Implement it for an enumeration or a newtype of a device.
+pub trait Field: Sized {
+    /// The type, for the description of a stream.
+    fn field_type() -> FieldType;
+
+    /// Writes the value.
+    fn save(&self, out: &mut Writer);
+
+    /// Reads a value.
+    ///
+    /// # Errors
+    /// The bytes are no such value ([`Reader::invalid`]), or end too early.
+    fn load(input: &mut Reader<'_>) -> Result<Self, LoadError>;
+
+    /// The type of `count` values back to back.
+    #[must_use]
+    fn slice_type(count: usize) -> FieldType {
+        let element = Self::field_type();
+        FieldType {
+            name: element.name,
+            elements: Some(count.saturating_mul(element.elements.unwrap_or(1))),
+        }
+    }
+
+    /// Writes values back to back.
+    fn save_slice(items: &[Self], out: &mut Writer) {
+        for item in items {
+            item.save(out);
+        }
+    }
+
+    /// Reads `count` values back to back.
+    ///
+    /// # Errors
+    /// As for [`Field::load`].
+    fn load_vec(count: usize, input: &mut Reader<'_>) -> Result<Vec<Self>, LoadError> {
+        input.elements(count, Self::load)
+    }
+}
+
+macro_rules! integer {
+    ($($int:ident, $name:literal, $write_into:ident, $read_into:ident;)*) => {$(
+        impl Field for $int {
+            fn field_type() -> FieldType {
+                FieldType { name: $name, elements: None }
+            }
+            fn save(&self, out: &mut Writer) {
+                out.put(&self.to_be_bytes());
+            }
+            fn load(input: &mut Reader<'_>) -> Result<Self, LoadError> {
+                input.take_array().map(Self::from_be_bytes)
+            }
+            fn save_slice(items: &[Self], out: &mut Writer) {
+                out.put_with(size_of_val(items), |bytes| BigEndian::$write_into(items, bytes));
+            }
+            fn load_vec(count: usize, input: &mut Reader<'_>) -> Result<Vec<Self>, LoadError> {
+                let bytes = input.take(count.saturating_mul(size_of::<Self>()))?;
+                let mut items = vec![0; count];
+                BigEndian::$read_into(bytes, &mut items);
+                Ok(items)
+            }
+        }
+    )*};
+}
+
+integer! {
+    u16, "uint16", write_u16_into, read_u16_into;
+    u32, "uint32", write_u32_into, read_u32_into;
+    u64, "uint64", write_u64_into, read_u64_into;
+    i16, "int16", write_i16_into, read_i16_into;
+    i32, "int32", write_i32_into, read_i32_into;
+    i64, "int64", write_i64_into, read_i64_into;
+}
+
+impl Field for i8 {
+    fn field_type() -> FieldType {
+        FieldType {
+            name: "int8",
+            elements: None,
+        }
+    }
+
+    fn save(&self, out: &mut Writer) {
+        out.put(&self.to_be_bytes());
+    }
+
+    fn load(input: &mut Reader<'_>) -> Result<Self, LoadError> {
+        input.take_array().map(Self::from_be_bytes)
+    }
+}
+
+impl Field for u8 {
+    fn field_type() -> FieldType {
+        FieldType {
+            name: "uint8",
+            elements: None,
+        }
+    }
+
+    fn save(&self, out: &mut Writer) {
+        out.put(&[*self]);
+    }
+
+    fn load(input: &mut Reader<'_>) -> Result<Self, LoadError> {
+        input.take_array().map(|[byte]| byte)
+    }
+
+    /// Bytes back to back are one buffer.
+    fn slice_type(_count: usize) -> FieldType {
+        FieldType {
+            name: "buffer",
+            elements: None,
+        }
+    }
+
+    fn save_slice(items: &[Self], out: &mut Writer) {
+        out.put(items);
+    }
+
+    fn load_vec(count: usize, input: &mut Reader<'_>) -> Result<Vec<Self>, LoadError> {
+        input.take(count).map(<[u8]>::to_vec)
+    }
+}
+
+/// One byte; every value but 0 is read as true.
+impl Field for bool {
+    fn field_type() -> FieldType {
+        FieldType {
+            name: "bool",
+            elements: None,
+        }
+    }
+
+    fn save(&self, out: &mut Writer) {
+        out.put(&[u8::from(*self)]);
+    }
+
+    fn load(input: &mut Reader<'_>) -> Result<Self, LoadError> {
+        input.take_array().map(|[byte]| byte != 0)
+    }
+}
+
+/// The elements back to back.
+impl<T: Field, const N: usize> Field for [T; N] {
+    fn field_type() -> FieldType {
+        T::slice_type(N)
+    }
+
+    fn save(&self, out: &mut Writer) {
+        T::save_slice(self, out);
+    }
+
+    fn load(input: &mut Reader<'_>) -> Result<Self, LoadError> {
+        let items = T::load_vec(N, input)?;
+        items
+            .try_into()
+            .map_err(|items: Vec<T>| input.invalid(format_args!("{} of {N} elements", items.len())))
+    }
+}

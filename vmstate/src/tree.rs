@@ -1,0 +1,490 @@
+//! The devices of a VM: saved in section order, and loaded all or none.
+
+use std::any::Any;
+use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::{Description, Device, DeviceError, LoadError, Reader, SaveError, VmState, Writer};
+
+/// When a section is sent: higher ones first, equal ones as they were registered. The names are
+/// QEMU's; their order is that of QEMU 11.1.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[non_exhaustive]
+pub enum Priority {
+    /// After all others.
+    Low,
+    /// Most devices.
+    #[default]
+    Default,
+    /// IOMMUs, before the devices behind them.
+    Iommu,
+    /// PCI buses and bridges.
+    PciBus,
+    /// virtio-mem.
+    VirtioMem,
+    /// The local APICs of x86.
+    Apic,
+    /// Arm's interrupt translation service.
+    GicV3Its,
+    /// Arm's interrupt controller.
+    GicV3,
+}
+
+/// A section that was saved.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SavedSection {
+    /// The section's name.
+    pub idstr: String,
+    /// Which of the sections of this name.
+    pub instance_id: u32,
+    /// The version of the body.
+    pub version: u32,
+    /// What goes between the section's header and its footer.
+    pub body: Vec<u8>,
+}
+
+/// A section that was parsed from the front of some bytes.
+#[derive(Debug)]
+pub struct Parsed {
+    /// What was parsed, for [`DeviceTree::stage`].
+    pub section: StagedSection,
+    /// Length of the body; what follows it is the section's footer.
+    pub consumed: usize,
+}
+
+/// The new state of one device, parsed and valid in itself, but not yet installed.
+pub struct StagedSection {
+    tree: TreeId,
+    index: usize,
+    state: AnyState,
+}
+
+/// The new state of every device of a tree, checked by each of them and ready to be installed.
+pub struct Staged {
+    tree: TreeId,
+    /// In the order in which the devices were registered.
+    states: Vec<AnyState>,
+}
+
+/// The devices of a VM.
+///
+/// State goes in by one way only: bytes are [parsed](Self::parse_section) into values of their
+/// own, the values of all devices are [checked together](Self::stage), and then all devices are
+/// [reset and given their new state](Self::reset_then_install). Up to the last step no device is
+/// touched, so that a stream that breaks off or is wrong leaves a VM that can still run; and no
+/// device can be given state without having been reset.
+pub struct DeviceTree {
+    id: TreeId,
+    /// In the order in which they were registered.
+    entries: Vec<Entry>,
+    /// Indices of `entries` in section order.
+    order: Vec<usize>,
+}
+
+type AnyState = Box<dyn Any + Send>;
+
+struct Entry {
+    idstr: String,
+    instance_id: u32,
+    priority: Priority,
+    device: Box<dyn AnyDevice>,
+}
+
+/// Identifies a tree and the devices registered in it: it changes with each one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct TreeId(u64);
+
+impl TreeId {
+    fn next() -> Self {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        // Only uniqueness matters.
+        Self(NEXT.fetch_add(1, Ordering::Relaxed))
+    }
+}
+
+impl DeviceTree {
+    /// A tree without devices.
+    #[must_use]
+    pub fn new() -> Self {
+        Self {
+            id: TreeId::next(),
+            entries: Vec::new(),
+            order: Vec::new(),
+        }
+    }
+
+    /// Adds a device. `idstr` is the section's name: by QEMU's custom the path of the device, a
+    /// slash and [`VmState::NAME`], or for a device without a path the name alone.
+    ///
+    /// # Errors
+    /// `idstr` is empty, longer than 255 bytes or has a NUL in it, or the pair of `idstr` and
+    /// `instance_id` is taken.
+    pub fn register(
+        &mut self,
+        idstr: impl Into<String>,
+        instance_id: u32,
+        priority: Priority,
+        device: impl Device + 'static,
+    ) -> Result<(), TreeError> {
+        let idstr = idstr.into();
+        if idstr.is_empty() || idstr.len() > 255 || idstr.contains('\0') {
+            return Err(TreeError::Name { idstr });
+        }
+        if self.find(&idstr, instance_id).is_some() {
+            return Err(TreeError::Duplicate { idstr, instance_id });
+        }
+        let index = self.entries.len();
+        let at = self
+            .order
+            .partition_point(|&i| self.entries[i].priority >= priority);
+        self.order.insert(at, index);
+        self.entries.push(Entry {
+            idstr,
+            instance_id,
+            priority,
+            device: Box::new(Erased(device)),
+        });
+        // States staged before know nothing of this device.
+        self.id = TreeId::next();
+        Ok(())
+    }
+
+    /// Number of devices.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.entries.len()
+    }
+
+    /// Whether there is no device.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.entries.is_empty()
+    }
+
+    /// Saves every device, in section order.
+    ///
+    /// # Errors
+    /// The first device that could not be saved.
+    pub fn save_all(&mut self) -> Result<Vec<SavedSection>, TreeError> {
+        let saved = self.save_with(Writer::new)?;
+        Ok(saved.into_iter().map(|(section, _)| section).collect())
+    }
+
+    fn save_with(
+        &mut self,
+        writer: fn() -> Writer,
+    ) -> Result<Vec<(SavedSection, Option<Description>)>, TreeError> {
+        let mut saved = Vec::with_capacity(self.order.len());
+        for &i in &self.order {
+            let entry = &mut self.entries[i];
+            let mut out = writer();
+            let description = entry
+                .device
+                .save(&mut out)
+                .map_err(|source| entry.failed(DeviceStep::Save, source))?;
+            let body = out.finish().map_err(|source| TreeError::Save {
+                idstr: entry.idstr.clone(),
+                instance_id: entry.instance_id,
+                source,
+            })?;
+            let section = SavedSection {
+                idstr: entry.idstr.clone(),
+                instance_id: entry.instance_id,
+                version: entry.device.version(),
+                body,
+            };
+            saved.push((section, description));
+        }
+        Ok(saved)
+    }
+
+    /// Parses the body of a section from the front of `bytes`. With `complete`, nothing comes
+    /// after `bytes`; without, they are what has arrived so far of a stream that goes on, and
+    /// [`LoadError::is_truncated`] says that this was not enough to tell where the body ends.
+    ///
+    /// # Errors
+    /// There is no such device, its version is not one that can be loaded, or the body is not its
+    /// state.
+    pub fn parse_section(
+        &self,
+        idstr: &str,
+        instance_id: u32,
+        version: u32,
+        bytes: &[u8],
+        complete: bool,
+    ) -> Result<Parsed, LoadError> {
+        let (index, entry) =
+            self.find(idstr, instance_id)
+                .ok_or_else(|| LoadError::UnknownSection {
+                    idstr: idstr.to_owned(),
+                    instance_id,
+                })?;
+        let input = if complete {
+            Reader::complete(bytes)
+        } else {
+            Reader::partial(bytes)
+        };
+        let mut input = input.in_section(idstr, instance_id);
+        let state = entry.device.parse(&mut input, version)?;
+        Ok(Parsed {
+            section: StagedSection {
+                tree: self.id,
+                index,
+                state,
+            },
+            consumed: input.offset(),
+        })
+    }
+
+    /// Puts parsed sections together, and asks every device whether it could take its own.
+    ///
+    /// # Errors
+    /// A device has no section or two, refuses its state, or a section was parsed by another tree
+    /// (or by this one when it had fewer devices). Nothing has been changed then.
+    pub fn stage(&self, sections: Vec<StagedSection>) -> Result<Staged, TreeError> {
+        let mut slots: Vec<Option<AnyState>> = Vec::new();
+        slots.resize_with(self.entries.len(), || None);
+        for section in sections {
+            let (Some(slot), Some(entry)) = (
+                slots.get_mut(section.index),
+                self.entries.get(section.index),
+            ) else {
+                return Err(TreeError::Foreign);
+            };
+            if section.tree != self.id {
+                return Err(TreeError::Foreign);
+            }
+            if slot.replace(section.state).is_some() {
+                return Err(TreeError::Repeated {
+                    idstr: entry.idstr.clone(),
+                    instance_id: entry.instance_id,
+                });
+            }
+        }
+        let mut states = Vec::with_capacity(slots.len());
+        for (entry, slot) in self.entries.iter().zip(slots) {
+            let state = slot.ok_or_else(|| TreeError::Missing {
+                idstr: entry.idstr.clone(),
+                instance_id: entry.instance_id,
+            })?;
+            entry
+                .device
+                .check(&*state)
+                .map_err(|source| entry.failed(DeviceStep::Check, source))?;
+            states.push(state);
+        }
+        Ok(Staged {
+            tree: self.id,
+            states,
+        })
+    }
+
+    /// Resets all devices, and then gives each its new state; both in section order.
+    ///
+    /// # Errors
+    /// `staged` is not of this tree: nothing has been changed. Or a device failed: the state of
+    /// the VM is neither the old nor the new one, and it must not run.
+    pub fn reset_then_install(&mut self, staged: Staged) -> Result<(), TreeError> {
+        if staged.tree != self.id {
+            return Err(TreeError::Foreign);
+        }
+        for &i in &self.order {
+            let entry = &mut self.entries[i];
+            entry
+                .device
+                .reset()
+                .map_err(|source| entry.failed(DeviceStep::Reset, source))?;
+        }
+        let mut states: Vec<Option<AnyState>> = staged.states.into_iter().map(Some).collect();
+        for &i in &self.order {
+            let entry = &mut self.entries[i];
+            let state = states
+                .get_mut(i)
+                .and_then(Option::take)
+                .ok_or(TreeError::Foreign)?;
+            entry
+                .device
+                .install(state)
+                .map_err(|source| entry.failed(DeviceStep::Install, source))?;
+        }
+        Ok(())
+    }
+
+    fn find(&self, idstr: &str, instance_id: u32) -> Option<(usize, &Entry)> {
+        self.entries
+            .iter()
+            .enumerate()
+            .find(|(_, entry)| entry.instance_id == instance_id && entry.idstr == idstr)
+    }
+}
+
+impl Default for DeviceTree {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl fmt::Debug for DeviceTree {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let in_order = self.order.iter().map(|&i| &self.entries[i]);
+        f.debug_list()
+            .entries(in_order.map(|entry| (&entry.idstr, entry.instance_id, entry.priority)))
+            .finish()
+    }
+}
+
+impl fmt::Debug for StagedSection {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("StagedSection")
+            .field("tree", &self.tree)
+            .field("index", &self.index)
+            .finish_non_exhaustive()
+    }
+}
+
+impl fmt::Debug for Staged {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Staged")
+            .field("tree", &self.tree)
+            .field("devices", &self.states.len())
+            .finish_non_exhaustive()
+    }
+}
+
+impl Entry {
+    fn failed(&self, step: DeviceStep, source: DeviceError) -> TreeError {
+        TreeError::Device {
+            idstr: self.idstr.clone(),
+            instance_id: self.instance_id,
+            step,
+            source,
+        }
+    }
+}
+
+/// A device without the type of its state.
+trait AnyDevice: Send {
+    fn version(&self) -> u32;
+    fn save(&mut self, out: &mut Writer) -> Result<Option<Description>, DeviceError>;
+    fn parse(&self, input: &mut Reader<'_>, version: u32) -> Result<AnyState, LoadError>;
+    fn check(&self, state: &dyn Any) -> Result<(), DeviceError>;
+    fn reset(&mut self) -> Result<(), DeviceError>;
+    fn install(&mut self, state: AnyState) -> Result<(), DeviceError>;
+}
+
+struct Erased<D>(D);
+
+impl<D: Device> AnyDevice for Erased<D> {
+    fn version(&self) -> u32 {
+        D::State::VERSION
+    }
+
+    fn save(&mut self, out: &mut Writer) -> Result<Option<Description>, DeviceError> {
+        Ok(out.description(&self.0.save()?))
+    }
+
+    fn parse(&self, input: &mut Reader<'_>, version: u32) -> Result<AnyState, LoadError> {
+        Ok(Box::new(input.description::<D::State>(version)?))
+    }
+
+    fn check(&self, state: &dyn Any) -> Result<(), DeviceError> {
+        self.0
+            .check(state.downcast_ref().ok_or(TreeError::Foreign)?)
+    }
+
+    fn reset(&mut self) -> Result<(), DeviceError> {
+        self.0.reset()
+    }
+
+    fn install(&mut self, state: AnyState) -> Result<(), DeviceError> {
+        self.0
+            .install(*state.downcast().map_err(|_| TreeError::Foreign)?)
+    }
+}
+
+/// What a device was asked to do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum DeviceStep {
+    /// [`Device::save`].
+    Save,
+    /// [`Device::check`].
+    Check,
+    /// [`Device::reset`].
+    Reset,
+    /// [`Device::install`].
+    Install,
+}
+
+impl fmt::Display for DeviceStep {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Save => "be saved",
+            Self::Check => "take this state",
+            Self::Reset => "be reset",
+            Self::Install => "be given its state",
+        })
+    }
+}
+
+/// Why a [`DeviceTree`] could not do what was asked.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum TreeError {
+    /// The name cannot be put on the wire.
+    #[error("section name '{idstr}' is not 1 to 255 bytes without nul")]
+    Name {
+        /// The name refused.
+        idstr: String,
+    },
+    /// There is such a device already.
+    #[error("section '{idstr}' {instance_id} is registered already")]
+    Duplicate {
+        /// The section's name.
+        idstr: String,
+        /// Which of the sections of this name.
+        instance_id: u32,
+    },
+    /// A device failed or refused.
+    #[error("device '{idstr}' {instance_id} cannot {step}")]
+    Device {
+        /// The section's name.
+        idstr: String,
+        /// Which of the sections of this name.
+        instance_id: u32,
+        /// What it was asked to do.
+        step: DeviceStep,
+        /// Why it did not.
+        #[source]
+        source: DeviceError,
+    },
+    /// A device's state contradicts itself.
+    #[error("the state of device '{idstr}' {instance_id} cannot be written")]
+    Save {
+        /// The section's name.
+        idstr: String,
+        /// Which of the sections of this name.
+        instance_id: u32,
+        /// The contradiction.
+        source: SaveError,
+    },
+    /// No state came for a device.
+    #[error("section '{idstr}' {instance_id} is missing")]
+    Missing {
+        /// The section's name.
+        idstr: String,
+        /// Which of the sections of this name.
+        instance_id: u32,
+    },
+    /// State came twice for a device.
+    #[error("section '{idstr}' {instance_id} is there twice")]
+    Repeated {
+        /// The section's name.
+        idstr: String,
+        /// Which of the sections of this name.
+        instance_id: u32,
+    },
+    /// State that was parsed or staged by another tree, or before a device was added.
+    #[error("the state was staged for another set of devices")]
+    Foreign,
+}
