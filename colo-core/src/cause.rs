@@ -1,0 +1,148 @@
+//! Why and how COLO ends.
+
+use std::fmt;
+
+use crate::message::{UnexpectedMessage, UnknownMessage};
+use crate::step::{PeerLoss, Step};
+
+/// The two sides.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Role {
+    /// The side whose state is copied.
+    Primary,
+    /// The side that receives it.
+    Secondary,
+}
+
+impl fmt::Display for Role {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Primary => "primary",
+            Self::Secondary => "secondary",
+        })
+    }
+}
+
+/// What a side does when COLO has ended without anybody having asked for it.
+///
+/// The side that sees a connection break cannot know whether the peer is dead or only unreachable.
+/// So **at most one of the two sides may be set to [`OnPeerLoss::TakeOver`]**: with both, a broken
+/// link leaves two VMs that each believe to be the one.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum OnPeerLoss {
+    /// Report COLO_EXIT and wait for a failover request, the VM and its held output as they are.
+    /// QEMU knows only this.
+    #[default]
+    Wait,
+    /// Report COLO_EXIT and go on alone.
+    TakeOver,
+}
+
+/// The `reason` of COLO_EXIT.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum ExitReason {
+    /// Somebody asked.
+    Request,
+    /// Something failed.
+    Error,
+}
+
+impl fmt::Display for ExitReason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Request => "request",
+            Self::Error => "error",
+        })
+    }
+}
+
+/// What has ended COLO.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, thiserror::Error)]
+#[non_exhaustive]
+pub enum Cause {
+    /// A failover request.
+    #[error("failover was requested")]
+    FailoverRequested,
+    /// The VM ends.
+    #[error("the vm quits")]
+    Quit,
+    /// The connection broke.
+    #[error("peer lost while {during}: {loss}")]
+    PeerLost {
+        /// What was being done.
+        during: Step,
+        /// How it was noticed.
+        loss: PeerLoss,
+    },
+    /// The peer did not answer, send or take data in time.
+    #[error("deadline passed while {during}")]
+    DeadlineExpired {
+        /// What was being done.
+        during: Step,
+    },
+    /// The peer sent another message than its part.
+    #[error(transparent)]
+    UnexpectedMessage(UnexpectedMessage),
+    /// The peer sent something that is no message.
+    #[error(transparent)]
+    UnknownMessage(UnknownMessage),
+    /// A step failed on this side. The driver has the error itself.
+    #[error("failed while {0}")]
+    StepFailed(Step),
+}
+
+impl Cause {
+    /// The reason that belongs to it.
+    #[must_use]
+    pub const fn reason(self) -> ExitReason {
+        match self {
+            Self::FailoverRequested | Self::Quit => ExitReason::Request,
+            _ => ExitReason::Error,
+        }
+    }
+}
+
+/// COLO has ended on this side: the content of COLO_EXIT, and the cause for the log.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct ColoExit {
+    /// Which side this is: `mode`.
+    pub role: Role,
+    /// What ended COLO.
+    pub cause: Cause,
+}
+
+impl ColoExit {
+    /// The event's `reason`.
+    #[must_use]
+    pub const fn reason(&self) -> ExitReason {
+        self.cause.reason()
+    }
+}
+
+impl fmt::Display for ColoExit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "colo ended on the {}: {}", self.role, self.cause)
+    }
+}
+
+/// What has become of this side's VM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Outcome {
+    /// It runs, alone: it is the VM now.
+    TookOver,
+    /// It is stopped, because it was to quit.
+    Quit,
+    /// It is stopped and must never run again: the install of a checkpoint broke off half way, or
+    /// it could not be resumed.
+    Broken(Cause),
+}
+
+impl fmt::Display for Outcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::TookOver => f.write_str("this side goes on alone"),
+            Self::Quit => f.write_str("the vm quits"),
+            Self::Broken(cause) => write!(f, "this vm must not run: {cause}"),
+        }
+    }
+}

@@ -1,0 +1,151 @@
+//! How long the peer may take.
+
+use std::time::{Duration, Instant};
+
+use crate::step::{Bound, Step};
+
+/// The limits of a side's patience. A limit that passes ends COLO on that side with a
+/// [`Cause::DeadlineExpired`](crate::Cause::DeadlineExpired) that says what was waited for.
+///
+/// A peer whose process has died is noticed at once, by its closed connection. The limits are for
+/// the peer that says nothing: its host lost power, a cable was pulled, its process is stopped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Deadlines {
+    /// For sending a message, and for one the peer owes at once. Default 5 s: two scheduling delays
+    /// of an overloaded host and a few lost segments, and still less than most clients of the guest
+    /// wait before they give up.
+    pub message: Duration,
+    /// For a whole checkpoint, from the request until the VM runs again, and for everything that
+    /// moves RAM. Default 30 s: 3 GiB of dirty pages on a 1 Gbit/s link, with which a guest is down
+    /// longer than COLO is any use for.
+    pub checkpoint: Duration,
+    /// How long the secondary waits for the next request. Default 60 s, three times QEMU's default
+    /// of `x-checkpoint-delay`, since a primary says nothing between checkpoints. See
+    /// [`Deadlines::for_checkpoint_delay`].
+    pub idle: Duration,
+}
+
+impl Default for Deadlines {
+    fn default() -> Self {
+        Self {
+            message: Duration::from_secs(5),
+            checkpoint: Duration::from_secs(30),
+            idle: Duration::from_secs(60),
+        }
+    }
+}
+
+impl Deadlines {
+    /// The same, with patience for a primary that takes a checkpoint every `delay`: the secondary
+    /// waits at least three times as long.
+    #[must_use]
+    pub fn for_checkpoint_delay(mut self, delay: Duration) -> Self {
+        self.idle = self.idle.max(delay.saturating_mul(3));
+        self
+    }
+}
+
+/// Turns the bounds of steps into instants, and knows since when a checkpoint has been going on.
+#[derive(Clone, Debug)]
+pub struct Timekeeper {
+    deadlines: Deadlines,
+    checkpoint_began: Option<Instant>,
+}
+
+impl Timekeeper {
+    /// A timekeeper outside any checkpoint.
+    #[must_use]
+    pub const fn new(deadlines: Deadlines) -> Self {
+        Self {
+            deadlines,
+            checkpoint_began: None,
+        }
+    }
+
+    /// Until when the step that begins `now` may go on. `None` for a local step, and for waits that
+    /// are not for the peer ([`Bound::Schedule`], [`Bound::Operator`]).
+    ///
+    /// To be asked once for each step, in order: the steps that begin and end a checkpoint are
+    /// noted.
+    pub fn begin(&mut self, step: Step, now: Instant) -> Option<Instant> {
+        match step {
+            first if first.begins_checkpoint() => self.checkpoint_began = Some(now),
+            Step::ReportCheckpoint => self.checkpoint_began = None,
+            _ => {}
+        }
+        let checkpoint = || {
+            self.checkpoint_began
+                .unwrap_or(now)
+                .checked_add(self.deadlines.checkpoint)
+        };
+        match step.bound()? {
+            Bound::Message => [now.checked_add(self.deadlines.message), checkpoint()]
+                .into_iter()
+                .flatten()
+                .min(),
+            Bound::Checkpoint => checkpoint(),
+            Bound::Idle => now.checked_add(self.deadlines.idle),
+            Bound::Schedule | Bound::Operator => None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::machine::Script;
+    use crate::message::Message;
+    use crate::primary::PrimaryScript;
+    use crate::secondary::SecondaryScript;
+    use crate::step::Wait;
+
+    const S: Duration = Duration::from_secs(1);
+
+    #[test]
+    fn all_of_a_checkpoint_shares_one_deadline_and_the_next_has_its_own() {
+        let mut time = Timekeeper::new(Deadlines::default());
+        let start = Instant::now();
+        let request = Step::Send(Message::CheckpointRequest);
+        assert_eq!(time.begin(request, start), Some(start + 5 * S));
+        assert_eq!(time.begin(Step::SendRam, start + S), Some(start + 30 * S));
+        let received = Step::Await(Wait::Message(Message::VmstateReceived));
+        assert_eq!(time.begin(received, start + 20 * S), Some(start + 30 * S));
+        let loaded = Step::Send(Message::VmstateLoaded);
+        assert_eq!(time.begin(loaded, start + 28 * S), Some(start + 30 * S));
+        assert_eq!(time.begin(Step::ReportCheckpoint, start + 29 * S), None);
+        let again = start + 60 * S;
+        assert_eq!(time.begin(request, again), Some(again + 5 * S));
+        assert_eq!(time.begin(Step::SendRam, again), Some(again + 30 * S));
+    }
+
+    #[test]
+    fn the_secondary_is_as_patient_as_the_primaries_delay_asks() {
+        let deadlines = Deadlines::default().for_checkpoint_delay(100 * S);
+        let mut time = Timekeeper::new(deadlines);
+        let start = Instant::now();
+        let idle = Step::Await(Wait::Message(Message::CheckpointRequest));
+        assert_eq!(time.begin(idle, start), Some(start + 300 * S));
+    }
+
+    /// Walks a script once round and checks that each step on the wire has a deadline.
+    fn every_wire_step_has_a_deadline<S: Script + PartialEq>(but: &[Step]) {
+        let mut time = Timekeeper::new(Deadlines::default());
+        let mut at = S::FIRST;
+        for _ in 0..64 {
+            let step = at.step();
+            let deadline = time.begin(step, Instant::now());
+            assert_eq!(
+                deadline.is_some(),
+                step.is_on_the_wire() && !but.contains(&step),
+                "{step}"
+            );
+            at = at.next();
+        }
+    }
+
+    #[test]
+    fn no_wait_for_the_peer_is_without_a_deadline() {
+        every_wire_step_has_a_deadline::<PrimaryScript>(&[Step::Await(Wait::CheckpointDue)]);
+        every_wire_step_has_a_deadline::<SecondaryScript>(&[]);
+    }
+}

@@ -1,0 +1,285 @@
+//! The request to go on alone, and what is known about COLO from outside.
+//!
+//! ```text
+//!   request()        take_request()        exited(reason)        left()
+//! none -> requested -------------> active ---------------> ... -------> none, last-mode is set
+//! ```
+//! A request is stored before the driver is woken and its connections are shut, and the driver asks
+//! for requests before it looks at how a step ended. So a connection that broke because of a
+//! request is never taken for the reason of the end. (In QEMU the two race, and COLO_EXIT may say
+//! `error` after a request.)
+
+use std::fmt;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use crate::cause::{ExitReason, Role};
+
+/// `mode` and `last-mode` of `query-colo-status`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum ColoMode {
+    /// Not in COLO.
+    #[default]
+    None,
+    /// In COLO as the primary.
+    Primary,
+    /// In COLO as the secondary.
+    Secondary,
+}
+
+impl From<Role> for ColoMode {
+    fn from(role: Role) -> Self {
+        match role {
+            Role::Primary => Self::Primary,
+            Role::Secondary => Self::Secondary,
+        }
+    }
+}
+
+/// `reason` of `query-colo-status`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum StatusReason {
+    /// COLO has not ended, or never began.
+    #[default]
+    None,
+    /// It has ended by request.
+    Request,
+    /// It has ended, or waits for a decision, because something failed.
+    Error,
+    /// A failover is under way.
+    Processing,
+}
+
+/// What `query-colo-status` answers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ColoStatus {
+    /// The side this is now.
+    pub mode: ColoMode,
+    /// The side this was when COLO last ended.
+    pub last_mode: ColoMode,
+    /// Why it ended.
+    pub reason: StatusReason,
+}
+
+/// Why a failover request was refused. The texts are those of QMP replies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum RequestError {
+    /// There is nothing to fail over from.
+    #[error("VM is not in COLO mode")]
+    NotInColo,
+    /// A request is being carried out.
+    #[error("COLO failover is already activated")]
+    AlreadyActive,
+}
+
+/// Where a management layer's request meets the driver of a machine. Clones are the same handle.
+#[derive(Clone, Default)]
+pub struct FailoverHandle {
+    shared: Arc<Mutex<Shared>>,
+}
+
+#[derive(Default)]
+struct Shared {
+    mode: ColoMode,
+    last_mode: ColoMode,
+    progress: Progress,
+    exit: Option<ExitReason>,
+    kick: Option<Arc<dyn Fn() + Send + Sync>>,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Progress {
+    #[default]
+    None,
+    Requested,
+    Active,
+}
+
+impl FailoverHandle {
+    /// A handle of a VM that is not in COLO.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Asks this side to go on alone: QMP `x-colo-lost-heartbeat`. Returns at once; the end is
+    /// reported by COLO_EXIT. Whoever asks has made sure that the other side's VM does not run.
+    ///
+    /// # Errors
+    /// Outside COLO, or a request is being carried out already.
+    pub fn request(&self) -> Result<(), RequestError> {
+        let kick = {
+            let mut shared = self.lock();
+            if shared.mode == ColoMode::None {
+                return Err(RequestError::NotInColo);
+            }
+            if shared.progress != Progress::None {
+                return Err(RequestError::AlreadyActive);
+            }
+            shared.progress = Progress::Requested;
+            shared.kick.clone()
+        };
+        // Outside the lock, so that the hook may use the handle.
+        if let Some(kick) = kick {
+            kick();
+        }
+        Ok(())
+    }
+
+    /// What `query-colo-status` answers.
+    #[must_use]
+    pub fn status(&self) -> ColoStatus {
+        let shared = self.lock();
+        let reason = match (shared.exit, shared.progress) {
+            _ if shared.mode != ColoMode::None && shared.progress != Progress::None => {
+                StatusReason::Processing
+            }
+            (Some(ExitReason::Request), _) => StatusReason::Request,
+            (Some(ExitReason::Error), _) => StatusReason::Error,
+            (None, _) => StatusReason::None,
+        };
+        ColoStatus {
+            mode: shared.mode,
+            last_mode: shared.last_mode,
+            reason,
+        }
+    }
+
+    /// Driver: COLO begins. `kick` is called once for a request, in the requester's thread, after
+    /// the request was stored. It must end whatever the driver may be blocked in: shut the
+    /// connections, wake a wait.
+    pub fn enter(&self, role: Role, kick: impl Fn() + Send + Sync + 'static) {
+        let mut shared = self.lock();
+        shared.mode = role.into();
+        shared.progress = Progress::None;
+        shared.exit = None;
+        shared.kick = Some(Arc::new(kick));
+    }
+
+    /// Driver: has there been a request since COLO began? True once. To be asked when an action has
+    /// ended, before its event is handed to the machine.
+    #[must_use]
+    pub fn take_request(&self) -> bool {
+        let mut shared = self.lock();
+        let requested = shared.progress == Progress::Requested;
+        if requested {
+            shared.progress = Progress::Active;
+        }
+        requested
+    }
+
+    /// Driver: COLO_EXIT was reported. The mode stays until [`FailoverHandle::left`], since a
+    /// decision may still be waited for.
+    pub fn exited(&self, reason: ExitReason) {
+        self.lock().exit = Some(reason);
+    }
+
+    /// Driver: the machine is at its end, and the hook is let go of.
+    pub fn left(&self) {
+        let kick = {
+            let mut shared = self.lock();
+            shared.last_mode = shared.mode;
+            shared.mode = ColoMode::None;
+            shared.progress = Progress::None;
+            shared.kick.take()
+        };
+        // What the hook owns may use the handle when it is dropped.
+        drop(kick);
+    }
+
+    /// The state is plain values, whole at every moment: a thread that panicked with the lock does
+    /// not spoil it.
+    fn lock(&self) -> MutexGuard<'_, Shared> {
+        self.shared.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl fmt::Debug for FailoverHandle {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let shared = self.lock();
+        f.debug_struct("FailoverHandle")
+            .field("mode", &shared.mode)
+            .field("last_mode", &shared.last_mode)
+            .field("progress", &shared.progress)
+            .field("exit", &shared.exit)
+            .finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use super::*;
+
+    #[test]
+    fn a_request_outside_colo_is_refused() {
+        let handle = FailoverHandle::new();
+        let refused = handle.request().unwrap_err();
+        assert_eq!(refused.to_string(), "VM is not in COLO mode");
+        assert_eq!(handle.status(), ColoStatus::default());
+        handle.enter(Role::Primary, || {});
+        handle.left();
+        assert_eq!(handle.request(), Err(RequestError::NotInColo));
+    }
+
+    #[test]
+    fn a_request_is_stored_before_the_driver_is_woken_and_taken_once() {
+        let handle = FailoverHandle::new();
+        let kicks = Arc::new(AtomicUsize::new(0));
+        let (seen, in_hook) = (kicks.clone(), handle.clone());
+        handle.enter(Role::Secondary, move || {
+            assert!(in_hook.take_request());
+            seen.fetch_add(1, Ordering::Relaxed);
+        });
+        handle.request().unwrap();
+        assert_eq!(kicks.load(Ordering::Relaxed), 1);
+        assert!(!handle.take_request());
+        let refused = handle.request().unwrap_err();
+        assert_eq!(refused.to_string(), "COLO failover is already activated");
+    }
+
+    #[test]
+    fn the_status_follows_a_failover() {
+        let handle = FailoverHandle::new();
+        let status = |mode, last_mode, reason| ColoStatus {
+            mode,
+            last_mode,
+            reason,
+        };
+        handle.enter(Role::Secondary, || {});
+        let in_colo = status(ColoMode::Secondary, ColoMode::None, StatusReason::None);
+        assert_eq!(handle.status(), in_colo);
+        handle.exited(ExitReason::Error);
+        let undecided = status(ColoMode::Secondary, ColoMode::None, StatusReason::Error);
+        assert_eq!(handle.status(), undecided);
+        handle.request().unwrap();
+        let under_way = status(
+            ColoMode::Secondary,
+            ColoMode::None,
+            StatusReason::Processing,
+        );
+        assert_eq!(handle.status(), under_way);
+        assert!(handle.take_request());
+        handle.left();
+        let over = status(ColoMode::None, ColoMode::Secondary, StatusReason::Error);
+        assert_eq!(handle.status(), over);
+    }
+
+    #[test]
+    fn of_many_requests_at_once_one_is_accepted() {
+        let handle = FailoverHandle::new();
+        handle.enter(Role::Primary, || {});
+        let accepted = std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..8)
+                .map(|_| scope.spawn(|| handle.request().is_ok()))
+                .collect();
+            threads
+                .into_iter()
+                .map(|thread| usize::from(thread.join().unwrap()))
+                .sum::<usize>()
+        });
+        assert_eq!(accepted, 1);
+        assert!(handle.take_request());
+    }
+}

@@ -1,0 +1,129 @@
+//! What a checkpoint cost.
+
+use std::time::{Duration, Instant};
+
+use crate::step::Step;
+
+/// One complete checkpoint, as one side saw it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct CheckpointReport {
+    /// Counts from 1.
+    pub number: u64,
+    /// How long this side's guest did not run: from the beginning of [`Step::StopVm`] to the end of
+    /// [`Step::ResumeVm`].
+    pub pause: Duration,
+    /// The steps in order, each with the time it took.
+    pub steps: Vec<(Step, Duration)>,
+    /// Bytes of RAM on the wire, with their headers, on all channels.
+    pub ram_bytes: u64,
+    /// Pages on the wire, zero pages included.
+    pub dirty_pages: u64,
+    /// Bytes of device state.
+    pub device_bytes: u64,
+}
+
+impl CheckpointReport {
+    /// How long a step took; `None` if it is not one of this side's.
+    #[must_use]
+    pub fn time_of(&self, step: Step) -> Option<Duration> {
+        self.steps
+            .iter()
+            .find_map(|&(taken, time)| (taken == step).then_some(time))
+    }
+}
+
+/// Collects the reports of one side's checkpoints.
+#[derive(Clone, Debug, Default)]
+pub struct CheckpointMeter {
+    report: CheckpointReport,
+    stopped: Option<Instant>,
+}
+
+impl CheckpointMeter {
+    /// A meter before the first checkpoint.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// A step has been carried out.
+    pub fn step(&mut self, step: Step, began: Instant, ended: Instant) {
+        match step {
+            Step::StopVm => self.stopped = Some(began),
+            Step::ResumeVm => {
+                self.report.pause = self.stopped.take().map_or(Duration::ZERO, |stopped| {
+                    ended.saturating_duration_since(stopped)
+                });
+            }
+            _ => {}
+        }
+        let time = ended.saturating_duration_since(began);
+        self.report.steps.push((step, time));
+    }
+
+    /// RAM has crossed.
+    pub const fn ram(&mut self, bytes: u64, dirty_pages: u64) {
+        self.report.ram_bytes = bytes;
+        self.report.dirty_pages = dirty_pages;
+    }
+
+    /// Device state has crossed.
+    pub const fn devices(&mut self, bytes: u64) {
+        self.report.device_bytes = bytes;
+    }
+
+    /// The report of the checkpoint that is complete now; the next begins. What came before the
+    /// request (COLO's start, the wait for the checkpoint to become due) is left out.
+    pub fn complete(&mut self) -> CheckpointReport {
+        let number = self.report.number + 1;
+        let mut report = std::mem::take(&mut self.report);
+        let began = report
+            .steps
+            .iter()
+            .position(|(step, _)| step.begins_checkpoint())
+            .unwrap_or(0);
+        report.steps.drain(..began);
+        report.number = number;
+        self.report.number = number;
+        report
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::message::Message;
+    use crate::step::Wait;
+
+    const MS: Duration = Duration::from_millis(1);
+
+    #[test]
+    fn the_pause_lasts_from_the_stop_to_the_end_of_the_resume() {
+        let start = Instant::now();
+        let mut meter = CheckpointMeter::new();
+        let due = Step::Await(Wait::CheckpointDue);
+        let request = Step::Send(Message::CheckpointRequest);
+        for _ in 0..2 {
+            meter.step(Step::ResumeVm, start, start);
+        }
+        meter.step(due, start, start + 200 * MS);
+        meter.step(request, start + 200 * MS, start + 201 * MS);
+        meter.step(Step::StopVm, start + 201 * MS, start + 202 * MS);
+        meter.step(Step::SendRam, start + 202 * MS, start + 209 * MS);
+        meter.ram(8192, 2);
+        meter.devices(100);
+        meter.step(Step::ResumeVm, start + 209 * MS, start + 210 * MS);
+        let report = meter.complete();
+        assert_eq!(report.number, 1);
+        assert_eq!(report.pause, 9 * MS);
+        assert_eq!(report.time_of(Step::SendRam), Some(7 * MS));
+        assert_eq!(report.time_of(due), None);
+        assert_eq!(report.steps.len(), 4);
+        assert_eq!(
+            (report.ram_bytes, report.dirty_pages, report.device_bytes),
+            (8192, 2, 100)
+        );
+        let empty = meter.complete();
+        assert_eq!((empty.number, empty.ram_bytes), (2, 0));
+    }
+}

@@ -1,0 +1,265 @@
+//! What a machine asks of its driver, and what the driver tells it.
+
+use std::{fmt, io};
+
+use crate::cause::{ColoExit, Outcome};
+use crate::message::Message;
+
+/// What the driver has to do now.
+///
+/// There is one action at a time, because how it ends decides what comes next. The driver carries
+/// it out and hands the machine the one [`Event`] it ended with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Action {
+    /// Carry out a step.
+    Perform(Step),
+    /// Tell the world that COLO has ended on this side (QMP event COLO_EXIT). Comes exactly once in
+    /// the life of a machine; answered by [`Event::Done`].
+    EmitExit(ColoExit),
+    /// The machine is at its end and takes no more events.
+    Finish(Outcome),
+}
+
+impl Action {
+    /// Is this a wait, which a request ends (see [`Event::FailoverRequested`])?
+    #[must_use]
+    pub const fn is_wait(&self) -> bool {
+        matches!(self, Self::Perform(Step::Await(_)))
+    }
+}
+
+impl fmt::Display for Action {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Perform(step) => step.fmt(f),
+            Self::EmitExit(exit) => write!(f, "reporting that {exit}"),
+            Self::Finish(outcome) => write!(f, "finished: {outcome}"),
+        }
+    }
+}
+
+/// One step of COLO.
+///
+/// A step *on the wire* talks to the peer and has a [`Bound`]; any other is local. What was sent
+/// must be on its way before a step begins that sends nothing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Step {
+    /// Wire: send a message that nothing follows, or [`Message::VmstateSend`].
+    Send(Message),
+    /// Wire: wait.
+    Await(Wait),
+    /// Wire: send the RAM as a section stream that ends with EOF, with the VM stopped.
+    SendRam,
+    /// Wire: send [`Message::VmstateSize`], the size, and the device state that was saved.
+    SendDevices,
+    /// Wire: read the section stream with the RAM into the cache. No page of it may reach the guest.
+    ReceiveRam,
+    /// Wire: read the size ([`decode_device_size`](crate::message::decode_device_size)) and the
+    /// device state into a buffer.
+    ReceiveDevices,
+    /// Stop the VM. Without effect on one that is stopped.
+    StopVm,
+    /// Let the VM run.
+    ResumeVm,
+    /// Begin to log which pages the secondary's guest writes. From here on RAM and cache differ.
+    StartDirtyLog,
+    /// Save the state of all devices into a buffer, with the VM stopped.
+    SaveDevices,
+    /// Parse and check all of the received device state without touching a device, and check that
+    /// the received RAM is complete. After this nothing that can be foreseen may fail.
+    StageDevices,
+    /// Reset all devices. Before [`Step::Flush`], because a reset may write RAM.
+    Reset,
+    /// Copy every page that either side has written since the last checkpoint from cache to RAM.
+    Flush,
+    /// Put the staged device state into the devices.
+    InstallDevices,
+    /// Start disk replication on this side.
+    StartReplication,
+    /// Ask disk replication whether it has met an error since.
+    CheckReplication,
+    /// Tell disk replication that this is a checkpoint.
+    CheckpointReplication,
+    /// Stop disk replication.
+    StopReplication {
+        /// This side's disk becomes the disk: what is only buffered is committed.
+        failover: bool,
+    },
+    /// Hold the guest's output back from now on.
+    HoldOutput,
+    /// Let out what the guest has put out before the checkpoint.
+    ReleaseOutput,
+    /// Forget what the guest has put out: its state was replaced by the primary's, which puts out
+    /// its own.
+    DiscardOutput,
+    /// Let everything out, and hold nothing back any more.
+    OpenOutput,
+    /// A checkpoint is complete: report it and count the delay to the next.
+    ReportCheckpoint,
+    /// Shut both directions of every connection to the peer, so that it learns of the end at once.
+    Disconnect,
+}
+
+impl Step {
+    /// How long the step may take; `None` for a local one.
+    #[must_use]
+    pub const fn bound(self) -> Option<Bound> {
+        match self {
+            Self::Send(_) => Some(Bound::Message),
+            Self::Await(wait) => Some(wait.bound()),
+            Self::SendRam | Self::SendDevices | Self::ReceiveRam | Self::ReceiveDevices => {
+                Some(Bound::Checkpoint)
+            }
+            _ => None,
+        }
+    }
+
+    /// Is this the first step of a checkpoint on its side?
+    #[must_use]
+    pub const fn begins_checkpoint(self) -> bool {
+        matches!(
+            self,
+            Self::Send(Message::CheckpointRequest | Message::CheckpointReply)
+        )
+    }
+
+    /// Does the step talk to the peer?
+    #[must_use]
+    pub const fn is_on_the_wire(self) -> bool {
+        self.bound().is_some()
+    }
+}
+
+impl fmt::Display for Step {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Send(message) => return write!(f, "sending {message}"),
+            Self::Await(wait) => return write!(f, "waiting for {wait}"),
+            Self::SendRam => "sending ram",
+            Self::SendDevices => "sending device state",
+            Self::ReceiveRam => "receiving ram",
+            Self::ReceiveDevices => "receiving device state",
+            Self::StopVm => "stopping the vm",
+            Self::ResumeVm => "resuming the vm",
+            Self::StartDirtyLog => "starting the dirty log",
+            Self::SaveDevices => "saving device state",
+            Self::StageDevices => "checking received device state",
+            Self::Reset => "resetting devices",
+            Self::Flush => "flushing the ram cache",
+            Self::InstallDevices => "installing device state",
+            Self::StartReplication => "starting replication",
+            Self::CheckReplication => "checking replication",
+            Self::CheckpointReplication => "checkpointing replication",
+            Self::StopReplication { failover: false } => "stopping replication",
+            Self::StopReplication { failover: true } => "failing over replication",
+            Self::HoldOutput => "holding output",
+            Self::ReleaseOutput => "releasing output",
+            Self::DiscardOutput => "discarding output",
+            Self::OpenOutput => "opening output",
+            Self::ReportCheckpoint => "reporting the checkpoint",
+            Self::Disconnect => "disconnecting",
+        })
+    }
+}
+
+/// What is waited for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Wait {
+    /// This message.
+    Message(Message),
+    /// The next checkpoint to become due (primary). The peer says nothing meanwhile, but its going
+    /// away must be noticed.
+    CheckpointDue,
+    /// Somebody to decide which side goes on ([`OnPeerLoss::Wait`](crate::OnPeerLoss::Wait)).
+    Decision,
+}
+
+impl Wait {
+    const fn bound(self) -> Bound {
+        match self {
+            Self::Message(Message::CheckpointRequest) => Bound::Idle,
+            // The peer works before it sends these.
+            Self::Message(
+                Message::CheckpointReady | Message::VmstateReceived | Message::VmstateLoaded,
+            ) => Bound::Checkpoint,
+            Self::Message(_) => Bound::Message,
+            Self::CheckpointDue => Bound::Schedule,
+            Self::Decision => Bound::Operator,
+        }
+    }
+}
+
+impl fmt::Display for Wait {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Message(message) => message.fmt(f),
+            Self::CheckpointDue => f.write_str("the next checkpoint"),
+            Self::Decision => f.write_str("a decision which side goes on"),
+        }
+    }
+}
+
+/// What bounds a step on the wire. [`Timekeeper`](crate::deadline::Timekeeper) makes an instant
+/// of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Bound {
+    /// The deadline of a message the peer owes at once.
+    Message,
+    /// The deadline of the whole checkpoint.
+    Checkpoint,
+    /// The deadline of the secondary for the next request.
+    Idle,
+    /// None of the peer's: the driver wakes when the checkpoint is due.
+    Schedule,
+    /// None: this waits for a person or a management layer, the VM in the state it was in.
+    Operator,
+}
+
+/// What the driver tells a machine.
+///
+/// Every action ends with exactly one event. A local step: [`Event::Done`] or [`Event::Failed`].
+/// A step on the wire that is no wait: also [`Event::PeerLost`] or [`Event::DeadlineExpired`]. A
+/// wait: what was waited for, or any event but `Done`. [`Event::FailoverRequested`] and
+/// [`Event::Quit`] may in addition be handed over during any action. They end a wait; during
+/// anything else the machine keeps them in mind and the action still owes its own event.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Event {
+    /// The action has been carried out.
+    Done,
+    /// It failed through no loss of the peer: the VMM's error, or received data that is not sound.
+    Failed,
+    /// A message was received.
+    Message(Message),
+    /// What was received is the number of no message.
+    UnknownMessage(u32),
+    /// A checkpoint is due.
+    CheckpointDue,
+    /// The connection to the peer is broken.
+    PeerLost(PeerLoss),
+    /// The bound of the step has passed.
+    DeadlineExpired,
+    /// This side was told to go on alone (QMP `x-colo-lost-heartbeat`). Always handed over before
+    /// the event an action ended with, so that a connection broken *by* the request is never taken
+    /// for the reason of the end.
+    FailoverRequested,
+    /// The VM ends: it was told to quit or the guest has shut down.
+    Quit,
+}
+
+/// How the peer was lost.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum PeerLoss {
+    /// It closed the connection, or its host did because the process is gone.
+    Closed,
+    /// The connection failed.
+    Io(io::ErrorKind),
+}
+
+impl fmt::Display for PeerLoss {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Closed => f.write_str("connection closed"),
+            Self::Io(kind) => kind.fmt(f),
+        }
+    }
+}
