@@ -1,1 +1,35 @@
-//! Skeleton.
+//! What the tests across crates share: real QEMU processes, their QMP sockets, captured streams,
+//! guests with known memory, and a harness that says why a test was not run.
+//!
+//! ```no_run
+//! use tests::harness;
+//! use tests::qemu::Machine;
+//!
+//! fn main() -> std::process::ExitCode {
+//!     harness::run(harness::on_each_qemu("a_stopped_guest_is_stopped", (11, 1), |qemu| {
+//!         let mut vm = Machine::new("q35", 16).start(qemu)?;
+//!         vm.wait_status("prelaunch")?;
+//!         Ok(())
+//!     }))
+//! }
+//! ```
+#![forbid(unsafe_code)]
+
+pub mod capture;
+pub mod guest;
+pub mod harness;
+pub mod process;
+pub mod qemu;
+pub mod qmp;
+
+use std::time::Duration;
+
+/// Why a helper could not do its part; a trial that returns it fails with its text.
+pub type Error = Box<dyn std::error::Error + Send + Sync>;
+
+/// What helpers return.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// How long a test waits for another process before it fails: far beyond what a busy machine
+/// needs, far below what a person takes for a hang.
+pub const PATIENCE: Duration = Duration::from_secs(60);

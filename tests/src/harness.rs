@@ -1,0 +1,122 @@
+//! How the tests that need something of the machine are run: what is missing makes a test ignored,
+//! with the reason in the output, and failed where the environment says `CI=true`.
+//!
+//! A test file sets `harness = false` in `Cargo.toml` and calls [`run`] with its trials.
+
+use std::fs::File;
+use std::process::ExitCode;
+use std::{env, fmt};
+
+use libtest_mimic::{Arguments, Completion, Failed, Trial};
+
+use crate::Result;
+use crate::qemu::{self, Binary};
+
+/// Runs the trials as `cargo test` expects, after a line on what they run against.
+pub fn run(trials: impl IntoIterator<Item = Trial>) -> ExitCode {
+    let arguments = Arguments::from_args();
+    if !arguments.list {
+        println!("\nrunning against: {}; {}", qemu_summary(), kvm_summary());
+    }
+    libtest_mimic::run(&arguments, trials.into_iter().collect()).exit_code()
+}
+
+/// A test that runs anywhere.
+pub fn anywhere(name: &str, test: fn() -> Result<()>) -> Trial {
+    Trial::test(name, move || Ok(test()?))
+}
+
+/// A test that needs `/dev/kvm`.
+pub fn on_kvm(name: &str, test: fn() -> Result<()>) -> Trial {
+    Trial::ignorable_test(name, move || match missing_kvm() {
+        None => Ok(test().map(|()| Completion::Completed)?),
+        Some(reason) => missing(reason),
+    })
+    .with_kind("KVM")
+}
+
+/// A test for each QEMU of at least version `since` (major, minor) that the machine has.
+pub fn on_each_qemu(name: &str, since: (u32, u32), test: fn(&Binary) -> Result<()>) -> Vec<Trial> {
+    each_qemu(name, since, "", || None, test)
+}
+
+/// As [`on_each_qemu`], for a test that needs `/dev/kvm` too.
+pub fn on_each_qemu_with_kvm(
+    name: &str,
+    since: (u32, u32),
+    test: fn(&Binary) -> Result<()>,
+) -> Vec<Trial> {
+    each_qemu(name, since, ", KVM", missing_kvm, test)
+}
+
+fn each_qemu(
+    name: &str,
+    since: (u32, u32),
+    also: &str,
+    lacks: fn() -> Option<String>,
+    test: fn(&Binary) -> Result<()>,
+) -> Vec<Trial> {
+    let all = match qemu::binaries() {
+        Ok(all) => all,
+        // A wrong path was asked for by name: no reason to skip in silence.
+        Err(e) => return vec![Trial::test(name, move || Err(Failed::from(e)))],
+    };
+    let fitting: Vec<&'static Binary> = all.iter().filter(|b| b.is_since(since)).collect();
+    if fitting.is_empty() {
+        let reason = format!(
+            "needs QEMU {}.{} or newer in {} or on PATH; found {}",
+            since.0,
+            since.1,
+            qemu::VARIABLE,
+            qemu_summary()
+        );
+        return vec![Trial::ignorable_test(name, move || missing(reason))];
+    }
+    fitting
+        .into_iter()
+        .map(|binary| {
+            Trial::ignorable_test(name, move || match lacks() {
+                None => Ok(test(binary).map(|()| Completion::Completed)?),
+                Some(reason) => missing(reason),
+            })
+            .with_kind(format!("{binary}{also}"))
+        })
+        .collect()
+}
+
+/// Ignored with the reason; failed in CI, where the machine has to have everything.
+fn missing(reason: impl fmt::Display) -> std::result::Result<Completion, Failed> {
+    if env::var("CI").is_ok_and(|ci| ci == "true") {
+        Err(Failed::from(format!("missing in CI: {reason}")))
+    } else {
+        Ok(Completion::ignored_with(reason))
+    }
+}
+
+/// Why guests cannot run in KVM here, `None` if they can.
+#[must_use]
+pub fn missing_kvm() -> Option<String> {
+    match File::options().read(true).write(true).open("/dev/kvm") {
+        Ok(_) => None,
+        Err(e) => Some(format!("needs /dev/kvm: {e}")),
+    }
+}
+
+fn qemu_summary() -> String {
+    match qemu::binaries() {
+        Ok([]) => "no QEMU".to_owned(),
+        Ok(all) => {
+            let names: Vec<String> = all.iter().map(ToString::to_string).collect();
+            names.join(", ")
+        }
+        Err(e) => e.to_owned(),
+    }
+}
+
+fn kvm_summary() -> &'static str {
+    if missing_kvm().is_none() {
+        "KVM"
+    } else {
+        "no KVM"
+    }
+}
