@@ -1,0 +1,93 @@
+//! What can go wrong with a cache.
+
+use std::io;
+
+use vm_memory::mmap::MmapRegionError;
+
+use crate::bitmap::BitmapError;
+
+/// Why a cache could not be made or a range not be reached.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum CacheError {
+    /// A block is empty or does not start and end on a page boundary.
+    #[error(
+        "ram block '{name}' ({len:#x} bytes at {offset_in_region:#x} of its mapping) is not one or more whole pages"
+    )]
+    NotWholePages {
+        /// The block.
+        name: String,
+        /// Where it starts in its mapping, bytes.
+        offset_in_region: usize,
+        /// Its length, bytes.
+        len: usize,
+    },
+    /// A block does not lie in the guest mapping it was given with.
+    #[error(
+        "ram block '{name}' ({len:#x} bytes at {offset_in_region:#x}) is outside its mapping of {region_len:#x} bytes"
+    )]
+    OutsideRegion {
+        /// The block.
+        name: String,
+        /// Where it starts in its mapping, bytes.
+        offset_in_region: usize,
+        /// Its length, bytes.
+        len: usize,
+        /// Length of the mapping, bytes.
+        region_len: usize,
+    },
+    /// Two blocks are the same guest memory.
+    #[error("ram blocks '{first}' and '{second}' overlap in guest memory")]
+    Overlap {
+        /// The block that comes first in the list.
+        first: String,
+        /// The block that comes later in the list.
+        second: String,
+    },
+    /// The host cannot provide the memory of the copy.
+    #[error("cannot map a cache of {len:#x} bytes for ram block '{name}'")]
+    Map {
+        /// The block.
+        name: String,
+        /// Bytes wanted.
+        len: usize,
+        /// The host's answer.
+        source: MmapRegionError,
+    },
+    /// The cache cannot be kept out of core dumps.
+    #[error("cannot exclude the cache of ram block '{name}' from core dumps")]
+    CoreDump {
+        /// The block.
+        name: String,
+        /// The host's answer.
+        source: io::Error,
+    },
+    /// There is no block of that index.
+    #[error("no ram block {block}: the cache has {blocks}")]
+    NoBlock {
+        /// The index asked for.
+        block: usize,
+        /// Number of blocks.
+        blocks: usize,
+    },
+    /// The range does not lie in the block.
+    #[error("range {offset:#x}+{len:#x} is outside ram block '{name}' of {block_len:#x} bytes")]
+    OutOfBlock {
+        /// The block.
+        name: String,
+        /// Start of the range in the block, bytes.
+        offset: u64,
+        /// Length of the range, bytes.
+        len: usize,
+        /// Length of the block, bytes.
+        block_len: usize,
+    },
+    /// The block's dirty bitmap refuses, or there is no memory for it.
+    #[error("dirty bitmap of ram block '{name}'")]
+    Bitmap {
+        /// The block.
+        name: String,
+        /// Why.
+        source: BitmapError,
+    },
+}
