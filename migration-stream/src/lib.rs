@@ -4,6 +4,7 @@
 pub mod codec;
 pub mod command;
 pub mod configuration;
+pub mod decoder;
 mod error;
 pub mod header;
 pub mod io;

@@ -260,6 +260,9 @@ pub enum SectionError {
         /// The version known.
         expected: u32,
     },
+    /// The stream was decoded to its end.
+    #[error("the stream has ended")]
+    AfterEnd,
     /// The description after EOF is longer than allowed.
     #[error("vm description of {len} bytes, at most {max} expected")]
     DescriptionLength {

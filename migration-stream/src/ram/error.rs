@@ -57,9 +57,15 @@ pub enum RamError {
     /// A block list outside a set-up section, or a second one.
     #[error("ram block list outside of set-up")]
     UnexpectedSetup,
-    /// A set-up section without a block list, or pages before it.
-    #[error("ram records before the block list")]
-    SetupMissing,
+    /// Something else stands where the block list belongs.
+    #[error("ram record with flags {flags:#x} before the block list")]
+    SetupMissing {
+        /// The record's flags.
+        flags: u64,
+    },
+    /// The stream's RAM was not set up and left.
+    #[error("a checkpoint before ram was set up")]
+    NotSetUp,
     /// The blocks are longer than the total announced before them.
     #[error(
         "ram block '{name}' of {used_length:#x} bytes, but only {remaining:#x} of the announced total are left"

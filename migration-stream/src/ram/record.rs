@@ -20,7 +20,7 @@ pub(super) const FLAG_XBZRLE: u64 = 0x040;
 pub(super) const FLAG_HOOK: u64 = 0x080;
 pub(super) const FLAG_COMPRESS_PAGE: u64 = 0x100;
 pub(super) const FLAG_MULTIFD_FLUSH: u64 = 0x200;
-const FLAGS: u64 = PAGE_SIZE - 1;
+pub(super) const FLAGS: u64 = PAGE_SIZE - 1;
 
 /// A page: its block and its byte offset there, a multiple of [`PAGE_SIZE`] inside the block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]

@@ -9,7 +9,7 @@
 
 use bytes::BufMut;
 
-use super::record::FLAG_MEM_SIZE;
+use super::record::{FLAG_MEM_SIZE, FLAGS};
 use super::{RamBlock, RamBlockTable, RamError};
 use crate::codec::{IdStr, Reader, put_counted};
 use crate::error::DecodeError;
@@ -41,6 +41,21 @@ impl SetupDecoder {
         Self {
             remaining: total,
             blocks: Vec::new(),
+        }
+    }
+
+    /// Reads the size record with which a set-up begins; no other record can be read before the
+    /// blocks are known.
+    ///
+    /// # Errors
+    /// [`RamError::SetupMissing`] for any other record, or the bytes end before it does.
+    pub fn begin(r: &mut Reader<'_>) -> Result<Self, DecodeError> {
+        let at = r.clone();
+        match r.be64()? {
+            word if word & FLAGS == FLAG_MEM_SIZE => Ok(Self::new(word & !FLAGS)),
+            word => Err(at.error(RamError::SetupMissing {
+                flags: word & FLAGS,
+            })),
         }
     }
 
@@ -81,8 +96,8 @@ impl SetupDecoder {
     ///
     /// # Errors
     /// The list is empty or names a block twice.
-    pub fn finish(self) -> Result<RamBlockTable, RamError> {
-        Ok(RamBlockTable::new(self.blocks)?)
+    pub fn finish(&mut self) -> Result<RamBlockTable, RamError> {
+        Ok(RamBlockTable::new(std::mem::take(&mut self.blocks))?)
     }
 }
 
