@@ -167,6 +167,11 @@ impl IdStr {
         &self.0
     }
 
+    /// The name of the RAM section.
+    pub(crate) fn ram() -> Self {
+        Self(crate::ram::RAM_IDSTR.into())
+    }
+
     /// Appends the counted string.
     pub fn encode(&self, out: &mut impl BufMut) {
         put_counted(out, &self.0);

@@ -9,13 +9,16 @@ mod error;
 pub mod header;
 pub mod io;
 mod memory;
+pub mod precopy;
 pub mod ram;
+mod reader;
 pub mod return_path;
 pub mod section;
 mod transport;
 
 pub use error::{Cause, DecodeError};
 pub use memory::{DirtyLog, GuestRam, MemoryError, PageStore};
+pub use reader::StreamReader;
 pub use transport::{PageBarrier, PageTransport, StreamWriter, TransportCounters, TransportError};
 
 /// The page size of the stream, bytes. x86 guests have no other.

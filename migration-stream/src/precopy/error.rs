@@ -1,0 +1,120 @@
+//! Why a migration failed.
+
+use std::{error, io};
+
+use crate::command::CommandNumber;
+use crate::section::SectionId;
+use crate::{MemoryError, TransportError};
+
+/// Any error of a VMM's own.
+pub type BoxError = Box<dyn error::Error + Send + Sync>;
+
+/// Why an outgoing migration failed. The guest runs on at the source.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum SourceError {
+    /// The main stream could not be written.
+    #[error("writing the migration stream: {0}")]
+    Stream(#[from] io::Error),
+    /// Pages could not be sent.
+    #[error("sending guest memory: {0}")]
+    Transport(#[from] TransportError),
+    /// Guest memory or its dirty log could not be read.
+    #[error("reading guest memory: {0}")]
+    Memory(#[from] MemoryError),
+    /// The return path broke, or carried what it must not.
+    #[error("return path: {0}")]
+    ReturnPath(#[source] BoxError),
+    /// The destination reported a failure by a SHUT message.
+    #[error("the destination reported error {status}")]
+    Refused {
+        /// The status of its SHUT message, not 0.
+        status: u32,
+    },
+    /// The destination did not confirm the migration.
+    #[error("the destination closed the return path without confirming the migration")]
+    Unconfirmed,
+    /// The VMM could not stop, resume or save the VM.
+    #[error("{what}: {source}")]
+    Vm {
+        /// What was attempted.
+        what: &'static str,
+        /// Why it failed.
+        source: BoxError,
+    },
+    /// The VMM asked for it.
+    #[error("the migration was cancelled")]
+    Cancelled,
+}
+
+/// Why an incoming migration failed. The guest was not started.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum TargetError {
+    /// The main stream could not be read.
+    #[error("reading the migration stream at offset {offset:#x}: {source}")]
+    Stream {
+        /// Where in the stream.
+        offset: u64,
+        /// Why.
+        source: io::Error,
+    },
+    /// The stream says what it must not.
+    #[error(transparent)]
+    Decode(#[from] crate::DecodeError),
+    /// Pages could not be received.
+    #[error("receiving guest memory: {0}")]
+    Transport(#[from] TransportError),
+    /// A page could not be stored.
+    #[error("storing guest memory: {0}")]
+    Memory(#[from] MemoryError),
+    /// A message could not be sent on the return path.
+    #[error("return path: {0}")]
+    ReturnPath(#[source] io::Error),
+    /// A PING, or another command that wants an answer, came before the return path was opened.
+    #[error(
+        "command {command:?} at offset {offset:#x} wants an answer, and no return path is open"
+    )]
+    NoReturnPath {
+        /// The command.
+        command: CommandNumber,
+        /// Where in the stream.
+        offset: u64,
+    },
+    /// A command that this target does not serve.
+    #[error("command {command:?} at offset {offset:#x} is not supported here")]
+    Unsupported {
+        /// The command.
+        command: CommandNumber,
+        /// Where in the stream.
+        offset: u64,
+    },
+    /// A PART or END section of something else than RAM.
+    #[error("section {id} at offset {offset:#x} has several parts, which only ram has here")]
+    IterableDevice {
+        /// The section.
+        id: SectionId,
+        /// Where in the stream.
+        offset: u64,
+    },
+    /// A device section could not be loaded.
+    #[error("device section '{idstr}' instance {instance} at offset {offset:#x}: {source}")]
+    Device {
+        /// Its idstr.
+        idstr: String,
+        /// Its instance id.
+        instance: u32,
+        /// Where its body begins.
+        offset: u64,
+        /// What the VMM says of it.
+        source: BoxError,
+    },
+    /// What must be there is not.
+    #[error("the stream ended at offset {offset:#x} without {what}")]
+    Missing {
+        /// What was expected.
+        what: &'static str,
+        /// Where in the stream.
+        offset: u64,
+    },
+}

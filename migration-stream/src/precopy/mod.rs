@@ -1,0 +1,40 @@
+//! Precopy live migration: the source iterates over guest memory while the guest runs, stops it and
+//! switches over; the target loads.
+//!
+//! ```text
+//! source                                     target
+//! header, configuration,
+//! OPEN_RETURN_PATH, PING          ->
+//! START ram (block list)          ->
+//!                                 <-         PONG
+//! PART ram ... while the guest runs ->       pages into the store
+//! [guest stops]
+//! SWITCHOVER_START, END ram,
+//! FULL devices, EOF, description  ->
+//!                                 <-         SHUT(0): everything is loaded
+//! ```
+//!
+//! Nothing here knows a socket, a thread or a hypervisor: see [`crate::io`], [`PageTransport`],
+//! [`PageStore`], [`GuestRam`], [`DirtyLog`] for what is plugged in.
+//!
+//! [`PageTransport`]: crate::PageTransport
+//! [`PageStore`]: crate::PageStore
+//! [`GuestRam`]: crate::GuestRam
+//! [`DirtyLog`]: crate::DirtyLog
+
+mod error;
+mod limits;
+mod pending;
+mod ram;
+mod return_path;
+mod source;
+mod target;
+
+pub use error::{BoxError, SourceError, TargetError};
+pub use limits::Limits;
+pub use ram::{RamSender, RamSetup};
+pub use return_path::ReturnPathReader;
+pub use source::{
+    Control, DeviceSection, Progress, Source, SourceConfig, SourceVm, SwitchedOver, encode_devices,
+};
+pub use target::{Body, CheckpointReceiver, Loaded, Received, Target, TargetConfig, TargetVm};

@@ -1,0 +1,216 @@
+//! The sending side of the RAM section, from the announcement to every END after it.
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Instant;
+
+use super::error::SourceError;
+use super::pending::PendingPages;
+use crate::codec::IdStr;
+use crate::ram::{RAM_VERSION, encode_end_of_section, encode_setup_list};
+use crate::section::{self, Announcement, Continuation, InstanceId, SectionHeader, SectionId};
+use crate::{DirtyLog, GuestRam, PAGE_SIZE, PageTransport, StreamWriter, TransportCounters};
+
+/// Pages are taken from the bitmap in runs of at most this many: a multifd packet's worth. Budgets
+/// and cancellation are looked at between runs.
+const RUN_PAGES: u64 = 128;
+
+/// RAM before it is announced. Announcing consumes it: what comes out can send pages, for precopy
+/// and for any number of checkpoints, but has no way to run the set-up again.
+pub struct RamSetup<T, D> {
+    /// Guest memory.
+    pub ram: Arc<dyn GuestRam>,
+    /// Who knows what the guest writes.
+    pub log: D,
+    /// How pages leave.
+    pub transport: T,
+}
+
+impl<T: PageTransport, D: DirtyLog> RamSetup<T, D> {
+    /// Starts the dirty log and writes the START section: the block list, and a first
+    /// synchronisation of the transport.
+    ///
+    /// # Errors
+    /// The log's, the transport's, the stream's.
+    pub fn announce(
+        mut self,
+        section: SectionId,
+        out: &mut StreamWriter,
+    ) -> Result<RamSender<T, D>, SourceError> {
+        self.log.start()?;
+        let pending = PendingPages::all(self.ram.blocks());
+        let mut bytes = bytes::BytesMut::new();
+        SectionHeader {
+            kind: Announcement::Start,
+            id: section,
+            idstr: IdStr::ram(),
+            instance: InstanceId(0),
+            version: RAM_VERSION,
+        }
+        .encode(&mut bytes);
+        encode_setup_list(self.ram.blocks(), &mut bytes);
+        out.write_bytes(&bytes)?;
+        self.transport.sync(out)?;
+        let mut sender = RamSender {
+            ram: self.ram,
+            log: self.log,
+            transport: self.transport,
+            section,
+            pending,
+            unsynced: false,
+        };
+        sender.close_body(out)?;
+        Ok(sender)
+    }
+}
+
+/// How much one PART may take.
+#[derive(Clone, Copy, Debug)]
+pub struct Budget {
+    /// Bytes on all channels, at least one run is sent.
+    pub bytes: u64,
+    /// No run begins after this.
+    pub until: Instant,
+}
+
+/// Announced RAM: sends pages, in PART sections while the guest runs and in END sections while it
+/// stands still. Dropping it stops the dirty log and ends the transport.
+pub struct RamSender<T, D: DirtyLog> {
+    ram: Arc<dyn GuestRam>,
+    log: D,
+    transport: T,
+    section: SectionId,
+    pending: PendingPages,
+    /// Pages were sent since the transport was last synchronised.
+    unsynced: bool,
+}
+
+impl<T: PageTransport, D: DirtyLog> RamSender<T, D> {
+    /// Pages still to be sent, as far as the log was read.
+    #[must_use]
+    pub const fn pending_pages(&self) -> u64 {
+        self.pending.count()
+    }
+
+    /// Guest memory.
+    #[must_use]
+    pub fn ram(&self) -> &Arc<dyn GuestRam> {
+        &self.ram
+    }
+
+    /// Bytes on every channel so far, and pages.
+    #[must_use]
+    pub fn counters(&self) -> TransportCounters {
+        self.transport.counters()
+    }
+
+    /// See [`PageTransport::set_deadline`].
+    pub fn set_deadline(&mut self, deadline: Option<Instant>) {
+        self.transport.set_deadline(deadline);
+    }
+
+    /// Reads the dirty log, and returns how many pages became pending by it.
+    ///
+    /// # Errors
+    /// The log's.
+    pub fn sync_dirty(&mut self) -> Result<u64, SourceError> {
+        let mut added = 0;
+        let pending = &mut self.pending;
+        self.log.sync(&mut |block, first_page, word| {
+            added += pending.or_word(block, first_page, word);
+        })?;
+        Ok(added)
+    }
+
+    /// Sends pending pages in a PART section while the budget lasts.
+    ///
+    /// # Errors
+    /// The transport's, the stream's.
+    pub fn part(&mut self, out: &mut StreamWriter, budget: Budget) -> Result<(), SourceError> {
+        let mut bytes = bytes::BytesMut::new();
+        section::encode_continuation(Continuation::Part, self.section, &mut bytes);
+        out.write_bytes(&bytes)?;
+        let before = self.bytes(out);
+        while self.send_run(out)? {
+            if self.bytes(out) - before >= budget.bytes || Instant::now() >= budget.until {
+                break;
+            }
+        }
+        if self.pending.count() == 0 {
+            self.sync(out)?;
+        }
+        self.close_body(out)
+    }
+
+    /// Reads the dirty log and sends all that is pending in an END section. The guest must stand
+    /// still: what it wrote after the log was read would be lost. Returns how many pages were sent.
+    ///
+    /// # Errors
+    /// The log's, the transport's, the stream's.
+    pub fn end(&mut self, out: &mut StreamWriter) -> Result<u64, SourceError> {
+        let mut bytes = bytes::BytesMut::new();
+        section::encode_continuation(Continuation::End, self.section, &mut bytes);
+        out.write_bytes(&bytes)?;
+        // Pages on their way must land before newer copies of them follow on another channel.
+        if self.unsynced {
+            self.sync(out)?;
+        }
+        self.sync_dirty()?;
+        let pages = self.pending.count();
+        while self.send_run(out)? {}
+        self.sync(out)?;
+        self.close_body(out)?;
+        Ok(pages)
+    }
+
+    /// Bytes on the main stream and the channels.
+    pub(super) fn bytes(&self, out: &StreamWriter) -> u64 {
+        out.offset() + self.transport.counters().channel_bytes
+    }
+
+    fn send_run(&mut self, out: &mut StreamWriter) -> Result<bool, SourceError> {
+        let Some(run) = self.pending.take_run(RUN_PAGES) else {
+            return Ok(false);
+        };
+        self.unsynced = true;
+        self.transport
+            .send(out, run.block, run.first * PAGE_SIZE, run.pages)?;
+        Ok(true)
+    }
+
+    fn sync(&mut self, out: &mut StreamWriter) -> Result<(), SourceError> {
+        self.transport.sync(out)?;
+        self.unsynced = false;
+        Ok(())
+    }
+
+    fn close_body(&mut self, out: &mut StreamWriter) -> Result<(), SourceError> {
+        let mut bytes = bytes::BytesMut::new();
+        encode_end_of_section(&mut bytes);
+        section::encode_footer(self.section, &mut bytes);
+        Ok(out.write_bytes(&bytes)?)
+    }
+}
+
+impl<T, D: DirtyLog> Drop for RamSender<T, D> {
+    fn drop(&mut self) {
+        // Nobody is left to be told: the log only costs time where it goes on.
+        let _ = self.log.stop();
+    }
+}
+
+impl<T, D> fmt::Debug for RamSetup<T, D> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("RamSetup")
+            .field("blocks", self.ram.blocks())
+            .finish_non_exhaustive()
+    }
+}
+
+impl<T, D: DirtyLog> fmt::Debug for RamSender<T, D> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("RamSender")
+            .field("pending", &self.pending.count())
+            .finish_non_exhaustive()
+    }
+}

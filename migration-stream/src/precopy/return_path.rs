@@ -1,0 +1,140 @@
+//! The source's end of the return path.
+
+use std::time::Instant;
+use std::{fmt, io};
+
+use super::error::SourceError;
+use crate::codec::Reader;
+use crate::io::ByteSource;
+use crate::return_path::ReturnPathMessage as Message;
+
+/// Reads return-path messages, and never a byte beyond the message it is at: behind the final SHUT
+/// COLO's own messages follow on the same channel.
+pub struct ReturnPathReader {
+    source: Box<dyn ByteSource>,
+    partial: Vec<u8>,
+    offset: u64,
+}
+
+impl ReturnPathReader {
+    /// The return path over the reverse direction of the main channel.
+    #[must_use]
+    pub fn new(source: impl ByteSource + 'static) -> Self {
+        Self {
+            source: Box::new(source),
+            partial: Vec::new(),
+            offset: 0,
+        }
+    }
+
+    /// Looks at what has arrived while the migration runs, without waiting.
+    ///
+    /// # Errors
+    /// The destination reported a failure or closed the connection, or it sent what it must not
+    /// before everything was sent.
+    pub fn check_progress(&mut self) -> Result<(), SourceError> {
+        while let Some(message) = self.try_next()? {
+            match message {
+                Message::Pong(_) | Message::SwitchoverAck => {}
+                Message::Shut { status: 0 } => return Err(SourceError::Unconfirmed),
+                Message::Shut { status } => return Err(SourceError::Refused { status }),
+                other => return Err(unexpected(&other)),
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits for the SHUT message by which the destination confirms.
+    ///
+    /// # Errors
+    /// It reports a failure, does not come before `deadline`, or something else comes.
+    pub fn wait_for_shut(&mut self, deadline: Instant) -> Result<(), SourceError> {
+        self.source.set_read_deadline(Some(deadline));
+        let result = loop {
+            match self.next() {
+                Ok(Message::Shut { status: 0 }) => break Ok(()),
+                Ok(Message::Shut { status }) => break Err(SourceError::Refused { status }),
+                Ok(Message::Pong(_) | Message::SwitchoverAck) => {}
+                Ok(other) => break Err(unexpected(&other)),
+                Err(e) => break Err(e),
+            }
+        };
+        self.source.set_read_deadline(None);
+        result
+    }
+
+    /// The channel, to be read from behind the last message.
+    #[must_use]
+    pub fn into_source(self) -> Box<dyn ByteSource> {
+        self.source
+    }
+
+    fn next(&mut self) -> Result<Message, SourceError> {
+        loop {
+            let missing = match self.decode()? {
+                Ok(message) => return Ok(message),
+                Err(missing) => missing,
+            };
+            let at = self.partial.len();
+            self.partial.resize(at + missing, 0);
+            let n = self.source.read(&mut self.partial[at..]).map_err(broken)?;
+            self.partial.truncate(at + n);
+            if n == 0 {
+                return Err(SourceError::Unconfirmed);
+            }
+        }
+    }
+
+    fn try_next(&mut self) -> Result<Option<Message>, SourceError> {
+        loop {
+            let missing = match self.decode()? {
+                Ok(message) => return Ok(Some(message)),
+                Err(missing) => missing,
+            };
+            let at = self.partial.len();
+            self.partial.resize(at + missing, 0);
+            let read = self
+                .source
+                .try_read(&mut self.partial[at..])
+                .map_err(broken);
+            self.partial
+                .truncate(at + read.as_ref().ok().copied().flatten().unwrap_or(0));
+            match read? {
+                None => return Ok(None),
+                Some(0) => return Err(SourceError::Unconfirmed),
+                Some(_) => {}
+            }
+        }
+    }
+
+    /// The message that is complete, or how many bytes it still lacks.
+    fn decode(&mut self) -> Result<Result<Message, usize>, SourceError> {
+        match Message::decode(&mut Reader::new(&self.partial, self.offset)) {
+            Ok(message) => {
+                self.offset += self.partial.len() as u64;
+                self.partial.clear();
+                Ok(Ok(message))
+            }
+            Err(e) => e
+                .missing()
+                .map(Err)
+                .ok_or_else(|| SourceError::ReturnPath(e.into())),
+        }
+    }
+}
+
+fn broken(error: io::Error) -> SourceError {
+    SourceError::ReturnPath(error.into())
+}
+
+fn unexpected(message: &Message) -> SourceError {
+    SourceError::ReturnPath(format!("message {message:?} has no place in precopy").into())
+}
+
+impl fmt::Debug for ReturnPathReader {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ReturnPathReader")
+            .field("partial", &self.partial.len())
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,365 @@
+//! The source of a live migration: iterate while the guest runs, stop it, switch over.
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::BytesMut;
+
+use super::error::{BoxError, SourceError};
+use super::limits::{Bandwidth, Limits, RateWindow};
+use super::ram::{Budget, RamSender, RamSetup};
+use super::return_path::ReturnPathReader;
+use crate::codec::IdStr;
+use crate::command::Command;
+use crate::configuration::Configuration;
+use crate::section::{Announcement, InstanceId, SectionHeader, SectionId};
+use crate::{DirtyLog, PAGE_SIZE, PageTransport, StreamWriter, TransportCounters, header, section};
+
+/// The section id of RAM; devices follow it.
+const RAM_SECTION: SectionId = SectionId(1);
+/// The value of the one PING, as QEMU's source sends it.
+const PING: u32 = 1;
+/// A PART ends after this long, so that the log, the return path and cancellation are looked at.
+const PART_TIME: Duration = Duration::from_millis(50);
+
+/// One device's saved state, ready for the wire.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DeviceSection {
+    /// Which device.
+    pub idstr: IdStr,
+    /// Tells devices of one idstr apart.
+    pub instance: InstanceId,
+    /// The version of the description that wrote the body.
+    pub version: u32,
+    /// VMState bytes.
+    pub body: Vec<u8>,
+}
+
+/// What a source asks of its VMM.
+pub trait SourceVm {
+    /// Stops the vCPUs; when it returns the guest writes no memory any more.
+    ///
+    /// # Errors
+    /// The VMM's; the migration then fails and the guest runs on.
+    fn stop(&mut self) -> Result<(), BoxError>;
+
+    /// The migration failed after [`SourceVm::stop`]: puts the guest back as it was before.
+    ///
+    /// # Errors
+    /// The VMM's.
+    fn resume(&mut self) -> Result<(), BoxError>;
+
+    /// The state of every device of the stopped VM, in the order of the stream, and the JSON text
+    /// that describes it (QEMU's vmdesc), empty for one that says nothing.
+    ///
+    /// # Errors
+    /// The VMM's; the migration then fails and the guest runs on.
+    fn save_devices(&mut self) -> Result<(Vec<DeviceSection>, String), BoxError>;
+
+    /// Called between steps, at least every 50 ms while the guest runs.
+    fn progress(&mut self, progress: &Progress) -> Control;
+}
+
+/// What to do next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Control {
+    /// Go on.
+    Continue,
+    /// Switch over now, whatever is still pending.
+    SwitchOver,
+    /// Give up; the guest runs on here.
+    Cancel,
+}
+
+/// How far a migration is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Progress {
+    /// Rounds over guest memory so far, from 1; QEMU's dirty-sync-count.
+    pub pass: u64,
+    /// Bytes of guest memory still to be sent, as far as the dirty log was read.
+    pub remaining: u64,
+    /// Bytes of guest memory in all.
+    pub total: u64,
+    /// Bytes on every channel.
+    pub transferred: u64,
+    /// Pages by kind, and the channels' share of the bytes.
+    pub counters: TransportCounters,
+    /// Pages that became dirty in the last round, a second.
+    pub dirty_pages_rate: u64,
+    /// Bytes a second while sending, 0 before the first measurement.
+    pub bandwidth: u64,
+    /// How long the guest would stand still if it were switched over now.
+    pub expected_downtime: Option<Duration>,
+    /// Since the migration began.
+    pub elapsed: Duration,
+}
+
+/// What does not change during a migration.
+#[derive(Clone, Debug)]
+pub struct SourceConfig {
+    /// The configuration section, `None` for a stream without one.
+    pub configuration: Option<Configuration>,
+    /// Whether SWITCHOVER_START announces the final phase (machine types of QEMU 10.0 on).
+    pub switchover_start: bool,
+    /// How long the destination may take to confirm, once everything was sent.
+    pub confirm_timeout: Duration,
+}
+
+/// A live migration whose stream has begun.
+pub struct Source<T, D: DirtyLog> {
+    config: SourceConfig,
+    limits: Arc<Limits>,
+    out: StreamWriter,
+    return_path: Option<ReturnPathReader>,
+    ram: RamSender<T, D>,
+    window: RateWindow,
+    bandwidth: Bandwidth,
+    begun: Instant,
+    pass: u64,
+    round: Round,
+    dirty_pages_rate: u64,
+}
+
+/// The current round over guest memory.
+#[derive(Debug)]
+struct Round {
+    begun: Instant,
+    bytes: u64,
+    busy: Duration,
+}
+
+/// A guest that has been handed over: everything it had was sent and, with a return path,
+/// confirmed. It stands still here. Dropping this ends the migration; COLO goes on from it.
+#[derive(Debug)]
+pub struct SwitchedOver<T, D: DirtyLog> {
+    /// The main stream.
+    pub out: StreamWriter,
+    /// The return path, if there is one. It carries no more return-path messages.
+    pub return_path: Option<ReturnPathReader>,
+    /// Guest memory: it can send dirty pages, it cannot be announced again.
+    pub ram: RamSender<T, D>,
+    /// The last figures.
+    pub progress: Progress,
+    /// From the stop of the guest to the confirmation.
+    pub downtime: Duration,
+}
+
+impl<T: PageTransport, D: DirtyLog> Source<T, D> {
+    /// Begins the stream: header, configuration, return path, the announcement of RAM.
+    ///
+    /// # Errors
+    /// The stream's, the transport's, the dirty log's.
+    pub fn start(
+        config: SourceConfig,
+        limits: Arc<Limits>,
+        mut out: StreamWriter,
+        return_path: Option<ReturnPathReader>,
+        setup: RamSetup<T, D>,
+    ) -> Result<Self, SourceError> {
+        let begun = Instant::now();
+        let mut bytes = BytesMut::new();
+        header::encode(&mut bytes);
+        if let Some(configuration) = &config.configuration {
+            configuration.encode(&mut bytes);
+        }
+        if return_path.is_some() {
+            Command::OpenReturnPath.encode(&mut bytes);
+            Command::Ping(PING).encode(&mut bytes);
+        }
+        out.write_bytes(&bytes)?;
+        let ram = setup.announce(RAM_SECTION, &mut out)?;
+        let round = Round {
+            begun: Instant::now(),
+            bytes: ram.bytes(&out),
+            busy: Duration::ZERO,
+        };
+        Ok(Self {
+            config,
+            limits,
+            out,
+            return_path,
+            ram,
+            window: RateWindow::new(begun),
+            bandwidth: Bandwidth::default(),
+            begun,
+            pass: 1,
+            round,
+            dirty_pages_rate: 0,
+        })
+    }
+
+    /// Runs the migration to its end: iterates until what is left fits the downtime limit at the
+    /// measured bandwidth, stops the guest, sends the rest.
+    ///
+    /// # Errors
+    /// Whatever made it fail; the guest then runs on here.
+    pub fn run(mut self, vm: &mut impl SourceVm) -> Result<SwitchedOver<T, D>, SourceError> {
+        self.iterate(vm)?;
+        let stopped = Instant::now();
+        vm.stop().map_err(|source| SourceError::Vm {
+            what: "stopping the guest",
+            source,
+        })?;
+        self.switch_over(vm, stopped).or_else(|error| {
+            vm.resume().map_err(|source| SourceError::Vm {
+                what: "resuming the guest",
+                source,
+            })?;
+            Err(error)
+        })
+    }
+
+    fn iterate(&mut self, vm: &mut impl SourceVm) -> Result<(), SourceError> {
+        loop {
+            match vm.progress(&self.progress()) {
+                Control::Continue => {}
+                Control::SwitchOver => return Ok(()),
+                Control::Cancel => return Err(SourceError::Cancelled),
+            }
+            if let Some(return_path) = &mut self.return_path {
+                return_path.check_progress()?;
+            }
+            if self.ram.pending_pages() == 0 {
+                self.next_round()?;
+                let left = self.ram.pending_pages() * PAGE_SIZE;
+                // Before the first measurement there is nothing to estimate with, but an idle guest
+                // has nothing left to send either.
+                if left == 0
+                    || self
+                        .bandwidth
+                        .time_for(left)
+                        .is_some_and(|t| t <= self.limits.downtime())
+                {
+                    return Ok(());
+                }
+            }
+            self.part()?;
+        }
+    }
+
+    /// All that was known to be dirty has been sent: reads the log again.
+    fn next_round(&mut self) -> Result<(), SourceError> {
+        let dirtied = self.ram.sync_dirty()?;
+        let elapsed = self.round.begun.elapsed().max(Duration::from_micros(1));
+        self.dirty_pages_rate = (u128::from(dirtied) * 1_000_000 / elapsed.as_micros())
+            .try_into()
+            .unwrap_or(u64::MAX);
+        self.pass += 1;
+        self.round = Round {
+            begun: Instant::now(),
+            bytes: self.ram.bytes(&self.out),
+            busy: Duration::ZERO,
+        };
+        Ok(())
+    }
+
+    fn part(&mut self) -> Result<(), SourceError> {
+        let begun = Instant::now();
+        let before = self.ram.bytes(&self.out);
+        let max = self.limits.max_bandwidth();
+        let bytes = if max == 0 { u64::MAX } else { max / 10 };
+        self.ram.part(
+            &mut self.out,
+            Budget {
+                bytes,
+                until: begun + PART_TIME,
+            },
+        )?;
+        let now = Instant::now();
+        let sent = self.ram.bytes(&self.out) - before;
+        self.round.busy += now - begun;
+        self.bandwidth.sample(
+            self.ram.bytes(&self.out) - self.round.bytes,
+            self.round.busy,
+        );
+        let wait = self.window.account(now, sent, max);
+        if !wait.is_zero() {
+            std::thread::sleep(wait);
+        }
+        Ok(())
+    }
+
+    fn switch_over(
+        mut self,
+        vm: &mut impl SourceVm,
+        stopped: Instant,
+    ) -> Result<SwitchedOver<T, D>, SourceError> {
+        let (devices, description) = vm.save_devices().map_err(|source| SourceError::Vm {
+            what: "saving the devices",
+            source,
+        })?;
+        if self.config.switchover_start {
+            let mut bytes = BytesMut::new();
+            Command::SwitchoverStart.encode(&mut bytes);
+            self.out.write_bytes(&bytes)?;
+        }
+        self.ram.end(&mut self.out)?;
+        let mut bytes = BytesMut::new();
+        encode_devices(&devices, &mut bytes);
+        // A receiver waits for the description: one that cannot be sent is replaced, not left out.
+        let description = if description.is_empty() {
+            "{}"
+        } else {
+            &description
+        };
+        let (len, text) =
+            u32::try_from(description.len()).map_or((2, "{}"), |len| (len, description));
+        section::encode_vm_description(len, &mut bytes);
+        bytes.extend_from_slice(text.as_bytes());
+        self.out.write_bytes(&bytes)?;
+        if let Some(return_path) = &mut self.return_path {
+            return_path.wait_for_shut(Instant::now() + self.config.confirm_timeout)?;
+        }
+        Ok(SwitchedOver {
+            progress: self.progress(),
+            downtime: stopped.elapsed(),
+            out: self.out,
+            return_path: self.return_path,
+            ram: self.ram,
+        })
+    }
+
+    /// How far the migration is.
+    #[must_use]
+    pub fn progress(&self) -> Progress {
+        let remaining = self.ram.pending_pages() * PAGE_SIZE;
+        Progress {
+            pass: self.pass,
+            remaining,
+            total: self.ram.ram().blocks().total_bytes(),
+            transferred: self.ram.bytes(&self.out),
+            counters: self.ram.counters(),
+            dirty_pages_rate: self.dirty_pages_rate,
+            bandwidth: self.bandwidth.get().unwrap_or(0),
+            expected_downtime: self.bandwidth.time_for(remaining),
+            elapsed: self.begun.elapsed(),
+        }
+    }
+}
+
+/// Encodes FULL sections, numbered from the one after RAM's, and the EOF behind them: the final
+/// phase of a migration, and the device blob of a COLO checkpoint.
+pub fn encode_devices(devices: &[DeviceSection], out: &mut BytesMut) {
+    for (id, device) in (RAM_SECTION.0 + 1..).map(SectionId).zip(devices) {
+        SectionHeader {
+            kind: Announcement::Full,
+            id,
+            idstr: device.idstr.clone(),
+            instance: device.instance,
+            version: device.version,
+        }
+        .encode(out);
+        out.extend_from_slice(&device.body);
+        section::encode_footer(id, out);
+    }
+    section::encode_eof(out);
+}
+
+impl<T, D: DirtyLog> fmt::Debug for Source<T, D> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Source")
+            .field("pass", &self.pass)
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,444 @@
+//! The target of a live migration: pages into the store, devices to the VMM, answers on the return
+//! path; and what a COLO secondary goes on with after it.
+
+use std::time::Instant;
+use std::{fmt, io};
+
+use bytes::BytesMut;
+use vm_memory::VolatileSlice;
+
+use super::error::{BoxError, TargetError};
+use crate::codec::Reader;
+use crate::command::Command;
+use crate::decoder::{
+    CheckpointDecoder, DecoderConfig, Item, MAX_ITEM_LEN, RamItem, Step, StreamDecoder,
+};
+use crate::io::{ByteSink, Chunk};
+use crate::ram::{PageAddress, RAM_IDSTR};
+use crate::return_path::ReturnPathMessage;
+use crate::section::{SectionHeader, SectionId};
+use crate::{PAGE_SIZE, PageBarrier, PageStore, StreamReader};
+
+/// [`PAGE_SIZE`] as a length in memory.
+#[allow(clippy::cast_possible_truncation)] // 4096
+const PAGE_LEN: usize = PAGE_SIZE as usize;
+
+/// What a target asks of its VMM.
+pub trait TargetVm {
+    /// A device section begins; `body` is as much of what follows as has arrived, and may already
+    /// run over into the next section. Called again with more after [`Body::NeedMore`], from the
+    /// start of the body.
+    ///
+    /// Nothing may change in the VM until the whole stream was loaded: parse, check, and keep.
+    ///
+    /// # Errors
+    /// The device is unknown, or its state is not sound. The migration fails.
+    fn load_device(&mut self, section: &SectionHeader, body: &[u8]) -> Result<Body, BoxError>;
+}
+
+/// What a device found in the bytes shown to it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Body {
+    /// The body is this many bytes long.
+    Complete(usize),
+    /// The body is longer than what was there.
+    NeedMore,
+}
+
+/// What a target expects and bounds.
+#[derive(Clone, Debug)]
+pub struct TargetConfig {
+    /// Header, configuration, footers.
+    pub decoder: DecoderConfig,
+    /// The longest device section accepted, bytes, and the most that device sections taken opaque
+    /// may have together.
+    pub max_devices: usize,
+}
+
+/// Memory that came in.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Received {
+    /// Pages on the main stream that came with data.
+    pub normal_pages: u64,
+    /// Pages on the main stream that came as zero.
+    pub zero_pages: u64,
+    /// Times that the multifd channels were synchronised.
+    pub flushes: u64,
+    /// Bytes of the main stream.
+    pub bytes: u64,
+}
+
+/// An incoming migration.
+#[derive(Debug)]
+pub struct Target {
+    config: TargetConfig,
+    decoder: StreamDecoder,
+    ram_section: Option<SectionId>,
+    link: Link,
+    received: Received,
+}
+
+/// The two directions of the main channel.
+struct Link {
+    reader: StreamReader,
+    return_path: Option<Box<dyn ByteSink>>,
+    /// The source has asked for the return path.
+    open: bool,
+}
+
+/// Where pages go.
+struct Pages<'a> {
+    store: &'a dyn PageStore,
+    barrier: &'a mut dyn PageBarrier,
+}
+
+/// A guest that was taken over, devices included. The source stands still until
+/// [`Loaded::confirm`] and may still take the guest back before.
+#[derive(Debug)]
+pub struct Loaded {
+    decoder: StreamDecoder,
+    link: Link,
+    received: Received,
+}
+
+impl Target {
+    /// A target that fills `store`. The store's blocks are what the source must announce. Messages
+    /// of the return path go to `return_path`, once the source has opened it.
+    #[must_use]
+    pub fn new(
+        config: TargetConfig,
+        reader: StreamReader,
+        return_path: Option<Box<dyn ByteSink>>,
+        store: &dyn PageStore,
+    ) -> Self {
+        Self {
+            decoder: StreamDecoder::new(config.decoder.clone(), Some(store.blocks().clone())),
+            config,
+            ram_section: None,
+            link: Link {
+                reader,
+                return_path,
+                open: false,
+            },
+            received: Received::default(),
+        }
+    }
+
+    /// Loads the stream to its end: pages into `store`, devices through `vm`.
+    ///
+    /// # Errors
+    /// Whatever is wrong with the stream; the source is told by a SHUT message if it can be.
+    pub fn load(
+        self,
+        store: &dyn PageStore,
+        barrier: &mut dyn PageBarrier,
+        vm: &mut dyn TargetVm,
+    ) -> Result<Loaded, TargetError> {
+        self.finish(|target| target.run(&mut Pages { store, barrier }, vm))
+            .map(|(loaded, ())| loaded)
+    }
+
+    fn finish<R>(
+        mut self,
+        load: impl FnOnce(&mut Self) -> Result<R, TargetError>,
+    ) -> Result<(Loaded, R), TargetError> {
+        match load(&mut self) {
+            Ok(result) => {
+                self.received.bytes = self.link.reader.offset();
+                let Self {
+                    decoder,
+                    link,
+                    received,
+                    ..
+                } = self;
+                Ok((
+                    Loaded {
+                        decoder,
+                        link,
+                        received,
+                    },
+                    result,
+                ))
+            }
+            Err(error) => {
+                // The load has failed already: that the source cannot be told changes nothing.
+                let _ = self.link.send(&ReturnPathMessage::Shut { status: 1 });
+                Err(error)
+            }
+        }
+    }
+
+    fn run(&mut self, pages: &mut Pages<'_>, vm: &mut dyn TargetVm) -> Result<(), TargetError> {
+        loop {
+            let offset = self.link.reader.offset();
+            let mut r = Reader::new(self.link.reader.buffered(), offset);
+            match self.decoder.next(&mut r)? {
+                Step::NeedMore { .. } => {
+                    let consumed = r.consumed();
+                    self.link.reader.consume(consumed);
+                    self.link.fill(MAX_ITEM_LEN)?;
+                }
+                Step::Item(item) => {
+                    let consumed = r.consumed();
+                    self.link.reader.consume(consumed);
+                    match item {
+                        Item::Header | Item::Configuration(_) | Item::Footer(_) => {}
+                        Item::Command(command) => self.link.command(&command, offset)?,
+                        Item::Section(header) => {
+                            if header.idstr.as_str() == RAM_IDSTR {
+                                self.ram_section = Some(header.id);
+                            } else {
+                                self.link.device(vm, &header, self.config.max_devices)?;
+                            }
+                        }
+                        Item::Continuation { kind: _, id } => {
+                            if self.ram_section != Some(id) {
+                                return Err(TargetError::IterableDevice { id, offset });
+                            }
+                        }
+                        Item::Ram(item) => self.link.ram(item, pages, &mut self.received)?,
+                        // The description follows.
+                        Item::Eof => {}
+                        Item::VmDescription { len } => {
+                            self.link.skip(len as usize)?;
+                            break;
+                        }
+                    }
+                }
+            }
+        }
+        if self.ram_section.is_none() {
+            let offset = self.link.reader.offset();
+            return Err(TargetError::Missing {
+                what: "a RAM section",
+                offset,
+            });
+        }
+        Ok(())
+    }
+}
+
+impl Link {
+    fn fill(&mut self, limit: usize) -> Result<(), TargetError> {
+        self.reader.fill(limit).map_err(|e| self.broken(e))
+    }
+
+    fn broken(&self, source: io::Error) -> TargetError {
+        TargetError::Stream {
+            offset: self.reader.offset(),
+            source,
+        }
+    }
+
+    fn send(&mut self, message: &ReturnPathMessage) -> Result<(), TargetError> {
+        if let (Some(out), true) = (&mut self.return_path, self.open) {
+            let mut bytes = BytesMut::new();
+            message.encode(&mut bytes);
+            out.write_all(&[Chunk::Bytes(&bytes)])
+                .map_err(TargetError::ReturnPath)?;
+        }
+        Ok(())
+    }
+
+    fn command(&mut self, command: &Command, offset: u64) -> Result<(), TargetError> {
+        match command {
+            Command::OpenReturnPath if self.return_path.is_some() => {
+                self.open = true;
+                Ok(())
+            }
+            Command::Ping(value) if self.open => self.send(&ReturnPathMessage::Pong(*value)),
+            Command::OpenReturnPath | Command::Ping(_) => Err(TargetError::NoReturnPath {
+                command: command.number(),
+                offset,
+            }),
+            // The guest stands still at the source: nothing to do for those who load at the end.
+            Command::SwitchoverStart => Ok(()),
+            _ => Err(TargetError::Unsupported {
+                command: command.number(),
+                offset,
+            }),
+        }
+    }
+
+    fn device(
+        &mut self,
+        vm: &mut dyn TargetVm,
+        header: &SectionHeader,
+        limit: usize,
+    ) -> Result<(), TargetError> {
+        let offset = self.reader.offset();
+        let failed = |source: BoxError| TargetError::Device {
+            idstr: header.idstr.as_str().into(),
+            instance: header.instance.0,
+            offset,
+            source,
+        };
+        loop {
+            let available = self.reader.buffered();
+            match vm.load_device(header, available).map_err(failed)? {
+                Body::Complete(len) if len <= available.len() => {
+                    self.reader.consume(len);
+                    return Ok(());
+                }
+                Body::Complete(len) => {
+                    return Err(failed(
+                        format!("took {len} bytes of the {} there were", available.len()).into(),
+                    ));
+                }
+                Body::NeedMore => self.fill(limit)?,
+            }
+        }
+    }
+
+    fn ram(
+        &mut self,
+        item: RamItem,
+        pages: &mut Pages<'_>,
+        received: &mut Received,
+    ) -> Result<(), TargetError> {
+        match item {
+            RamItem::BlockList(_) | RamItem::EndOfSection => {}
+            RamItem::Page(PageAddress { block, offset }) => {
+                let page: VolatileSlice<'_> = pages.store.prepare(block, offset, PAGE_LEN)?;
+                let read = self.reader.read_payload(&page);
+                read.map_err(|e| self.broken(e))?;
+                pages.store.landed(block, offset, PAGE_LEN)?;
+                received.normal_pages += 1;
+            }
+            RamItem::Zero(PageAddress { block, offset }) => {
+                pages.store.zero(block, offset, PAGE_LEN)?;
+                received.zero_pages += 1;
+            }
+            RamItem::MultifdFlush => {
+                pages.barrier.flush()?;
+                received.flushes += 1;
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads and drops `len` bytes.
+    fn skip(&mut self, mut len: usize) -> Result<(), TargetError> {
+        while len > 0 {
+            let here = len.min(self.reader.buffered().len());
+            self.reader.consume(here);
+            len -= here;
+            if len > 0 && here == 0 {
+                self.fill(MAX_ITEM_LEN)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Loaded {
+    /// What came in.
+    #[must_use]
+    pub const fn received(&self) -> Received {
+        self.received
+    }
+
+    /// Tells the source that everything is loaded, if it has opened a return path. From here on the
+    /// guest belongs to this side.
+    ///
+    /// # Errors
+    /// The return path's.
+    pub fn confirm(&mut self) -> Result<(), TargetError> {
+        self.link.send(&ReturnPathMessage::Shut { status: 0 })
+    }
+
+    /// What a COLO secondary goes on with: the same stream, which from here on carries checkpoints
+    /// and cannot set RAM up again.
+    ///
+    /// # Errors
+    /// The source has not opened a return path, without which there is no COLO.
+    pub fn into_checkpoints(self) -> Result<CheckpointReceiver, TargetError> {
+        let offset = self.link.reader.offset();
+        let missing = |what| TargetError::Missing { what, offset };
+        let decoder = self
+            .decoder
+            .into_checkpoint_decoder()
+            .map_err(|_| missing("a complete RAM section"))?;
+        let out = self.link.return_path.filter(|_| self.link.open);
+        let link = Link {
+            return_path: None,
+            open: false,
+            reader: self.link.reader,
+        };
+        let out = out.ok_or(missing("a return path"))?;
+        Ok(CheckpointReceiver { decoder, link, out })
+    }
+}
+
+/// The receiving side of COLO's checkpoints.
+pub struct CheckpointReceiver {
+    decoder: CheckpointDecoder,
+    link: Link,
+    out: Box<dyn ByteSink>,
+}
+
+impl CheckpointReceiver {
+    /// The main stream, for what is no RAM: messages and device state.
+    pub const fn reader(&mut self) -> &mut StreamReader {
+        &mut self.link.reader
+    }
+
+    /// The return path, which carries no return-path messages any more.
+    pub fn out(&mut self) -> &mut dyn ByteSink {
+        &mut *self.out
+    }
+
+    /// No read or write of the main channel waits longer than until `deadline`.
+    pub fn set_deadline(&mut self, deadline: Option<Instant>) {
+        self.link.reader.set_deadline(deadline);
+        self.out.set_write_deadline(deadline);
+    }
+
+    /// Receives the RAM of one checkpoint, to its EOF, into `store`.
+    ///
+    /// # Errors
+    /// Whatever is wrong with the stream; what was stored until then is part of no checkpoint.
+    pub fn receive_ram(
+        &mut self,
+        store: &dyn PageStore,
+        barrier: &mut dyn PageBarrier,
+    ) -> Result<Received, TargetError> {
+        let begun = self.link.reader.offset();
+        let mut received = Received::default();
+        let mut pages = Pages { store, barrier };
+        loop {
+            let offset = self.link.reader.offset();
+            let mut r = Reader::new(self.link.reader.buffered(), offset);
+            let step = self.decoder.next(&mut r)?;
+            let consumed = r.consumed();
+            self.link.reader.consume(consumed);
+            match step {
+                Step::NeedMore { .. } => self.link.fill(MAX_ITEM_LEN)?,
+                Step::Item(Item::Ram(item)) => self.link.ram(item, &mut pages, &mut received)?,
+                Step::Item(Item::Command(command)) => self.link.command(&command, offset)?,
+                Step::Item(Item::Eof) => break,
+                Step::Item(_) => {}
+            }
+        }
+        received.bytes = self.link.reader.offset() - begun;
+        Ok(received)
+    }
+}
+
+impl fmt::Debug for Link {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Link")
+            .field("reader", &self.reader)
+            .field("return_path", &self.return_path.is_some())
+            .field("open", &self.open)
+            .finish()
+    }
+}
+
+impl fmt::Debug for CheckpointReceiver {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("CheckpointReceiver")
+            .field("link", &self.link)
+            .finish_non_exhaustive()
+    }
+}
