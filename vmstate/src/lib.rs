@@ -4,9 +4,12 @@
 // The derive names this crate by its name, and is used in its own tests.
 extern crate self as vmstate;
 
+#[cfg(any(test, feature = "test-utils"))]
+pub mod conformance;
 mod device;
 mod error;
 mod field;
+mod json;
 mod nested;
 mod reader;
 mod state;
@@ -25,7 +28,7 @@ pub use tree::{
     DeviceStep, DeviceTree, Parsed, Priority, SavedSection, Staged, StagedSection, TreeError,
 };
 pub use types::{Bitmap, Timer, Unused};
-pub use vmdesc::Description;
+pub use vmdesc::{Description, Vmdesc};
 #[cfg(feature = "derive")]
 pub use vmstate_derive::VmState;
 pub use writer::Writer;

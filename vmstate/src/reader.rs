@@ -327,9 +327,11 @@ impl<'a> Reader<'a> {
         if after[..seen] != parent[..seen] {
             return Ok(None);
         }
-        let Some(name) = after.get(..len) else {
+        if seen < parent.len() {
             return undecided(2 + len);
-        };
+        }
+        // It begins with our name: nothing else is meant, even if the body is said to end here.
+        let name = after.get(..len).ok_or_else(|| self.truncated(2 + len))?;
         self.at += 2 + len;
         let version = u32::from_be_bytes(self.take_array()?);
         Ok(Some(SubsectionHeader { name, version }))

@@ -4,7 +4,10 @@ use std::any::Any;
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::{Description, Device, DeviceError, LoadError, Reader, SaveError, VmState, Writer};
+use crate::vmdesc::DeviceDescription;
+use crate::{
+    Description, Device, DeviceError, LoadError, Reader, SaveError, VmState, Vmdesc, Writer,
+};
 
 /// When a section is sent: higher ones first, equal ones as they were registered. The names are
 /// QEMU's; their order is that of QEMU 11.1.
@@ -168,6 +171,24 @@ impl DeviceTree {
     pub fn save_all(&mut self) -> Result<Vec<SavedSection>, TreeError> {
         let saved = self.save_with(Writer::new)?;
         Ok(saved.into_iter().map(|(section, _)| section).collect())
+    }
+
+    /// As [`save_all`](Self::save_all), and notes what the sections consist of.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn save_all_described(&mut self) -> Result<(Vec<SavedSection>, Vmdesc), TreeError> {
+        let mut devices = Vec::new();
+        let mut sections = Vec::new();
+        for (section, description) in self.save_with(Writer::describing)? {
+            devices.extend(description.map(|description| DeviceDescription {
+                idstr: section.idstr.clone(),
+                instance_id: section.instance_id,
+                description,
+            }));
+            sections.push(section);
+        }
+        Ok((sections, Vmdesc::new(devices)))
     }
 
     fn save_with(

@@ -226,6 +226,15 @@ mod tests {
     }
 
     #[test]
+    fn a_subsection_that_is_cut_off_is_truncated_once_its_name_is_ours() {
+        let bytes = [&[0, 12, b'x', 0xc1], TIMEOUT].concat();
+        for end in 4 + 2 + "serial".len()..bytes.len() {
+            let error = from_bytes::<Serial>(&bytes[..end], 3).unwrap_err();
+            assert!(error.is_truncated(), "{end}: {error}");
+        }
+    }
+
+    #[test]
     fn a_stream_that_goes_on_is_truncated_until_the_byte_after_the_body() {
         let mut bytes = to_bytes(&full()).unwrap();
         let body = bytes.len();
