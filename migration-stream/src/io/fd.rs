@@ -1,8 +1,8 @@
 //! A channel over a file descriptor: socket, pipe or file, never blocking beyond its deadline.
 //!
 //! The descriptor is non-blocking; a call that cannot go on waits in `poll` until its deadline.
-//! This is the only file of the crate with `unsafe`: gather and scatter calls on guest memory,
-//! which has no Rust reference to pass to the standard library.
+//! `unsafe` is for gather and scatter calls on guest memory, which has no Rust reference to pass to
+//! the standard library.
 #![allow(unsafe_code)]
 
 use std::io;
@@ -12,21 +12,10 @@ use std::time::{Duration, Instant};
 
 use vm_memory::VolatileSlice;
 
-use super::{ByteSink, ByteSource, Chunk};
+use super::{ByteSink, ByteSource, Chunk, Readiness};
 
 /// The kernel takes at most this many pieces in one call (`UIO_MAXIOV`).
 const MAX_IOVECS: usize = 1024;
-
-/// What became ready in [`FdChannel::wait_readable`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Readiness {
-    /// The channel has bytes, or has ended.
-    Channel,
-    /// The other descriptor has.
-    Other,
-    /// The deadline passed.
-    TimedOut,
-}
 
 /// One direction, or both, of a connection. Clones share the connection, not the deadlines.
 #[derive(Debug)]
@@ -90,31 +79,7 @@ impl FdChannel {
         unsafe { libc::shutdown(self.fd.as_raw_fd(), libc::SHUT_RDWR) };
     }
 
-    /// Waits until the channel can be read, `other` can be read, or `deadline` passes.
-    ///
-    /// # Errors
-    /// Those of `poll`.
-    pub fn wait_readable(
-        &self,
-        other: Option<BorrowedFd<'_>>,
-        deadline: Option<Instant>,
-    ) -> io::Result<Readiness> {
-        let mut fds = [
-            pollfd(self.fd.as_raw_fd(), libc::POLLIN),
-            pollfd(other.map_or(-1, |o| o.as_raw_fd()), libc::POLLIN),
-        ];
-        if !poll(&mut fds, deadline)? {
-            return Ok(Readiness::TimedOut);
-        }
-        // The other descriptor is how somebody asks for attention: it goes first.
-        Ok(if fds[1].revents != 0 {
-            Readiness::Other
-        } else {
-            Readiness::Channel
-        })
-    }
-
-    fn wait(&self, events: libc::c_short, deadline: Option<Instant>) -> io::Result<()> {
+    fn wait_for(&self, events: libc::c_short, deadline: Option<Instant>) -> io::Result<()> {
         let until = deadline.unwrap_or_else(|| Instant::now() + self.limit);
         if poll(
             &mut [pollfd(self.fd.as_raw_fd(), events), pollfd(-1, 0)],
@@ -197,7 +162,7 @@ impl ByteSink for FdChannel {
                     Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
                     Ok(n) => skip(&mut rest, n),
                     Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
-                        self.wait(libc::POLLOUT, self.write_deadline)?;
+                        self.wait_for(libc::POLLOUT, self.write_deadline)?;
                     }
                     Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                     Err(e) => return Err(e),
@@ -235,7 +200,7 @@ impl ByteSource for FdChannel {
         loop {
             match self.read_once(guest, buf) {
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
-                    self.wait(libc::POLLIN, self.read_deadline)?;
+                    self.wait_for(libc::POLLIN, self.read_deadline)?;
                 }
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                 other => return other,
@@ -255,6 +220,26 @@ impl ByteSource for FdChannel {
             }
             other => other.map(Some),
         }
+    }
+
+    fn wait(
+        &mut self,
+        other: Option<BorrowedFd<'_>>,
+        deadline: Option<Instant>,
+    ) -> io::Result<Readiness> {
+        let mut fds = [
+            pollfd(self.fd.as_raw_fd(), libc::POLLIN),
+            pollfd(other.map_or(-1, |o| o.as_raw_fd()), libc::POLLIN),
+        ];
+        if !poll(&mut fds, deadline)? {
+            return Ok(Readiness::TimedOut);
+        }
+        // The other descriptor is how somebody asks for attention: it goes first.
+        Ok(if fds[1].revents != 0 {
+            Readiness::Other
+        } else {
+            Readiness::Channel
+        })
     }
 
     fn set_read_deadline(&mut self, deadline: Option<Instant>) {
@@ -379,7 +364,7 @@ mod tests {
             io::ErrorKind::TimedOut
         );
         assert_eq!(
-            b.wait_readable(None, Some(Instant::now())).unwrap(),
+            b.wait(None, Some(Instant::now())).unwrap(),
             Readiness::TimedOut
         );
     }

@@ -2,6 +2,7 @@
 //! over a file descriptor.
 
 use std::io;
+use std::os::fd::BorrowedFd;
 use std::time::Instant;
 
 use vm_memory::VolatileSlice;
@@ -9,7 +10,18 @@ use vm_memory::VolatileSlice;
 #[cfg(feature = "fd")]
 mod fd;
 #[cfg(feature = "fd")]
-pub use fd::{FdChannel, Readiness};
+pub use fd::FdChannel;
+
+/// What became ready in [`ByteSource::wait`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Readiness {
+    /// The channel has bytes, or has ended.
+    Channel,
+    /// The other descriptor has.
+    Other,
+    /// The deadline passed.
+    TimedOut,
+}
 
 /// A piece of an outgoing gather write.
 #[derive(Clone, Copy, Debug)]
@@ -64,6 +76,17 @@ pub trait ByteSource: Send {
     /// Whatever the transport reports.
     fn try_read(&mut self, buf: &mut [u8]) -> io::Result<Option<usize>>;
 
+    /// Waits until the channel can be read or has ended, `other` can be read, or `deadline` passes
+    /// (never, when there is none). It reads nothing.
+    ///
+    /// # Errors
+    /// Whatever the transport reports.
+    fn wait(
+        &mut self,
+        other: Option<BorrowedFd<'_>>,
+        deadline: Option<Instant>,
+    ) -> io::Result<Readiness>;
+
     /// No read may wait longer than until `deadline`; `None`: the transport's own limit.
     fn set_read_deadline(&mut self, deadline: Option<Instant>);
 
@@ -91,6 +114,13 @@ impl<T: ByteSource + ?Sized> ByteSource for Box<T> {
     }
     fn try_read(&mut self, buf: &mut [u8]) -> io::Result<Option<usize>> {
         (**self).try_read(buf)
+    }
+    fn wait(
+        &mut self,
+        other: Option<BorrowedFd<'_>>,
+        deadline: Option<Instant>,
+    ) -> io::Result<Readiness> {
+        (**self).wait(other, deadline)
     }
     fn set_read_deadline(&mut self, deadline: Option<Instant>) {
         (**self).set_read_deadline(deadline);
