@@ -350,8 +350,8 @@ impl StreamDecoder {
 
     /// The decoder of what a COLO primary sends in its checkpoints, after the stream it began with.
     ///
-    /// The stream need not have been decoded to its end here (device sections may be left to an
-    /// driver that takes them as a whole), but its RAM must have been.
+    /// The stream need not have been decoded to its end here (a driver may take the device sections
+    /// as a whole), but its RAM must have been.
     ///
     /// # Errors
     /// [`RamError::NotSetUp`]: RAM was not set up, or its section is still open.

@@ -15,11 +15,13 @@ mod reader;
 pub mod return_path;
 pub mod section;
 mod transport;
+mod writer;
 
 pub use error::{Cause, DecodeError};
 pub use memory::{DirtyLog, GuestRam, MemoryError, PageStore};
 pub use reader::StreamReader;
-pub use transport::{PageBarrier, PageTransport, StreamWriter, TransportCounters, TransportError};
+pub use transport::{PageBarrier, PageTransport, TransportCounters, TransportError};
+pub use writer::StreamWriter;
 
 /// The page size of the stream, bytes. x86 guests have no other.
 pub const PAGE_SIZE: u64 = 4096;

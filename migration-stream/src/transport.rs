@@ -1,64 +1,10 @@
 //! How pages cross: records in the main stream, or multifd's channels beside it.
 
+use std::error;
 use std::time::Instant;
-use std::{error, fmt, io};
 
-use crate::io::{ByteSink, Chunk};
+use crate::StreamWriter;
 use crate::ram::BlockId;
-
-/// The writer of a main stream: a sink and the offset reached in it.
-pub struct StreamWriter {
-    sink: Box<dyn ByteSink>,
-    offset: u64,
-}
-
-impl StreamWriter {
-    /// A stream that begins here.
-    #[must_use]
-    pub fn new(sink: impl ByteSink + 'static) -> Self {
-        Self {
-            sink: Box::new(sink),
-            offset: 0,
-        }
-    }
-
-    /// Writes all chunks in order.
-    ///
-    /// # Errors
-    /// The sink's.
-    pub fn write(&mut self, chunks: &[Chunk<'_>]) -> io::Result<()> {
-        self.sink.write_all(chunks)?;
-        self.offset += chunks.iter().map(|c| c.len() as u64).sum::<u64>();
-        Ok(())
-    }
-
-    /// Writes our own bytes.
-    ///
-    /// # Errors
-    /// The sink's.
-    pub fn write_bytes(&mut self, bytes: &[u8]) -> io::Result<()> {
-        self.write(&[Chunk::Bytes(bytes)])
-    }
-
-    /// Bytes written since the stream began.
-    #[must_use]
-    pub const fn offset(&self) -> u64 {
-        self.offset
-    }
-
-    /// See [`ByteSink::set_write_deadline`].
-    pub fn set_deadline(&mut self, deadline: Option<Instant>) {
-        self.sink.set_write_deadline(deadline);
-    }
-}
-
-impl fmt::Debug for StreamWriter {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("StreamWriter")
-            .field("offset", &self.offset)
-            .finish_non_exhaustive()
-    }
-}
 
 /// How pages leave. One transport serves precopy and every COLO checkpoint after it.
 pub trait PageTransport: Send {

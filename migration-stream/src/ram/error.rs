@@ -54,6 +54,9 @@ pub enum RamError {
         /// The byte.
         value: u8,
     },
+    /// A MULTIFD_FLUSH record; multifd is not in use.
+    #[error("multifd flush record, but multifd is not in use")]
+    UnexpectedFlush,
     /// A block list outside a set-up section, or a second one.
     #[error("ram block list outside of set-up")]
     UnexpectedSetup,

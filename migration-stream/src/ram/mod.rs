@@ -4,6 +4,8 @@ mod block;
 mod error;
 mod record;
 mod setup;
+mod transport;
+mod zero;
 
 pub use block::{BlockId, RamBlock, RamBlockError, RamBlockTable};
 pub use error::RamError;
@@ -11,6 +13,8 @@ pub use record::{
     PageAddress, Record, RecordDecoder, RecordEncoder, encode_end_of_section, encode_multifd_flush,
 };
 pub use setup::{SetupDecoder, check_announced, encode_setup_list};
+pub use transport::{InStream, NoMultifd, ZeroPageDetection};
+pub use zero::zero_check;
 
 /// The idstr of the RAM section.
 pub const RAM_IDSTR: &str = "ram";

@@ -1,0 +1,336 @@
+//! Pages as records of the main stream: the transport of a migration without multifd.
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Instant;
+
+use super::{BlockId, PageAddress, RamError, RecordEncoder, zero_check};
+use crate::{
+    GuestRam, PAGE_SIZE, PageBarrier, PageTransport, StreamWriter, TransportCounters,
+    TransportError,
+};
+
+/// Whether pages are looked at before they are sent (QEMU's parameter `zero-page-detection`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ZeroPageDetection {
+    /// A page that is all zero goes as a record of 9 bytes.
+    #[default]
+    On,
+    /// Every page goes with its bytes.
+    Off,
+}
+
+/// Sends pages as records of the main stream, straight out of guest memory. The stream's writer
+/// [holds them](StreamWriter::hold) until there are enough for a gather write.
+///
+/// It lives as long as the connection, precopy and all COLO checkpoints: a record names its block
+/// only where the one before it, in whichever section, was of another. The errors' sources are
+/// [`std::io::Error`], [`MemoryError`](crate::MemoryError) and [`RamError`].
+pub struct InStream {
+    ram: Arc<dyn GuestRam>,
+    detection: ZeroPageDetection,
+    records: RecordEncoder,
+    header: Vec<u8>,
+    counters: TransportCounters,
+}
+
+impl InStream {
+    /// A transport for a connection on which no page was sent yet.
+    #[must_use]
+    pub fn new(ram: Arc<dyn GuestRam>, detection: ZeroPageDetection) -> Self {
+        Self {
+            ram,
+            detection,
+            records: RecordEncoder::new(),
+            header: Vec::with_capacity(RecordEncoder::MAX_LEN),
+            counters: TransportCounters::default(),
+        }
+    }
+}
+
+impl PageTransport for InStream {
+    fn send(
+        &mut self,
+        main: &mut StreamWriter,
+        block: BlockId,
+        offset: u64,
+        pages: u64,
+    ) -> Result<(), TransportError> {
+        let blocks = self.ram.blocks();
+        let len = pages
+            .checked_mul(PAGE_SIZE)
+            .and_then(|len| usize::try_from(len).ok())
+            .unwrap_or(usize::MAX);
+        let run = self
+            .ram
+            .slice(block, offset, len)
+            .map_err(TransportError::main)?;
+        for i in 0..pages {
+            #[allow(clippy::cast_possible_truncation)] // inside a slice
+            let data = run
+                .subslice((i * PAGE_SIZE) as usize, PAGE_SIZE as usize)
+                .map_err(TransportError::main)?;
+            let page = PageAddress {
+                block,
+                offset: offset + i * PAGE_SIZE,
+            };
+            self.header.clear();
+            if self.detection == ZeroPageDetection::On && zero_check(&data) {
+                self.records
+                    .zero(page, blocks, &mut self.header)
+                    .map_err(TransportError::main)?;
+                main.hold(&self.header, None)
+                    .map_err(TransportError::main)?;
+                self.counters.zero_pages += 1;
+            } else {
+                self.records
+                    .page(page, blocks, &mut self.header)
+                    .map_err(TransportError::main)?;
+                main.hold(&self.header, Some((&self.ram, page)))
+                    .map_err(TransportError::main)?;
+                self.counters.normal_pages += 1;
+            }
+        }
+        Ok(())
+    }
+
+    /// The records are in order with everything else in the stream: there is nothing to do.
+    fn sync(&mut self, _main: &mut StreamWriter) -> Result<(), TransportError> {
+        Ok(())
+    }
+
+    /// There are no channels beside the main stream, which has its own deadline.
+    fn set_deadline(&mut self, _deadline: Option<Instant>) {}
+
+    fn counters(&self) -> TransportCounters {
+        self.counters
+    }
+}
+
+impl fmt::Debug for InStream {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("InStream")
+            .field("detection", &self.detection)
+            .field("counters", &self.counters)
+            .finish_non_exhaustive()
+    }
+}
+
+/// The receiving side of a stream without multifd: there is nothing to wait for, and a record that
+/// asks to is [`RamError::UnexpectedFlush`].
+#[derive(Clone, Copy, Debug, Default)]
+pub struct NoMultifd;
+
+impl PageBarrier for NoMultifd {
+    fn flush(&mut self) -> Result<(), TransportError> {
+        Err(TransportError::main(RamError::UnexpectedFlush))
+    }
+
+    fn set_deadline(&mut self, _deadline: Option<Instant>) {}
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+    use std::sync::{Mutex, PoisonError};
+
+    use vm_memory::VolatileSlice;
+
+    use super::*;
+    use crate::MemoryError;
+    use crate::codec::Reader;
+    use crate::io::{ByteSink, Chunk};
+    use crate::ram::{RamBlock, RamBlockTable, Record, RecordDecoder, encode_end_of_section};
+
+    const PAGES: u64 = 300;
+    const PAGE: usize = 4096;
+
+    /// A block of 300 pages: of page `i` all bytes are `i % 3`.
+    struct Ram {
+        blocks: RamBlockTable,
+        memory: vm_memory::MmapRegion,
+    }
+
+    impl Ram {
+        fn new() -> Arc<Self> {
+            let memory = vm_memory::MmapRegion::new(300 * PAGE).unwrap();
+            let ram = Self {
+                blocks: RamBlockTable::new(vec![
+                    RamBlock::new("pc.ram", PAGES * PAGE_SIZE).unwrap(),
+                ])
+                .unwrap(),
+                memory,
+            };
+            for i in 0..300 {
+                let page = ram.slice(BlockId::new(0), i * PAGE_SIZE, PAGE).unwrap();
+                page.copy_from(&[i.to_le_bytes()[0] % 3; PAGE]);
+            }
+            Arc::new(ram)
+        }
+    }
+
+    impl GuestRam for Ram {
+        fn blocks(&self) -> &RamBlockTable {
+            &self.blocks
+        }
+
+        fn slice(
+            &self,
+            block: BlockId,
+            offset: u64,
+            len: usize,
+        ) -> Result<VolatileSlice<'_>, MemoryError> {
+            use vm_memory::VolatileMemory;
+            let outside = || MemoryError::OutOfBlock {
+                name: "pc.ram".into(),
+                offset,
+                len,
+                used_length: PAGES * PAGE_SIZE,
+            };
+            if block.index() != 0 {
+                return Err(MemoryError::NoBlock(block));
+            }
+            let offset = usize::try_from(offset).map_err(|_| outside())?;
+            self.memory.get_slice(offset, len).map_err(|_| outside())
+        }
+    }
+
+    #[derive(Clone, Default)]
+    struct Sink(Arc<Mutex<(Vec<u8>, usize)>>);
+
+    impl ByteSink for Sink {
+        fn write_all(&mut self, chunks: &[Chunk<'_>]) -> io::Result<()> {
+            let mut sink = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+            sink.1 = sink.1.max(chunks.len());
+            for chunk in chunks {
+                match chunk {
+                    Chunk::Bytes(bytes) => sink.0.extend_from_slice(bytes),
+                    Chunk::Guest(guest) => {
+                        let mut bytes = vec![0; guest.len()];
+                        guest.copy_to(&mut bytes);
+                        sink.0.extend(bytes);
+                    }
+                }
+            }
+            Ok(())
+        }
+
+        fn set_write_deadline(&mut self, _: Option<Instant>) {}
+    }
+
+    /// The pages in a body, with their first byte; zero pages as `None`.
+    fn decode(r: &mut Reader<'_>, blocks: &RamBlockTable) -> Vec<(u64, Option<u8>)> {
+        let mut decoder = RecordDecoder::new();
+        let mut pages = Vec::new();
+        while !r.rest().is_empty() {
+            match decoder.decode(r, blocks).unwrap() {
+                Record::Page(page) => {
+                    let data = r.take(PAGE).unwrap();
+                    assert!(data.iter().all(|b| *b == data[0]));
+                    pages.push((page.offset, Some(data[0])));
+                }
+                Record::Zero(page) => pages.push((page.offset, None)),
+                Record::EndOfSection => {}
+                other => panic!("{other:?}"),
+            }
+        }
+        pages
+    }
+
+    #[test]
+    fn every_page_arrives_once_in_order_and_the_block_is_named_once() {
+        let ram = Ram::new();
+        let sink = Sink::default();
+        let mut main = StreamWriter::new(sink.clone());
+        let mut transport = InStream::new(ram.clone(), ZeroPageDetection::On);
+        let block = BlockId::new(0);
+        transport.send(&mut main, block, 0, 299).unwrap();
+        transport.sync(&mut main).unwrap();
+        let mut eos = Vec::new();
+        encode_end_of_section(&mut eos);
+        main.write_bytes(&eos).unwrap();
+        // The next section goes on with the block of the one before.
+        transport
+            .send(&mut main, block, 299 * PAGE_SIZE, 1)
+            .unwrap();
+        main.flush().unwrap();
+        let (bytes, most_chunks) = sink.0.lock().unwrap().clone();
+        assert_eq!(main.offset(), bytes.len() as u64);
+        assert!(most_chunks <= 513);
+        let count = |needle: &[u8]| bytes.windows(needle.len()).filter(|w| *w == needle).count();
+        assert_eq!(count(b"pc.ram"), 1);
+        let pages = decode(&mut Reader::new(&bytes, 0), ram.blocks());
+        let expected: Vec<_> = (0..300u64)
+            .map(|i| {
+                let fill = i.to_le_bytes()[0] % 3;
+                (i * PAGE_SIZE, (fill != 0).then_some(fill))
+            })
+            .collect();
+        assert_eq!(pages, expected);
+        let counters = transport.counters();
+        assert_eq!(counters.zero_pages + counters.normal_pages, 300);
+        assert_eq!(
+            counters.zero_pages,
+            expected.iter().filter(|p| p.1.is_none()).count() as u64
+        );
+        assert_eq!(counters.channel_bytes, 0);
+    }
+
+    #[test]
+    fn scattered_pages_leave_in_one_write_with_what_follows_them() {
+        let sink = Sink::default();
+        let mut main = StreamWriter::new(sink.clone());
+        let mut transport = InStream::new(Ram::new(), ZeroPageDetection::On);
+        for page in [1, 3, 4, 7, 9] {
+            transport
+                .send(&mut main, BlockId::new(0), page * PAGE_SIZE, 1)
+                .unwrap();
+        }
+        assert!(sink.0.lock().unwrap().0.is_empty());
+        main.write_bytes(b"end").unwrap();
+        let (bytes, most_chunks) = sink.0.lock().unwrap().clone();
+        assert_eq!(main.offset(), bytes.len() as u64);
+        assert!(bytes.ends_with(b"\0\0\0\0\0\0\x90\x22\0end"));
+        // Three pages with their headers, the headers of two zero pages, and the end.
+        assert_eq!(most_chunks, 3 * 2 + 2);
+    }
+
+    #[test]
+    fn zero_pages_go_with_their_bytes_when_nobody_looks() {
+        let ram = Ram::new();
+        let sink = Sink::default();
+        let mut main = StreamWriter::new(sink.clone());
+        let mut transport = InStream::new(ram.clone(), ZeroPageDetection::Off);
+        transport.send(&mut main, BlockId::new(0), 0, 2).unwrap();
+        main.flush().unwrap();
+        let bytes = sink.0.lock().unwrap().0.clone();
+        assert_eq!(
+            decode(&mut Reader::new(&bytes, 0), ram.blocks()),
+            [(0, Some(0)), (PAGE_SIZE, Some(1))]
+        );
+    }
+
+    #[test]
+    fn pages_outside_of_memory_are_an_error_and_nothing_is_sent() {
+        let sink = Sink::default();
+        let mut main = StreamWriter::new(sink.clone());
+        let mut transport = InStream::new(Ram::new(), ZeroPageDetection::On);
+        for (block, offset) in [(0, PAGES * PAGE_SIZE), (0, u64::MAX - 4095), (1, 0)] {
+            let e = transport
+                .send(&mut main, BlockId::new(block), offset, 1)
+                .unwrap_err();
+            assert!(e.source.downcast_ref::<MemoryError>().is_some());
+        }
+        main.flush().unwrap();
+        assert!(sink.0.lock().unwrap().0.is_empty());
+    }
+
+    #[test]
+    fn a_flush_record_without_multifd_is_an_error() {
+        let e = NoMultifd.flush().unwrap_err();
+        assert_eq!(
+            e.source.downcast_ref::<RamError>(),
+            Some(&RamError::UnexpectedFlush)
+        );
+    }
+}

@@ -1,0 +1,171 @@
+//! The writing side of a main stream: a sink, the offset reached in it, and pages that wait for
+//! company.
+
+use std::sync::Arc;
+use std::time::Instant;
+use std::{fmt, io};
+
+use crate::io::{ByteSink, Chunk};
+use crate::ram::PageAddress;
+use crate::{GuestRam, PAGE_SIZE};
+
+/// Pages that leave in one gather write: with a header each, 512 pieces and 1 MiB.
+const MAX_HELD_PAGES: usize = 256;
+/// Headers that leave in one gather write, bytes: some 3,600 zero pages.
+const MAX_HELD_HEADERS: usize = 32 << 10;
+
+/// The writer of a main stream.
+///
+/// Guest pages are held back until there are enough of them for one gather write, so that
+/// scattered pages do not cost a system call each. They keep their place: whatever is written
+/// next goes behind them, in the same gather write.
+pub struct StreamWriter {
+    sink: Box<dyn ByteSink>,
+    offset: u64,
+    held: Held,
+}
+
+/// Records of guest pages: all headers one after the other, and which pages go in between.
+#[derive(Default)]
+struct Held {
+    ram: Option<Arc<dyn GuestRam>>,
+    headers: Vec<u8>,
+    pages: Vec<HeldPage>,
+}
+
+struct HeldPage {
+    /// How much of the headers goes before the page.
+    headers_before: usize,
+    page: PageAddress,
+}
+
+impl StreamWriter {
+    /// A stream that begins here.
+    #[must_use]
+    pub fn new(sink: impl ByteSink + 'static) -> Self {
+        Self {
+            sink: Box::new(sink),
+            offset: 0,
+            held: Held::default(),
+        }
+    }
+
+    /// Writes all chunks in order, behind what is held back.
+    ///
+    /// # Errors
+    /// The sink's.
+    pub fn write(&mut self, chunks: &[Chunk<'_>]) -> io::Result<()> {
+        self.offset += chunks.iter().map(|c| c.len() as u64).sum::<u64>();
+        self.held.write_with(chunks, &mut self.sink)
+    }
+
+    /// Writes our own bytes, behind what is held back.
+    ///
+    /// # Errors
+    /// The sink's.
+    pub fn write_bytes(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.write(&[Chunk::Bytes(bytes)])
+    }
+
+    /// Writes what is held back.
+    ///
+    /// # Errors
+    /// The sink's.
+    pub fn flush(&mut self) -> io::Result<()> {
+        self.write(&[])
+    }
+
+    /// Appends the header of a record, and the page of `ram` that goes after it if there is one.
+    /// It may be held back; every write that follows takes it along.
+    ///
+    /// # Errors
+    /// The sink's.
+    pub fn hold(
+        &mut self,
+        header: &[u8],
+        page: Option<(&Arc<dyn GuestRam>, PageAddress)>,
+    ) -> io::Result<()> {
+        self.offset += header.len() as u64;
+        self.held.headers.extend_from_slice(header);
+        if let Some((ram, page)) = page {
+            self.offset += PAGE_SIZE;
+            if !self.held.ram.as_ref().is_some_and(|r| Arc::ptr_eq(r, ram)) {
+                if !self.held.pages.is_empty() {
+                    let header = self
+                        .held
+                        .headers
+                        .split_off(self.held.headers.len() - header.len());
+                    self.flush()?;
+                    self.held.headers = header;
+                }
+                self.held.ram = Some(Arc::clone(ram));
+            }
+            self.held.pages.push(HeldPage {
+                headers_before: self.held.headers.len(),
+                page,
+            });
+        }
+        if self.held.pages.len() >= MAX_HELD_PAGES || self.held.headers.len() >= MAX_HELD_HEADERS {
+            self.flush()?;
+        }
+        Ok(())
+    }
+
+    /// Bytes since the stream began, those held back included.
+    #[must_use]
+    pub const fn offset(&self) -> u64 {
+        self.offset
+    }
+
+    /// See [`ByteSink::set_write_deadline`].
+    pub fn set_deadline(&mut self, deadline: Option<Instant>) {
+        self.sink.set_write_deadline(deadline);
+    }
+}
+
+impl Held {
+    /// Writes everything held, and `chunks` behind it.
+    fn write_with(&mut self, chunks: &[Chunk<'_>], sink: &mut dyn ByteSink) -> io::Result<()> {
+        if self.headers.is_empty() {
+            return if chunks.is_empty() {
+                Ok(())
+            } else {
+                sink.write_all(chunks)
+            };
+        }
+        let mut all = Vec::with_capacity(self.pages.len() * 2 + 1 + chunks.len());
+        let mut start = 0;
+        if let Some(ram) = &self.ram {
+            for HeldPage {
+                headers_before,
+                page,
+            } in &self.pages
+            {
+                all.push(Chunk::Bytes(
+                    self.headers.get(start..*headers_before).unwrap_or_default(),
+                ));
+                #[allow(clippy::cast_possible_truncation)] // a page's size
+                let data = ram
+                    .slice(page.block, page.offset, PAGE_SIZE as usize)
+                    .map_err(io::Error::other)?;
+                all.push(Chunk::Guest(data));
+                start = *headers_before;
+            }
+        }
+        all.push(Chunk::Bytes(self.headers.get(start..).unwrap_or_default()));
+        all.extend_from_slice(chunks);
+        sink.write_all(&all)?;
+        self.headers.clear();
+        self.pages.clear();
+        Ok(())
+    }
+}
+
+impl fmt::Debug for StreamWriter {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("StreamWriter")
+            .field("offset", &self.offset)
+            .field("held_pages", &self.held.pages.len())
+            .finish_non_exhaustive()
+    }
+}
