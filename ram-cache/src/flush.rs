@@ -2,15 +2,16 @@
 
 use std::marker::PhantomData;
 use std::ops::Add;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
 
-use rayon::iter::{IndexedParallelIterator, IntoParallelRefIterator, ParallelIterator};
 use rayon::{ThreadPool, ThreadPoolBuildError, ThreadPoolBuilder};
 
-/// Below this a flush stays on the calling thread: waking the pool costs more than the copy, bytes.
-const ALONE_BELOW: u64 = 256 << 10;
-/// The least work worth handing to another core, bytes.
+/// Below this a flush stays on the calling thread, bytes: it is over before another would wake.
+const ALONE_BELOW: u64 = 1 << 20;
+/// The least work taken at once, bytes.
 const LEAST_SHARE: u64 = 128 << 10;
-/// The most work taken at once: bounds how long the last core works on alone, bytes.
+/// The most work taken at once, bytes: bounds how long the last core works on alone.
 const LARGEST_SHARE: u64 = 2 << 20;
 /// Shares per core, so that a core that was busy elsewhere does not hold up the others.
 const SHARES_PER_THREAD: u64 = 4;
@@ -19,8 +20,8 @@ const SHARES_PER_THREAD: u64 = 4;
 /// sleep between flushes.
 #[derive(Debug)]
 pub struct FlushPool {
-    /// `None`: the calling thread does it all.
-    threads: Option<ThreadPool>,
+    /// Those that help the calling thread; `None` when it has no help.
+    helpers: Option<ThreadPool>,
 }
 
 impl FlushPool {
@@ -28,25 +29,31 @@ impl FlushPool {
     /// which a few cores use up.
     pub const MAX_DEFAULT_THREADS: usize = 8;
 
-    /// A pool of `threads` threads; 0 or 1 is none, flushes then run on the calling thread.
+    /// Flushes on `threads` threads, of which the one that calls [`MirrorCache::flush`] is one. 0
+    /// is taken as 1.
     ///
     /// # Errors
     /// The threads cannot be started.
+    ///
+    /// [`MirrorCache::flush`]: crate::MirrorCache::flush
     pub fn new(threads: usize) -> Result<Self, FlushPoolError> {
         if threads <= 1 {
-            return Ok(Self { threads: None });
+            return Ok(Self { helpers: None });
         }
         let pool = ThreadPoolBuilder::new()
-            .num_threads(threads)
+            .num_threads(threads - 1)
             .thread_name(|index| format!("flush-{index}"))
             .build()
-            .map_err(|source| FlushPoolError { threads, source })?;
+            .map_err(|source| FlushPoolError {
+                threads: threads - 1,
+                source,
+            })?;
         Ok(Self {
-            threads: Some(pool),
+            helpers: Some(pool),
         })
     }
 
-    /// A pool with a thread for each core this process may use, at most
+    /// Flushes on as many threads as there are cores for this process, at most
     /// [`FlushPool::MAX_DEFAULT_THREADS`].
     ///
     /// # Errors
@@ -56,34 +63,65 @@ impl FlushPool {
         Self::new(cores.min(Self::MAX_DEFAULT_THREADS))
     }
 
-    /// The number of shares' bytes to split a flush of `bytes` into, `None` if it is to stay whole.
+    /// How many bytes a share of a flush of `bytes` should have, `None` if it is to stay whole.
     pub(crate) fn share(&self, bytes: u64) -> Option<u64> {
-        let threads = self.threads.as_ref()?.current_num_threads() as u64;
+        let threads = self.helpers.as_ref()?.current_num_threads() as u64 + 1;
         if bytes < ALONE_BELOW {
             return None;
         }
         Some((bytes / (threads * SHARES_PER_THREAD)).clamp(LEAST_SHARE, LARGEST_SHARE))
     }
 
-    /// Does every share, in any order, on the threads of the pool.
+    /// Does every share, in any order. Whoever is free takes the next one, and the calling thread
+    /// starts at once: while the helpers wake up it is copying.
+    ///
+    /// # Errors
+    /// Those of `work`; the shares not begun by then are left undone.
     pub(crate) fn run<S, E, F>(&self, shares: &[S], work: F) -> Result<FlushReport, E>
     where
         S: Sync,
         E: Send,
-        F: Fn(&S) -> Result<FlushReport, E> + Sync + Send,
+        F: Fn(&S) -> Result<FlushReport, E> + Sync,
     {
-        let Some(pool) = &self.threads else {
-            return shares
-                .iter()
-                .try_fold(FlushReport::default(), |sum, share| Ok(sum + work(share)?));
+        let next = AtomicUsize::new(0);
+        let take_shares = || {
+            let mut sum = FlushReport::default();
+            // `Relaxed`: the shares were written before the helpers were spawned, and each index
+            // is given out once whatever the ordering.
+            while let Some(share) = shares.get(next.fetch_add(1, Ordering::Relaxed)) {
+                match work(share) {
+                    Ok(report) => sum = sum + report,
+                    Err(error) => {
+                        next.store(shares.len(), Ordering::Relaxed);
+                        return Err(error);
+                    }
+                }
+            }
+            Ok(sum)
         };
-        pool.install(|| {
-            shares
-                .par_iter()
-                .with_max_len(1)
-                .map(work)
-                .try_reduce(FlushReport::default, |a, b| Ok(a + b))
-        })
+        let Some(helpers) = &self.helpers else {
+            return take_shares();
+        };
+        let helped = Mutex::new(Ok(FlushReport::default()));
+        let own = helpers.in_place_scope(|scope| {
+            for _ in 0..helpers.current_num_threads() {
+                scope.spawn(|_| {
+                    let result = take_shares();
+                    let mut helped = helped.lock().unwrap_or_else(PoisonError::into_inner);
+                    if let Ok(sum) = &mut *helped {
+                        match result {
+                            Ok(report) => *sum = *sum + report,
+                            Err(error) => *helped = Err(error),
+                        }
+                    }
+                });
+            }
+            take_shares()
+        })?;
+        Ok(own
+            + helped
+                .into_inner()
+                .unwrap_or_else(PoisonError::into_inner)?)
     }
 }
 

@@ -49,6 +49,7 @@
 #![deny(unsafe_code)]
 
 mod bitmap;
+mod copy;
 mod discard;
 mod error;
 mod flush;

@@ -1,4 +1,4 @@
-//! The memory of a cache, and the only unsafe code of the crate.
+//! The memory of a cache.
 #![allow(unsafe_code)] // madvise has no safe wrapper among our dependencies
 
 use std::io;

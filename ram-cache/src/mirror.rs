@@ -6,6 +6,7 @@ use std::sync::Arc;
 use vm_memory::{MmapRegion, VolatileMemory, VolatileSlice};
 
 use crate::bitmap::{BitmapError, DirtyBitmap};
+use crate::copy::Copier;
 use crate::discard::DiscardInhibitor;
 use crate::error::CacheError;
 use crate::flush::{FlushPool, FlushReport, GuestStopped};
@@ -293,15 +294,19 @@ impl MirrorCache {
         pool: &FlushPool,
     ) -> Result<FlushReport, CacheError> {
         let GuestStopped { .. } = stopped;
-        match pool.share(self.dirty_pages() * PAGE_SIZE) {
-            None => self
-                .blocks
-                .iter()
-                .try_fold(FlushReport::default(), |sum, block| {
-                    Ok(sum + block.flush_words(0..block.dirty.word_count())?)
-                }),
-            Some(bytes) => pool.run(&self.shares(bytes / PAGE_SIZE), |share| {
-                share.block.flush_words(share.words.clone())
+        let bytes = self.dirty_pages() * PAGE_SIZE;
+        match pool.share(bytes) {
+            None => {
+                let copier = Copier::for_flush(bytes);
+                self.blocks
+                    .iter()
+                    .try_fold(FlushReport::default(), |sum, block| {
+                        Ok(sum + block.flush_words(0..block.dirty.word_count(), &copier)?)
+                    })
+            }
+            Some(share) => pool.run(&self.shares(share / PAGE_SIZE), |share| {
+                let copier = Copier::for_flush(bytes);
+                share.block.flush_words(share.words.clone(), &copier)
             }),
         }
     }
@@ -375,7 +380,6 @@ impl Block {
 
     fn copy_to_guest(&self, offset: usize, len: usize) -> Result<(), CacheError> {
         let cache = self.cache_slice(offset, len)?;
-        // One memmove: as fast as memcpy for what does not overlap.
         cache.copy_to_volatile_slice(self.guest_slice(offset, len)?);
         Ok(())
     }
@@ -395,11 +399,15 @@ impl Block {
             .map_err(|source| self.bitmap_error(source))
     }
 
-    fn flush_words(&self, words: Range<usize>) -> Result<FlushReport, CacheError> {
+    fn flush_words(&self, words: Range<usize>, copier: &Copier) -> Result<FlushReport, CacheError> {
         let mut report = FlushReport::default();
         let mut runs = self.dirty.drain_words(words);
         while let Some(pages) = runs.next_pages() {
-            self.copy_to_guest(pages.start * PAGE_BYTES, pages.len() * PAGE_BYTES)?;
+            let (offset, len) = (pages.start * PAGE_BYTES, pages.len() * PAGE_BYTES);
+            copier.copy(
+                &self.cache_slice(offset, len)?,
+                &self.guest_slice(offset, len)?,
+            );
             report.pages += pages.len() as u64;
             report.runs += 1;
         }

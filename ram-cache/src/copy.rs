@@ -1,0 +1,148 @@
+//! Copying from the cache into the guest, as fast as the size of the flush allows.
+//!
+//! A small flush is copied with memmove: its pages are in the processor's caches afterwards, where
+//! the guest finds them when it resumes. A large one would only push everything else out of them,
+//! and pays for it: an ordinary store first reads the line that it overwrites. Streaming stores do
+//! not, which makes a large flush up to twice as fast.
+#![allow(unsafe_code)] // streaming stores have no safe form
+
+use vm_memory::VolatileSlice;
+
+/// A flush of at least this many bytes is streamed. Below it, streaming was not faster where this
+/// was measured (Zen 3, 32 MiB of last-level cache).
+pub(crate) const STREAM_FROM: u64 = 8 << 20;
+
+/// Makes the copies of one flush on one thread.
+#[derive(Debug)]
+pub(crate) struct Copier {
+    streaming: bool,
+}
+
+impl Copier {
+    /// For a flush of `bytes` in all.
+    pub(crate) const fn for_flush(bytes: u64) -> Self {
+        Self {
+            streaming: cfg!(target_arch = "x86_64") && bytes >= STREAM_FROM,
+        }
+    }
+
+    /// Copies `from` to `to`, as much as the shorter of them has. What is copied is in place for
+    /// other threads once the copier has been dropped and they have synchronised with this thread.
+    pub(crate) fn copy(&self, from: &VolatileSlice<'_>, to: &VolatileSlice<'_>) {
+        #[cfg(target_arch = "x86_64")]
+        if self.streaming && stream::copy(from, to) {
+            return;
+        }
+        // One memmove, as fast as memcpy where nothing overlaps.
+        from.copy_to_volatile_slice(*to);
+    }
+}
+
+impl Drop for Copier {
+    fn drop(&mut self) {
+        #[cfg(target_arch = "x86_64")]
+        if self.streaming {
+            stream::fence();
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod stream {
+    use std::arch::x86_64::{
+        __m128i, _MM_HINT_NTA, _mm_load_si128, _mm_prefetch, _mm_sfence, _mm_stream_si128,
+    };
+
+    use vm_memory::VolatileSlice;
+
+    /// One cache line, in the units of the SSE2 that every x86-64 has.
+    const UNITS: usize = 4;
+    const LINE: usize = UNITS * size_of::<__m128i>();
+    /// How far ahead to read, bytes: enough to hide the memory's latency from one core.
+    const AHEAD: usize = 512;
+
+    /// Copies `from` to `to` with streaming stores, to be followed by [`fence`]. `false`, and
+    /// nothing copied, unless both are the same number of whole cache lines.
+    pub(super) fn copy(from: &VolatileSlice<'_>, to: &VolatileSlice<'_>) -> bool {
+        let (from_guard, to_guard) = (from.ptr_guard(), to.ptr_guard_mut());
+        let (source, target, len) = (from_guard.as_ptr(), to_guard.as_ptr(), from.len());
+        if to.len() != len
+            || !len.is_multiple_of(LINE)
+            || !source.addr().is_multiple_of(LINE)
+            || !target.addr().is_multiple_of(LINE)
+        {
+            return false;
+        }
+        for offset in (0..len).step_by(LINE) {
+            // SAFETY: `offset + LINE <= len`, as `len` is a multiple of LINE, and the guards keep
+            // `len` bytes at `source` readable and at `target` writable. Both are aligned to LINE
+            // and so to the unit. No Rust reference to either exists, and a writer running beside
+            // us changes which bytes are copied and nothing else, as with vm-memory's own copies.
+            // The prefetch is a hint that never faults, and its address is not dereferenced.
+            unsafe {
+                _mm_prefetch::<_MM_HINT_NTA>(source.wrapping_add(offset + AHEAD).cast());
+                let source = source.add(offset).cast::<__m128i>();
+                let target = target.add(offset).cast::<__m128i>();
+                let line: [__m128i; UNITS] =
+                    std::array::from_fn(|unit| _mm_load_si128(source.add(unit)));
+                for (unit, bytes) in line.into_iter().enumerate() {
+                    _mm_stream_si128(target.add(unit), bytes);
+                }
+            }
+        }
+        true
+    }
+
+    /// Orders the streaming stores of this thread before everything it does next, which ordinary
+    /// synchronisation takes for granted and they do not do by themselves.
+    pub(super) fn fence() {
+        // SAFETY: needs SSE, which every x86-64 has, and has no other requirement.
+        unsafe { _mm_sfence() }
+    }
+}
+
+#[cfg(test)]
+#[cfg(not(loom))]
+mod tests {
+    use vm_memory::{Bytes, MmapRegion, VolatileMemory};
+
+    use super::*;
+
+    #[test]
+    fn a_streamed_copy_equals_a_plain_one_and_touches_nothing_else() {
+        const LEN: usize = 3 * 4096;
+        let pattern: Vec<u8> = (0..LEN).map(|i| u8::try_from(i % 251).unwrap()).collect();
+        let source: MmapRegion = MmapRegion::new(LEN).unwrap();
+        source.as_volatile_slice().copy_from(&pattern);
+        // Whole pages, single lines, and what streaming leaves to memmove.
+        for (offset, len) in [
+            (0, LEN),
+            (4096, 4096),
+            (64, 64),
+            (64, 0),
+            (1, 64),
+            (64, 65),
+            (7, 999),
+        ] {
+            let copied = [0, STREAM_FROM].map(|bytes| {
+                let target: MmapRegion = MmapRegion::new(LEN).unwrap();
+                let copier = Copier::for_flush(bytes);
+                copier.copy(
+                    &source.get_slice(offset, len).unwrap(),
+                    &target.get_slice(offset, len).unwrap(),
+                );
+                drop(copier);
+                let mut bytes = vec![0xff; LEN];
+                target
+                    .as_volatile_slice()
+                    .read_slice(&mut bytes, 0)
+                    .unwrap();
+                bytes
+            });
+            let mut expected = vec![0; LEN];
+            expected[offset..offset + len].copy_from_slice(&pattern[offset..offset + len]);
+            assert_eq!(copied[0], expected, "plain, {offset}+{len}");
+            assert_eq!(copied[1], expected, "streamed, {offset}+{len}");
+        }
+    }
+}
