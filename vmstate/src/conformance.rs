@@ -153,6 +153,7 @@ pub enum Nonconformance {
 }
 
 #[cfg(test)]
+#[cfg(feature = "derive")]
 mod tests {
     use super::*;
 

@@ -15,6 +15,10 @@ pub struct FieldType {
 
 /// A plain field: integers (big endian), `bool`, arrays of them, and the types of
 /// [`types`](crate::types). Implement it for an enumeration or a newtype of a device.
+#[diagnostic::on_unimplemented(
+    message = "`{Self}` is not a plain field",
+    note = "a `VmState` is a field with `#[vmstate(nested)]`; implement `vmstate::Field` for an enum or a newtype"
+)]
 pub trait Field: Sized {
     /// The type, for the description of a stream.
     fn field_type() -> FieldType;

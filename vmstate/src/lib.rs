@@ -1,4 +1,69 @@
-//! Versioned device state in QEMU's VMState byte format.
+//! Versioned device state in QEMU's VMState byte format: a derive for the state of a device, and a
+//! tree of devices that is saved in section order and loaded all or none.
+//!
+//! ```
+//! use vmstate::{Device, DeviceError, DeviceTree, Priority, VmState};
+//!
+//! #[derive(VmState, Clone, Default)]
+//! #[vmstate(name = "serial", version = 3, minimum_version = 2)]
+//! struct SerialState {
+//!     divider: u16,
+//!     #[vmstate(since = 3)]
+//!     fcr: u8,
+//!     fifo: [u8; 16],
+//!     #[vmstate(subsection)]
+//!     timeout: Option<TimeoutState>,
+//! }
+//!
+//! #[derive(VmState, Clone, Default)]
+//! #[vmstate(name = "serial/timeout", version = 1)]
+//! struct TimeoutState {
+//!     expiry: vmstate::Timer,
+//! }
+//!
+//! #[derive(Default)]
+//! struct Serial {
+//!     state: SerialState,
+//! }
+//!
+//! impl Device for Serial {
+//!     type State = SerialState;
+//!
+//!     fn save(&mut self) -> Result<SerialState, DeviceError> {
+//!         Ok(self.state.clone())
+//!     }
+//!     fn reset(&mut self) -> Result<(), DeviceError> {
+//!         self.state = SerialState::default();
+//!         Ok(())
+//!     }
+//!     fn install(&mut self, state: SerialState) -> Result<(), DeviceError> {
+//!         self.state = state;
+//!         Ok(())
+//!     }
+//! }
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let (mut source, mut target) = (DeviceTree::new(), DeviceTree::new());
+//! source.register("serial", 0, Priority::Default, Serial::default())?;
+//! target.register("serial", 0, Priority::Default, Serial::default())?;
+//!
+//! let mut sections = Vec::new();
+//! for s in source.save_all()? {
+//!     let parsed = target.parse_section(&s.idstr, s.instance_id, s.version, &s.body, true)?;
+//!     sections.push(parsed.section);
+//! }
+//! let staged = target.stage(sections)?; // every device is there and agrees; none was touched
+//! target.reset_then_install(staged)?;
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! The bytes are those of QEMU 11.1 (`migration/vmstate.c` and `vmstate-types.c` there):
+//! a description is its fields, big endian, without tags or lengths, and then its subsections.
+//!
+//! # Features
+//! * `derive` (default): `#[derive(VmState)]`, explained at [`VmState`].
+//! * `test-utils`: `conformance`, a check for the tests of devices.
 #![forbid(unsafe_code)]
 
 // The derive names this crate by its name, and is used in its own tests.
@@ -35,3 +100,8 @@ pub use writer::Writer;
 
 /// The byte before a subsection.
 pub(crate) const SUBSECTION: u8 = 0x05;
+
+/// Compiles and runs the example of the README.
+#[cfg(all(doctest, feature = "derive"))]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -5,6 +5,10 @@ use crate::{LoadError, Reader, VmState, Writer};
 /// A description, or an array of descriptions, as a field: no name or version on the wire, each
 /// followed by its own subsections. It is there for every [`VmState`]; there is no need to
 /// implement it.
+#[diagnostic::on_unimplemented(
+    message = "`{Self}` is neither a `VmState` nor an array of such",
+    note = "a plain field goes without `#[vmstate(nested)]`"
+)]
 pub trait Nested: Sized {
     /// Writes the field.
     fn save_nested(&self, name: &'static str, out: &mut Writer);

@@ -7,6 +7,88 @@ use crate::{Description, LoadError, Reader, SaveError, Writer};
 /// On the wire a description is its fields in order, without tags, lengths or padding, followed by
 /// those of its subsections that are needed. Use `#[derive(VmState)]` unless the format is one
 /// that the derive cannot say.
+///
+/// # The derive
+/// On the struct, as `#[vmstate(name = "serial", version = 3, ..)]`:
+///
+/// | attribute | meaning |
+/// |---|---|
+/// | `name = "serial"` | [`NAME`](Self::NAME) |
+/// | `version = 3` | [`VERSION`](Self::VERSION) |
+/// | `minimum_version = 2` | [`MINIMUM_VERSION`](Self::MINIMUM_VERSION); without it, `version` |
+/// | `validate = Serial::check` | `fn(&Serial) -> Result<(), impl Display>`, called when all is read |
+///
+/// On fields; a field without attributes is a [`Field`](crate::Field):
+///
+/// | attribute | meaning |
+/// |---|---|
+/// | `nested` | the type is a [`VmState`], or an array of such: its fields and subsections stand here, at the version that both sides have |
+/// | `since = 3` | streams of older versions do not have the field |
+/// | `exists = "*mode == 1"` | there are bytes only if this is true; a false one must not depend on what is not sent |
+/// | `default = "expr"` | the value of a field that was not there; without it, `Default::default()` |
+/// | `len = "count"`, `max = 16` | of a `Vec<T>`: its length is in the earlier field `count`, and is at most `max`. Saving it with another length is an error. `T` is a [`Field`](crate::Field), or with `nested` a [`VmState`] |
+/// | `subsection` | of an `Option<T>`: `T` follows the fields when it is `Some`; its name must begin with this one's |
+/// | `skip` | not on the wire |
+///
+/// Expressions, as such or in a string, see the fields before theirs by name, as references, and
+/// `version: u32`, the one of the stream.
+///
+/// ```
+/// use vmstate::{VmState, from_bytes, to_bytes};
+///
+/// #[derive(VmState, Debug, PartialEq)]
+/// #[vmstate(name = "board", version = 2, minimum_version = 1, validate = Board::check)]
+/// struct Board {
+///     mode: u8,
+///     #[vmstate(exists = *mode == 1)]
+///     limit: u32,
+///     count: u16,
+///     #[vmstate(nested, len = count, max = 64)]
+///     timers: Vec<TimerState>,
+///     #[vmstate(since = 2, default = "u64::from(*count)")]
+///     ticks: u64,
+/// }
+///
+/// #[derive(VmState, Debug, PartialEq)]
+/// #[vmstate(name = "timer", version = 1)]
+/// struct TimerState {
+///     expiry: vmstate::Timer,
+/// }
+///
+/// impl Board {
+///     fn check(&self) -> Result<(), String> {
+///         match self.mode {
+///             0 | 1 => Ok(()),
+///             mode => Err(format!("there is no mode {mode}")),
+///         }
+///     }
+/// }
+///
+/// let old = from_bytes::<Board>(&[0, 0, 0], 1)?;
+/// assert_eq!(old, Board { mode: 0, limit: 0, count: 0, timers: vec![], ticks: 0 });
+/// assert_eq!(to_bytes(&old)?, [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
+///
+/// let error = from_bytes::<Board>(&[2, 0, 0], 1).unwrap_err();
+/// assert_eq!(error.to_string(), "byte 3: there is no mode 2");
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+///
+/// A subsection of another name would never be found again; it does not compile:
+///
+/// ```compile_fail
+/// use vmstate::VmState;
+///
+/// #[derive(VmState)]
+/// #[vmstate(name = "board", version = 1)]
+/// struct Board {
+///     #[vmstate(subsection)]
+///     extra: Option<Extra>,
+/// }
+///
+/// #[derive(VmState)]
+/// #[vmstate(name = "bord/extra", version = 1)]
+/// struct Extra {}
+/// ```
 pub trait VmState: Sized {
     /// The name: of the section (or the last part of it), and the prefix of every subsection's.
     const NAME: &'static str;

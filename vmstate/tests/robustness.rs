@@ -1,4 +1,5 @@
 //! Bytes from a hostile peer give a value or an error, and take no memory that they do not fill.
+#![cfg(feature = "derive")]
 
 #[cfg(test)]
 mod tests {

@@ -1,4 +1,5 @@
 //! A tree loads all of its devices or none, and never one that was not reset.
+#![cfg(feature = "derive")]
 
 #[cfg(test)]
 mod tests {

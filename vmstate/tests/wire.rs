@@ -1,8 +1,12 @@
 //! The derive writes and reads QEMU's bytes.
+#![cfg(feature = "derive")]
 
 #[cfg(test)]
 mod tests {
-    use vmstate::{LoadError, Reader, SaveError, Timer, Unused, VmState, from_bytes, to_bytes};
+    use vmstate::{
+        Field, FieldType, LoadError, Reader, SaveError, Timer, Unused, VmState, Writer, from_bytes,
+        to_bytes,
+    };
 
     /// QEMU's `timer` section.
     #[derive(VmState, Debug, Default, Clone, PartialEq)]
@@ -393,6 +397,80 @@ mod tests {
         assert_eq!(
             from_bytes::<Board>(&bytes, 1).unwrap_err().to_string(),
             format!("byte {}: 1 bytes too many", BOARD.len())
+        );
+    }
+
+    /// Names that the generated code uses itself, and one that needs `r#`.
+    #[derive(VmState, Debug, Default, Clone, PartialEq)]
+    #[vmstate(name = "names", version = 2, minimum_version = 1)]
+    struct Names {
+        version: u8,
+        input: u8,
+        out: u8,
+        state: u8,
+        r#type: u8,
+        #[vmstate(since = 2, exists = *version == 9 && *r#type == 3, default = *out)]
+        late: u8,
+        #[vmstate(skip, default = *input)]
+        copy: u8,
+    }
+
+    #[test]
+    fn a_field_may_have_any_name_and_expressions_see_the_fields_before() {
+        let names = from_bytes::<Names>(&[9, 2, 4, 5, 3, 6], 2).unwrap();
+        assert_eq!((names.late, names.copy), (6, 2));
+        assert_eq!(to_bytes(&names).unwrap(), [9, 2, 4, 5, 3, 6]);
+        let names = from_bytes::<Names>(&[9, 2, 4, 5, 3], 1).unwrap();
+        assert_eq!(names.late, 4);
+        let names = from_bytes::<Names>(&[8, 2, 4, 5, 3], 2).unwrap();
+        assert_eq!(names.late, 4);
+        let short = from_bytes::<Names>(&[9, 2, 4, 5], 2).unwrap_err();
+        assert_eq!(short.to_string(), "type, byte 4: 1 bytes wanted, 0 there");
+    }
+
+    /// An enumeration of a device is a field of its own.
+    #[derive(Debug, Clone, Copy, PartialEq)]
+    enum Mode {
+        Off,
+        On,
+    }
+
+    impl Field for Mode {
+        fn field_type() -> FieldType {
+            u8::field_type()
+        }
+
+        fn save(&self, out: &mut Writer) {
+            out.put(&[match self {
+                Self::Off => 0,
+                Self::On => 1,
+            }]);
+        }
+
+        fn load(input: &mut Reader<'_>) -> Result<Self, LoadError> {
+            match input.take_array()? {
+                [0] => Ok(Self::Off),
+                [1] => Ok(Self::On),
+                [other] => Err(input.invalid(format_args!("mode {other}, expected 0 or 1"))),
+            }
+        }
+    }
+
+    #[test]
+    fn a_field_of_the_users_own_may_refuse_a_value() {
+        #[derive(VmState, Debug, PartialEq)]
+        #[vmstate(name = "modes", version = 1)]
+        struct Modes {
+            modes: [Mode; 3],
+        }
+        let modes = Modes {
+            modes: [Mode::On, Mode::Off, Mode::On],
+        };
+        assert_eq!(to_bytes(&modes).unwrap(), [1, 0, 1]);
+        assert_eq!(from_bytes::<Modes>(&[1, 0, 1], 1).unwrap(), modes);
+        assert_eq!(
+            from_bytes::<Modes>(&[1, 7, 1], 1).unwrap_err().to_string(),
+            "modes[1], byte 2: mode 7, expected 0 or 1"
         );
     }
 

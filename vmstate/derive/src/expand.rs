@@ -145,7 +145,6 @@ fn load(members: &[Member<'_>], container: &Container) -> TokenStream {
     let state = Ident::new("state", Span::mixed_site());
     let header = Ident::new("header", Span::mixed_site());
     let version_tokens = quote!(#version);
-    let local = |ident: &Ident| format_ident!("field_{ident}", span = Span::mixed_site());
 
     let mut fields = TokenStream::new();
     let mut slots = TokenStream::new();
@@ -154,11 +153,11 @@ fn load(members: &[Member<'_>], container: &Container) -> TokenStream {
     for (i, member) in members.iter().enumerate() {
         let (ident, ty, name) = (member.ident, member.ty, member.name());
         let span = ty.span();
-        let local = local(ident);
+        let local = local_name(ident);
         values.push(quote!(#ident: #local));
         let earlier = |expr: &Expr| {
             with_earlier(expr, &members[..i], &version_tokens, |m| {
-                let local = format_ident!("field_{m}", span = Span::mixed_site());
+                let local = local_name(m);
                 quote!(&#local)
             })
         };
@@ -189,7 +188,7 @@ fn load(members: &[Member<'_>], container: &Container) -> TokenStream {
                         max,
                     } => {
                         let method = list_method(*nested);
-                        let len = format_ident!("field_{len}", span = Span::mixed_site());
+                        let len = local_name(len);
                         quote_spanned! {span=>
                             #input.#method::<#element>(
                                 #name,
@@ -265,6 +264,12 @@ fn with_earlier(
     }}
 }
 
+/// The variable that holds a field while the others are read. The user's code cannot name it.
+fn local_name(field: &Ident) -> Ident {
+    // As an argument of its own, `r#type` loses its prefix.
+    format_ident!("field_{}", field, span = Span::mixed_site())
+}
+
 fn list_method(nested: bool) -> Ident {
     Ident::new(
         if nested { "nested_list" } else { "list" },
@@ -288,4 +293,115 @@ fn subsection_check(member: &Member<'_>, container: &Container) -> Option<TokenS
             #message
         );
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use syn::parse_quote;
+
+    use super::*;
+
+    fn error(input: &DeriveInput) -> String {
+        match expand(input) {
+            Ok(code) => format!("no error: {code}"),
+            Err(error) => error.to_string(),
+        }
+    }
+
+    /// The error of a struct with one `field` after a `count: u8`.
+    fn field_error(field: &TokenStream) -> String {
+        error(&parse_quote! {
+            #[vmstate(name = "d", version = 3, minimum_version = 2)]
+            struct D { count: u8, #field }
+        })
+    }
+
+    #[test]
+    fn a_container_that_makes_no_sense_is_refused() {
+        for (input, said) in [
+            (
+                parse_quote! { #[vmstate(name = "d", version = 1)] enum D { A } },
+                "VmState is derived for structs; implement vmstate::Field for an enum",
+            ),
+            (
+                parse_quote! { #[vmstate(name = "d", version = 1)] struct D(u8); },
+                "VmState is derived for structs with named fields",
+            ),
+            (
+                parse_quote! { #[vmstate(version = 1)] struct D {} },
+                "#[vmstate(name = ..)] is missing on the struct",
+            ),
+            (
+                parse_quote! { #[vmstate(name = "d")] struct D {} },
+                "#[vmstate(version = ..)] is missing on the struct",
+            ),
+            (
+                parse_quote! { #[vmstate(name = "", version = 1)] struct D {} },
+                "the name must be 1 to 255 bytes without nul: it travels as a counted string",
+            ),
+            (
+                parse_quote! { #[vmstate(name = "d", version = 1, minimum_version = 2)] struct D {} },
+                "minimum_version 2 is above version 1",
+            ),
+            (
+                parse_quote! { #[vmstate(name = "d", version = 1, version = 2)] struct D {} },
+                "given twice",
+            ),
+            (
+                parse_quote! { #[vmstate(name = "d", version = 1, size = 2)] struct D {} },
+                "unknown attribute, expected name, version, minimum_version or validate",
+            ),
+        ] {
+            assert_eq!(error(&input), said);
+        }
+    }
+
+    #[test]
+    fn a_field_that_makes_no_sense_is_refused() {
+        for (field, said) in [
+            (
+                quote!(#[vmstate(since = 4)] f: u8),
+                "since 4 is above version 3",
+            ),
+            (
+                quote!(#[vmstate(default = "1")] f: u8),
+                "default is for fields with since, exists or skip",
+            ),
+            (
+                quote!(#[vmstate(skip, since = 3)] f: u8),
+                "skip goes together with default only",
+            ),
+            (
+                quote!(#[vmstate(subsection, since = 3)] f: Option<X>),
+                "subsection goes together with no other attribute",
+            ),
+            (
+                quote!(#[vmstate(subsection)] f: X),
+                "a subsection is an Option<T>: None when it is not needed",
+            ),
+            (
+                quote!(f: Vec<u8>),
+                "a Vec needs #[vmstate(len = \"..\", max = ..)]: the earlier field that counts it",
+            ),
+            (
+                quote!(#[vmstate(len = "count")] f: Vec<u8>),
+                "len needs max = ..: the count comes from the other side and must have a bound",
+            ),
+            (
+                quote!(#[vmstate(len = "later", max = 1)] f: Vec<u8>, later: u8),
+                "no integer field 'later' comes before 'f'",
+            ),
+            (
+                quote!(#[vmstate(len = "count", max = 1)] f: [u8; 4]),
+                "len and max are for a Vec<T>",
+            ),
+            (
+                quote!(#[vmstate(sinse = 3)] f: u8),
+                "unknown attribute, expected since, default, exists, nested, len, max, skip or \
+                 subsection",
+            ),
+        ] {
+            assert_eq!(field_error(&field), said);
+        }
+    }
 }
