@@ -138,7 +138,10 @@ impl DirtyBitmap {
     pub fn count(&self) -> u64 {
         self.words
             .iter()
-            .map(|word| u64::from(word.load(Ordering::Relaxed).count_ones()))
+            .map(|word| word.load(Ordering::Relaxed))
+            // Most words of a large guest are clean, and looking is cheaper than counting.
+            .filter(|&word| word != 0)
+            .map(|word| u64::from(word.count_ones()))
             .sum()
     }
 

@@ -281,7 +281,7 @@ impl MirrorCache {
     /// Runs of marked pages are copied whole, on as many cores as `pool` has. The work is divided
     /// by dirty bytes, not by blocks or addresses; a small flush is not divided at all.
     ///
-    /// `stopped` says that the checkpoint is complete and that nobody else writes guest or cache.
+    /// The witness says that the checkpoint is complete and that nobody else writes guest or cache.
     /// Were it untrue, the flush would still be defined behaviour (the copies are of memory that is
     /// never borrowed as Rust data), but what the guest then holds would mean nothing.
     ///
@@ -290,10 +290,9 @@ impl MirrorCache {
     /// a part of the checkpoint and must not run.
     pub fn flush(
         &self,
-        stopped: GuestStopped<'_>,
+        _stopped: GuestStopped<'_>,
         pool: &FlushPool,
     ) -> Result<FlushReport, CacheError> {
-        let GuestStopped { .. } = stopped;
         let bytes = self.dirty_pages() * PAGE_SIZE;
         match pool.share(bytes) {
             None => {
