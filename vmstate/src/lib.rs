@@ -90,7 +90,8 @@ pub use nested::Nested;
 pub use reader::{Reader, SubsectionHeader};
 pub use state::{VmState, from_bytes, is_subsection_name, to_bytes, to_bytes_described};
 pub use tree::{
-    DeviceStep, DeviceTree, Parsed, Priority, SavedSection, Staged, StagedSection, TreeError,
+    DeviceStep, DeviceTree, Parsed, Priority, ResetDone, SavedSection, Staged, StagedSection,
+    TreeError,
 };
 pub use types::{Bitmap, Timer, Unused};
 pub use vmdesc::{Description, Vmdesc};

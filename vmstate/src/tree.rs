@@ -69,11 +69,16 @@ pub struct Staged {
     states: Vec<AnyState>,
 }
 
+/// The new state of every device of a tree, all of which have been reset for it.
+#[derive(Debug)]
+#[must_use = "the devices have been reset and wait for their state"]
+pub struct ResetDone(Staged);
+
 /// The devices of a VM.
 ///
 /// State goes in by one way only: bytes are [parsed](Self::parse_section) into values of their
 /// own, the values of all devices are [checked together](Self::stage), and then all devices are
-/// [reset and given their new state](Self::reset_then_install). Up to the last step no device is
+/// [reset](Self::reset) and [given their new state](Self::install). Up to the last step no device is
 /// touched, so that a stream that breaks off or is wrong leaves a VM that can still run; and no
 /// device can be given state without having been reset.
 pub struct DeviceTree {
@@ -300,12 +305,13 @@ impl DeviceTree {
         })
     }
 
-    /// Resets all devices, and then gives each its new state; both in section order.
+    /// Resets all devices, in section order, for `staged` to be installed. COLO flushes guest memory
+    /// between the two, because a reset may write it.
     ///
     /// # Errors
     /// `staged` is not of this tree: nothing has been changed. Or a device failed: the state of
     /// the VM is neither the old nor the new one, and it must not run.
-    pub fn reset_then_install(&mut self, staged: Staged) -> Result<(), TreeError> {
+    pub fn reset(&mut self, staged: Staged) -> Result<ResetDone, TreeError> {
         if staged.tree != self.id {
             return Err(TreeError::Foreign);
         }
@@ -315,6 +321,18 @@ impl DeviceTree {
                 .device
                 .reset()
                 .map_err(|source| entry.failed(DeviceStep::Reset, source))?;
+        }
+        Ok(ResetDone(staged))
+    }
+
+    /// Gives every device its new state, in section order.
+    ///
+    /// # Errors
+    /// As for [`DeviceTree::reset`].
+    pub fn install(&mut self, reset: ResetDone) -> Result<(), TreeError> {
+        let ResetDone(staged) = reset;
+        if staged.tree != self.id {
+            return Err(TreeError::Foreign);
         }
         let mut states: Vec<Option<AnyState>> = staged.states.into_iter().map(Some).collect();
         for &i in &self.order {
@@ -329,6 +347,15 @@ impl DeviceTree {
                 .map_err(|source| entry.failed(DeviceStep::Install, source))?;
         }
         Ok(())
+    }
+
+    /// Both, one after the other.
+    ///
+    /// # Errors
+    /// As for [`DeviceTree::reset`].
+    pub fn reset_then_install(&mut self, staged: Staged) -> Result<(), TreeError> {
+        let reset = self.reset(staged)?;
+        self.install(reset)
     }
 
     fn find(&self, idstr: &str, instance_id: u32) -> Option<(usize, &Entry)> {
