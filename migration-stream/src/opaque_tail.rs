@@ -1,0 +1,389 @@
+//! The end of a stream whose devices nobody here knows: FULL sections, EOF and description, taken
+//! as they are and split afterwards.
+//!
+//! Sections carry no length, so where they end is only known once the description has come, and
+//! the description is only found by looking for it: the last footer, EOF, the description's type
+//! byte and length, and JSON of that length that accounts for every byte before it.
+//!
+//! This is for tools that hand a stream on or look into it. A guest that controls the contents of
+//! a device's buffer could place such an end there; a VMM knows its devices and reads their
+//! sections with their handlers instead.
+
+use std::ops::Range;
+
+use crate::codec::{IdStr, Reader};
+use crate::decoder::{DecoderConfig, MAX_SECTIONS};
+use crate::device_blob::DeviceSection;
+use crate::error::DecodeError;
+use crate::section::{
+    Announcement, InstanceId, SectionHeader, SectionId, SectionType, decode_footer, encode_footer,
+};
+use crate::vmdesc::{DescriptionError, DeviceDescription, VmDescription};
+
+/// Footer, EOF, type byte and length of the description.
+const END_LEN: usize = 5 + 1 + 5;
+
+/// How much of a tail is taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TailLimits {
+    /// The longest tail, description included, bytes.
+    pub len: usize,
+    /// The longest description, bytes.
+    pub description: u32,
+    /// How many things that look like its end but are none may be in it. Each may cost as much as
+    /// reading a description.
+    pub false_ends: usize,
+}
+
+impl Default for TailLimits {
+    /// 64 MiB: an empty q35 of QEMU 11.1 has 76 KiB.
+    fn default() -> Self {
+        Self {
+            len: 64 << 20,
+            description: DecoderConfig::DEFAULT_MAX_DESCRIPTION,
+            false_ends: 64,
+        }
+    }
+}
+
+/// Collects a tail. Feed it until it is complete.
+#[derive(Debug)]
+pub struct OpaqueTail {
+    bytes: Vec<u8>,
+    limits: TailLimits,
+    /// No end begins before this.
+    searched: usize,
+    /// Where descriptions may be whose last byte has not come.
+    candidates: Vec<Range<usize>>,
+    rejected: Option<TailError>,
+    false_ends: usize,
+}
+
+/// What came of feeding.
+#[derive(Debug)]
+pub enum Fed {
+    /// The tail goes on; everything was taken.
+    NeedMore,
+    /// The tail is complete. What was fed beyond `consumed` bytes belongs to whoever comes next.
+    Complete {
+        /// How much of the last piece belongs to the tail, bytes.
+        consumed: usize,
+        /// The tail.
+        tail: Tail,
+    },
+}
+
+impl OpaqueTail {
+    /// A tail that begins with the FULL section of this header, which has been read already (a
+    /// decoder has reported it). Its body is fed first.
+    #[must_use]
+    pub fn beginning_with(header: &SectionHeader, limits: TailLimits) -> Self {
+        let mut bytes = Vec::new();
+        header.encode(&mut bytes);
+        Self {
+            searched: bytes.len(),
+            bytes,
+            limits,
+            candidates: Vec::new(),
+            rejected: None,
+            false_ends: 0,
+        }
+    }
+
+    /// Takes what has arrived. Whether more is to come cannot be told from the bytes: a connection
+    /// may stay open, and what follows the tail may come along with its last byte.
+    ///
+    /// # Errors
+    /// A limit is exceeded.
+    pub fn feed(&mut self, piece: &[u8]) -> Result<Fed, TailError> {
+        let before = self.bytes.len();
+        self.bytes.extend_from_slice(piece);
+        self.find_ends()?;
+        // The earliest end first: what is behind it is not ours.
+        while let Some(json) = self.take_candidate() {
+            let end = json.end;
+            match self.split(json) {
+                Ok((sections, description)) => {
+                    let mut bytes = std::mem::take(&mut self.bytes);
+                    bytes.truncate(end);
+                    return Ok(Fed::Complete {
+                        consumed: end.saturating_sub(before),
+                        tail: Tail {
+                            bytes,
+                            sections,
+                            description,
+                        },
+                    });
+                }
+                Err(e) => self.rejected = Some(e),
+            }
+        }
+        if self.bytes.len() > self.limits.len {
+            return Err(TailError::TooLong {
+                max: self.limits.len,
+                rejected: self.rejected.take().map(Box::new),
+            });
+        }
+        Ok(Fed::NeedMore)
+    }
+
+    /// Why the last thing that looked like the tail's end was none; to explain a tail that does not
+    /// end.
+    #[must_use]
+    pub const fn rejected(&self) -> Option<&TailError> {
+        self.rejected.as_ref()
+    }
+
+    fn find_ends(&mut self) -> Result<(), TailError> {
+        while let Some(window) = self.bytes.get(self.searched..self.searched + END_LEN + 1) {
+            let json = self.searched + END_LEN;
+            self.searched += 1;
+            let &[footer, _, _, _, _, eof, kind, l3, l2, l1, l0, first] = window else {
+                break;
+            };
+            let len = u32::from_be_bytes([l3, l2, l1, l0]);
+            if footer != SectionType::Footer.byte()
+                || eof != SectionType::Eof.byte()
+                || kind != SectionType::VmDescription.byte()
+                || first != b'{'
+                || len > self.limits.description
+            {
+                continue;
+            }
+            self.false_ends += 1;
+            if self.false_ends > self.limits.false_ends {
+                return Err(TailError::FalseEnds {
+                    max: self.limits.false_ends,
+                });
+            }
+            let len = usize::try_from(len).unwrap_or(usize::MAX);
+            let end = json.saturating_add(len);
+            if end <= self.limits.len {
+                self.candidates.push(json..end);
+            }
+        }
+        Ok(())
+    }
+
+    /// The complete candidate that ends first.
+    fn take_candidate(&mut self) -> Option<Range<usize>> {
+        let (index, _) = self
+            .candidates
+            .iter()
+            .enumerate()
+            .filter(|(_, json)| json.end <= self.bytes.len())
+            .min_by_key(|(_, json)| json.end)?;
+        Some(self.candidates.swap_remove(index))
+    }
+
+    fn split(&self, json: Range<usize>) -> Result<(Vec<RawSection>, VmDescription), TailError> {
+        // The sections end where EOF is: 6 bytes before the JSON.
+        let sections = self.bytes.get(..json.start - 6).unwrap_or_default();
+        let json = self.bytes.get(json).unwrap_or_default();
+        let description = VmDescription::parse(json)?;
+        Ok((split(sections, &description.devices)?, description))
+    }
+}
+
+/// A complete tail.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Tail {
+    bytes: Vec<u8>,
+    sections: Vec<RawSection>,
+    description: VmDescription,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct RawSection {
+    header: SectionHeader,
+    body: Range<usize>,
+}
+
+impl Tail {
+    /// All of it, from the first section's type byte to the description's last byte.
+    #[must_use]
+    pub fn as_bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+
+    /// The device sections, in their order.
+    pub fn sections(&self) -> impl ExactSizeIterator<Item = DeviceSection<'_>> + '_ {
+        self.sections.iter().map(|s| DeviceSection {
+            header: s.header.clone(),
+            body: self.bytes.get(s.body.clone()).unwrap_or_default(),
+        })
+    }
+
+    /// What the description says.
+    #[must_use]
+    pub const fn description(&self) -> &VmDescription {
+        &self.description
+    }
+}
+
+/// Splits `bytes` into exactly the sections described.
+fn split(bytes: &[u8], devices: &[DeviceDescription]) -> Result<Vec<RawSection>, TailError> {
+    if devices.len() > MAX_SECTIONS {
+        return Err(TailError::TooManySections {
+            count: devices.len(),
+        });
+    }
+    let mut sections = Vec::with_capacity(devices.len());
+    let mut pos = 0;
+    for (i, device) in devices.iter().enumerate() {
+        let (header, start) = header_at(bytes, pos, device)?;
+        let next = devices.get(i + 1);
+        let is_end = |end: usize| ends(bytes, end, header.id, next);
+        let described = usize::try_from(device.body_len)
+            .ok()
+            .and_then(|len| start.checked_add(len))
+            .filter(|end| is_end(*end));
+        let end = match described {
+            Some(end) => end,
+            None => only_end(bytes, start, header.id, is_end).ok_or_else(|| TailError::Body {
+                idstr: device.idstr.clone(),
+                instance: device.instance,
+                offset: start,
+                described: device.body_len,
+            })?,
+        };
+        sections.push(RawSection {
+            header,
+            body: start..end,
+        });
+        pos = end + 5;
+    }
+    if pos == bytes.len() {
+        Ok(sections)
+    } else {
+        Err(TailError::NotDescribed {
+            offset: pos,
+            len: bytes.len() - pos,
+        })
+    }
+}
+
+/// The header of `device` at `pos`, and where its body begins.
+fn header_at(
+    bytes: &[u8],
+    pos: usize,
+    device: &DeviceDescription,
+) -> Result<(SectionHeader, usize), TailError> {
+    let mut r = Reader::new(bytes.get(pos..).unwrap_or_default(), pos as u64);
+    let is_full = r.u8()? == SectionType::Full.byte();
+    let header = SectionHeader::decode(Announcement::Full, &mut r)?;
+    if is_full
+        && header.idstr == device.idstr
+        && header.instance == device.instance
+        && device.version.is_none_or(|v| v == header.version)
+    {
+        Ok((header, pos + r.consumed()))
+    } else {
+        Err(TailError::Header {
+            idstr: device.idstr.clone(),
+            instance: device.instance,
+            offset: pos,
+        })
+    }
+}
+
+/// Whether the body of section `id` can end at `end`: with its footer, and behind that the next
+/// section or the end.
+fn ends(bytes: &[u8], end: usize, id: SectionId, next: Option<&DeviceDescription>) -> bool {
+    let mut r = Reader::new(bytes.get(end..).unwrap_or_default(), end as u64);
+    decode_footer(id, &mut r).is_ok()
+        && match next {
+            Some(device) => header_at(bytes, end + r.consumed(), device).is_ok(),
+            None => r.rest().is_empty(),
+        }
+}
+
+/// The one place where the body of section `id` can end; `None` when there is none, or several.
+fn only_end(
+    bytes: &[u8],
+    start: usize,
+    id: SectionId,
+    is_end: impl Fn(usize) -> bool,
+) -> Option<usize> {
+    let mut footer = Vec::new();
+    encode_footer(id, &mut footer);
+    let mut found = bytes
+        .get(start..)?
+        .windows(footer.len())
+        .enumerate()
+        .filter(|(_, window)| *window == footer)
+        .map(|(i, _)| start + i)
+        .filter(|end| is_end(*end));
+    match (found.next(), found.next()) {
+        (Some(end), None) => Some(end),
+        _ => None,
+    }
+}
+
+/// Why a tail could not be taken or split. Offsets count from its first byte.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum TailError {
+    /// It did not end within its limit.
+    #[error(
+        "the stream's tail does not end within {max} bytes{}",
+        .rejected.as_ref().map(|e| format!(" ({e})")).unwrap_or_default()
+    )]
+    TooLong {
+        /// The limit, bytes.
+        max: usize,
+        /// Why the last thing that looked like its end was none.
+        rejected: Option<Box<TailError>>,
+    },
+    /// Too many things in it look like its end.
+    #[error("the stream's tail has more than {max} false ends")]
+    FalseEnds {
+        /// The limit.
+        max: usize,
+    },
+    /// The description is none.
+    #[error(transparent)]
+    Description(#[from] DescriptionError),
+    /// More devices described than a stream may have sections.
+    #[error("{count} devices described, at most {MAX_SECTIONS} expected")]
+    TooManySections {
+        /// How many.
+        count: usize,
+    },
+    /// A section's header is cut off or none.
+    #[error("in the stream's tail: {0}")]
+    Frame(#[from] DecodeError),
+    /// Another section stands where a described one is expected.
+    #[error("no section '{idstr}' instance {instance} at byte {offset:#x} of the stream's tail")]
+    Header {
+        /// The device described.
+        idstr: IdStr,
+        /// Which one of that idstr.
+        instance: InstanceId,
+        /// Where it was expected.
+        offset: usize,
+    },
+    /// The end of a section's body cannot be told.
+    #[error(
+        "the end of section '{idstr}' instance {instance} at byte {offset:#x} of the stream's \
+         tail, {described} bytes by its description, cannot be told"
+    )]
+    Body {
+        /// The device.
+        idstr: IdStr,
+        /// Which one of that idstr.
+        instance: InstanceId,
+        /// Where its body begins.
+        offset: usize,
+        /// Its length according to the description, bytes.
+        described: u64,
+    },
+    /// Something follows the sections described.
+    #[error("{len} bytes at byte {offset:#x} of the stream's tail are not described")]
+    NotDescribed {
+        /// Where they begin.
+        offset: usize,
+        /// How many there are.
+        len: usize,
+    },
+}
