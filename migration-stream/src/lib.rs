@@ -1,4 +1,44 @@
-//! QEMU's migration (savevm) command stream.
+//! QEMU's migration stream (QEMU 11.1, machine types of x86): what is on the wire as codecs without
+//! I/O, and precopy live migration on top of them.
+//!
+//! A VMM gives its memory ([`GuestRam`], [`PageStore`]) and its dirty log ([`DirtyLog`]) and gets
+//! [`precopy`]'s source and target. A tool that looks into a stream takes the [`decoder`]:
+//!
+//! ```
+//! use migration_stream::codec::Reader;
+//! use migration_stream::command::Command;
+//! use migration_stream::decoder::{ConfigurationRule, DecoderConfig, Item, Step, StreamDecoder};
+//!
+//! # fn main() -> Result<(), migration_stream::DecodeError> {
+//! let bytes = b"QEVM\0\0\0\x03\x08\0\x02\0\x04\0\0\0\x01\0";
+//! let config = DecoderConfig::new(ConfigurationRule::Absent);
+//! // None: no memory to fill, the RAM blocks are those that the stream announces.
+//! let mut decoder = StreamDecoder::new(config, None);
+//! let mut r = Reader::new(bytes, 0);
+//! assert_eq!(decoder.next(&mut r)?, Step::Item(Item::Header));
+//! assert_eq!(decoder.next(&mut r)?, Step::Item(Item::Command(Command::Ping(1))));
+//! assert_eq!(decoder.next(&mut r)?, Step::Item(Item::Eof));
+//! assert_eq!(decoder.next(&mut r)?, Step::NeedMore { at_least: 1 });
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! | module | what |
+//! |---|---|
+//! | [`precopy`] | source and target of a live migration, and of a COLO checkpoint's RAM |
+//! | [`decoder`] | the main stream item by item, and the RAM of COLO checkpoints |
+//! | [`header`], [`configuration`], [`section`], [`command`], [`return_path`] | one thing on the wire each |
+//! | [`ram`] | blocks, the block list, page records, the transport of pages in the stream |
+//! | [`device_blob`], [`opaque_tail`], [`vmdesc`] | device sections: known, unknown, described |
+//! | [`io`] | channels: two traits, and their implementation over a file descriptor |
+//! | [`codec`] | the reader and the names that the others share |
+//!
+//! Everything received is hostile: a length is checked before memory is taken for it, and what is
+//! wrong is a [`DecodeError`] that says what, where, and what was expected.
+//!
+//! # Features
+//!
+//! `fd` (default): `io::FdChannel`.
 #![deny(unsafe_code)]
 
 pub mod codec;
