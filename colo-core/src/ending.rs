@@ -124,7 +124,7 @@ impl Ending {
                 self.at = self.after(true);
                 Ok(true)
             }
-            (_, Event::Failed) => {
+            (At::StopVm | At::StopReplication | At::ResumeVm, Event::Failed) => {
                 self.at = self.after(false);
                 Ok(true)
             }
@@ -167,7 +167,6 @@ impl Ending {
             (At::StopReplication, Fate::TakeOver | Fate::Undecided) => At::OpenOutput,
             (At::StopReplication, Fate::Quit) => At::Finished(Outcome::Quit),
             (At::StopReplication, Fate::Broken) => At::Finished(Outcome::Broken(self.exit.cause)),
-            // A guest without its network is better than none.
             (At::OpenOutput, _) => At::ResumeVm,
             (At::ResumeVm, _) if !done => broken(Step::ResumeVm),
             (At::ResumeVm, _) => At::Finished(Outcome::TookOver),

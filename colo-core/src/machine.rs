@@ -187,7 +187,7 @@ fn answer(step: Step, event: Event) -> Result<Answer, OutOfStep> {
             Answer::Failed(Cause::UnknownMessage(UnknownMessage { number }))
         }
         (_, Event::Done) if !is_wait => Answer::Done,
-        (_, Event::Failed) => Answer::Failed(Cause::StepFailed(step)),
+        (_, Event::Failed) if step.may_fail() => Answer::Failed(Cause::StepFailed(step)),
         (_, Event::PeerLost(loss)) if step.is_on_the_wire() => {
             Answer::Failed(Cause::PeerLost { during: step, loss })
         }

@@ -123,6 +123,15 @@ impl Step {
         )
     }
 
+    /// Can the step fail on its own side? Letting go of something cannot, nor can reporting.
+    #[must_use]
+    pub const fn may_fail(self) -> bool {
+        !matches!(
+            self,
+            Self::OpenOutput | Self::ReportCheckpoint | Self::Disconnect
+        )
+    }
+
     /// Does the step talk to the peer?
     #[must_use]
     pub const fn is_on_the_wire(self) -> bool {
@@ -217,7 +226,8 @@ pub enum Bound {
 
 /// What the driver tells a machine.
 ///
-/// Every action ends with exactly one event. A local step: [`Event::Done`] or [`Event::Failed`].
+/// Every action ends with exactly one event. A local step: [`Event::Done`] or, if it
+/// [may fail](Step::may_fail), [`Event::Failed`].
 /// A step on the wire that is no wait: also [`Event::PeerLost`] or [`Event::DeadlineExpired`]. A
 /// wait: what was waited for, or any event but `Done`. [`Event::FailoverRequested`] and
 /// [`Event::Quit`] may in addition be handed over during any action. They end a wait; during

@@ -129,12 +129,9 @@ pub trait PacketGate {
     /// The secondary's VM is not run again.
     fn discard(&mut self) -> Result<(), VmError>;
 
-    /// Lets out what is held and holds nothing back any more: this side is the VM. Without effect
-    /// if output was not held.
-    ///
-    /// # Errors
-    /// The VM goes on all the same.
-    fn open(&mut self) -> Result<(), VmError>;
+    /// Lets out what is held and holds nothing back any more: this side is the VM, and goes on even
+    /// if what was held cannot be let out. Without effect if output was not held.
+    fn open(&mut self);
 }
 
 /// A VM whose output is not held back. What it has put out since the last checkpoint may come twice
@@ -155,9 +152,7 @@ impl PacketGate for NoGate {
         Ok(())
     }
 
-    fn open(&mut self) -> Result<(), VmError> {
-        Ok(())
-    }
+    fn open(&mut self) {}
 }
 
 /// An error of the VMM's own.
