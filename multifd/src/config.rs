@@ -1,0 +1,149 @@
+//! What both sides must have set to the same before they connect: nothing of it is negotiated.
+
+use std::fmt;
+use std::num::NonZeroU8;
+use std::time::Duration;
+
+use crate::packet::Method;
+
+/// How many channels there are beside the main one: 1 to 255 (QEMU's `multifd-channels`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct ChannelCount(NonZeroU8);
+
+impl ChannelCount {
+    /// `count` channels; `None` for none.
+    #[must_use]
+    pub const fn new(count: u8) -> Option<Self> {
+        match NonZeroU8::new(count) {
+            Some(count) => Some(Self(count)),
+            None => None,
+        }
+    }
+
+    /// The number.
+    #[must_use]
+    pub const fn get(self) -> u8 {
+        self.0.get()
+    }
+
+    /// The ids of the channels, from 0 on.
+    pub fn ids(self) -> impl ExactSizeIterator<Item = ChannelId> {
+        (0..self.get()).map(ChannelId)
+    }
+}
+
+impl Default for ChannelCount {
+    /// Two, as QEMU has it.
+    fn default() -> Self {
+        Self(NonZeroU8::MIN.saturating_add(1))
+    }
+}
+
+impl fmt::Display for ChannelCount {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// The number by which a channel introduces itself, from 0 on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ChannelId(u8);
+
+impl ChannelId {
+    /// Channel number `id`.
+    #[must_use]
+    pub const fn new(id: u8) -> Self {
+        Self(id)
+    }
+
+    /// The number.
+    #[must_use]
+    pub const fn get(self) -> u8 {
+        self.0
+    }
+}
+
+impl fmt::Display for ChannelId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "multifd channel {}", self.0)
+    }
+}
+
+/// How the channels compress their pages (QEMU's `multifd-compression`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Compression {
+    /// Not at all: pages go from guest memory to guest memory without a copy in between.
+    #[default]
+    None,
+    /// One zstd frame per channel.
+    #[cfg(feature = "zstd")]
+    Zstd(ZstdLevel),
+}
+
+impl Compression {
+    /// What packets say of it.
+    #[must_use]
+    pub const fn method(self) -> Method {
+        match self {
+            Self::None => Method::None,
+            #[cfg(feature = "zstd")]
+            Self::Zstd(_) => Method::Zstd,
+        }
+    }
+}
+
+/// How hard zstd tries: 0 to 20, 1 unless said otherwise (QEMU's `multifd-zstd-level`).
+#[cfg(feature = "zstd")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ZstdLevel(u8);
+
+#[cfg(feature = "zstd")]
+impl ZstdLevel {
+    /// The level `level`; `None` beyond 20.
+    #[must_use]
+    pub const fn new(level: u8) -> Option<Self> {
+        if level <= 20 { Some(Self(level)) } else { None }
+    }
+
+    /// The number.
+    #[must_use]
+    pub const fn get(self) -> u8 {
+        self.0
+    }
+}
+
+#[cfg(feature = "zstd")]
+impl Default for ZstdLevel {
+    fn default() -> Self {
+        Self(1)
+    }
+}
+
+/// The settings of a set of channels, the same on both sides.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MultifdConfig {
+    /// How many channels.
+    pub channels: ChannelCount,
+    /// How pages are compressed.
+    pub compression: Compression,
+    /// Sender only: the channel threads look for zero pages and send them as such (QEMU's
+    /// `zero-page-detection=multifd`). Without it every page travels with its data.
+    pub zero_page: bool,
+    /// The VM's UUID, all zero if it has none.
+    pub uuid: [u8; 16],
+    /// How long a wait without a deadline of its own goes on while no channel makes progress.
+    pub stall_limit: Duration,
+}
+
+impl Default for MultifdConfig {
+    fn default() -> Self {
+        Self {
+            channels: ChannelCount::default(),
+            compression: Compression::None,
+            zero_page: true,
+            uuid: [0; 16],
+            stall_limit: Duration::from_secs(30),
+        }
+    }
+}

@@ -1,0 +1,159 @@
+//! Why a set of channels stopped.
+
+use std::sync::Arc;
+use std::time::Duration;
+use std::{fmt, io};
+
+use migration_stream::{MemoryError, TransportError};
+
+use crate::compression::CompressionError;
+use crate::packet::PacketError;
+
+/// Which part of a packet was under way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Part {
+    /// The header.
+    Header,
+    /// The payload behind it.
+    Payload,
+}
+
+impl fmt::Display for Part {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Header => "header",
+            Self::Payload => "payload",
+        })
+    }
+}
+
+/// What went wrong on a channel, or in the set as a whole: the source of every [`TransportError`]
+/// of this crate. It can be cloned because whoever asks after the first error gets it again.
+#[derive(Clone, Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ChannelError {
+    /// A packet that cannot be, or is not for us.
+    #[error("packet {index} of the channel")]
+    Packet {
+        /// Its position among the packets of its channel, from 0 on.
+        index: u64,
+        /// What is wrong with it.
+        #[source]
+        source: PacketError,
+    },
+    /// A payload could not be made, or taken apart.
+    #[error("packet {index} of the channel")]
+    Compression {
+        /// The packet's position among those of its channel, from 0 on.
+        index: u64,
+        /// Why.
+        #[source]
+        source: CompressionError,
+    },
+    /// The channel's compression could not be set up.
+    #[error("setting up compression")]
+    Setup {
+        /// Why.
+        #[source]
+        source: CompressionError,
+    },
+    /// Guest memory, or the store, refused a range.
+    #[error("{what}")]
+    Memory {
+        /// What was attempted.
+        what: &'static str,
+        /// Why it was refused.
+        #[source]
+        source: Arc<MemoryError>,
+    },
+    /// The connection broke, or the peer did nothing for too long.
+    #[error("{what} the {part} of packet {index}")]
+    Io {
+        /// `reading` or `writing`.
+        what: &'static str,
+        /// Which part of the packet.
+        part: Part,
+        /// The packet's position among those of its channel, from 0 on.
+        index: u64,
+        /// Why.
+        #[source]
+        source: Arc<io::Error>,
+    },
+    /// The peer ended the channel inside a packet.
+    #[error("the channel ended after {got} of {expected} bytes of the {part} of packet {index}")]
+    Eof {
+        /// Which part of the packet.
+        part: Part,
+        /// The packet's position among those of its channel, from 0 on.
+        index: u64,
+        /// Bytes of the part that came.
+        got: usize,
+        /// Length of the part, bytes.
+        expected: usize,
+    },
+    /// The peer ended the channel between packets, but the main stream asks for a SYNC packet.
+    #[error("the channel ended without the sync packet that belongs to the main stream's flush")]
+    Ended,
+    /// A channel waited at its SYNC packet and the main stream never had the flush to it.
+    #[error("no flush on the main stream within {limit:?} of the channel's sync packet")]
+    NoFlush {
+        /// How long the channel waited.
+        limit: Duration,
+    },
+    /// A wait was given up.
+    #[error("gave up waiting for {what}")]
+    Stalled {
+        /// What was waited for.
+        what: &'static str,
+    },
+    /// The main stream could not be written.
+    #[error("writing the flush record to the main stream")]
+    Main {
+        /// Why.
+        #[source]
+        source: Arc<io::Error>,
+    },
+    /// The set was ended from our own side.
+    #[error("the channels were shut down")]
+    Closed,
+    /// Other channels than were configured.
+    #[error("{got} channels, expected {expected}")]
+    ChannelCount {
+        /// Channels handed in.
+        got: usize,
+        /// Channels configured.
+        expected: u8,
+    },
+    /// A thread could not be started.
+    #[error("starting the channel's thread")]
+    Spawn {
+        /// Why.
+        #[source]
+        source: Arc<io::Error>,
+    },
+    /// A thread panicked, in the memory or the transport that was plugged in.
+    #[error("the channel's thread panicked")]
+    Panicked,
+    /// A thread did not end although its channel was shut.
+    #[error("the channel's thread did not end within {limit:?} of its shutdown")]
+    Stuck {
+        /// How long it was waited for.
+        limit: Duration,
+    },
+}
+
+/// The first error of a set, and the channel it came from; `None` for the set as a whole.
+#[derive(Clone, Debug)]
+pub(crate) struct Failure {
+    pub(crate) channel: Option<u8>,
+    pub(crate) error: ChannelError,
+}
+
+impl From<Failure> for TransportError {
+    fn from(failure: Failure) -> Self {
+        Self {
+            channel: failure.channel,
+            source: Box::new(failure.error),
+        }
+    }
+}

@@ -1,0 +1,235 @@
+//! The receiving side: one thread per channel that reads pages straight into the store.
+//!
+//! **Who may touch the store, and when.** The set owns the store and only [`RecvSet::join`] gives
+//! it back, after the last thread that writes into it is gone. The main stream's loader borrows it
+//! meanwhile. When [`PageBarrier::flush`] returns, every channel had reached its SYNC packet: all
+//! pages before it have landed and none behind it was looked at. What changes the store's mode, as
+//! COLO does when it takes over from precopy, does so in [`RecvSet::between_packets`], during which
+//! no channel is inside a packet, whatever the peer sends.
+
+mod reader;
+mod rendezvous;
+
+use std::fmt;
+use std::sync::{Arc, Mutex};
+use std::time::Instant;
+
+use migration_stream::{PageBarrier, PageStore, TransportError};
+
+use crate::channel::RecvChannel;
+use crate::config::MultifdConfig;
+use crate::crew::{AbortHandle, Crew, Threads};
+use crate::error::{ChannelError, Failure};
+use crate::patience::lock;
+use reader::Reader;
+use rendezvous::Rendezvous;
+
+type OnError = Box<dyn FnOnce(&TransportError) + Send>;
+
+/// The channels of an incoming migration, and the store they write into.
+///
+/// Every [`TransportError`] has a [`ChannelError`] as its source. The first error of a channel
+/// shuts all channels, is handed to the `on_error` hook, and is what every later call returns. A
+/// channel that the peer ends between two packets has ended well; it is an error only of a flush
+/// that waits for it.
+///
+/// The store is not to be had while the threads run:
+///
+/// ```compile_fail,E0382
+/// # use migration_stream::PageStore;
+/// # use multifd::{MultifdConfig, RecvChannel, RecvSet};
+/// fn release_too_early<S: PageStore + 'static>(cache: S, channels: Vec<RecvChannel>) {
+///     let set = RecvSet::start(cache, channels, &MultifdConfig::default(), |_| {});
+///     drop(cache); // the threads write into it
+/// }
+/// ```
+///
+/// Nor is a borrow of it still good when they are gone and it belongs to somebody else:
+///
+/// ```compile_fail,E0505
+/// # use migration_stream::PageStore;
+/// # use multifd::RecvSet;
+/// fn keep_a_borrow<S: PageStore + 'static>(set: RecvSet<S>) {
+///     let cache = set.store();
+///     let joined = set.join();
+///     cache.blocks();
+/// }
+/// ```
+///
+/// ```
+/// # use migration_stream::PageStore;
+/// # use multifd::RecvSet;
+/// fn release<S: PageStore + 'static>(set: RecvSet<S>) {
+///     if let Ok(joined) = set.join() {
+///         drop(joined.store); // no thread is left that could write into it
+///     }
+/// }
+/// ```
+pub struct RecvSet<S> {
+    // The threads are first: dropped before the store, they are gone when it goes.
+    threads: Threads<Rendezvous>,
+    crew: Arc<Crew<Rendezvous>>,
+    store: Arc<S>,
+}
+
+/// What is left of a [`RecvSet`] whose threads are gone.
+#[derive(Debug)]
+#[must_use]
+pub struct Joined<S> {
+    /// The store, which nobody else can reach any more.
+    pub store: S,
+    /// The first error of the set, if there was one. A failover needs the store in either case.
+    pub outcome: Result<(), TransportError>,
+}
+
+impl<S: PageStore + 'static> RecvSet<S> {
+    /// Starts the threads of `channels`, whose handshakes were received, in the order of their
+    /// ids. `on_error` is called once, from a channel's thread, when the first channel fails and
+    /// all channels have been shut: it should wake whoever reads the main stream, for example by
+    /// shutting that. A failed flush, and an abort, do not call it: their caller knows.
+    ///
+    /// # Errors
+    /// [`ChannelError::ChannelCount`], [`ChannelError::Setup`] and [`ChannelError::Spawn`]. The
+    /// store is dropped then.
+    pub fn start(
+        store: S,
+        channels: Vec<RecvChannel>,
+        config: &MultifdConfig,
+        on_error: impl FnOnce(&TransportError) + Send + 'static,
+    ) -> Result<Self, TransportError> {
+        let count = config.channels.get();
+        if channels.len() != usize::from(count) {
+            let got = channels.len();
+            return Err(TransportError::main(ChannelError::ChannelCount {
+                got,
+                expected: count,
+            }));
+        }
+        let store = Arc::new(store);
+        let on_error: Arc<Mutex<Option<OnError>>> = Arc::new(Mutex::new(Some(Box::new(on_error))));
+        let (sources, closers): (Vec<_>, Vec<_>) =
+            channels.into_iter().map(|c| (c.source, c.close)).unzip();
+        let crew = Arc::new(Crew::new(
+            Rendezvous::new(count),
+            closers,
+            config.stall_limit,
+        ));
+        let mut threads = Threads::new(Arc::clone(&crew));
+        for (id, source) in (0..count).zip(sources) {
+            let decoder = config
+                .compression
+                .decoder()
+                .map_err(|source| TransportError::channel(id, ChannelError::Setup { source }))?;
+            let method = config.compression.method();
+            let (store, crew) = (Arc::clone(&store), Arc::clone(&crew));
+            let on_error = Arc::clone(&on_error);
+            threads.spawn(
+                format!("mfd-recv-{id}"),
+                id,
+                move || Reader::new(&*store, source, decoder, method, id).run(&crew),
+                move |crew| {
+                    let hook = lock(&on_error).take();
+                    if let (Some(hook), Some(failure)) = (hook, crew.lock().failure()) {
+                        hook(&failure.into());
+                    }
+                },
+            )?;
+        }
+        Ok(Self {
+            threads,
+            crew,
+            store,
+        })
+    }
+
+    /// Shuts the channels, waits for their threads, and gives the store back. A migration that ends
+    /// well has had its last flush before; what is under way on a channel is lost.
+    ///
+    /// # Errors
+    /// [`ChannelError::Stuck`]: a thread did not end within the stall limit, because the store or
+    /// the channel's own closer does not let it. The store stays with that thread.
+    pub fn join(self) -> Result<Joined<S>, TransportError> {
+        let Self {
+            threads,
+            crew,
+            store,
+        } = self;
+        threads.stop()?;
+        let outcome = crew
+            .lock()
+            .failure()
+            .map_or(Ok(()), |failure| Err(failure.into()));
+        match Arc::into_inner(store) {
+            Some(store) => Ok(Joined { store, outcome }),
+            None => Err(Failure {
+                channel: None,
+                error: ChannelError::Stuck { limit: crew.limit },
+            }
+            .into()),
+        }
+    }
+}
+
+impl<S> RecvSet<S> {
+    /// The store, which the channels' threads use at the same time.
+    #[must_use]
+    pub fn store(&self) -> &S {
+        &self.store
+    }
+
+    /// What the main stream's loader waits at.
+    #[must_use]
+    pub fn barrier(&self) -> RecvBarrier {
+        RecvBarrier {
+            crew: Arc::clone(&self.crew),
+            deadline: None,
+        }
+    }
+
+    /// Runs `f` while no channel is inside a packet: every page of a packet is taken in either
+    /// before or after it.
+    ///
+    /// # Errors
+    /// [`ChannelError::Stalled`] when a packet that was begun does not end until `deadline`
+    /// (without one, within the stall limit). `f` did not run, and the channels go on.
+    pub fn between_packets<R>(
+        &self,
+        deadline: Option<Instant>,
+        f: impl FnOnce(&S) -> R,
+    ) -> Result<R, TransportError> {
+        Ok(self.crew.between_packets(deadline, || f(&self.store))?)
+    }
+
+    /// A handle that ends the channels from another thread.
+    #[must_use]
+    pub fn abort_handle(&self) -> AbortHandle {
+        AbortHandle::new(&self.crew)
+    }
+}
+
+impl<S> fmt::Debug for RecvSet<S> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("RecvSet")
+            .field("crew", &self.crew)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Where the main stream waits for the channels of a [`RecvSet`].
+///
+/// A flush that fails has shut all channels: what is in memory is not known any more.
+#[derive(Debug)]
+pub struct RecvBarrier {
+    crew: Arc<Crew<Rendezvous>>,
+    deadline: Option<Instant>,
+}
+
+impl PageBarrier for RecvBarrier {
+    fn flush(&mut self) -> Result<(), TransportError> {
+        Ok(self.crew.flush(self.deadline)?)
+    }
+
+    fn set_deadline(&mut self, deadline: Option<Instant>) {
+        self.deadline = deadline;
+    }
+}

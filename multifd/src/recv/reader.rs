@@ -1,0 +1,274 @@
+//! One channel's thread: reads packets, and their pages straight into the store.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use migration_stream::io::ByteSource;
+use migration_stream::ram::BlockId;
+use migration_stream::{MemoryError, PageStore};
+use vm_memory::VolatileSlice;
+
+use super::rendezvous::Rendezvous;
+use crate::compression::Decoder;
+use crate::crew::Crew;
+use crate::error::{ChannelError, Part};
+use crate::packet::{
+    HEADER_LEN, MAX_COMPRESSED_LEN, Method, PAGES_PER_PACKET, PREFIX_LEN, PacketError, PacketView,
+};
+use crate::runs::runs;
+
+/// Between packets a channel waits as long as the migration lasts: only its being shut ends that.
+const AS_LONG_AS_IT_LASTS: Duration = Duration::from_secs(100 * 365 * 24 * 3600);
+
+pub(super) struct Reader<'a, S> {
+    store: &'a S,
+    source: Box<dyn ByteSource>,
+    decoder: Option<Box<dyn Decoder>>,
+    method: Method,
+    id: u8,
+    /// Packets read on this channel.
+    index: u64,
+    /// The next header, as far as it came along with a payload.
+    header: [u8; HEADER_LEN],
+    have: usize,
+    /// The block of the last packet: a channel's packets are mostly of one.
+    block: Option<BlockId>,
+    /// Where the payload goes, one slice for pages that follow each other.
+    landing: Vec<VolatileSlice<'a>>,
+    /// A compressed payload, and the header that may come along behind it.
+    compressed: Vec<u8>,
+    idle_until: Option<Instant>,
+}
+
+/// What a packet leaves to be done.
+enum After {
+    Next,
+    Sync,
+}
+
+impl<'a, S: PageStore> Reader<'a, S> {
+    pub(super) fn new(
+        store: &'a S,
+        source: Box<dyn ByteSource>,
+        decoder: Option<Box<dyn Decoder>>,
+        method: Method,
+        id: u8,
+    ) -> Self {
+        let room = if decoder.is_some() {
+            MAX_COMPRESSED_LEN as usize + HEADER_LEN
+        } else {
+            0
+        };
+        Self {
+            store,
+            source,
+            decoder,
+            method,
+            id,
+            index: 0,
+            header: [0; HEADER_LEN],
+            have: 0,
+            block: None,
+            landing: Vec::with_capacity(PAGES_PER_PACKET),
+            compressed: vec![0; room],
+            idle_until: Instant::now().checked_add(AS_LONG_AS_IT_LASTS),
+        }
+    }
+
+    pub(super) fn run(mut self, crew: &Crew<Rendezvous>) -> Result<(), ChannelError> {
+        let result = self.packets(crew);
+        crew.leave(self.id, result.is_ok());
+        result
+    }
+
+    fn packets(&mut self, crew: &Crew<Rendezvous>) -> Result<(), ChannelError> {
+        while self.read_header()? {
+            crew.begin_packet(self.id)?;
+            let after = self.take_packet()?;
+            self.index += 1;
+            match after {
+                After::Next => crew.end_packet(self.id),
+                After::Sync => crew.wait_at_sync(self.id)?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Completes the next header; false when the channel ends before it.
+    fn read_header(&mut self) -> Result<bool, ChannelError> {
+        let mut checked = false;
+        loop {
+            if !checked && let Some(prefix) = self.header[..self.have].first_chunk::<PREFIX_LEN>() {
+                PacketView::check_prefix(prefix).map_err(|e| self.bad(e))?;
+                checked = true;
+            }
+            if self.have == HEADER_LEN {
+                return Ok(true);
+            }
+            self.source.set_read_deadline(if self.have == 0 {
+                self.idle_until
+            } else {
+                None
+            });
+            match self.source.read(&mut self.header[self.have..]) {
+                Ok(0) if self.have == 0 => return Ok(false),
+                Ok(0) => return Err(self.eof(Part::Header, self.have, HEADER_LEN)),
+                Ok(n) => self.have = (self.have + n).min(HEADER_LEN),
+                Err(e) => return Err(self.broken(Part::Header, e)),
+            }
+        }
+    }
+
+    fn take_packet(&mut self) -> Result<After, ChannelError> {
+        let header = PacketView::unfill(&self.header, self.method).map_err(|e| self.bad(e))?;
+        let after = if header.is_sync() {
+            After::Sync
+        } else {
+            After::Next
+        };
+        self.have = 0;
+        if !header.has_pages() {
+            return Ok(after);
+        }
+        let name = header.block().map_err(|e| self.bad(e))?;
+        let (block, used_length) = self.find_block(name)?;
+        let payload_len = header.payload_len() as usize;
+        let mut offsets = [0; PAGES_PER_PACKET];
+        let (normal, zero) = header
+            .offsets(used_length, &mut offsets)
+            .map_err(|e| self.bad(e))?;
+        self.block = Some(block);
+
+        self.landing.clear();
+        for (offset, len) in runs(normal) {
+            let slice = self.store.prepare(block, offset, len).map_err(refused)?;
+            if slice.len() != len {
+                return Err(refused(MemoryError::OutOfBlock {
+                    name: block.to_string(),
+                    offset,
+                    len,
+                    used_length,
+                }));
+            }
+            self.landing.push(slice);
+        }
+        if self.decoder.is_some() {
+            self.read_compressed(payload_len)?;
+        } else {
+            self.read_pages(payload_len)?;
+        }
+        for (offset, len) in runs(normal) {
+            self.store.landed(block, offset, len).map_err(refused)?;
+        }
+        for (offset, len) in runs(zero) {
+            self.store.zero(block, offset, len).map_err(refused)?;
+        }
+        Ok(after)
+    }
+
+    /// The block called `name` and its length, without a search if it is that of the last packet.
+    fn find_block(&self, name: &[u8]) -> Result<(BlockId, u64), ChannelError> {
+        let blocks = self.store.blocks();
+        let id = self
+            .block
+            .filter(|id| blocks.get(*id).is_some_and(|b| b.name().as_bytes() == name))
+            .or_else(|| blocks.find(name));
+        id.and_then(|id| Some((id, blocks.get(id)?.used_length())))
+            .ok_or_else(|| {
+                self.bad(PacketError::Block {
+                    name: String::from_utf8_lossy(name).into_owned(),
+                })
+            })
+    }
+
+    /// Reads a payload into the store, and of the header behind it what is there already.
+    fn read_pages(&mut self, len: usize) -> Result<(), ChannelError> {
+        self.source.set_read_deadline(None);
+        let mut got = 0;
+        let mut first = 0;
+        while got < len {
+            let Some(rest) = self.landing.get(first..) else {
+                break;
+            };
+            let n = match self.source.read_scatter(rest, &mut self.header) {
+                Ok(0) => return Err(self.eof(Part::Payload, got, len)),
+                Ok(n) => n,
+                Err(e) => return Err(self.broken(Part::Payload, e)),
+            };
+            self.have = n.saturating_sub(len - got).min(HEADER_LEN);
+            got += n;
+            // Past the slices that are full, and to the middle of the one that is not.
+            let mut n = n;
+            while let Some(slice) = self.landing.get_mut(first) {
+                if n < slice.len() {
+                    if let Ok(rest) = slice.offset(n) {
+                        *slice = rest;
+                    }
+                    break;
+                }
+                n -= slice.len();
+                first += 1;
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads a compressed payload, likewise, and takes it apart into the store.
+    fn read_compressed(&mut self, len: usize) -> Result<(), ChannelError> {
+        self.source.set_read_deadline(None);
+        let mut got = 0;
+        while got < len {
+            match self
+                .source
+                .read(&mut self.compressed[got..len + HEADER_LEN])
+            {
+                Ok(0) => return Err(self.eof(Part::Payload, got, len)),
+                Ok(n) => got = (got + n).min(len + HEADER_LEN),
+                Err(e) => return Err(self.broken(Part::Payload, e)),
+            }
+        }
+        let beyond = &self.compressed[len..got.max(len)];
+        self.header[..beyond.len()].copy_from_slice(beyond);
+        self.have = beyond.len();
+        let index = self.index;
+        match &mut self.decoder {
+            // A packet of zero pages alone is not part of the compressed stream.
+            Some(decoder) if !self.landing.is_empty() => decoder
+                .decode(&self.compressed[..len], &self.landing)
+                .map_err(|source| ChannelError::Compression { index, source }),
+            _ => Ok(()),
+        }
+    }
+
+    fn bad(&self, source: PacketError) -> ChannelError {
+        ChannelError::Packet {
+            index: self.index,
+            source,
+        }
+    }
+
+    fn eof(&self, part: Part, got: usize, expected: usize) -> ChannelError {
+        ChannelError::Eof {
+            part,
+            index: self.index,
+            got,
+            expected,
+        }
+    }
+
+    fn broken(&self, part: Part, e: std::io::Error) -> ChannelError {
+        ChannelError::Io {
+            what: "reading",
+            part,
+            index: self.index,
+            source: Arc::new(e),
+        }
+    }
+}
+
+fn refused(e: MemoryError) -> ChannelError {
+    ChannelError::Memory {
+        what: "storing received pages",
+        source: Arc::new(e),
+    }
+}

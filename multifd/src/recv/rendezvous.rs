@@ -1,0 +1,209 @@
+//! Where the channels and the main stream of an incoming migration meet.
+
+use std::time::Instant;
+
+use crate::crew::{Crew, State};
+use crate::error::{ChannelError, Failure};
+use crate::patience::Patience;
+
+/// What a channel is doing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    /// It waits for a packet.
+    Idle,
+    /// It takes a packet in.
+    Busy,
+    /// It has reached its SYNC packet and waits for the flush.
+    AtSync,
+    /// The peer ended it, between packets.
+    Ended,
+    /// It broke; the failure follows, if it is the first.
+    Broken,
+}
+
+#[derive(Debug)]
+pub(super) struct Rendezvous {
+    phases: Vec<Phase>,
+    /// Nobody may begin a packet: the store is being changed.
+    closed: bool,
+}
+
+impl Rendezvous {
+    pub(super) fn new(channels: u8) -> Self {
+        Self {
+            phases: vec![Phase::Idle; channels.into()],
+            closed: false,
+        }
+    }
+
+    fn count(&self, phase: Phase) -> usize {
+        self.phases.iter().filter(|p| **p == phase).count()
+    }
+
+    fn set(&mut self, channel: u8, phase: Phase) {
+        if let Some(p) = self.phases.get_mut(usize::from(channel)) {
+            *p = phase;
+        }
+    }
+
+    fn first_not_at_sync(&self) -> Option<u8> {
+        self.phases
+            .iter()
+            .position(|p| *p != Phase::AtSync)
+            .and_then(|i| u8::try_from(i).ok())
+    }
+
+    fn first_ended(&self) -> Option<u8> {
+        self.phases
+            .iter()
+            .position(|p| *p == Phase::Ended)
+            .and_then(|i| u8::try_from(i).ok())
+    }
+}
+
+impl State<Rendezvous> {
+    /// What is in the way of a flush for good.
+    fn check_flush(&self) -> Result<(), Failure> {
+        self.check()?;
+        match self.first_ended() {
+            None => Ok(()),
+            channel => Err(Failure {
+                channel,
+                error: ChannelError::Ended,
+            }),
+        }
+    }
+}
+
+/// The channels' side.
+impl Crew<Rendezvous> {
+    /// A packet is about to be taken in. Waits while the store is being changed.
+    pub(super) fn begin_packet(&self, channel: u8) -> Result<(), ChannelError> {
+        let mut state = self.lock();
+        while state.closed {
+            state.check().map_err(|f| f.error)?;
+            state = self
+                .for_channels
+                .wait(state)
+                .unwrap_or_else(std::sync::PoisonError::into_inner);
+        }
+        state.set(channel, Phase::Busy);
+        Ok(())
+    }
+
+    /// All pages of the packet have landed.
+    pub(super) fn end_packet(&self, channel: u8) {
+        let mut state = self.lock();
+        state.set(channel, Phase::Idle);
+        state.progress += 1;
+        if state.closed {
+            self.for_owner.notify_all();
+        }
+    }
+
+    /// The channel has reached its SYNC packet: waits for the flush to it.
+    pub(super) fn wait_at_sync(&self, channel: u8) -> Result<(), ChannelError> {
+        let mut state = self.lock();
+        state.set(channel, Phase::AtSync);
+        state.progress += 1;
+        self.for_owner.notify_all();
+        let mut patience = Patience::new(None, self.limit, state.progress);
+        while state.phases.get(usize::from(channel)) == Some(&Phase::AtSync) {
+            state.check().map_err(|f| f.error)?;
+            let in_time;
+            (state, in_time) = patience.wait(&self.for_channels, state, |s| s.progress);
+            if !in_time {
+                return Err(ChannelError::NoFlush { limit: self.limit });
+            }
+        }
+        Ok(())
+    }
+
+    /// The channel's thread ends: because the peer ended the channel between packets, or not.
+    pub(super) fn leave(&self, channel: u8, clean: bool) {
+        self.lock()
+            .set(channel, if clean { Phase::Ended } else { Phase::Broken });
+        self.for_owner.notify_all();
+    }
+}
+
+/// The main stream's side.
+impl Crew<Rendezvous> {
+    /// Waits until every channel is at its SYNC packet, and lets them all go on.
+    pub(super) fn flush(&self, deadline: Option<Instant>) -> Result<(), Failure> {
+        let mut state = self.lock();
+        let mut patience = self.patience(deadline, &state);
+        while let Some(late) = state.first_not_at_sync() {
+            state.check_flush()?;
+            let in_time;
+            (state, in_time) = patience.wait(&self.for_owner, state, |s| s.progress);
+            if !in_time {
+                drop(state);
+                let error = ChannelError::Stalled {
+                    what: "the channel's sync packet",
+                };
+                self.fail(Some(late), error.clone());
+                let failure = self.lock().failure();
+                return Err(failure.unwrap_or(Failure {
+                    channel: Some(late),
+                    error,
+                }));
+            }
+        }
+        state.check()?;
+        state.phases.fill(Phase::Idle);
+        state.progress += 1;
+        drop(state);
+        self.for_channels.notify_all();
+        Ok(())
+    }
+
+    /// Runs `f` while no channel is inside a packet.
+    pub(super) fn between_packets<R>(
+        &self,
+        deadline: Option<Instant>,
+        f: impl FnOnce() -> R,
+    ) -> Result<R, Failure> {
+        let stalled = Failure {
+            channel: None,
+            error: ChannelError::Stalled {
+                what: "the channels to end their packets",
+            },
+        };
+        let mut state = self.lock();
+        let mut patience = self.patience(deadline, &state);
+        // Another caller's turn ends first.
+        while state.closed {
+            let in_time;
+            (state, in_time) = patience.wait(&self.for_owner, state, |s| s.progress);
+            if !in_time {
+                return Err(stalled);
+            }
+        }
+        state.closed = true;
+        drop(state);
+        let _reopen = Reopen(self);
+        let mut state = self.lock();
+        while state.count(Phase::Busy) > 0 {
+            let in_time;
+            (state, in_time) = patience.wait(&self.for_owner, state, |s| s.progress);
+            if !in_time {
+                drop(state);
+                return Err(stalled);
+            }
+        }
+        drop(state);
+        Ok(f())
+    }
+}
+
+/// Lets the channels begin packets again, also when what ran meanwhile panicked.
+struct Reopen<'a>(&'a Crew<Rendezvous>);
+
+impl Drop for Reopen<'_> {
+    fn drop(&mut self) {
+        self.0.lock().closed = false;
+        self.0.for_channels.notify_all();
+        self.0.for_owner.notify_all();
+    }
+}

@@ -1,0 +1,259 @@
+//! The sending side: channel threads that take packets of pages from one bounded queue.
+//!
+//! Whichever channel is free takes the next packet, so no channel has to be looked for and a slow
+//! one holds up nothing but its own packet. The queue is empty before any channel writes its SYNC
+//! packet, and nothing enters it before all have: that is the sync point.
+
+mod queue;
+mod writer;
+
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+use migration_stream::ram::{BlockId, encode_multifd_flush};
+use migration_stream::{
+    GuestRam, MemoryError, PAGE_SIZE, PageTransport, StreamWriter, TransportCounters,
+    TransportError,
+};
+
+use crate::channel::SendChannel;
+use crate::config::MultifdConfig;
+use crate::crew::{AbortHandle, Crew, Threads};
+use crate::error::{ChannelError, Failure};
+use crate::packet::PAGES_PER_PACKET;
+use queue::{Batch, Queue};
+use writer::{Totals, Writer};
+
+/// The channels of an outgoing migration, a [`PageTransport`].
+///
+/// Every [`TransportError`] has a [`ChannelError`] as its source. After the first one of a channel
+/// all channels are shut, and every later call returns that error again; a range that does not lie
+/// in guest RAM is refused without harm to the channels.
+pub struct SendSet {
+    ram: Arc<dyn GuestRam>,
+    crew: Arc<Crew<Queue>>,
+    threads: Threads<Queue>,
+    totals: Arc<Totals>,
+    /// Pages that wait for more of their block.
+    batch: Option<Batch>,
+    deadline: Option<Instant>,
+}
+
+impl SendSet {
+    /// Starts the threads of `channels`, whose handshakes are sent, in the order of their ids.
+    ///
+    /// # Errors
+    /// [`ChannelError::ChannelCount`], [`ChannelError::Setup`] and [`ChannelError::Spawn`].
+    pub fn start(
+        ram: Arc<dyn GuestRam>,
+        channels: Vec<SendChannel>,
+        config: &MultifdConfig,
+    ) -> Result<Self, TransportError> {
+        if channels.len() != usize::from(config.channels.get()) {
+            return Err(TransportError::main(ChannelError::ChannelCount {
+                got: channels.len(),
+                expected: config.channels.get(),
+            }));
+        }
+        let (sinks, closers): (Vec<_>, Vec<_>) =
+            channels.into_iter().map(|c| (c.sink, c.close)).unzip();
+        let crew = Arc::new(Crew::new(
+            Queue::new(config.channels),
+            closers,
+            config.stall_limit,
+        ));
+        let totals = Arc::new(Totals::default());
+        let mut threads = Threads::new(Arc::clone(&crew));
+        for (id, sink) in config.channels.ids().map(|id| id.get()).zip(sinks) {
+            let encoder = config
+                .compression
+                .encoder()
+                .map_err(|source| TransportError::channel(id, ChannelError::Setup { source }))?;
+            let (ram, crew, totals) = (Arc::clone(&ram), Arc::clone(&crew), Arc::clone(&totals));
+            let (method, zero_page) = (config.compression.method(), config.zero_page);
+            threads.spawn(
+                format!("mfd-send-{id}"),
+                id,
+                move || Writer::new(&*ram, sink, encoder, method, zero_page, &totals).run(&crew),
+                |_| {},
+            )?;
+        }
+        Ok(Self {
+            ram,
+            crew,
+            threads,
+            totals,
+            batch: None,
+            deadline: None,
+        })
+    }
+
+    /// A handle that ends the channels from another thread.
+    #[must_use]
+    pub fn abort_handle(&self) -> AbortHandle {
+        AbortHandle::new(&self.crew)
+    }
+
+    /// Lets the channels write what is queued, shuts them, and waits for their threads.
+    ///
+    /// # Errors
+    /// The first error of a channel; [`ChannelError::Stalled`] when the deadline passes, or nothing
+    /// moves for the stall limit, before all is written; [`ChannelError::Stuck`].
+    pub fn join(mut self) -> Result<TransportCounters, TransportError> {
+        let written = self.finish_queue();
+        let Self {
+            threads, totals, ..
+        } = self;
+        let stopped = threads.stop();
+        written?;
+        stopped?;
+        Ok(totals.counters())
+    }
+
+    fn finish_queue(&mut self) -> Result<(), Failure> {
+        self.queue_batch()?;
+        self.crew.lock().finish();
+        self.crew.for_channels.notify_all();
+        self.threads.drain(self.deadline)
+    }
+
+    /// Checks that the pages lie in guest RAM, so that no thread can fail on it.
+    fn check_range(&self, block: BlockId, offset: u64, pages: u64) -> Result<(), ChannelError> {
+        let what = "a range of pages to send";
+        let refuse = |e| ChannelError::Memory {
+            what,
+            source: Arc::new(e),
+        };
+        let found = self
+            .ram
+            .blocks()
+            .get(block)
+            .ok_or_else(|| refuse(MemoryError::NoBlock(block)))?;
+        let len = pages.checked_mul(PAGE_SIZE);
+        let end = len.and_then(|len| offset.checked_add(len));
+        if offset.is_multiple_of(PAGE_SIZE) && end.is_some_and(|end| end <= found.used_length()) {
+            return Ok(());
+        }
+        Err(refuse(MemoryError::OutOfBlock {
+            name: found.name().to_owned(),
+            offset,
+            len: len
+                .and_then(|len| usize::try_from(len).ok())
+                .unwrap_or(usize::MAX),
+            used_length: found.used_length(),
+        }))
+    }
+
+    /// Hands the pages that were collected to whichever channel is free first.
+    fn queue_batch(&mut self) -> Result<(), Failure> {
+        let Some(batch) = self.batch.take() else {
+            return Ok(());
+        };
+        let mut state = self.crew.lock();
+        let mut patience = self.crew.patience(self.deadline, &state);
+        loop {
+            state.check()?;
+            if state.has_room() {
+                state.push(batch);
+                self.crew.for_channels.notify_one();
+                return Ok(());
+            }
+            let in_time;
+            (state, in_time) = patience.wait(&self.crew.for_owner, state, |s| s.progress);
+            if !in_time {
+                drop(state);
+                return Err(self.give_up("a channel that takes the next packet"));
+            }
+        }
+    }
+
+    /// Every channel writes exactly one SYNC packet behind everything that is queued.
+    fn sync_channels(&mut self) -> Result<(), Failure> {
+        self.queue_batch()?;
+        let mut state = self.crew.lock();
+        state.check()?;
+        state.begin_sync();
+        self.crew.for_channels.notify_all();
+        let mut patience = self.crew.patience(self.deadline, &state);
+        while !state.is_synced() {
+            let in_time;
+            (state, in_time) = patience.wait(&self.crew.for_owner, state, |s| s.progress);
+            state.check()?;
+            if !in_time {
+                drop(state);
+                return Err(self.give_up("every channel to write its sync packet"));
+            }
+        }
+        Ok(())
+    }
+
+    /// The set is behind its deadline. It cannot go on: what the receiver has is not known.
+    fn give_up(&self, what: &'static str) -> Failure {
+        let error = ChannelError::Stalled { what };
+        self.crew.fail(None, error.clone());
+        // Somebody else may have been first, and then knows better what happened.
+        self.crew.lock().failure().unwrap_or(Failure {
+            channel: None,
+            error,
+        })
+    }
+}
+
+impl PageTransport for SendSet {
+    fn send(
+        &mut self,
+        _main: &mut StreamWriter,
+        block: BlockId,
+        offset: u64,
+        pages: u64,
+    ) -> Result<(), TransportError> {
+        self.check_range(block, offset, pages)
+            .map_err(TransportError::main)?;
+        let mut offset = offset;
+        let end = offset + pages * PAGE_SIZE;
+        while offset < end {
+            if self.batch.as_ref().is_some_and(|b| b.block() != block) {
+                self.queue_batch()?;
+            }
+            let batch = self
+                .batch
+                .get_or_insert_with(|| self.crew.lock().empty_batch(block));
+            offset = batch.extend(offset, end);
+            if batch.offsets().len() == PAGES_PER_PACKET {
+                self.queue_batch()?;
+            }
+        }
+        Ok(())
+    }
+
+    fn sync(&mut self, main: &mut StreamWriter) -> Result<(), TransportError> {
+        self.sync_channels()?;
+        let mut record = [0; 8];
+        encode_multifd_flush(&mut record.as_mut_slice());
+        main.write_bytes(&record).map_err(|e| {
+            TransportError::main(ChannelError::Main {
+                source: Arc::new(e),
+            })
+        })
+    }
+
+    fn set_deadline(&mut self, deadline: Option<Instant>) {
+        self.deadline = deadline;
+        self.crew.lock().deadline = deadline;
+    }
+
+    fn counters(&self) -> TransportCounters {
+        self.totals.counters()
+    }
+}
+
+impl fmt::Debug for SendSet {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SendSet")
+            .field("crew", &self.crew)
+            .field("packets", &self.totals.packets.load(Ordering::Relaxed))
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,160 @@
+//! What the channels have to do: packets of pages that any of them may take, and a SYNC packet
+//! that each of them owes.
+
+use std::collections::VecDeque;
+use std::time::Instant;
+
+use migration_stream::PAGE_SIZE;
+use migration_stream::ram::BlockId;
+
+use crate::config::ChannelCount;
+use crate::crew::Crew;
+use crate::packet::PAGES_PER_PACKET;
+
+/// Packets queued per channel: one more than it writes, so that it never waits for the next.
+const DEPTH: usize = 2;
+
+/// The pages of one packet.
+#[derive(Debug)]
+pub(super) struct Batch {
+    block: BlockId,
+    offsets: Vec<u64>,
+}
+
+impl Batch {
+    pub(super) fn block(&self) -> BlockId {
+        self.block
+    }
+
+    /// Offsets in the block, bytes; at most [`PAGES_PER_PACKET`].
+    pub(super) fn offsets(&self) -> &[u64] {
+        &self.offsets
+    }
+
+    /// Takes the pages from `offset` on, up to `end` or until it is full; returns where it stopped.
+    pub(super) fn extend(&mut self, mut offset: u64, end: u64) -> u64 {
+        while offset < end && self.offsets.len() < PAGES_PER_PACKET {
+            self.offsets.push(offset);
+            offset += PAGE_SIZE;
+        }
+        offset
+    }
+}
+
+#[derive(Debug)]
+pub(super) struct Queue {
+    channels: usize,
+    batches: VecDeque<Batch>,
+    /// Batches to be used again.
+    spare: Vec<Batch>,
+    /// How many sync points there were. A channel owes SYNC packets up to this number.
+    syncs: u64,
+    /// Channels that have written all they owe.
+    synced: usize,
+    /// The channels end when the queue is empty.
+    finishing: bool,
+    /// Until when a channel may write.
+    pub(super) deadline: Option<Instant>,
+}
+
+impl Queue {
+    pub(super) fn new(channels: ChannelCount) -> Self {
+        let channels = usize::from(channels.get());
+        Self {
+            channels,
+            batches: VecDeque::with_capacity(channels * DEPTH),
+            spare: Vec::new(),
+            syncs: 0,
+            synced: channels,
+            finishing: false,
+            deadline: None,
+        }
+    }
+
+    pub(super) fn has_room(&self) -> bool {
+        self.batches.len() < self.channels * DEPTH
+    }
+
+    pub(super) fn push(&mut self, batch: Batch) {
+        self.batches.push_back(batch);
+    }
+
+    /// An empty batch for pages of `block`.
+    pub(super) fn empty_batch(&mut self, block: BlockId) -> Batch {
+        let mut batch = self.spare.pop().unwrap_or_else(|| Batch {
+            block,
+            offsets: Vec::with_capacity(PAGES_PER_PACKET),
+        });
+        batch.block = block;
+        batch.offsets.clear();
+        batch
+    }
+
+    pub(super) fn begin_sync(&mut self) {
+        self.syncs += 1;
+        self.synced = 0;
+    }
+
+    pub(super) fn is_synced(&self) -> bool {
+        self.synced == self.channels
+    }
+
+    pub(super) fn finish(&mut self) {
+        self.finishing = true;
+    }
+}
+
+/// What a channel does next.
+#[derive(Debug)]
+pub(super) enum Job {
+    /// It writes these pages.
+    Pages(Batch),
+    /// It writes a SYNC packet.
+    Sync,
+    /// It ends.
+    End,
+}
+
+impl Crew<Queue> {
+    /// Waits for work for a channel that has written `syncs` SYNC packets. Pages go first: a SYNC
+    /// packet stands behind everything that was queued before it. An idle channel waits without
+    /// end; the owner of the set is what wakes it.
+    pub(super) fn next_job(&self, syncs: u64) -> (Job, Option<Instant>) {
+        let mut state = self.lock();
+        loop {
+            let deadline = state.deadline;
+            if state.is_over() {
+                return (Job::End, deadline);
+            }
+            if let Some(batch) = state.batches.pop_front() {
+                return (Job::Pages(batch), deadline);
+            }
+            if syncs < state.syncs {
+                return (Job::Sync, deadline);
+            }
+            if state.finishing {
+                return (Job::End, deadline);
+            }
+            state = self
+                .for_channels
+                .wait(state)
+                .unwrap_or_else(std::sync::PoisonError::into_inner);
+        }
+    }
+
+    /// A channel has written the pages of a packet.
+    pub(super) fn wrote_pages(&self, batch: Batch) {
+        let mut state = self.lock();
+        state.spare.push(batch);
+        state.progress += 1;
+        self.for_owner.notify_all();
+    }
+
+    /// A channel has written its SYNC packet.
+    pub(super) fn wrote_sync(&self) {
+        let mut state = self.lock();
+        state.synced += 1;
+        state.progress += 1;
+        self.for_owner.notify_all();
+    }
+}

@@ -1,0 +1,244 @@
+//! One channel's thread: finds the zero pages of a packet and writes it.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use migration_stream::io::{ByteSink, Chunk};
+use migration_stream::ram::zero_check;
+use migration_stream::{GuestRam, MemoryError, PAGE_SIZE, TransportCounters};
+use vm_memory::VolatileSlice;
+
+use super::queue::{Batch, Job, Queue};
+use crate::compression::Encoder;
+use crate::crew::Crew;
+use crate::error::{ChannelError, Part};
+use crate::packet::{HEADER_LEN, Method, PAGES_PER_PACKET, PacketFlags, PacketHeader};
+use crate::runs::runs;
+
+const PAGE_LEN: usize = 4096;
+
+/// What all channels together have sent.
+#[derive(Debug, Default)]
+pub(super) struct Totals {
+    /// Packets, SYNC packets included: the number of the next packet. The receiver does not rely
+    /// on any order of it, and neither do we.
+    pub(super) packets: AtomicU64,
+    normal_pages: AtomicU64,
+    zero_pages: AtomicU64,
+    bytes: AtomicU64,
+}
+
+impl Totals {
+    pub(super) fn counters(&self) -> TransportCounters {
+        TransportCounters {
+            normal_pages: self.normal_pages.load(Ordering::Relaxed),
+            zero_pages: self.zero_pages.load(Ordering::Relaxed),
+            channel_bytes: self.bytes.load(Ordering::Relaxed),
+        }
+    }
+}
+
+pub(super) struct Writer<'a> {
+    ram: &'a dyn GuestRam,
+    sink: Box<dyn ByteSink>,
+    encoder: Option<Box<dyn Encoder>>,
+    method: Method,
+    zero_page: bool,
+    totals: &'a Totals,
+    /// Packets written on this channel.
+    index: u64,
+    header: [u8; HEADER_LEN],
+    normal: Vec<u64>,
+    zero: Vec<u64>,
+    /// The pages with data, one slice for pages that follow each other.
+    data: Vec<VolatileSlice<'a>>,
+}
+
+impl<'a> Writer<'a> {
+    pub(super) fn new(
+        ram: &'a dyn GuestRam,
+        sink: Box<dyn ByteSink>,
+        encoder: Option<Box<dyn Encoder>>,
+        method: Method,
+        zero_page: bool,
+        totals: &'a Totals,
+    ) -> Self {
+        Self {
+            ram,
+            sink,
+            encoder,
+            method,
+            zero_page,
+            totals,
+            index: 0,
+            header: [0; HEADER_LEN],
+            normal: Vec::with_capacity(PAGES_PER_PACKET),
+            zero: Vec::with_capacity(PAGES_PER_PACKET),
+            data: Vec::with_capacity(PAGES_PER_PACKET),
+        }
+    }
+
+    pub(super) fn run(mut self, crew: &Crew<Queue>) -> Result<(), ChannelError> {
+        let mut syncs = 0;
+        loop {
+            let (job, deadline) = crew.next_job(syncs);
+            self.sink.set_write_deadline(deadline);
+            match job {
+                Job::Pages(batch) => {
+                    self.write_pages(&batch)?;
+                    crew.wrote_pages(batch);
+                }
+                Job::Sync => {
+                    self.write_sync()?;
+                    syncs += 1;
+                    crew.wrote_sync();
+                }
+                Job::End => return Ok(()),
+            }
+        }
+    }
+
+    fn write_pages(&mut self, batch: &Batch) -> Result<(), ChannelError> {
+        self.sort(batch)?;
+        let name = self
+            .ram
+            .blocks()
+            .get(batch.block())
+            .ok_or_else(|| refused(MemoryError::NoBlock(batch.block())))?
+            .name();
+        let index = self.index;
+        // A packet of zero pages alone has no payload, whatever the method.
+        let payload = match &mut self.encoder {
+            Some(encoder) if !self.data.is_empty() => Some(
+                encoder
+                    .encode(&self.data)
+                    .map_err(|source| ChannelError::Compression { index, source })?,
+            ),
+            _ => None,
+        };
+        let payload_len = payload.map_or(self.normal.len() * PAGE_LEN, <[u8]>::len);
+        PacketHeader {
+            flags: PacketFlags {
+                sync: false,
+                method: self.method,
+            },
+            number: self.totals.packets.fetch_add(1, Ordering::Relaxed),
+            block: name.as_bytes(),
+            normal: &self.normal,
+            zero: &self.zero,
+            // A payload is at most a packet's pages and what a codec adds to them.
+            payload_len: u32::try_from(payload_len).unwrap_or(u32::MAX),
+        }
+        .fill(&mut self.header)
+        .map_err(|source| ChannelError::Packet { index, source })?;
+
+        let mut chunks = [Chunk::Bytes(&[]); 1 + PAGES_PER_PACKET];
+        chunks[0] = Chunk::Bytes(&self.header);
+        let used = match payload {
+            Some(bytes) => {
+                chunks[1] = Chunk::Bytes(bytes);
+                2
+            }
+            None => {
+                for (chunk, slice) in chunks[1..].iter_mut().zip(&self.data) {
+                    *chunk = Chunk::Guest(*slice);
+                }
+                1 + self.data.len()
+            }
+        };
+        self.sink
+            .write_all(&chunks[..used])
+            .map_err(|e| write_failed(index, Part::Payload, e))?;
+        self.index += 1;
+        let add = |counter: &AtomicU64, n: usize| counter.fetch_add(n as u64, Ordering::Relaxed);
+        add(&self.totals.normal_pages, self.normal.len());
+        add(&self.totals.zero_pages, self.zero.len());
+        add(&self.totals.bytes, HEADER_LEN + payload_len);
+        Ok(())
+    }
+
+    fn write_sync(&mut self) -> Result<(), ChannelError> {
+        let index = self.index;
+        PacketHeader::sync(self.totals.packets.fetch_add(1, Ordering::Relaxed))
+            .fill(&mut self.header)
+            .map_err(|source| ChannelError::Packet { index, source })?;
+        self.sink
+            .write_all(&[Chunk::Bytes(&self.header)])
+            .map_err(|e| write_failed(index, Part::Header, e))?;
+        self.index += 1;
+        self.totals
+            .bytes
+            .fetch_add(HEADER_LEN as u64, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Parts the zero pages of the batch from those with data.
+    fn sort(&mut self, batch: &Batch) -> Result<(), ChannelError> {
+        self.normal.clear();
+        self.zero.clear();
+        self.data.clear();
+        for (offset, len) in runs(batch.offsets()) {
+            let run = self
+                .ram
+                .slice(batch.block(), offset, len)
+                .map_err(refused)?;
+            if run.len() != len {
+                return Err(refused(MemoryError::OutOfBlock {
+                    name: batch.block().to_string(),
+                    offset,
+                    len,
+                    used_length: offset + run.len() as u64,
+                }));
+            }
+            // Where the pages with data begin that were not added yet.
+            let mut from = 0;
+            for at in (0..len).step_by(PAGE_LEN) {
+                let offset = offset + at as u64;
+                if self.zero_page && zero_check(&piece(&run, at, PAGE_LEN)?) {
+                    if from < at {
+                        self.data.push(piece(&run, from, at - from)?);
+                    }
+                    from = at + PAGE_LEN;
+                    self.zero.push(offset);
+                } else {
+                    self.normal.push(offset);
+                }
+            }
+            if from < len {
+                self.data.push(piece(&run, from, len - from)?);
+            }
+        }
+        Ok(())
+    }
+}
+
+fn piece<'a>(
+    run: &VolatileSlice<'a>,
+    at: usize,
+    len: usize,
+) -> Result<VolatileSlice<'a>, ChannelError> {
+    run.subslice(at, len).map_err(|e| {
+        refused(MemoryError::Backend {
+            what: "taking a page out of a run",
+            source: Box::new(e),
+        })
+    })
+}
+
+fn refused(e: MemoryError) -> ChannelError {
+    ChannelError::Memory {
+        what: "reading guest memory",
+        source: Arc::new(e),
+    }
+}
+
+fn write_failed(index: u64, part: Part, e: std::io::Error) -> ChannelError {
+    ChannelError::Io {
+        what: "writing",
+        part,
+        index,
+        source: Arc::new(e),
+    }
+}
+
+const _: () = assert!(PAGE_LEN as u64 == PAGE_SIZE);

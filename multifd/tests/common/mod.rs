@@ -1,0 +1,183 @@
+//! Guest memory for tests, and a way to set both ends up.
+// Each test file is a crate of its own and uses a part of this.
+#![allow(dead_code)]
+
+use std::io::Write;
+use std::os::unix::net::UnixStream;
+use std::sync::mpsc;
+use std::time::Duration;
+
+use migration_stream::io::FdChannel;
+use migration_stream::ram::{BlockId, RamBlock, RamBlockTable};
+use migration_stream::{GuestRam, MemoryError, PAGE_SIZE, PageStore, TransportError};
+use multifd::{ChannelError, MultifdConfig, RecvChannel, RecvSet};
+use vm_memory::mmap::MmapRegion;
+use vm_memory::{VolatileMemory, VolatileSlice};
+
+pub const PAGE: usize = 4096;
+/// Far longer than anything here takes, and short enough for a test to fail.
+pub const LIMIT: Duration = Duration::from_secs(20);
+
+/// Two blocks of memory, at both ends.
+pub struct Ram {
+    table: RamBlockTable,
+    regions: Vec<MmapRegion>,
+}
+
+impl Ram {
+    pub fn new(pages: &[u64]) -> Self {
+        let names = ["pc.ram", "vga.vram", "pc.bios"];
+        let blocks = names
+            .iter()
+            .zip(pages)
+            .map(|(name, pages)| RamBlock::new(*name, pages * PAGE_SIZE).unwrap())
+            .collect();
+        let table = RamBlockTable::new(blocks).unwrap();
+        let regions = table
+            .iter()
+            .map(|(_, b)| MmapRegion::new(usize::try_from(b.used_length()).unwrap()).unwrap())
+            .collect();
+        Self { table, regions }
+    }
+
+    fn get(
+        &self,
+        block: BlockId,
+        offset: u64,
+        len: usize,
+    ) -> Result<VolatileSlice<'_>, MemoryError> {
+        let region = self
+            .regions
+            .get(block.index())
+            .ok_or(MemoryError::NoBlock(block))?;
+        let at = usize::try_from(offset).unwrap();
+        region
+            .as_volatile_slice()
+            .subslice(at, len)
+            .map_err(|_| MemoryError::OutOfBlock {
+                name: self.table.get(block).unwrap().name().to_owned(),
+                offset,
+                len,
+                used_length: region.len() as u64,
+            })
+    }
+
+    /// Writes a page that no other `(block, page, round)` has.
+    pub fn fill(&self, block: u32, page: u64, round: u8) {
+        let mut x = (u64::from(block) << 40 | page << 8 | u64::from(round)) * 2 + 1;
+        let bytes: Vec<u8> = (0..PAGE / 8)
+            .flat_map(|_| {
+                x ^= x << 13;
+                x ^= x >> 7;
+                x ^= x << 17;
+                x.to_le_bytes()
+            })
+            .collect();
+        self.put(block, page, &bytes);
+    }
+
+    pub fn put(&self, block: u32, page: u64, bytes: &[u8]) {
+        self.get(BlockId::new(block), page * PAGE_SIZE, bytes.len())
+            .unwrap()
+            .copy_from(bytes);
+    }
+
+    pub fn page(&self, block: u32, page: u64) -> Vec<u8> {
+        let mut bytes = vec![0; PAGE];
+        self.get(BlockId::new(block), page * PAGE_SIZE, PAGE)
+            .unwrap()
+            .copy_to(&mut bytes);
+        bytes
+    }
+
+    pub fn differing_pages(&self, other: &Self) -> Vec<(u32, u64)> {
+        let mut differing = Vec::new();
+        for (block, (_, b)) in (0..).zip(self.table.iter()) {
+            let pages = 0..b.pages();
+            differing.extend(
+                pages
+                    .filter(|p| self.page(block, *p) != other.page(block, *p))
+                    .map(|p| (block, p)),
+            );
+        }
+        differing
+    }
+}
+
+impl GuestRam for Ram {
+    fn blocks(&self) -> &RamBlockTable {
+        &self.table
+    }
+    fn slice(
+        &self,
+        block: BlockId,
+        offset: u64,
+        len: usize,
+    ) -> Result<VolatileSlice<'_>, MemoryError> {
+        self.get(block, offset, len)
+    }
+}
+
+impl PageStore for Ram {
+    fn blocks(&self) -> &RamBlockTable {
+        &self.table
+    }
+    fn prepare(
+        &self,
+        block: BlockId,
+        offset: u64,
+        len: usize,
+    ) -> Result<VolatileSlice<'_>, MemoryError> {
+        self.get(block, offset, len)
+    }
+    fn landed(&self, block: BlockId, offset: u64, len: usize) -> Result<(), MemoryError> {
+        self.get(block, offset, len).map(|_| ())
+    }
+    fn zero(&self, block: BlockId, offset: u64, len: usize) -> Result<(), MemoryError> {
+        self.get(block, offset, len)?.copy_from(&vec![0u8; len]);
+        Ok(())
+    }
+}
+
+/// A receiving set and the other ends of its channels.
+pub struct Receiver {
+    pub set: RecvSet<Ram>,
+    pub peers: Vec<UnixStream>,
+    /// What the error hook was called with.
+    pub errors: mpsc::Receiver<String>,
+}
+
+pub fn receiver(config: &MultifdConfig, pages: &[u64]) -> Receiver {
+    let (peers, channels): (Vec<_>, Vec<_>) = config
+        .channels
+        .ids()
+        .map(|_| {
+            let (ours, theirs) = UnixStream::pair().unwrap();
+            (
+                theirs,
+                RecvChannel::from(FdChannel::new(ours, LIMIT).unwrap()),
+            )
+        })
+        .unzip();
+    let (tell, errors) = mpsc::channel();
+    let set = RecvSet::start(Ram::new(pages), channels, config, move |e| {
+        tell.send(e.to_string()).unwrap();
+    })
+    .unwrap();
+    Receiver { set, peers, errors }
+}
+
+/// The channel an error came from, and the error.
+pub fn cause(e: &TransportError) -> (Option<u8>, &ChannelError) {
+    (
+        e.channel,
+        e.source
+            .downcast_ref()
+            .expect("every error of the crate is a ChannelError"),
+    )
+}
+
+pub fn write(stream: &UnixStream, bytes: &[u8]) {
+    let mut stream = stream;
+    stream.write_all(bytes).unwrap();
+}

@@ -1,0 +1,291 @@
+//! Both ends over real sockets: every page that was sent is there after the sync point.
+#![allow(clippy::tests_outside_test_module)] // this whole file is tests
+
+mod common;
+
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use common::{LIMIT, PAGE, Ram};
+use migration_stream::io::{ByteSource, FdChannel};
+use migration_stream::ram::BlockId;
+use migration_stream::{PAGE_SIZE, PageBarrier, PageTransport, StreamWriter, TransportCounters};
+use multifd::incoming::{Acceptor, Incoming, Limits};
+use multifd::outgoing::{Outgoing, connect};
+use multifd::{
+    Address, ChannelCount, Compression, Listener, MultifdConfig, RecvSet, SendSet, ZstdLevel,
+};
+
+fn config(channels: u8, compression: Compression) -> MultifdConfig {
+    MultifdConfig {
+        channels: ChannelCount::new(channels).unwrap(),
+        compression,
+        uuid: [9; 16],
+        stall_limit: LIMIT,
+        ..MultifdConfig::default()
+    }
+}
+
+fn zstd() -> Compression {
+    Compression::Zstd(ZstdLevel::default())
+}
+
+fn connections(address: &Address, config: &MultifdConfig) -> (Outgoing, Incoming) {
+    let listener = Listener::bind(address).unwrap();
+    let address = listener.local_address().unwrap();
+    let mut acceptor = Acceptor::new(listener, Some(config), Limits::default()).unwrap();
+    thread::scope(|scope| {
+        let incoming = scope.spawn(move || acceptor.accept(None).unwrap());
+        let mut outgoing = connect(&address, Some(config), LIMIT, LIMIT).unwrap();
+        migration_stream::io::ByteSink::write_all(
+            &mut outgoing.main,
+            &[migration_stream::io::Chunk::Bytes(b"QEVM")],
+        )
+        .unwrap();
+        (outgoing, incoming.join().unwrap())
+    })
+}
+
+/// The main stream here carries nothing but the flushes.
+fn wait_for_flush(main: &mut FdChannel, barrier: &mut dyn PageBarrier) {
+    let mut record = [0; 8];
+    let mut have = 0;
+    while have < record.len() {
+        let n = main.read(&mut record[have..]).unwrap();
+        assert_ne!(n, 0, "the main stream ended instead of a flush");
+        have += n;
+    }
+    assert_eq!(record, [0, 0, 0, 0, 0, 0, 2, 0]);
+    barrier.flush().unwrap();
+}
+
+struct Migration {
+    ram: Arc<Ram>,
+    main: StreamWriter,
+    send: SendSet,
+    incoming_main: FdChannel,
+    recv: RecvSet<Ram>,
+}
+
+const PAGES: [u64; 2] = [700, 33];
+
+impl Migration {
+    fn start(address: &Address, config: &MultifdConfig) -> Self {
+        let (outgoing, incoming) = connections(address, config);
+        assert_eq!(&incoming.prefix, b"QEVM");
+        let ram = Arc::new(Ram::new(&PAGES));
+        let channels = outgoing.channels.into_iter().map(Into::into).collect();
+        let send = SendSet::start(ram.clone(), channels, config).unwrap();
+        let channels = incoming.channels.into_iter().map(Into::into).collect();
+        let recv = RecvSet::start(Ram::new(&PAGES), channels, config, |e| panic!("{e}")).unwrap();
+        let main = StreamWriter::new(outgoing.main);
+        Self {
+            ram,
+            main,
+            send,
+            incoming_main: incoming.main,
+            recv,
+        }
+    }
+
+    fn send(&mut self, block: u32, page: u64, pages: u64) {
+        self.send
+            .send(&mut self.main, BlockId::new(block), page * PAGE_SIZE, pages)
+            .unwrap();
+    }
+
+    /// Syncs, and checks that both memories are equal then.
+    fn sync(&mut self) {
+        self.send.sync(&mut self.main).unwrap();
+        wait_for_flush(&mut self.incoming_main, &mut self.recv.barrier());
+        assert_eq!(self.ram.differing_pages(self.recv.store()), []);
+    }
+
+    fn finish(self) -> TransportCounters {
+        let counters = self.send.join().unwrap();
+        let joined = self.recv.join().unwrap();
+        joined.outcome.unwrap();
+        assert_eq!(self.ram.differing_pages(&joined.store), []);
+        counters
+    }
+}
+
+/// A whole round, then rounds with few pages as checkpoints have them.
+fn migrate(address: &Address, config: &MultifdConfig) -> TransportCounters {
+    let mut m = Migration::start(address, config);
+    for page in (0..PAGES[0]).filter(|p| p % 3 != 0) {
+        m.ram.fill(0, page, 0);
+    }
+    m.ram.put(1, 32, &[1; PAGE]);
+    m.send(0, 0, PAGES[0]);
+    m.send(1, 0, PAGES[1]);
+    m.sync();
+    m.sync();
+    for round in 1..5 {
+        for page in (u64::from(round)..PAGES[0]).step_by(7) {
+            m.ram.fill(0, page, round);
+            m.send(0, page, 1);
+        }
+        m.ram.put(1, 32, &[0; PAGE]);
+        m.send(1, 32, 1);
+        m.sync();
+    }
+    m.finish()
+}
+
+fn tcp() -> Address {
+    "tcp:127.0.0.1:0".parse().unwrap()
+}
+
+#[test]
+fn every_page_arrives_over_tcp_by_any_number_of_channels() {
+    for channels in [1, 2, 4] {
+        for compression in [Compression::None, zstd()] {
+            let counters = migrate(&tcp(), &config(channels, compression));
+            assert!(
+                counters.normal_pages > 466 && counters.zero_pages > 234 + 32,
+                "{counters:?}"
+            );
+        }
+    }
+}
+
+#[test]
+fn every_page_arrives_over_unix_sockets() {
+    let dir = tempfile::tempdir().unwrap();
+    for (channels, compression) in [(1, Compression::None), (3, zstd())] {
+        let path = dir.path().join(channels.to_string());
+        migrate(&Address::Unix(path), &config(channels, compression));
+    }
+}
+
+#[test]
+fn every_page_arrives_by_255_channels() {
+    migrate(&tcp(), &config(255, Compression::None));
+    let dir = tempfile::tempdir().unwrap();
+    migrate(
+        &Address::Unix(dir.path().join("socket")),
+        &config(255, Compression::None),
+    );
+}
+
+#[test]
+fn without_zero_page_detection_every_page_travels_with_its_data() {
+    for compression in [Compression::None, zstd()] {
+        let config = MultifdConfig {
+            zero_page: false,
+            ..config(2, compression)
+        };
+        assert_eq!(migrate(&tcp(), &config).zero_pages, 0);
+    }
+}
+
+#[test]
+fn a_page_that_became_zero_is_zero_at_the_other_side() {
+    let mut m = Migration::start(&tcp(), &config(2, zstd()));
+    m.ram.fill(0, 5, 0);
+    m.send(0, 5, 1);
+    m.sync();
+    m.ram.put(0, 5, &[0; PAGE]);
+    m.send(0, 5, 1);
+    m.sync();
+    assert_eq!(m.recv.store().page(0, 5), [0; PAGE]);
+    let counters = m.finish();
+    assert_eq!((counters.normal_pages, counters.zero_pages), (1, 1));
+}
+
+#[test]
+fn pages_asked_for_one_by_one_share_packets() {
+    let mut m = Migration::start(&tcp(), &config(1, Compression::None));
+    for page in 0..256 {
+        m.ram.fill(0, page, 0);
+        m.send(0, page, 1);
+    }
+    m.sync();
+    // Two packets and a SYNC packet.
+    assert_eq!(m.finish().channel_bytes, 3 * 1344 + 256 * PAGE_SIZE);
+}
+
+#[test]
+fn a_range_outside_guest_ram_is_refused_and_harms_nothing() {
+    let mut m = Migration::start(&tcp(), &config(2, Compression::None));
+    for (block, offset, pages) in [
+        (0, PAGES[0] * PAGE_SIZE, 1),
+        (0, 0, u64::MAX),
+        (0, 1, 1),
+        (0, u64::MAX - 4095, 1),
+        (2, 0, 1),
+    ] {
+        let e = m
+            .send
+            .send(&mut m.main, BlockId::new(block), offset, pages)
+            .unwrap_err();
+        assert!(
+            matches!(
+                common::cause(&e),
+                (None, multifd::ChannelError::Memory { .. })
+            ),
+            "{e}"
+        );
+    }
+    m.ram.fill(0, 0, 1);
+    m.send(0, 0, 1);
+    m.sync();
+    m.finish();
+}
+
+#[test]
+fn what_was_not_synced_is_written_before_the_sender_leaves() {
+    let mut m = Migration::start(&tcp(), &config(2, Compression::None));
+    for page in 0..300 {
+        m.ram.fill(0, page, 0);
+    }
+    m.send(0, 0, 300);
+    assert_eq!(m.send.join().unwrap().normal_pages, 300);
+}
+
+#[test]
+fn the_store_is_changed_while_no_channel_is_inside_a_packet() {
+    let mut m = Migration::start(&tcp(), &config(4, Compression::None));
+    for round in 0..20 {
+        for page in 0..PAGES[0] {
+            m.ram.put(0, page, &[round + 1; 8]);
+        }
+        m.send(0, 0, PAGES[0]);
+        let deadline = Some(Instant::now() + LIMIT);
+        m.recv
+            .between_packets(deadline, |store| assert_eq!(store.page(1, 0), [0; PAGE]))
+            .unwrap();
+        m.sync();
+    }
+    m.finish();
+}
+
+#[test]
+fn a_peer_that_is_idle_for_longer_than_the_channels_limit_is_no_error() {
+    // In COLO nothing is sent between checkpoints, for as long as the user likes.
+    let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+    let short = Duration::from_millis(20);
+    let config = config(1, Compression::None);
+    let channels = vec![FdChannel::new(ours, short).unwrap().into()];
+    let recv = RecvSet::start(Ram::new(&PAGES), channels, &config, |e| panic!("{e}")).unwrap();
+    thread::sleep(short * 5);
+    let channels = vec![FdChannel::new(theirs, LIMIT).unwrap().into()];
+    let ram = Arc::new(Ram::new(&PAGES));
+    ram.fill(0, 1, 1);
+    let mut send = SendSet::start(ram.clone(), channels, &config).unwrap();
+    let (main, mut incoming_main) = std::os::unix::net::UnixStream::pair()
+        .map(|(a, b)| {
+            (
+                FdChannel::new(a, LIMIT).unwrap(),
+                FdChannel::new(b, LIMIT).unwrap(),
+            )
+        })
+        .unwrap();
+    let mut main = StreamWriter::new(main);
+    send.send(&mut main, BlockId::new(0), 0, 3).unwrap();
+    send.sync(&mut main).unwrap();
+    wait_for_flush(&mut incoming_main, &mut recv.barrier());
+    assert_eq!(ram.differing_pages(recv.store()), []);
+}

@@ -1,0 +1,420 @@
+//! A receiver against peers that die or lie: a typed error in bounded time, and the store back.
+#![allow(clippy::tests_outside_test_module)] // this whole file is tests
+
+mod common;
+
+use std::io::Read;
+use std::net::Shutdown;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use common::{LIMIT, PAGE, Receiver, cause, receiver, write};
+use migration_stream::PageBarrier;
+use multifd::packet::{HEADER_LEN, Method, PacketError, PacketFlags, PacketHeader};
+use multifd::{ChannelCount, ChannelError, Compression, MultifdConfig, Part, ZstdLevel};
+
+const PAGES: [u64; 1] = [64];
+
+fn config(channels: u8) -> MultifdConfig {
+    MultifdConfig {
+        channels: ChannelCount::new(channels).unwrap(),
+        stall_limit: LIMIT,
+        ..MultifdConfig::default()
+    }
+}
+
+fn start(channels: u8) -> Receiver {
+    receiver(&config(channels), &PAGES)
+}
+
+fn packet(header: &PacketHeader<'_>, payload: &[u8]) -> Vec<u8> {
+    let mut buf = [0; HEADER_LEN];
+    header.fill(&mut buf).unwrap();
+    [&buf, payload].concat()
+}
+
+fn sync() -> Vec<u8> {
+    packet(&PacketHeader::sync(0), &[])
+}
+
+fn header(normal: &[u64]) -> PacketHeader<'_> {
+    PacketHeader {
+        flags: PacketFlags {
+            sync: false,
+            method: Method::None,
+        },
+        number: 0,
+        block: b"pc.ram",
+        normal,
+        zero: &[],
+        payload_len: u32::try_from(normal.len() * PAGE).unwrap(),
+    }
+}
+
+fn pages(normal: &[u64]) -> Vec<u8> {
+    packet(&header(normal), &vec![0xaa; normal.len() * PAGE])
+}
+
+/// Sends `bytes` on channel 1 of 2, ends it if `end`, and returns the error that a flush meets.
+/// Checks on the way what holds for every error: it names the channel, the hook was called once
+/// with it, the other channel was shut, and the store comes back with the error beside it.
+fn error_after(config: &MultifdConfig, bytes: &[u8], end: bool) -> ChannelError {
+    let mut r = receiver(config, &PAGES);
+    write(&r.peers[1], bytes);
+    if end {
+        r.peers[1].shutdown(Shutdown::Write).unwrap();
+    }
+    let began = Instant::now();
+    let e = r.set.barrier().flush().unwrap_err();
+    let (channel, error) = cause(&e);
+    assert_eq!(channel, Some(1));
+    assert_eq!(r.errors.recv_timeout(LIMIT).unwrap(), e.to_string());
+    assert_eq!(
+        r.peers[0].read(&mut [0]).unwrap(),
+        0,
+        "the other channel was not shut"
+    );
+    let again = r.set.barrier().flush().unwrap_err();
+    assert_eq!(again.to_string(), e.to_string());
+    let joined = r.set.join().unwrap();
+    assert_eq!(joined.outcome.unwrap_err().to_string(), e.to_string());
+    assert_eq!(joined.store.page(0, 63), [0; PAGE]);
+    assert!(r.errors.recv().is_err(), "the hook was called twice");
+    assert!(began.elapsed() < LIMIT / 2);
+    error.clone()
+}
+
+fn packet_error(bytes: &[u8]) -> PacketError {
+    match error_after(&config(2), bytes, false) {
+        ChannelError::Packet { index: 0, source } => source,
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn a_peer_that_dies_inside_a_header_is_an_error() {
+    for len in [1, 11, 12, HEADER_LEN - 1] {
+        let error = error_after(&config(2), &pages(&[0])[..len], true);
+        assert!(
+            matches!(error, ChannelError::Eof { part: Part::Header, index: 0, got, expected: HEADER_LEN } if got == len),
+            "{error:?}"
+        );
+    }
+}
+
+#[test]
+fn a_peer_that_dies_inside_a_payload_is_an_error() {
+    for len in [0, 1, 2 * PAGE - 1] {
+        let error = error_after(&config(2), &pages(&[0, 0x3000])[..HEADER_LEN + len], true);
+        assert!(
+            matches!(error, ChannelError::Eof { part: Part::Payload, index: 0, got, expected: 8192 } if got == len),
+            "{error:?}"
+        );
+    }
+}
+
+#[test]
+fn a_peer_that_dies_behind_a_packet_is_noticed_at_the_next_one() {
+    let bytes = [pages(&[0x1000]), pages(&[0x2000])[..700].to_vec()].concat();
+    let error = error_after(&config(2), &bytes, true);
+    assert!(
+        matches!(
+            error,
+            ChannelError::Eof {
+                part: Part::Header,
+                index: 1,
+                got: 700,
+                ..
+            }
+        ),
+        "{error:?}"
+    );
+}
+
+#[test]
+fn a_channel_that_ends_instead_of_its_sync_packet_fails_the_flush_only() {
+    let r = start(2);
+    write(&r.peers[0], &sync());
+    write(&r.peers[1], &pages(&[0]));
+    r.peers[1].shutdown(Shutdown::Write).unwrap();
+    let e = r.set.barrier().flush().unwrap_err();
+    assert!(matches!(cause(&e), (Some(1), ChannelError::Ended)), "{e}");
+    // Ending between packets is no error of the channel.
+    let joined = r.set.join().unwrap();
+    joined.outcome.unwrap();
+    assert_eq!(joined.store.page(0, 0), [0xaa; PAGE]);
+    assert!(r.errors.recv().is_err());
+}
+
+#[test]
+fn channels_that_all_end_between_packets_end_well() {
+    let r = start(3);
+    for peer in &r.peers {
+        write(peer, &pages(&[0x1000]));
+        write(peer, &sync());
+    }
+    r.set.barrier().flush().unwrap();
+    drop(r.peers);
+    let joined = r.set.join().unwrap();
+    joined.outcome.unwrap();
+    assert_eq!(joined.store.page(0, 1), [0xaa; PAGE]);
+}
+
+#[test]
+fn a_flush_waits_for_every_channel_and_nothing_behind_a_sync_is_taken_before_it() {
+    let r = start(2);
+    let mut barrier = r.set.barrier();
+    write(&r.peers[0], &[sync(), pages(&[0x1000])].concat());
+    barrier.set_deadline(Some(Instant::now() + LIMIT));
+    thread::scope(|scope| {
+        let flush = scope.spawn(|| barrier.flush());
+        // Channel 1's page belongs before the flush although it comes last.
+        write(&r.peers[1], &pages(&[0x2000]));
+        assert_eq!(r.set.store().page(0, 1), [0; PAGE]);
+        write(&r.peers[1], &sync());
+        flush.join().unwrap().unwrap();
+    });
+    assert_eq!(r.set.store().page(0, 2), [0xaa; PAGE]);
+    write(&r.peers[0], &sync());
+    write(&r.peers[1], &sync());
+    r.set.barrier().flush().unwrap();
+    assert_eq!(r.set.store().page(0, 1), [0xaa; PAGE]);
+}
+
+#[test]
+fn a_sync_packet_of_an_old_source_brings_its_pages() {
+    let r = start(1);
+    let flags = PacketFlags {
+        sync: true,
+        method: Method::None,
+    };
+    let bytes = packet(
+        &PacketHeader {
+            flags,
+            ..header(&[0x5000])
+        },
+        &[3; PAGE],
+    );
+    write(&r.peers[0], &bytes);
+    r.set.barrier().flush().unwrap();
+    assert_eq!(r.set.store().page(0, 5), [3; PAGE]);
+}
+
+#[test]
+fn pages_in_any_order_and_a_page_twice_are_taken() {
+    let r = start(1);
+    let mut payload = vec![1; PAGE];
+    payload.extend([2; PAGE]);
+    payload.extend([3; PAGE]);
+    write(
+        &r.peers[0],
+        &packet(&header(&[0x3000, 0x1000, 0x3000]), &payload),
+    );
+    write(&r.peers[0], &sync());
+    r.set.barrier().flush().unwrap();
+    assert_eq!(r.set.store().page(0, 1), [2; PAGE]);
+    assert_eq!(r.set.store().page(0, 3), [3; PAGE]);
+}
+
+#[test]
+fn a_peer_that_stops_inside_a_packet_is_late() {
+    let config = MultifdConfig {
+        stall_limit: Duration::from_millis(50),
+        ..config(2)
+    };
+    let r = receiver(&config, &PAGES);
+    write(&r.peers[0], &sync());
+    write(&r.peers[1], &pages(&[0])[..2000]);
+    let e = r.set.barrier().flush().unwrap_err();
+    assert!(
+        matches!(cause(&e), (Some(1), ChannelError::Stalled { .. })),
+        "{e}"
+    );
+    assert!(r.set.join().unwrap().outcome.is_err());
+}
+
+#[test]
+fn a_flush_ends_at_its_deadline() {
+    let r = start(1);
+    let mut barrier = r.set.barrier();
+    barrier.set_deadline(Some(Instant::now()));
+    let e = barrier.flush().unwrap_err();
+    assert!(
+        matches!(cause(&e), (Some(0), ChannelError::Stalled { .. })),
+        "{e}"
+    );
+}
+
+#[test]
+fn a_sync_packet_without_a_flush_is_an_error_in_the_end() {
+    let config = MultifdConfig {
+        stall_limit: Duration::from_millis(50),
+        ..config(1)
+    };
+    let r = receiver(&config, &PAGES);
+    write(&r.peers[0], &sync());
+    assert!(r.errors.recv_timeout(LIMIT).unwrap().contains("no flush"));
+    let joined = r.set.join().unwrap();
+    let e = joined.outcome.unwrap_err();
+    assert!(
+        matches!(cause(&e), (Some(0), ChannelError::NoFlush { .. })),
+        "{e}"
+    );
+}
+
+#[test]
+fn an_abort_wakes_the_flush_and_is_what_it_says() {
+    let r = start(2);
+    let abort = r.set.abort_handle();
+    let mut barrier = r.set.barrier();
+    thread::scope(|scope| {
+        let flush = scope.spawn(|| barrier.flush());
+        abort.abort();
+        let e = flush.join().unwrap().unwrap_err();
+        assert!(matches!(cause(&e), (None, ChannelError::Closed)), "{e}");
+    });
+    assert!(r.errors.try_recv().is_err(), "whoever aborts knows");
+    assert!(r.set.join().unwrap().outcome.is_err());
+    abort.abort();
+}
+
+#[test]
+fn joining_does_not_wait_for_a_peer_that_says_nothing_or_a_flush_that_does_not_come() {
+    let began = Instant::now();
+    let r = start(3);
+    write(&r.peers[0], &sync());
+    write(&r.peers[1], &pages(&[0])[..3000]);
+    r.set.join().unwrap().outcome.unwrap();
+    drop(start(255).set);
+    assert!(began.elapsed() < LIMIT / 2);
+}
+
+#[test]
+fn c6_a_channel_that_breaks_is_told_to_the_main_streams_loader_at_once() {
+    use migration_stream::io::{ByteSource, FdChannel};
+    let (main, _source) = std::os::unix::net::UnixStream::pair().unwrap();
+    let mut main = FdChannel::new(main, LIMIT).unwrap();
+    let waker = main.share();
+    let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+    let channels = vec![FdChannel::new(ours, LIMIT).unwrap().into()];
+    let set = multifd::RecvSet::start(common::Ram::new(&PAGES), channels, &config(1), move |_| {
+        waker.shutdown();
+    })
+    .unwrap();
+    write(&theirs, b"not a packet");
+    // The source of the main stream says nothing at all; the loader still wakes.
+    let began = Instant::now();
+    assert_eq!(main.read(&mut [0; 8]).unwrap(), 0);
+    assert!(began.elapsed() < LIMIT / 2);
+    let joined = set.join().unwrap();
+    assert!(matches!(
+        cause(&joined.outcome.unwrap_err()),
+        (
+            Some(0),
+            ChannelError::Packet {
+                source: PacketError::Magic { .. },
+                ..
+            }
+        )
+    ));
+}
+
+#[test]
+fn c7_an_offset_inside_a_page_is_an_error_and_nothing_is_written() {
+    assert_eq!(
+        packet_error(&pages(&[0x1008])),
+        PacketError::Alignment {
+            index: 0,
+            offset: 0x1008
+        }
+    );
+}
+
+#[test]
+fn c7_a_payload_length_that_contradicts_the_pages_is_an_error() {
+    let bytes = packet(
+        &PacketHeader {
+            payload_len: 4095,
+            ..header(&[0])
+        },
+        &[],
+    );
+    assert!(matches!(
+        packet_error(&bytes),
+        PacketError::PayloadLength { got: 4095, .. }
+    ));
+}
+
+#[test]
+fn c19_a_device_state_packet_is_refused_before_any_of_it_is_taken() {
+    let bytes = b"\x11\x22\x33\x44\0\0\0\x01\0\0\0\x40";
+    assert_eq!(packet_error(bytes), PacketError::DeviceState);
+}
+
+#[test]
+fn pages_outside_the_block_or_of_an_unknown_block_are_errors() {
+    assert!(matches!(
+        packet_error(&pages(&[64 * 4096])),
+        PacketError::Offset { index: 0, .. }
+    ));
+    let bytes = packet(
+        &PacketHeader {
+            block: b"pc.rom",
+            ..header(&[0])
+        },
+        &[],
+    );
+    assert!(matches!(packet_error(&bytes), PacketError::Block { name } if name == "pc.rom"));
+}
+
+#[test]
+fn another_compression_than_configured_is_an_error_that_names_both() {
+    let zstd = Compression::Zstd(ZstdLevel::default());
+    let e = error_after(
+        &MultifdConfig {
+            compression: zstd,
+            ..config(2)
+        },
+        &pages(&[0]),
+        false,
+    );
+    let ChannelError::Packet { source, .. } = e else {
+        panic!("{e:?}")
+    };
+    assert_eq!(
+        source,
+        PacketError::Method {
+            got: Method::None,
+            expected: Method::Zstd
+        }
+    );
+}
+
+#[test]
+fn a_payload_that_is_no_zstd_is_an_error() {
+    let zstd = Compression::Zstd(ZstdLevel::default());
+    let flags = PacketFlags {
+        sync: false,
+        method: Method::Zstd,
+    };
+    let bytes = packet(
+        &PacketHeader {
+            flags,
+            payload_len: 100,
+            ..header(&[0])
+        },
+        &[7; 100],
+    );
+    let e = error_after(
+        &MultifdConfig {
+            compression: zstd,
+            ..config(2)
+        },
+        &bytes,
+        false,
+    );
+    assert!(
+        matches!(e, ChannelError::Compression { index: 0, .. }),
+        "{e:?}"
+    );
+}
