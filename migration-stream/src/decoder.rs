@@ -289,7 +289,13 @@ impl StreamDecoder {
     fn announce(&mut self, kind: Announcement, r: &mut Reader<'_>) -> Result<Item, DecodeError> {
         let at = r.clone();
         let header = SectionHeader::decode(kind, r)?;
-        let is_ram = header.idstr.as_str() == RAM_IDSTR && header.instance == InstanceId(0);
+        let is_ram = header.idstr.as_str() == RAM_IDSTR;
+        if is_ram && header.instance != InstanceId(0) {
+            return Err(at.error(SectionError::Instance {
+                idstr: header.idstr,
+                instance: header.instance,
+            }));
+        }
         if is_ram && header.version != RAM_VERSION {
             return Err(at.error(SectionError::Version {
                 idstr: header.idstr,

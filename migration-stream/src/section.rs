@@ -250,6 +250,14 @@ pub enum SectionError {
         /// The id in the footer.
         found: SectionId,
     },
+    /// There is no such instance.
+    #[error("section '{idstr}' instance {instance}, expected instance 0")]
+    Instance {
+        /// The section.
+        idstr: IdStr,
+        /// The instance received.
+        instance: InstanceId,
+    },
     /// The body's version is one this side does not read.
     #[error("version {version} of section '{idstr}', expected {expected}")]
     Version {

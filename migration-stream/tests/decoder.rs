@@ -385,6 +385,18 @@ fn ram_is_set_up_once() {
 }
 
 #[test]
+fn there_is_one_ram_section() {
+    assert_eq!(
+        refused(&[&START[..24], b"\x01\0\0\0\x01\x03ram\0\0\0\x01\0\0\0\x04"].concat()),
+        SectionError::Instance {
+            idstr: IdStr::new("ram").unwrap(),
+            instance: InstanceId(1)
+        }
+        .into()
+    );
+}
+
+#[test]
 fn an_id_stands_for_one_section() {
     assert_eq!(
         refused_after_set_up(b"\x04\0\0\0\x01\x01x\0\0\0\0\0\0\0\x01"),
