@@ -57,7 +57,7 @@ pub enum Step {
     /// Wire: read the size ([`decode_device_size`](crate::message::decode_device_size)) and the
     /// device state into a buffer.
     ReceiveDevices,
-    /// Stop the VM. Without effect on one that is stopped.
+    /// Stop the VM.
     StopVm,
     /// Let the VM run.
     ResumeVm,

@@ -10,6 +10,9 @@ pub trait Vm {
     /// Device state that was parsed and checked and only waits to be installed.
     type Staged;
 
+    /// The same once the devices have been reset for it.
+    type Reset;
+
     /// Stops all vCPUs and whatever else writes guest memory. When it returns, the dirty log can be
     /// read and devices can be saved. Without effect on a stopped VM.
     ///
@@ -42,13 +45,14 @@ pub trait Vm {
     ///
     /// # Errors
     /// The VM is then in no defined state and is not run again.
-    fn reset_devices(&mut self) -> Result<(), VmError>;
+    fn reset_devices(&mut self, staged: Self::Staged) -> Result<Self::Reset, VmError>;
 
-    /// Puts staged state into the devices, guest memory being the checkpoint's already.
+    /// Puts staged state into the devices that were reset for it, guest memory being the
+    /// checkpoint's already.
     ///
     /// # Errors
     /// As for [`Vm::reset_devices`].
-    fn install_devices(&mut self, staged: Self::Staged) -> Result<(), VmError>;
+    fn install_devices(&mut self, reset: Self::Reset) -> Result<(), VmError>;
 
     /// COLO has ended on this side (QMP event COLO_EXIT). Comes once.
     fn colo_exit(&mut self, exit: &ColoExit);
