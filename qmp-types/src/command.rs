@@ -1,0 +1,304 @@
+//! What a client can ask for.
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
+
+use crate::address::{MigrationAddress, MigrationChannel, MigrationChannelType, main_address};
+use crate::capability::MigrationCapabilityStatus;
+use crate::error::QmpError;
+use crate::parameters::MigrateSetParameters;
+use crate::visit::Members;
+use crate::yank::YankInstance;
+
+qapi_enum! {
+    /// The commands of this crate, without their arguments.
+    pub enum CommandKind {
+        /// Ends the negotiation.
+        QmpCapabilities = "qmp_capabilities",
+        /// What the server is.
+        QueryVersion = "query-version",
+        /// What it can be asked.
+        QueryCommands = "query-commands",
+        /// What the VM is doing.
+        QueryStatus = "query-status",
+        /// Stop the vCPUs.
+        Stop = "stop",
+        /// Let them run.
+        Cont = "cont",
+        /// Reset the VM.
+        SystemReset = "system_reset",
+        /// End the VMM.
+        Quit = "quit",
+        /// Migrate the VM away.
+        Migrate = "migrate",
+        /// Wait for a VM to be migrated here.
+        MigrateIncoming = "migrate-incoming",
+        /// Give the migration up.
+        MigrateCancel = "migrate_cancel",
+        /// Switch capabilities.
+        MigrateSetCapabilities = "migrate-set-capabilities",
+        /// Which are on.
+        QueryMigrateCapabilities = "query-migrate-capabilities",
+        /// Change parameters.
+        MigrateSetParameters = "migrate-set-parameters",
+        /// Their values.
+        QueryMigrateParameters = "query-migrate-parameters",
+        /// How the migration is going.
+        QueryMigrate = "query-migrate",
+        /// Failover: the other side is gone.
+        XColoLostHeartbeat = "x-colo-lost-heartbeat",
+        /// Which side of a COLO pair the VM is.
+        QueryColoStatus = "query-colo-status",
+        /// Cut connections that hang.
+        Yank = "yank",
+        /// Which there are.
+        QueryYank = "query-yank",
+    }
+}
+
+impl CommandKind {
+    /// Whether the command may overtake those that were given before it (`exec-oob`). It must then
+    /// be one that never waits.
+    #[must_use]
+    pub const fn supports_oob(self) -> bool {
+        matches!(self, Self::Yank | Self::QueryYank)
+    }
+}
+
+/// An element of the answer to `query-commands`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CommandInfo {
+    /// The command's name.
+    pub name: String,
+}
+
+impl From<CommandKind> for CommandInfo {
+    fn from(kind: CommandKind) -> Self {
+        Self {
+            name: kind.name().to_owned(),
+        }
+    }
+}
+
+qapi_enum! {
+    /// What a session can do beyond the basics (`QMPCapability`).
+    pub enum QmpCapability {
+        /// Commands out of band.
+        Oob = "oob",
+    }
+}
+
+/// The arguments of `migrate`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Migrate {
+    /// Where to.
+    pub address: MigrationAddress,
+    /// Whether to go on with a postcopy that has lost its connection.
+    pub resume: bool,
+}
+
+/// The arguments of `migrate-incoming`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MigrateIncoming {
+    /// Where from.
+    pub address: MigrationAddress,
+    /// Whether the VMM ends when the migration fails. True if the client does not say.
+    pub exit_on_error: bool,
+}
+
+/// A command with its arguments, all of which have been checked.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Command {
+    /// `qmp_capabilities`. A server's session answers it and does not hand it on.
+    QmpCapabilities {
+        /// What to switch on.
+        enable: Vec<QmpCapability>,
+    },
+    /// `query-version`: a [`VersionInfo`](crate::VersionInfo).
+    QueryVersion,
+    /// `query-commands`: a list of [`CommandInfo`].
+    QueryCommands,
+    /// `query-status`: a [`StatusInfo`](crate::StatusInfo).
+    QueryStatus,
+    /// `stop`. Stopping a VM that is stopped is no error and no event.
+    Stop,
+    /// `cont`. In run state `inmigrate` it says that the VM is to run after the migration.
+    Cont,
+    /// `system_reset`.
+    SystemReset,
+    /// `quit`. The event SHUTDOWN precedes the reply, then the connection ends.
+    Quit,
+    /// `migrate`. The reply says that it has begun; how it goes is in events and `query-migrate`.
+    Migrate(Migrate),
+    /// `migrate-incoming`.
+    MigrateIncoming(MigrateIncoming),
+    /// `migrate_cancel`. No error when there is nothing to cancel.
+    MigrateCancel,
+    /// `migrate-set-capabilities`.
+    MigrateSetCapabilities {
+        /// What to switch on and off.
+        capabilities: Vec<MigrationCapabilityStatus>,
+    },
+    /// `query-migrate-capabilities`: a list of [`MigrationCapabilityStatus`].
+    QueryMigrateCapabilities,
+    /// `migrate-set-parameters`.
+    MigrateSetParameters(Box<MigrateSetParameters>),
+    /// `query-migrate-parameters`: [`Parameters`](crate::Parameters).
+    QueryMigrateParameters,
+    /// `query-migrate`: a [`MigrationInfo`](crate::MigrationInfo).
+    QueryMigrate,
+    /// `x-colo-lost-heartbeat`.
+    XColoLostHeartbeat,
+    /// `query-colo-status`: a [`ColoStatus`](crate::ColoStatus).
+    QueryColoStatus,
+    /// `yank`. All instances are looked for before any is yanked.
+    Yank {
+        /// Which.
+        instances: Vec<YankInstance>,
+    },
+    /// `query-yank`: a list of [`YankInstance`].
+    QueryYank,
+}
+
+impl Command {
+    /// A command out of its kind and arguments.
+    ///
+    /// # Errors
+    /// An argument that is missing, not one of the command's, or not of its type: in QEMU's words.
+    pub fn parse(kind: CommandKind, arguments: Map<String, Value>) -> Result<Self, QmpError> {
+        let mut members = Members::arguments(arguments);
+        let this = match kind {
+            CommandKind::QmpCapabilities => {
+                let enable: Option<_> = members.take("enable")?;
+                Self::QmpCapabilities {
+                    enable: enable.unwrap_or_default(),
+                }
+            }
+            CommandKind::QueryVersion => Self::QueryVersion,
+            CommandKind::QueryCommands => Self::QueryCommands,
+            CommandKind::QueryStatus => Self::QueryStatus,
+            CommandKind::Stop => Self::Stop,
+            CommandKind::Cont => Self::Cont,
+            CommandKind::SystemReset => Self::SystemReset,
+            CommandKind::Quit => Self::Quit,
+            CommandKind::Migrate => {
+                let (uri, channels) = (members.take("uri")?, members.take("channels")?);
+                let resume: Option<bool> = members.take("resume")?;
+                members.finish()?;
+                return Ok(Self::Migrate(Migrate {
+                    address: main_address(uri, channels)?,
+                    resume: resume.unwrap_or(false),
+                }));
+            }
+            CommandKind::MigrateIncoming => {
+                let (uri, channels) = (members.take("uri")?, members.take("channels")?);
+                let exit_on_error: Option<bool> = members.take("exit-on-error")?;
+                members.finish()?;
+                return Ok(Self::MigrateIncoming(MigrateIncoming {
+                    address: main_address(uri, channels)?,
+                    exit_on_error: exit_on_error.unwrap_or(true),
+                }));
+            }
+            CommandKind::MigrateCancel => Self::MigrateCancel,
+            CommandKind::MigrateSetCapabilities => Self::MigrateSetCapabilities {
+                capabilities: members.take("capabilities")?,
+            },
+            CommandKind::QueryMigrateCapabilities => Self::QueryMigrateCapabilities,
+            CommandKind::MigrateSetParameters => {
+                return MigrateSetParameters::take(members)
+                    .map(|changes| Self::MigrateSetParameters(Box::new(changes)));
+            }
+            CommandKind::QueryMigrateParameters => Self::QueryMigrateParameters,
+            CommandKind::QueryMigrate => Self::QueryMigrate,
+            CommandKind::XColoLostHeartbeat => Self::XColoLostHeartbeat,
+            CommandKind::QueryColoStatus => Self::QueryColoStatus,
+            CommandKind::Yank => Self::Yank {
+                instances: members.take("instances")?,
+            },
+            CommandKind::QueryYank => Self::QueryYank,
+        };
+        members.finish()?;
+        Ok(this)
+    }
+
+    /// Which command it is.
+    #[must_use]
+    pub fn kind(&self) -> CommandKind {
+        match self {
+            Self::QmpCapabilities { .. } => CommandKind::QmpCapabilities,
+            Self::QueryVersion => CommandKind::QueryVersion,
+            Self::QueryCommands => CommandKind::QueryCommands,
+            Self::QueryStatus => CommandKind::QueryStatus,
+            Self::Stop => CommandKind::Stop,
+            Self::Cont => CommandKind::Cont,
+            Self::SystemReset => CommandKind::SystemReset,
+            Self::Quit => CommandKind::Quit,
+            Self::Migrate(_) => CommandKind::Migrate,
+            Self::MigrateIncoming(_) => CommandKind::MigrateIncoming,
+            Self::MigrateCancel => CommandKind::MigrateCancel,
+            Self::MigrateSetCapabilities { .. } => CommandKind::MigrateSetCapabilities,
+            Self::QueryMigrateCapabilities => CommandKind::QueryMigrateCapabilities,
+            Self::MigrateSetParameters(_) => CommandKind::MigrateSetParameters,
+            Self::QueryMigrateParameters => CommandKind::QueryMigrateParameters,
+            Self::QueryMigrate => CommandKind::QueryMigrate,
+            Self::XColoLostHeartbeat => CommandKind::XColoLostHeartbeat,
+            Self::QueryColoStatus => CommandKind::QueryColoStatus,
+            Self::Yank { .. } => CommandKind::Yank,
+            Self::QueryYank => CommandKind::QueryYank,
+        }
+    }
+
+    /// The arguments as they go over the wire; `None` if there are none.
+    #[must_use]
+    pub fn arguments(&self) -> Option<Value> {
+        match self {
+            Self::QmpCapabilities { enable } if enable.is_empty() => None,
+            Self::QmpCapabilities { enable } => Some(json!({ "enable": enable })),
+            Self::Migrate(migrate) => {
+                let mut arguments = address(&migrate.address);
+                if migrate.resume {
+                    arguments["resume"] = true.into();
+                }
+                Some(arguments)
+            }
+            Self::MigrateIncoming(incoming) => {
+                let mut arguments = address(&incoming.address);
+                if !incoming.exit_on_error {
+                    arguments["exit-on-error"] = false.into();
+                }
+                Some(arguments)
+            }
+            Self::MigrateSetCapabilities { capabilities } => {
+                Some(json!({ "capabilities": capabilities }))
+            }
+            Self::MigrateSetParameters(changes) => Some(json!(changes)),
+            Self::Yank { instances } => Some(json!({ "instances": instances })),
+            Self::QueryVersion
+            | Self::QueryCommands
+            | Self::QueryStatus
+            | Self::Stop
+            | Self::Cont
+            | Self::SystemReset
+            | Self::Quit
+            | Self::MigrateCancel
+            | Self::QueryMigrateCapabilities
+            | Self::QueryMigrateParameters
+            | Self::QueryMigrate
+            | Self::XColoLostHeartbeat
+            | Self::QueryColoStatus
+            | Self::QueryYank => None,
+        }
+    }
+}
+
+/// An address as an argument: the URI if there is one, which every QEMU understands, otherwise
+/// `channels`, which are there since QEMU 8.2.
+fn address(address: &MigrationAddress) -> Value {
+    if address.has_uri() {
+        return json!({ "uri": address.to_string() });
+    }
+    json!({ "channels": [MigrationChannel {
+        channel_type: MigrationChannelType::Main,
+        addr: address.clone(),
+    }] })
+}

@@ -1,0 +1,101 @@
+//! What a server says unasked.
+
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use serde::{Deserialize, Serialize};
+
+use crate::migration::{ColoExitReason, ColoMode, MigrationStatus};
+
+qapi_enum! {
+    /// Why a VM shuts down or is reset (`ShutdownCause`).
+    pub enum ShutdownCause {
+        /// There is no reason.
+        None = "none",
+        /// The host failed it.
+        HostError = "host-error",
+        /// `quit`.
+        HostQmpQuit = "host-qmp-quit",
+        /// `system_reset`.
+        HostQmpSystemReset = "host-qmp-system-reset",
+        /// A signal, such as SIGINT.
+        HostSignal = "host-signal",
+        /// The window was closed.
+        HostUi = "host-ui",
+        /// The guest shut down.
+        GuestShutdown = "guest-shutdown",
+        /// The guest reset itself.
+        GuestReset = "guest-reset",
+        /// The guest panicked.
+        GuestPanic = "guest-panic",
+        /// A part of the machine was reset.
+        SubsystemReset = "subsystem-reset",
+        /// Before a snapshot or a COLO checkpoint is loaded.
+        SnapshotLoad = "snapshot-load",
+    }
+}
+
+/// An event.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "event", content = "data", rename_all = "SCREAMING_SNAKE_CASE")]
+pub enum Event {
+    /// The VM has been stopped.
+    Stop,
+    /// The VM runs again.
+    Resume,
+    /// The VM is about to be shut down.
+    Shutdown {
+        /// Whether the guest wanted it.
+        guest: bool,
+        /// Why.
+        reason: ShutdownCause,
+    },
+    /// The VM has been reset. The reset before a checkpoint is loaded is not told.
+    Reset {
+        /// Whether the guest wanted it.
+        guest: bool,
+        /// Why.
+        reason: ShutdownCause,
+    },
+    /// A migration is somewhere else now. Only sent with capability `events`.
+    Migration {
+        /// Where.
+        status: MigrationStatus,
+    },
+    /// A pass over dirty memory has ended. Only sent with capability `events`; QEMU 11.1 counts
+    /// from 1 and tells of the second first.
+    MigrationPass {
+        /// Which.
+        pass: u64,
+    },
+    /// COLO has ended. Always sent.
+    ColoExit {
+        /// Which side the VM was.
+        mode: ColoMode,
+        /// Why it ended.
+        reason: ColoExitReason,
+    },
+}
+
+/// When an event happened, since 1970 UTC.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Timestamp {
+    /// Whole seconds; -1 if the host does not know the time.
+    pub seconds: i64,
+    /// The rest, µs; -1 if the host does not know the time.
+    pub microseconds: i64,
+}
+
+impl From<SystemTime> for Timestamp {
+    fn from(time: SystemTime) -> Self {
+        let unknown = Self {
+            seconds: -1,
+            microseconds: -1,
+        };
+        time.duration_since(UNIX_EPOCH).map_or(unknown, |since| {
+            i64::try_from(since.as_secs()).map_or(unknown, |seconds| Self {
+                seconds,
+                microseconds: i64::from(since.subsec_micros()),
+            })
+        })
+    }
+}

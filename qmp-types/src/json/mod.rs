@@ -1,0 +1,16 @@
+//! JSON as QMP carries it: values one after the other, with or without anything between them.
+//!
+//! [`JsonReader`] takes bytes in pieces of any size and gives values. It holds at most
+//! [`Limits::bytes`] of text, [`Limits::tokens`] tokens and [`Limits::depth`] levels of one value,
+//! whatever arrives. After something that is not JSON it finds the next value as QEMU does: a
+//! mistake of grammar ends with the brackets it began in, a byte that is no JSON at the next
+//! structural character or line.
+//!
+//! Like QEMU it also takes strings in single quotes, and it refuses an object that has a key twice.
+
+mod reader;
+mod text;
+mod write;
+
+pub use reader::{JsonError, JsonErrorKind, JsonReader, Limits};
+pub(crate) use write::{line, write_line};

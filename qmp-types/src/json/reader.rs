@@ -1,0 +1,534 @@
+//! The reader: a lexer that takes a byte at a time, and a parser that takes a token at a time.
+
+use std::fmt;
+
+use serde_json::{Map, Value};
+
+use super::text;
+
+/// How many characters of a stray piece of input an error repeats.
+const STRAY_MAX: usize = 40;
+
+/// What one value may take.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Bytes of all its tokens, white space not counted.
+    pub bytes: usize,
+    /// Tokens. Each may cost some tens of bytes of memory beside its text.
+    pub tokens: usize,
+    /// Objects and lists inside each other.
+    pub depth: usize,
+}
+
+impl Limits {
+    /// What a server takes from a client: 1 MiB, 65536 tokens, 128 levels. (QEMU: 64 MiB, 2 Mi
+    /// tokens, 1024 levels.)
+    pub const REQUEST: Self = Self {
+        bytes: 1 << 20,
+        tokens: 1 << 16,
+        depth: 128,
+    };
+
+    /// What a client takes from a server: 16 MiB, as a schema is large.
+    pub const REPLY: Self = Self {
+        bytes: 16 << 20,
+        tokens: 1 << 20,
+        depth: 128,
+    };
+}
+
+/// What is wrong with a piece of input.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum JsonErrorKind {
+    /// An object's key should be here.
+    ExpectingKey,
+    /// The colon after a key should be here.
+    ExpectingColon,
+    /// A value should be here.
+    ExpectingValue,
+    /// Another member, or the end of the object, should be here.
+    ExpectingMemberOrEnd,
+    /// Another element, or the end of the list, should be here.
+    ExpectingElementOrEnd,
+    /// A word that is none of `true`, `false`, `null`.
+    InvalidKeyword(String),
+    /// A backslash before something else than JSON has escapes for.
+    InvalidEscape,
+    /// `\u` without four hexadecimal digits, or with half a surrogate pair.
+    NotUnicode(String),
+    /// Bytes of a string that are not UTF-8.
+    InvalidUtf8,
+    /// A number too large for floating point.
+    NumberOutOfRange,
+    /// The object has the key already.
+    DuplicateKey,
+    /// Bytes that begin no token.
+    Stray(String),
+    /// More text than [`Limits::bytes`].
+    TooLarge,
+    /// More tokens than [`Limits::tokens`].
+    TooManyTokens,
+    /// More levels than [`Limits::depth`].
+    TooDeep,
+}
+
+/// A piece of input that is not JSON.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct JsonError {
+    /// Line, counted from 1 over everything the reader has seen.
+    pub line: u64,
+    /// Byte in the line, counted from 1.
+    pub column: u64,
+    /// What is wrong.
+    pub kind: JsonErrorKind,
+}
+
+impl fmt::Display for JsonError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}: JSON parse error, ", self.line, self.column)?;
+        match &self.kind {
+            JsonErrorKind::ExpectingKey => f.write_str("expecting key"),
+            JsonErrorKind::ExpectingColon => f.write_str("expecting ':'"),
+            JsonErrorKind::ExpectingValue => f.write_str("expecting value"),
+            JsonErrorKind::ExpectingMemberOrEnd => f.write_str("expected ',' or '}'"),
+            JsonErrorKind::ExpectingElementOrEnd => f.write_str("expected ',' or ']'"),
+            JsonErrorKind::InvalidKeyword(word) => write!(f, "invalid keyword '{word}'"),
+            JsonErrorKind::InvalidEscape => f.write_str("invalid escape sequence in string"),
+            JsonErrorKind::NotUnicode(text) => {
+                write!(f, "{text} is not a valid Unicode character")
+            }
+            JsonErrorKind::InvalidUtf8 => f.write_str("invalid UTF-8 sequence in string"),
+            JsonErrorKind::NumberOutOfRange => f.write_str("number out of range"),
+            JsonErrorKind::DuplicateKey => f.write_str("duplicate key"),
+            JsonErrorKind::Stray(text) => write!(f, "stray '{text}'"),
+            JsonErrorKind::TooLarge => f.write_str("token size limit exceeded"),
+            JsonErrorKind::TooManyTokens => f.write_str("token count limit exceeded"),
+            JsonErrorKind::TooDeep => f.write_str("nesting depth limit exceeded"),
+        }
+    }
+}
+
+impl std::error::Error for JsonError {}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Position {
+    line: u64,
+    column: u64,
+}
+
+/// Where the lexer is inside a token.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Lexer {
+    Between,
+    String {
+        quote: u8,
+        escaped: bool,
+    },
+    Keyword,
+    Number(NumberPart),
+    /// After a stray byte, until something a value could begin or end with.
+    Recovery,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum NumberPart {
+    Sign,
+    Zero,
+    Digits,
+    Point,
+    Fraction,
+    Exponent,
+    ExponentSign,
+    ExponentDigits,
+}
+
+impl NumberPart {
+    /// The part after one more byte. `Err(true)`: the number has ended before it; `Err(false)`: it
+    /// cannot go on like this.
+    fn next(self, byte: u8) -> Result<Self, bool> {
+        Ok(match (self, byte) {
+            (Self::Sign, b'0') => Self::Zero,
+            (Self::Sign, b'1'..=b'9') | (Self::Digits, b'0'..=b'9') => Self::Digits,
+            (Self::Zero | Self::Digits, b'.') => Self::Point,
+            (Self::Point | Self::Fraction, b'0'..=b'9') => Self::Fraction,
+            (Self::Zero | Self::Digits | Self::Fraction, b'e' | b'E') => Self::Exponent,
+            (Self::Exponent, b'+' | b'-') => Self::ExponentSign,
+            (Self::Exponent | Self::ExponentSign | Self::ExponentDigits, b'0'..=b'9') => {
+                Self::ExponentDigits
+            }
+            (Self::Zero, b'0'..=b'9') => return Err(false),
+            (Self::Zero | Self::Digits | Self::Fraction | Self::ExponentDigits, _) => {
+                return Err(true);
+            }
+            (Self::Sign | Self::Point | Self::Exponent | Self::ExponentSign, _) => {
+                return Err(false);
+            }
+        })
+    }
+}
+
+/// An object or list that has not ended yet.
+#[derive(Debug)]
+enum Frame {
+    Object {
+        members: Map<String, Value>,
+        key: String,
+    },
+    List(Vec<Value>),
+}
+
+/// What the parser can take next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Expect {
+    Value,
+    KeyOrEnd,
+    Key,
+    Colon,
+    MemberOrEnd,
+    ElementOrEnd,
+    ValueOrEnd,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Token {
+    Punctuation(u8),
+    String,
+    Keyword,
+    Number,
+}
+
+/// JSON values out of bytes that come in pieces.
+#[derive(Debug)]
+pub struct JsonReader {
+    limits: Limits,
+    /// Of the byte that comes next.
+    position: Position,
+    lexer: Lexer,
+    /// The token being read; strings without their quotes.
+    token: Vec<u8>,
+    token_at: Position,
+    frames: Vec<Frame>,
+    expect: Expect,
+    bytes: usize,
+    tokens: usize,
+    /// Open brackets of each kind, also while what they contain is being skipped.
+    braces: i64,
+    brackets: i64,
+    /// What was wrong first with the value that is being skipped.
+    failed: Option<JsonError>,
+}
+
+impl JsonReader {
+    /// A reader at the start of line 1.
+    #[must_use]
+    pub fn new(limits: Limits) -> Self {
+        Self {
+            limits,
+            position: Position { line: 1, column: 1 },
+            lexer: Lexer::Between,
+            token: Vec::new(),
+            token_at: Position::default(),
+            frames: Vec::new(),
+            expect: Expect::Value,
+            bytes: 0,
+            tokens: 0,
+            braces: 0,
+            brackets: 0,
+            failed: None,
+        }
+    }
+
+    /// Takes bytes off the front of `input` until a value has ended, or something that was meant to
+    /// be one; `None` when all bytes have been taken and none has.
+    ///
+    /// A number or word outside brackets ends with the byte that follows it.
+    pub fn next(&mut self, input: &mut &[u8]) -> Option<Result<Value, JsonError>> {
+        while let Some((&byte, rest)) = input.split_first() {
+            let (taken, result) = self.byte(byte);
+            if taken {
+                *input = rest;
+                if byte == b'\n' {
+                    self.position.line += 1;
+                    self.position.column = 1;
+                } else {
+                    self.position.column += 1;
+                }
+            }
+            if result.is_some() {
+                return result;
+            }
+        }
+        None
+    }
+
+    /// One byte: whether it was taken (the end of a number or word is only seen at the next byte),
+    /// and what ended with it.
+    fn byte(&mut self, byte: u8) -> (bool, Option<Result<Value, JsonError>>) {
+        match self.lexer {
+            Lexer::Between => (true, self.begin(byte)),
+            Lexer::String { quote, escaped } => (true, self.in_string(byte, quote, escaped)),
+            Lexer::Keyword => {
+                if byte.is_ascii_lowercase() {
+                    self.keep(byte);
+                    (true, None)
+                } else {
+                    (false, self.end(Token::Keyword))
+                }
+            }
+            Lexer::Number(part) => match part.next(byte) {
+                Ok(part) => {
+                    self.lexer = Lexer::Number(part);
+                    self.keep(byte);
+                    (true, None)
+                }
+                Err(true) => (false, self.end(Token::Number)),
+                Err(false) => (true, self.stray(byte, "")),
+            },
+            Lexer::Recovery => {
+                if matches!(byte, b'\n' | b'{' | b'}' | b'[' | b']' | b',' | b':') {
+                    self.lexer = Lexer::Between;
+                    (false, None)
+                } else {
+                    (true, None)
+                }
+            }
+        }
+    }
+
+    fn begin(&mut self, byte: u8) -> Option<Result<Value, JsonError>> {
+        self.token_at = self.position;
+        self.token.clear();
+        match byte {
+            b' ' | b'\t' | b'\r' | b'\n' => return None,
+            b'{' | b'}' | b'[' | b']' | b',' | b':' => {
+                return self.end(Token::Punctuation(byte));
+            }
+            b'"' | b'\'' => {
+                self.lexer = Lexer::String {
+                    quote: byte,
+                    escaped: false,
+                };
+                return None;
+            }
+            b'-' => self.lexer = Lexer::Number(NumberPart::Sign),
+            b'0' => self.lexer = Lexer::Number(NumberPart::Zero),
+            b'1'..=b'9' => self.lexer = Lexer::Number(NumberPart::Digits),
+            b'a'..=b'z' => self.lexer = Lexer::Keyword,
+            _ => return self.stray(byte, ""),
+        }
+        self.keep(byte);
+        None
+    }
+
+    fn in_string(
+        &mut self,
+        byte: u8,
+        quote: u8,
+        escaped: bool,
+    ) -> Option<Result<Value, JsonError>> {
+        match byte {
+            0..0x20 | 0xfe.. => {
+                let quote = if quote == b'"' { "\"" } else { "'" };
+                return self.stray(byte, quote);
+            }
+            _ if !escaped && byte == quote => return self.end(Token::String),
+            _ => {}
+        }
+        self.lexer = Lexer::String {
+            quote,
+            escaped: !escaped && byte == b'\\',
+        };
+        self.keep(byte);
+        None
+    }
+
+    /// Keeps a byte of a token, unless the value has been given up.
+    fn keep(&mut self, byte: u8) {
+        if self.failed.is_some() {
+            return;
+        }
+        if self.bytes + self.token.len() >= self.limits.bytes {
+            self.fail(self.token_at, JsonErrorKind::TooLarge);
+        } else {
+            self.token.push(byte);
+        }
+    }
+
+    /// A byte that begins or continues no token: the value is lost.
+    fn stray(&mut self, byte: u8, quote: &str) -> Option<Result<Value, JsonError>> {
+        let mut text = quote.to_owned();
+        if self.failed.is_none() {
+            self.token.push(byte);
+            text.push_str(&String::from_utf8_lossy(&self.token));
+        }
+        if let Some((cut, _)) = text.char_indices().nth(STRAY_MAX) {
+            text.truncate(cut);
+            text.push_str("...");
+        }
+        self.fail(self.token_at, JsonErrorKind::Stray(text));
+        self.lexer = Lexer::Recovery;
+        self.give_up()
+    }
+
+    /// A token has ended.
+    fn end(&mut self, token: Token) -> Option<Result<Value, JsonError>> {
+        self.lexer = Lexer::Between;
+        match token {
+            Token::Punctuation(b'{') => self.braces += 1,
+            Token::Punctuation(b'}') => self.braces -= 1,
+            Token::Punctuation(b'[') => self.brackets += 1,
+            Token::Punctuation(b']') => self.brackets -= 1,
+            _ => {}
+        }
+        if self.failed.is_none() {
+            self.bytes += self.token.len().max(1);
+            self.tokens += 1;
+            let parsed = if self.tokens > self.limits.tokens {
+                Err((self.token_at, JsonErrorKind::TooManyTokens))
+            } else {
+                self.parse(token)
+            };
+            match parsed {
+                Ok(Some(value)) => {
+                    self.reset();
+                    return Some(Ok(value));
+                }
+                Ok(None) => {}
+                Err((at, kind)) => self.fail(at, kind),
+            }
+        }
+        let ended =
+            self.braces < 0 || self.brackets < 0 || (self.braces == 0 && self.brackets == 0);
+        if ended { self.give_up() } else { None }
+    }
+
+    /// Takes one token; the value when it was the last of it.
+    fn parse(&mut self, token: Token) -> Result<Option<Value>, (Position, JsonErrorKind)> {
+        let at = self.token_at;
+        let here = |kind| (at, kind);
+        match (self.expect, token) {
+            (Expect::KeyOrEnd, Token::Punctuation(b'}'))
+            | (Expect::MemberOrEnd, Token::Punctuation(b'}'))
+            | (Expect::ValueOrEnd, Token::Punctuation(b']'))
+            | (Expect::ElementOrEnd, Token::Punctuation(b']')) => match self.frames.pop() {
+                Some(Frame::Object { members, .. }) => self.place(Value::Object(members)),
+                Some(Frame::List(elements)) => self.place(Value::Array(elements)),
+                None => Err(here(JsonErrorKind::ExpectingValue)),
+            },
+            (Expect::KeyOrEnd | Expect::Key, Token::String) => {
+                let text = text::string(&self.token).map_err(here)?;
+                if let Some(Frame::Object { key, .. }) = self.frames.last_mut() {
+                    *key = text;
+                }
+                self.expect = Expect::Colon;
+                Ok(None)
+            }
+            (Expect::KeyOrEnd | Expect::Key, _) => Err(here(JsonErrorKind::ExpectingKey)),
+            (Expect::Colon, Token::Punctuation(b':')) => {
+                self.expect = Expect::Value;
+                Ok(None)
+            }
+            (Expect::Colon, _) => Err(here(JsonErrorKind::ExpectingColon)),
+            (Expect::MemberOrEnd, Token::Punctuation(b',')) => {
+                self.expect = Expect::Key;
+                Ok(None)
+            }
+            (Expect::MemberOrEnd, _) => Err(here(JsonErrorKind::ExpectingMemberOrEnd)),
+            (Expect::ElementOrEnd, Token::Punctuation(b',')) => {
+                self.expect = Expect::Value;
+                Ok(None)
+            }
+            (Expect::ElementOrEnd, _) => Err(here(JsonErrorKind::ExpectingElementOrEnd)),
+            (Expect::Value | Expect::ValueOrEnd, token) => self.value(token, at),
+        }
+    }
+
+    /// Takes the first token of a value.
+    fn value(
+        &mut self,
+        token: Token,
+        at: Position,
+    ) -> Result<Option<Value>, (Position, JsonErrorKind)> {
+        let here = |kind| (at, kind);
+        let scalar = match token {
+            Token::Punctuation(open @ (b'{' | b'[')) => {
+                if self.frames.len() >= self.limits.depth {
+                    return Err(here(JsonErrorKind::TooDeep));
+                }
+                let (frame, expect) = if open == b'{' {
+                    let object = Frame::Object {
+                        members: Map::new(),
+                        key: String::new(),
+                    };
+                    (object, Expect::KeyOrEnd)
+                } else {
+                    (Frame::List(Vec::new()), Expect::ValueOrEnd)
+                };
+                self.frames.push(frame);
+                self.expect = expect;
+                return Ok(None);
+            }
+            Token::Punctuation(_) => return Err(here(JsonErrorKind::ExpectingValue)),
+            Token::String => Value::String(text::string(&self.token).map_err(here)?),
+            Token::Number => text::number(&self.token).map_err(here)?,
+            Token::Keyword => match self.token.as_slice() {
+                b"true" => Value::Bool(true),
+                b"false" => Value::Bool(false),
+                b"null" => Value::Null,
+                word => {
+                    let mut word = String::from_utf8_lossy(word).into_owned();
+                    word.truncate(STRAY_MAX);
+                    return Err(here(JsonErrorKind::InvalidKeyword(word)));
+                }
+            },
+        };
+        self.place(scalar)
+    }
+
+    /// Puts a whole value where it belongs; gives it back when it belongs nowhere but outside.
+    fn place(&mut self, value: Value) -> Result<Option<Value>, (Position, JsonErrorKind)> {
+        match self.frames.last_mut() {
+            None => return Ok(Some(value)),
+            Some(Frame::List(elements)) => {
+                elements.push(value);
+                self.expect = Expect::ElementOrEnd;
+            }
+            Some(Frame::Object { members, key }) => {
+                if members.insert(std::mem::take(key), value).is_some() {
+                    return Err((self.token_at, JsonErrorKind::DuplicateKey));
+                }
+                self.expect = Expect::MemberOrEnd;
+            }
+        }
+        Ok(None)
+    }
+
+    /// Gives the value up, and frees what there is of it. The first mistake is the one reported.
+    fn fail(&mut self, at: Position, kind: JsonErrorKind) {
+        self.failed.get_or_insert(JsonError {
+            line: at.line,
+            column: at.column,
+            kind,
+        });
+        self.frames = Vec::new();
+        self.token = Vec::new();
+    }
+
+    /// The end of a value that was given up.
+    fn give_up(&mut self) -> Option<Result<Value, JsonError>> {
+        let error = self.failed.take();
+        self.reset();
+        error.map(Err)
+    }
+
+    fn reset(&mut self) {
+        self.frames = Vec::new();
+        self.token = Vec::new();
+        self.expect = Expect::Value;
+        self.bytes = 0;
+        self.tokens = 0;
+        self.braces = 0;
+        self.brackets = 0;
+    }
+}
