@@ -109,6 +109,9 @@ pub enum TargetError {
         /// What the VMM says of it.
         source: BoxError,
     },
+    /// Device sections taken as they are do not end, or not as their description says.
+    #[error("device sections: {0}")]
+    Tail(#[from] crate::opaque_tail::TailError),
     /// What must be there is not.
     #[error("the stream ended at offset {offset:#x} without {what}")]
     Missing {

@@ -35,6 +35,6 @@ pub use limits::Limits;
 pub use ram::{RamSender, RamSetup};
 pub use return_path::ReturnPathReader;
 pub use source::{
-    Control, DeviceSection, Progress, Source, SourceConfig, SourceVm, SwitchedOver, encode_devices,
+    Control, FIRST_DEVICE_SECTION, Progress, Source, SourceConfig, SourceVm, SwitchedOver,
 };
 pub use target::{Body, CheckpointReceiver, Loaded, Received, Target, TargetConfig, TargetVm};

@@ -10,31 +10,19 @@ use super::error::{BoxError, SourceError};
 use super::limits::{Bandwidth, Limits, RateWindow};
 use super::ram::{Budget, RamSender, RamSetup};
 use super::return_path::ReturnPathReader;
-use crate::codec::IdStr;
 use crate::command::Command;
 use crate::configuration::Configuration;
-use crate::section::{Announcement, InstanceId, SectionHeader, SectionId};
+use crate::section::SectionId;
 use crate::{DirtyLog, PAGE_SIZE, PageTransport, StreamWriter, TransportCounters, header, section};
 
-/// The section id of RAM; devices follow it.
+/// The section id of RAM.
 const RAM_SECTION: SectionId = SectionId(1);
+/// The id of the first device section; the others count on from it.
+pub const FIRST_DEVICE_SECTION: SectionId = SectionId(2);
 /// The value of the one PING, as QEMU's source sends it.
 const PING: u32 = 1;
 /// A PART ends after this long, so that the log, the return path and cancellation are looked at.
 const PART_TIME: Duration = Duration::from_millis(50);
-
-/// One device's saved state, ready for the wire.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct DeviceSection {
-    /// Which device.
-    pub idstr: IdStr,
-    /// Tells devices of one idstr apart.
-    pub instance: InstanceId,
-    /// The version of the description that wrote the body.
-    pub version: u32,
-    /// VMState bytes.
-    pub body: Vec<u8>,
-}
 
 /// What a source asks of its VMM.
 pub trait SourceVm {
@@ -50,12 +38,13 @@ pub trait SourceVm {
     /// The VMM's.
     fn resume(&mut self) -> Result<(), BoxError>;
 
-    /// The state of every device of the stopped VM, in the order of the stream, and the JSON text
-    /// that describes it (QEMU's vmdesc), empty for one that says nothing.
+    /// Appends the state of every device of the stopped VM to `out`, FULL sections from id
+    /// [`FIRST_DEVICE_SECTION`] on and EOF (see [`crate::device_blob`]), and returns the JSON text
+    /// that describes them (QEMU's vmdesc), empty for one that says nothing.
     ///
     /// # Errors
     /// The VMM's; the migration then fails and the guest runs on.
-    fn save_devices(&mut self) -> Result<(Vec<DeviceSection>, String), BoxError>;
+    fn save_devices(&mut self, out: &mut Vec<u8>) -> Result<String, BoxError>;
 
     /// Called between steps, at least every 50 ms while the guest runs.
     fn progress(&mut self, progress: &Progress) -> Control;
@@ -285,18 +274,19 @@ impl<T: PageTransport, D: DirtyLog> Source<T, D> {
         vm: &mut impl SourceVm,
         stopped: Instant,
     ) -> Result<SwitchedOver<T, D>, SourceError> {
-        let (devices, description) = vm.save_devices().map_err(|source| SourceError::Vm {
-            what: "saving the devices",
-            source,
-        })?;
+        let mut devices = Vec::new();
+        let description = vm
+            .save_devices(&mut devices)
+            .map_err(|source| SourceError::Vm {
+                what: "saving the devices",
+                source,
+            })?;
         if self.config.switchover_start {
             let mut bytes = BytesMut::new();
             Command::SwitchoverStart.encode(&mut bytes);
             self.out.write_bytes(&bytes)?;
         }
         self.ram.end(&mut self.out)?;
-        let mut bytes = BytesMut::new();
-        encode_devices(&devices, &mut bytes);
         // A receiver waits for the description: one that cannot be sent is replaced, not left out.
         let description = if description.is_empty() {
             "{}"
@@ -305,9 +295,9 @@ impl<T: PageTransport, D: DirtyLog> Source<T, D> {
         };
         let (len, text) =
             u32::try_from(description.len()).map_or((2, "{}"), |len| (len, description));
-        section::encode_vm_description(len, &mut bytes);
-        bytes.extend_from_slice(text.as_bytes());
-        self.out.write_bytes(&bytes)?;
+        section::encode_vm_description(len, &mut devices);
+        devices.extend_from_slice(text.as_bytes());
+        self.out.write_bytes(&devices)?;
         if let Some(return_path) = &mut self.return_path {
             return_path.wait_for_shut(Instant::now() + self.config.confirm_timeout)?;
         }
@@ -336,24 +326,6 @@ impl<T: PageTransport, D: DirtyLog> Source<T, D> {
             elapsed: self.begun.elapsed(),
         }
     }
-}
-
-/// Encodes FULL sections, numbered from the one after RAM's, and the EOF behind them: the final
-/// phase of a migration, and the device blob of a COLO checkpoint.
-pub fn encode_devices(devices: &[DeviceSection], out: &mut BytesMut) {
-    for (id, device) in (RAM_SECTION.0 + 1..).map(SectionId).zip(devices) {
-        SectionHeader {
-            kind: Announcement::Full,
-            id,
-            idstr: device.idstr.clone(),
-            instance: device.instance,
-            version: device.version,
-        }
-        .encode(out);
-        out.extend_from_slice(&device.body);
-        section::encode_footer(id, out);
-    }
-    section::encode_eof(out);
 }
 
 impl<T, D: DirtyLog> fmt::Debug for Source<T, D> {

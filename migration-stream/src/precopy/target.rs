@@ -14,6 +14,7 @@ use crate::decoder::{
     CheckpointDecoder, DecoderConfig, Item, MAX_ITEM_LEN, RamItem, Step, StreamDecoder,
 };
 use crate::io::{ByteSink, Chunk};
+use crate::opaque_tail::{Fed, OpaqueTail, Tail, TailLimits};
 use crate::ram::{PageAddress, RAM_IDSTR};
 use crate::return_path::ReturnPathMessage;
 use crate::section::{SectionHeader, SectionId};
@@ -50,8 +51,7 @@ pub enum Body {
 pub struct TargetConfig {
     /// Header, configuration, footers.
     pub decoder: DecoderConfig,
-    /// The longest device section accepted, bytes, and the most that device sections taken opaque
-    /// may have together.
+    /// The longest device section accepted, bytes.
     pub max_devices: usize,
 }
 
@@ -90,6 +90,14 @@ struct Link {
 struct Pages<'a> {
     store: &'a dyn PageStore,
     barrier: &'a mut dyn PageBarrier,
+}
+
+/// What becomes of device sections.
+enum Devices<'a> {
+    /// The VMM reads them.
+    Known(&'a mut dyn TargetVm),
+    /// They are kept as they are.
+    Opaque(TailLimits),
 }
 
 /// A guest that was taken over, devices included. The source stands still until
@@ -134,8 +142,31 @@ impl Target {
         barrier: &mut dyn PageBarrier,
         vm: &mut dyn TargetVm,
     ) -> Result<Loaded, TargetError> {
-        self.finish(|target| target.run(&mut Pages { store, barrier }, vm))
-            .map(|(loaded, ())| loaded)
+        let mut devices = Devices::Known(vm);
+        self.finish(|target| target.run(&mut Pages { store, barrier }, &mut devices))
+            .map(|(loaded, _)| loaded)
+    }
+
+    /// Loads the stream to its end: pages into `store`, while device sections, which nobody here
+    /// knows, are taken as they are and told apart by the description behind them.
+    ///
+    /// # Errors
+    /// As for [`Target::load`], and when no description accounts for the sections.
+    pub fn load_opaque(
+        self,
+        store: &dyn PageStore,
+        barrier: &mut dyn PageBarrier,
+        limits: TailLimits,
+    ) -> Result<(Loaded, Tail), TargetError> {
+        self.finish(|target| {
+            let mut devices = Devices::Opaque(limits);
+            let tail = target.run(&mut Pages { store, barrier }, &mut devices)?;
+            let offset = target.link.reader.offset();
+            tail.ok_or(TargetError::Missing {
+                what: "device sections",
+                offset,
+            })
+        })
     }
 
     fn finish<R>(
@@ -168,7 +199,13 @@ impl Target {
         }
     }
 
-    fn run(&mut self, pages: &mut Pages<'_>, vm: &mut dyn TargetVm) -> Result<(), TargetError> {
+    /// Returns the tail if the devices were taken opaque.
+    fn run(
+        &mut self,
+        pages: &mut Pages<'_>,
+        devices: &mut Devices<'_>,
+    ) -> Result<Option<Tail>, TargetError> {
+        let mut tail = None;
         loop {
             let offset = self.link.reader.offset();
             let mut r = Reader::new(self.link.reader.buffered(), offset);
@@ -185,10 +222,16 @@ impl Target {
                         Item::Header | Item::Configuration(_) | Item::Footer(_) => {}
                         Item::Command(command) => self.link.command(&command, offset)?,
                         Item::Section(header) => {
-                            if header.idstr.as_str() == RAM_IDSTR {
-                                self.ram_section = Some(header.id);
-                            } else {
-                                self.link.device(vm, &header, self.config.max_devices)?;
+                            let limit = self.config.max_devices;
+                            match devices {
+                                _ if header.idstr.as_str() == RAM_IDSTR => {
+                                    self.ram_section = Some(header.id);
+                                }
+                                Devices::Known(vm) => self.link.device(*vm, &header, limit)?,
+                                Devices::Opaque(limits) => {
+                                    tail = Some(self.link.tail(&header, *limits)?);
+                                    break;
+                                }
                             }
                         }
                         Item::Continuation { kind: _, id } => {
@@ -214,7 +257,7 @@ impl Target {
                 offset,
             });
         }
-        Ok(())
+        Ok(tail)
     }
 }
 
@@ -286,6 +329,23 @@ impl Link {
                     ));
                 }
                 Body::NeedMore => self.fill(limit)?,
+            }
+        }
+    }
+
+    /// Device sections, EOF and description, beginning with the body of `header`.
+    fn tail(&mut self, header: &SectionHeader, limits: TailLimits) -> Result<Tail, TargetError> {
+        let mut tail = OpaqueTail::beginning_with(header, limits);
+        loop {
+            match tail.feed(self.reader.buffered())? {
+                Fed::Complete { consumed, tail } => {
+                    self.reader.consume(consumed);
+                    return Ok(tail);
+                }
+                Fed::NeedMore => {
+                    self.reader.consume(self.reader.buffered().len());
+                    self.fill(MAX_ITEM_LEN)?;
+                }
             }
         }
     }

@@ -1,0 +1,465 @@
+//! Source and target over a real socket: what a migration promises to both ends.
+
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use migration_stream::codec::IdStr;
+use migration_stream::configuration::{Configuration, MachineName};
+use migration_stream::decoder::{ConfigurationRule, DecoderConfig};
+use migration_stream::device_blob::{DeviceSection, encode_device_blob};
+use migration_stream::io::{ByteSource, FdChannel};
+use migration_stream::opaque_tail::TailLimits;
+use migration_stream::precopy::{
+    Body, BoxError, Control, FIRST_DEVICE_SECTION, Limits, Loaded, Progress, RamSetup,
+    ReturnPathReader, Source, SourceConfig, SourceError, SourceVm, SwitchedOver, Target,
+    TargetConfig, TargetError, TargetVm,
+};
+use migration_stream::ram::{
+    BlockId, InStream, NoMultifd, RamBlock, RamBlockTable, ZeroPageDetection,
+};
+use migration_stream::section::{Announcement, InstanceId, SectionHeader};
+use migration_stream::{
+    DirtyLog, GuestRam, MemoryError, PAGE_SIZE, PageStore, StreamReader, StreamWriter,
+};
+use vm_memory::{Bytes, MmapRegion, VolatileMemory, VolatileSlice};
+
+const LIMIT: Duration = Duration::from_millis(500);
+
+/// Blocks of memory, as source and as target.
+struct Ram {
+    table: RamBlockTable,
+    regions: Vec<MmapRegion>,
+}
+
+impl Ram {
+    fn new(blocks: &[(&str, u64)]) -> Arc<Self> {
+        let table = blocks
+            .iter()
+            .map(|(name, pages)| RamBlock::new(*name, pages * PAGE_SIZE).unwrap())
+            .collect();
+        let regions = blocks
+            .iter()
+            .map(|(_, pages)| MmapRegion::new(usize::try_from(pages * PAGE_SIZE).unwrap()).unwrap())
+            .collect();
+        Arc::new(Self {
+            table: RamBlockTable::new(table).unwrap(),
+            regions,
+        })
+    }
+
+    fn write(&self, block: usize, page: u64, value: u64) {
+        let offset = usize::try_from(page * PAGE_SIZE).unwrap();
+        self.regions[block]
+            .as_volatile_slice()
+            .write_obj(value, offset)
+            .unwrap();
+    }
+
+    fn at(&self, id: BlockId, offset: u64, len: usize) -> Result<VolatileSlice<'_>, MemoryError> {
+        let region = self
+            .regions
+            .get(id.index())
+            .ok_or(MemoryError::NoBlock(id))?;
+        region
+            .get_slice(usize::try_from(offset).unwrap(), len)
+            .map_err(|e| MemoryError::Backend {
+                what: "slice",
+                source: Box::new(e),
+            })
+    }
+
+    fn assert_equals(&self, other: &Self) {
+        for (a, b) in self.regions.iter().zip(&other.regions) {
+            let read = |r: &MmapRegion| {
+                let mut bytes = vec![0; r.size()];
+                r.as_volatile_slice().copy_to(&mut bytes);
+                bytes
+            };
+            assert!(read(a) == read(b), "memory differs");
+        }
+    }
+}
+
+impl GuestRam for Ram {
+    fn blocks(&self) -> &RamBlockTable {
+        &self.table
+    }
+    fn slice(
+        &self,
+        block: BlockId,
+        offset: u64,
+        len: usize,
+    ) -> Result<VolatileSlice<'_>, MemoryError> {
+        self.at(block, offset, len)
+    }
+}
+
+impl PageStore for Ram {
+    fn blocks(&self) -> &RamBlockTable {
+        &self.table
+    }
+    fn prepare(
+        &self,
+        block: BlockId,
+        offset: u64,
+        len: usize,
+    ) -> Result<VolatileSlice<'_>, MemoryError> {
+        self.at(block, offset, len)
+    }
+    fn landed(&self, _: BlockId, _: u64, _: usize) -> Result<(), MemoryError> {
+        Ok(())
+    }
+    fn zero(&self, block: BlockId, offset: u64, len: usize) -> Result<(), MemoryError> {
+        self.at(block, offset, len)?.copy_from(&vec![0u8; len]);
+        Ok(())
+    }
+}
+
+/// The pages a test's guest has written, and whether they are being logged.
+#[derive(Clone, Default)]
+struct Log(Arc<Mutex<(bool, Vec<(usize, u64)>)>>);
+
+impl DirtyLog for Log {
+    fn start(&mut self) -> Result<(), MemoryError> {
+        self.0.lock().unwrap().0 = true;
+        Ok(())
+    }
+    fn sync(&mut self, sink: &mut dyn FnMut(BlockId, u64, u64)) -> Result<(), MemoryError> {
+        for (block, page) in self.0.lock().unwrap().1.drain(..) {
+            sink(
+                BlockId::new(u32::try_from(block).unwrap()),
+                page / 64 * 64,
+                1 << (page % 64),
+            );
+        }
+        Ok(())
+    }
+    fn stop(&mut self) -> Result<(), MemoryError> {
+        self.0.lock().unwrap().0 = false;
+        Ok(())
+    }
+}
+
+/// A guest that writes pages between steps until it is stopped.
+struct Guest {
+    ram: Arc<Ram>,
+    log: Log,
+    writes_left: u64,
+    running: bool,
+    control: Control,
+    passes: u64,
+}
+
+impl Guest {
+    fn new(ram: &Arc<Ram>, log: &Log) -> Self {
+        Self {
+            ram: Arc::clone(ram),
+            log: log.clone(),
+            writes_left: 20,
+            running: true,
+            control: Control::Continue,
+            passes: 0,
+        }
+    }
+
+    fn write(&mut self, page: u64) {
+        self.ram.write(0, page, 0xfeed_0000 + self.writes_left);
+        self.log.0.lock().unwrap().1.push((0, page));
+    }
+}
+
+impl SourceVm for Guest {
+    fn stop(&mut self) -> Result<(), BoxError> {
+        self.running = false;
+        Ok(())
+    }
+    fn resume(&mut self) -> Result<(), BoxError> {
+        self.running = true;
+        Ok(())
+    }
+    fn save_devices(&mut self, out: &mut Vec<u8>) -> Result<String, BoxError> {
+        assert!(!self.running);
+        let header = SectionHeader {
+            kind: Announcement::Full,
+            id: FIRST_DEVICE_SECTION,
+            idstr: IdStr::new("thing").unwrap(),
+            instance: InstanceId(3),
+            version: 1,
+        };
+        encode_device_blob(
+            [DeviceSection {
+                header,
+                body: &[5; 100],
+            }],
+            out,
+        );
+        Ok(r#"{"page_size": 4096, "devices": [{"name": "thing", "instance_id": 3, "version": 1, "fields": [{"name": "data", "type": "buffer", "size": 100}]}]}"#.into())
+    }
+    fn progress(&mut self, progress: &Progress) -> Control {
+        self.passes = progress.pass;
+        if self.writes_left > 0 {
+            self.writes_left -= 1;
+            self.write(self.writes_left * 3);
+        }
+        self.control
+    }
+}
+
+/// Knows the one device of [`Guest`].
+struct Devices {
+    loaded: usize,
+    refuse: bool,
+}
+
+impl TargetVm for Devices {
+    fn load_device(&mut self, section: &SectionHeader, body: &[u8]) -> Result<Body, BoxError> {
+        assert_eq!(
+            (section.idstr.as_str(), section.instance),
+            ("thing", InstanceId(3))
+        );
+        if self.refuse {
+            return Err("no such state".into());
+        }
+        if body.len() < 100 {
+            return Ok(Body::NeedMore);
+        }
+        self.loaded += 1;
+        Ok(Body::Complete(100))
+    }
+}
+
+fn configuration(name: &str) -> Configuration {
+    Configuration::new(MachineName::new(name).unwrap())
+}
+
+fn channels() -> (FdChannel, FdChannel) {
+    let (a, b) = UnixStream::pair().unwrap();
+    (
+        FdChannel::new(a, LIMIT).unwrap(),
+        FdChannel::new(b, LIMIT).unwrap(),
+    )
+}
+
+type Sent = Result<SwitchedOver<InStream, Log>, SourceError>;
+
+fn send(guest: &mut Guest, channel: &FdChannel) -> Sent {
+    let ram: Arc<dyn GuestRam> = Arc::clone(&guest.ram) as _;
+    Source::start(
+        SourceConfig {
+            configuration: Some(configuration("test")),
+            switchover_start: true,
+            confirm_timeout: LIMIT,
+        },
+        Arc::new(Limits::new(0, Duration::from_millis(300))),
+        StreamWriter::new(channel.share()),
+        Some(ReturnPathReader::new(channel.share())),
+        RamSetup {
+            ram: Arc::clone(&ram),
+            log: guest.log.clone(),
+            transport: InStream::new(ram, ZeroPageDetection::On),
+        },
+    )?
+    .run(guest)
+}
+
+fn target(channel: &FdChannel, ram: &Ram) -> Target {
+    let rule = ConfigurationRule::Matching(configuration("test"));
+    let config = TargetConfig {
+        decoder: DecoderConfig::new(rule),
+        max_devices: 1 << 20,
+    };
+    let reader = StreamReader::new(channel.share(), b"");
+    Target::new(config, reader, Some(Box::new(channel.share())), ram)
+}
+
+fn receive(channel: &FdChannel, ram: &Ram, devices: &mut Devices) -> Result<Loaded, TargetError> {
+    let mut loaded = target(channel, ram).load(ram, &mut NoMultifd, devices)?;
+    loaded.confirm()?;
+    Ok(loaded)
+}
+
+const BLOCKS: &[(&str, u64)] = &[("pc.ram", 700), ("rom", 3)];
+
+fn source() -> (Arc<Ram>, Guest) {
+    let ram = Ram::new(BLOCKS);
+    for page in (0..700).step_by(2) {
+        ram.write(0, page, page + 1);
+    }
+    ram.write(1, 2, 99);
+    let guest = Guest::new(&ram, &Log::default());
+    (ram, guest)
+}
+
+#[test]
+fn a_guest_that_writes_arrives_with_its_last_write_and_its_devices() {
+    let (ram, mut guest) = source();
+    let landed = Ram::new(BLOCKS);
+    let (a, b) = channels();
+    let mut devices = Devices {
+        loaded: 0,
+        refuse: false,
+    };
+    let (sent, received) = std::thread::scope(|scope| {
+        let sender = scope.spawn(|| send(&mut guest, &a));
+        let received = receive(&b, &landed, &mut devices);
+        (sender.join().unwrap(), received)
+    });
+    let (sent, received) = (sent.unwrap(), received.unwrap());
+    assert!(!guest.running);
+    assert_eq!(devices.loaded, 1);
+    assert!(guest.passes >= 1);
+    ram.assert_equals(&landed);
+    assert!(received.received().zero_pages >= 350);
+    assert!(sent.progress.transferred > 350 * PAGE_SIZE);
+    assert!(guest.log.0.lock().unwrap().0, "the log goes on for COLO");
+    drop(sent);
+    assert!(!guest.log.0.lock().unwrap().0);
+}
+
+#[test]
+fn checkpoints_follow_on_the_same_stream_and_cannot_set_ram_up() {
+    let (ram, mut guest) = source();
+    let landed = Ram::new(BLOCKS);
+    let (a, b) = channels();
+    std::thread::scope(|scope| {
+        let sender = scope.spawn(|| {
+            let mut sent = send(&mut guest, &a).unwrap();
+            for round in 0..3 {
+                for page in 0..round * 100 {
+                    guest.write(page);
+                }
+                let pages = sent.ram.end(&mut sent.out).unwrap();
+                assert_eq!(pages, round * 100);
+                sent.out.write_bytes(&[0]).unwrap();
+            }
+            sent
+        });
+        let mut devices = Devices {
+            loaded: 0,
+            refuse: false,
+        };
+        let loaded = receive(&b, &landed, &mut devices).unwrap();
+        let mut checkpoints = loaded.into_checkpoints().unwrap();
+        for round in 0..3 {
+            let received = checkpoints.receive_ram(&*landed, &mut NoMultifd).unwrap();
+            assert_eq!(received.normal_pages, round * 100);
+        }
+        let mut sent = sender.join().unwrap();
+        // A START section of RAM, as at the beginning of a stream.
+        sent.out
+            .write_bytes(b"\x01\0\0\0\x01\x03ram\0\0\0\0\0\0\0\x04")
+            .unwrap();
+        let error = checkpoints
+            .receive_ram(&*landed, &mut NoMultifd)
+            .unwrap_err();
+        assert!(matches!(error, TargetError::Decode(_)), "{error}");
+    });
+    ram.assert_equals(&landed);
+}
+
+#[test]
+fn devices_that_nobody_knows_are_split_by_their_description() {
+    let (ram, mut guest) = source();
+    let landed = Ram::new(BLOCKS);
+    let (a, b) = channels();
+    std::thread::scope(|scope| {
+        let sender = scope.spawn(|| send(&mut guest, &a).map(|_| ()));
+        let (mut loaded, tail) = target(&b, &landed)
+            .load_opaque(&*landed, &mut NoMultifd, TailLimits::default())
+            .unwrap();
+        loaded.confirm().unwrap();
+        let sections: Vec<_> = tail.sections().collect();
+        assert_eq!(sections.len(), 1);
+        assert_eq!(sections[0].body, [5; 100]);
+        sender.join().unwrap().unwrap();
+    });
+    ram.assert_equals(&landed);
+}
+
+/// Runs a migration that must fail at the target, and checks that the guest goes on at the source.
+fn refused(landed: &Arc<Ram>, refuse: bool) -> (SourceError, TargetError) {
+    let (_, mut guest) = source();
+    let (a, b) = channels();
+    let mut devices = Devices { loaded: 0, refuse };
+    let (sent, received) = std::thread::scope(|scope| {
+        let sender = scope.spawn(|| send(&mut guest, &a));
+        let received = receive(&b, landed, &mut devices);
+        b.shutdown();
+        (sender.join().unwrap(), received)
+    });
+    assert!(guest.running, "the guest goes on");
+    assert!(!guest.log.0.lock().unwrap().0, "nothing is logged any more");
+    (sent.err().unwrap(), received.err().unwrap())
+}
+
+#[test]
+fn a_target_that_refuses_a_device_says_so_to_the_source() {
+    let (source, target) = refused(&Ram::new(BLOCKS), true);
+    assert!(
+        matches!(source, SourceError::Refused { status: 1 }),
+        "{source}"
+    );
+    assert!(
+        target
+            .to_string()
+            .contains("device section 'thing' instance 3"),
+        "{target}"
+    );
+}
+
+#[test]
+fn a_target_with_another_ram_size_or_block_name_refuses_it() {
+    for blocks in [&[("pc.ram", 701), ("rom", 3)], &[("ram", 700), ("rom", 3)]] {
+        let (_, target) = refused(&Ram::new(blocks), false);
+        assert!(matches!(target, TargetError::Decode(_)), "{target}");
+        assert!(target.to_string().contains("ram"), "{target}");
+    }
+}
+
+#[test]
+fn a_peer_that_says_nothing_ends_the_migration_at_the_deadline_and_the_guest_goes_on() {
+    let (_, mut guest) = source();
+    let (a, b) = channels();
+    let begun = Instant::now();
+    let drain = std::thread::spawn(move || {
+        // Takes everything, answers nothing.
+        let mut b = b;
+        let mut buf = [0; 4096];
+        while b.read(&mut buf).is_ok_and(|n| n > 0) {}
+        b
+    });
+    let error = send(&mut guest, &a).err().unwrap();
+    assert!(matches!(error, SourceError::ReturnPath(_)), "{error}");
+    assert!(begun.elapsed() >= LIMIT);
+    assert!(guest.running);
+    drain.join().unwrap();
+}
+
+#[test]
+fn a_cancelled_migration_leaves_the_guest_running() {
+    let (_, mut guest) = source();
+    guest.control = Control::Cancel;
+    let (a, _b) = channels();
+    let error = send(&mut guest, &a).err().unwrap();
+    assert!(matches!(error, SourceError::Cancelled), "{error}");
+    assert!(guest.running);
+}
+
+#[test]
+fn a_source_that_dies_in_the_middle_is_an_error_that_says_where() {
+    let landed = Ram::new(BLOCKS);
+    let (a, b) = channels();
+    let mut out = StreamWriter::new(a.share());
+    out.write_bytes(&[0x51, 0x45, 0x56, 0x4d, 0, 0]).unwrap();
+    a.shutdown();
+    let mut devices = Devices {
+        loaded: 0,
+        refuse: false,
+    };
+    let error = receive(&b, &landed, &mut devices).unwrap_err();
+    assert!(
+        matches!(error, TargetError::Stream { offset: 0, .. }),
+        "{error}"
+    );
+}
