@@ -8,9 +8,11 @@
 //!
 //! Like QEMU it also takes strings in single quotes, and it refuses an object that has a key twice.
 
+mod error;
 mod reader;
 mod text;
 mod write;
 
-pub use reader::{JsonError, JsonErrorKind, JsonReader, Limits};
+pub use error::{JsonError, JsonErrorKind};
+pub use reader::{JsonReader, Limits};
 pub(crate) use write::{line, write_line};

@@ -2,7 +2,7 @@
 
 use serde_json::{Number, Value};
 
-use super::reader::JsonErrorKind;
+use super::error::JsonErrorKind;
 
 /// The text of a string token, given without its quotes.
 pub(super) fn string(raw: &[u8]) -> Result<String, JsonErrorKind> {
