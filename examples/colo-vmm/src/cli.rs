@@ -1,0 +1,315 @@
+//! The command line: one function for each subcommand, behind [`Command`].
+
+use std::error::Error;
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::os::fd::AsRawFd;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::str::FromStr;
+use std::sync::{Arc, Mutex};
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::event_loop::{self, Ending, SharedMachine};
+use crate::guest::{WorkloadConfig, workload};
+use crate::machine::{GuestImage, KvmMachine, Machine, MachineConfig, SerialSink, SimMachine};
+use crate::memory::Memory;
+
+/// A small KVM VMM that outlives its host.
+#[derive(Debug, Parser)]
+#[command(version)]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run a guest.
+    Run(RunArgs),
+    /// Write the built-in guest to a file: a boot sector, which QEMU boots as well.
+    Guest(GuestArgs),
+}
+
+/// What a machine consists of.
+#[derive(Clone, Debug, Args)]
+pub struct MachineArgs {
+    /// Guest RAM, MiB.
+    #[arg(long, value_name = "MIB", default_value_t = 256)]
+    pub memory: u64,
+    /// Number of vCPUs.
+    #[arg(long, default_value_t = 1)]
+    pub vcpus: u8,
+    /// Run a simulated guest in this process; needs no KVM, and runs only the workload.
+    #[arg(long)]
+    pub sim: bool,
+}
+
+/// The built-in guest's parameters.
+#[derive(Clone, Debug, Args)]
+pub struct WorkloadArgs {
+    /// Pages that each vCPU of the workload dirties in a pass.
+    #[arg(long, value_name = "N", default_value_t = 256)]
+    pub dirty_pages: u32,
+    /// Turns of an empty loop that each vCPU of the workload makes after a pass.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub pass_delay: u32,
+}
+
+impl WorkloadArgs {
+    /// The workload for a machine of this size.
+    #[must_use]
+    pub fn config(&self, memory_mib: u64, cpus: u8) -> WorkloadConfig {
+        WorkloadConfig {
+            memory_mib,
+            dirty_pages: self.dirty_pages,
+            pass_delay: self.pass_delay,
+            cpus,
+            ..WorkloadConfig::default()
+        }
+    }
+}
+
+#[derive(Debug, Args)]
+struct RunArgs {
+    #[command(flatten)]
+    machine: MachineArgs,
+    #[command(flatten)]
+    workload: WorkloadArgs,
+    /// What to run: workload, boot:FILE, flat:FILE[@ADDRESS] or kernel:FILE.
+    #[arg(long, default_value = "workload")]
+    guest: GuestArg,
+    /// The kernel's initial RAM disk.
+    #[arg(long, value_name = "FILE")]
+    initrd: Option<PathBuf>,
+    /// The kernel's command line.
+    #[arg(long, default_value = "console=ttyS0 reboot=t panic=-1")]
+    cmdline: String,
+    /// The guest's serial line: stdio, file:PATH or null.
+    #[arg(long, default_value = "stdio")]
+    serial: SerialArg,
+}
+
+#[derive(Debug, Args)]
+struct GuestArgs {
+    /// The file to write.
+    #[arg(long, value_name = "FILE")]
+    out: PathBuf,
+    #[command(flatten)]
+    machine: MachineArgs,
+    #[command(flatten)]
+    workload: WorkloadArgs,
+}
+
+/// Load address of a flat binary if none is given.
+const FLAT_ADDRESS: u64 = 0x1_0000;
+
+/// The value of `--guest`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum GuestArg {
+    /// The built-in guest.
+    Workload,
+    /// A boot sector.
+    Boot(PathBuf),
+    /// Real-mode code and its address.
+    Flat(PathBuf, u64),
+    /// A Linux kernel.
+    Kernel(PathBuf),
+}
+
+impl FromStr for GuestArg {
+    type Err = String;
+
+    fn from_str(arg: &str) -> Result<Self, String> {
+        match arg.split_once(':') {
+            None if arg == "workload" => Ok(Self::Workload),
+            Some(("boot", file)) => Ok(Self::Boot(file.into())),
+            Some(("kernel", file)) => Ok(Self::Kernel(file.into())),
+            Some(("flat", rest)) => match rest.rsplit_once('@') {
+                None => Ok(Self::Flat(rest.into(), FLAT_ADDRESS)),
+                Some((file, address)) => number(address)
+                    .map(|address| Self::Flat(file.into(), address))
+                    .ok_or_else(|| format!("'{address}' is not an address")),
+            },
+            _ => Err("expected workload, boot:FILE, flat:FILE[@ADDRESS] or kernel:FILE".into()),
+        }
+    }
+}
+
+fn number(text: &str) -> Option<u64> {
+    match text.strip_prefix("0x") {
+        Some(digits) => u64::from_str_radix(digits, 16).ok(),
+        None => text.parse().ok(),
+    }
+}
+
+/// The value of `--serial`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum SerialArg {
+    /// Standard input and output.
+    Stdio,
+    /// Output to a file, no input.
+    File(PathBuf),
+    /// Nowhere.
+    Null,
+}
+
+impl FromStr for SerialArg {
+    type Err = String;
+
+    fn from_str(arg: &str) -> Result<Self, String> {
+        match arg.split_once(':') {
+            None if arg == "stdio" => Ok(Self::Stdio),
+            None if arg == "null" => Ok(Self::Null),
+            Some(("file", path)) => Ok(Self::File(path.into())),
+            _ => Err("expected stdio, file:PATH or null".into()),
+        }
+    }
+}
+
+impl SerialArg {
+    /// The sink it names.
+    ///
+    /// # Errors
+    /// The file cannot be made.
+    pub fn sink(&self) -> io::Result<SerialSink> {
+        Ok(match self {
+            Self::Stdio => Box::new(Unbuffered(io::stdout())),
+            Self::File(path) => Box::new(File::create(path)?),
+            Self::Null => Box::new(io::sink()),
+        })
+    }
+}
+
+/// A guest's prompt has no line feed.
+struct Unbuffered<W>(W);
+
+impl<W: Write> Write for Unbuffered<W> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let written = self.0.write(bytes)?;
+        self.0.flush()?;
+        Ok(written)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.0.flush()
+    }
+}
+
+impl MachineArgs {
+    /// A stopped machine with `guest` in it, or an empty one for an incoming migration.
+    ///
+    /// # Errors
+    /// See [`MachineError`](crate::machine::MachineError).
+    pub fn build(
+        &self,
+        guest: Option<GuestImage>,
+        serial: SerialSink,
+    ) -> Result<Box<dyn Machine>, Box<dyn Error>> {
+        let config = MachineConfig {
+            memory: Arc::new(Memory::new(self.memory.saturating_mul(1 << 20))?),
+            vcpus: self.vcpus,
+            guest,
+            serial,
+        };
+        Ok(if self.sim {
+            Box::new(SimMachine::new(config)?)
+        } else {
+            Box::new(KvmMachine::new(config)?)
+        })
+    }
+}
+
+impl Cli {
+    /// Does what the command line says.
+    ///
+    /// # Errors
+    /// Whatever the user should read.
+    pub fn run(self) -> Result<ExitCode, Box<dyn Error>> {
+        match self.command {
+            Command::Run(args) => run(&args),
+            Command::Guest(args) => guest(&args),
+        }
+    }
+}
+
+fn run(args: &RunArgs) -> Result<ExitCode, Box<dyn Error>> {
+    // Before there are threads, which inherit the mask.
+    let signals = event_loop::ending_signals()?;
+    let image = match &args.guest {
+        GuestArg::Workload => GuestImage::Workload(
+            args.workload
+                .config(args.machine.memory, args.machine.vcpus),
+        ),
+        GuestArg::Boot(file) => GuestImage::BootSector(file.clone()),
+        GuestArg::Flat(file, address) => GuestImage::Flat {
+            file: file.clone(),
+            address: *address,
+        },
+        GuestArg::Kernel(file) => GuestImage::Kernel {
+            file: file.clone(),
+            initrd: args.initrd.clone(),
+            cmdline: args.cmdline.clone(),
+        },
+    };
+    let sink = args
+        .serial
+        .sink()
+        .map_err(|error| format!("the serial line's file: {error}"))?;
+    let mut machine = args.machine.build(Some(image), sink)?;
+    machine.resume()?;
+    let machine: SharedMachine = Arc::new(Mutex::new(machine));
+    let input = (args.serial == SerialArg::Stdio).then(|| io::stdin().as_raw_fd());
+    let ending = event_loop::run(&machine, signals, input)?;
+    event_loop::lock(&machine).stop()?;
+    Ok(match ending {
+        Ending::Guest(exit) => {
+            if exit.status() != 0 {
+                eprintln!("colo-vmm: {exit}");
+            }
+            ExitCode::from(exit.status())
+        }
+        Ending::Signal(signal) => {
+            tracing::info!(signal, "ended by a signal");
+            ExitCode::SUCCESS
+        }
+    })
+}
+
+fn guest(args: &GuestArgs) -> Result<ExitCode, Box<dyn Error>> {
+    let config = args
+        .workload
+        .config(args.machine.memory, args.machine.vcpus);
+    let sector = workload(&config)?;
+    fs::write(&args.out, sector)
+        .map_err(|error| format!("cannot write {}: {error}", args.out.display()))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn guests_are_named_by_kind_and_file() {
+        assert_eq!("workload".parse(), Ok(GuestArg::Workload));
+        assert_eq!("boot:a:b".parse(), Ok(GuestArg::Boot("a:b".into())));
+        assert_eq!("flat:x".parse(), Ok(GuestArg::Flat("x".into(), 0x1_0000)));
+        assert_eq!(
+            "flat:x@0x8000".parse(),
+            Ok(GuestArg::Flat("x".into(), 0x8000))
+        );
+        assert!("flat:x@y".parse::<GuestArg>().is_err());
+        assert!("vmlinux".parse::<GuestArg>().is_err());
+        assert_eq!("file:x".parse(), Ok(SerialArg::File("x".into())));
+        assert!("tty".parse::<SerialArg>().is_err());
+    }
+}

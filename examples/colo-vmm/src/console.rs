@@ -1,0 +1,200 @@
+//! The guest's serial line on its way to the world, and the gate that COLO puts in between.
+//!
+//! Under COLO both sides run the guest, and the world must hear it once. The primary's output goes
+//! straight out. The secondary's is held: a checkpoint drops what is held, because the primary has
+//! said it, and a failover lets out what was said since, from exactly the byte behind the
+//! checkpoint on. What the primary had said after its last checkpoint is then said again.
+
+use std::io::{self, Write};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use colo_core::{PacketGate, VmError};
+
+/// The most output that is held back, bytes. A guest that says more between two checkpoints loses
+/// the rest, and a warning says so.
+const MAX_HELD: usize = 16 << 20;
+
+/// The guest's serial line. Clones are the same line.
+#[derive(Clone)]
+pub struct Console {
+    shared: Arc<Mutex<Shared>>,
+}
+
+struct Shared {
+    out: Box<dyn Write + Send>,
+    held: Option<Vec<u8>>,
+    lost: u64,
+    said: u64,
+}
+
+impl Console {
+    /// A line that ends in `out`.
+    #[must_use]
+    pub fn new(out: Box<dyn Write + Send>) -> Self {
+        let shared = Shared { out, held: None, lost: 0, said: 0 };
+        Self { shared: Arc::new(Mutex::new(shared)) }
+    }
+
+    /// Bytes that the guest of this process has put out so far, held or not.
+    #[must_use]
+    pub fn said(&self) -> u64 {
+        self.lock().said
+    }
+
+    /// What the machine writes into.
+    #[must_use]
+    pub fn sink(&self) -> Box<dyn Write + Send> {
+        Box::new(self.clone())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Shared> {
+        // A panic of another writer leaves at worst a byte out.
+        self.shared.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Write for Console {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let mut shared = self.lock();
+        shared.said += bytes.len() as u64;
+        let room = match &mut shared.held {
+            None => return shared.out.write_all(bytes).map(|()| bytes.len()),
+            Some(held) => {
+                let room = bytes.len().min(MAX_HELD - held.len());
+                held.extend_from_slice(&bytes[..room]);
+                room
+            }
+        };
+        shared.lost += (bytes.len() - room) as u64;
+        // Lost bytes were said all the same: the guest does not wait for them.
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.lock().out.flush()
+    }
+}
+
+impl std::fmt::Debug for Console {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let shared = self.lock();
+        f.debug_struct("Console")
+            .field("said", &shared.said)
+            .field("held", &shared.held.as_ref().map(Vec::len))
+            .finish_non_exhaustive()
+    }
+}
+
+/// The gate of one side.
+#[derive(Debug)]
+pub struct ConsoleGate {
+    console: Console,
+    holds: bool,
+}
+
+impl ConsoleGate {
+    /// The primary's: everything goes out at once.
+    #[must_use]
+    pub const fn primary(console: Console) -> Self {
+        Self { console, holds: false }
+    }
+
+    /// The secondary's.
+    #[must_use]
+    pub const fn secondary(console: Console) -> Self {
+        Self { console, holds: true }
+    }
+}
+
+impl PacketGate for ConsoleGate {
+    fn hold(&mut self) -> Result<(), VmError> {
+        if self.holds {
+            self.console.lock().held.get_or_insert_default();
+        }
+        Ok(())
+    }
+
+    fn release(&mut self) -> Result<(), VmError> {
+        Ok(())
+    }
+
+    fn discard(&mut self) -> Result<(), VmError> {
+        let mut shared = self.console.lock();
+        shared.lost = 0;
+        if let Some(held) = &mut shared.held {
+            held.clear();
+        }
+        Ok(())
+    }
+
+    fn open(&mut self) {
+        let mut shared = self.console.lock();
+        if shared.lost > 0 {
+            tracing::warn!(bytes = shared.lost, "serial output since the last checkpoint was lost");
+        }
+        if let Some(held) = shared.held.take()
+            && let Err(error) = shared.out.write_all(&held).and_then(|()| shared.out.flush())
+        {
+            tracing::warn!(%error, "serial output could not be written");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Clone, Default)]
+    struct Out(Arc<Mutex<Vec<u8>>>);
+
+    impl Write for Out {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.lock().unwrap().extend_from_slice(bytes);
+            Ok(bytes.len())
+        }
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_secondary_says_after_a_failover_exactly_what_came_after_the_checkpoint() {
+        let out = Out::default();
+        let console = Console::new(Box::new(out.clone()));
+        let mut gate = ConsoleGate::secondary(console.clone());
+        let mut sink = console.sink();
+        sink.write_all(b"before ").unwrap();
+        gate.hold().unwrap();
+        sink.write_all(b"the primary said this").unwrap();
+        gate.discard().unwrap();
+        sink.write_all(b"since ").unwrap();
+        assert_eq!(out.0.lock().unwrap().as_slice(), b"before ");
+        gate.open();
+        sink.write_all(b"after").unwrap();
+        assert_eq!(out.0.lock().unwrap().as_slice(), b"before since after");
+        assert_eq!(console.said(), 7 + 21 + 6 + 5);
+    }
+
+    #[test]
+    fn a_primary_is_heard_at_once() {
+        let out = Out::default();
+        let console = Console::new(Box::new(out.clone()));
+        let mut gate = ConsoleGate::primary(console.clone());
+        gate.hold().unwrap();
+        console.sink().write_all(b"x").unwrap();
+        assert_eq!(out.0.lock().unwrap().as_slice(), b"x");
+    }
+
+    #[test]
+    fn what_is_held_is_bounded() {
+        let console = Console::new(Box::new(io::sink()));
+        let mut gate = ConsoleGate::secondary(console.clone());
+        gate.hold().unwrap();
+        let piece = vec![0; 1 << 20];
+        for _ in 0..20 {
+            console.sink().write_all(&piece).unwrap();
+        }
+        assert_eq!(console.lock().held.as_ref().map(Vec::len), Some(MAX_HELD));
+        assert_eq!(console.lock().lost, 4 << 20);
+    }
+}

@@ -1,0 +1,248 @@
+//! The main thread: waits for the guest to end, for signals, and for what the user types.
+//!
+//! A VMM that also serves QMP adds a subscriber.
+
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::machine::{GuestExit, Machine, MachineError};
+
+/// A machine that several threads control in turns.
+pub type SharedMachine = Arc<Mutex<Box<dyn Machine>>>;
+
+/// Locks a machine; a thread that panicked with the lock leaves a machine that can still be
+/// stopped.
+pub fn lock(machine: &SharedMachine) -> MutexGuard<'_, Box<dyn Machine>> {
+    machine.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Why the loop ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Ending {
+    /// The guest ended by itself.
+    Guest(GuestExit),
+    /// A signal asked this process to end.
+    Signal(i32),
+}
+
+/// Why the loop could not go on.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum LoopError {
+    /// The host's epoll refused.
+    #[error("cannot wait for events")]
+    Events(#[from] event_manager::Error),
+    /// The host gave no descriptor.
+    #[error("cannot {what}")]
+    Host {
+        /// What was attempted.
+        what: &'static str,
+        /// The host's answer.
+        #[source]
+        source: io::Error,
+    },
+    /// The machine refused.
+    #[error(transparent)]
+    Machine(#[from] MachineError),
+}
+
+type Outcome = Arc<Mutex<Option<Result<Ending, LoopError>>>>;
+
+/// Blocks SIGINT and SIGTERM in this thread and those it starts from now on, and gives a
+/// descriptor to wait for them with. Call it before any other thread exists.
+///
+/// # Errors
+/// The host's.
+pub fn ending_signals() -> Result<SignalFd, LoopError> {
+    SignalFd::new(&[libc::SIGINT, libc::SIGTERM])
+}
+
+/// Waits until the guest ends or a signal comes, and serves the serial line from `input`, if
+/// there is one, meanwhile.
+///
+/// # Errors
+/// See [`LoopError`].
+pub fn run(
+    machine: &SharedMachine,
+    signals: SignalFd,
+    input: Option<RawFd>,
+) -> Result<Ending, LoopError> {
+    let outcome = Outcome::default();
+    let mut manager: EventManager<Box<dyn MutEventSubscriber>> = EventManager::new()?;
+    let exit_event = lock(machine)
+        .exit_event()
+        .try_clone()
+        .map_err(host("watch the guest"))?;
+    manager.add_subscriber(Box::new(GuestEnd {
+        machine: Arc::clone(machine),
+        exit_event,
+        outcome: Arc::clone(&outcome),
+    }));
+    manager.add_subscriber(Box::new(SignalEnd {
+        signals,
+        outcome: Arc::clone(&outcome),
+    }));
+    if let Some(fd) = input {
+        manager.add_subscriber(Box::new(SerialInput {
+            machine: Arc::clone(machine),
+            fd,
+        }));
+    }
+    loop {
+        manager.run()?;
+        let ended = outcome
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
+        if let Some(ended) = ended {
+            return ended;
+        }
+    }
+}
+
+fn host(what: &'static str) -> impl FnOnce(io::Error) -> LoopError {
+    move |source| LoopError::Host { what, source }
+}
+
+fn finish(outcome: &Outcome, with: Result<Ending, LoopError>) {
+    *outcome.lock().unwrap_or_else(PoisonError::into_inner) = Some(with);
+}
+
+fn watch(ops: &mut EventOps, fd: &impl AsRawFd) {
+    if let Err(error) = ops.add(Events::new(fd, EventSet::IN)) {
+        tracing::error!(%error, "a descriptor cannot be watched");
+    }
+}
+
+struct GuestEnd {
+    machine: SharedMachine,
+    exit_event: EventFd,
+    outcome: Outcome,
+}
+
+impl MutEventSubscriber for GuestEnd {
+    fn init(&mut self, ops: &mut EventOps) {
+        watch(ops, &self.exit_event);
+    }
+
+    fn process(&mut self, _events: Events, _ops: &mut EventOps) {
+        let exit = lock(&self.machine).take_exit();
+        match exit {
+            Ok(Some(exit)) => finish(&self.outcome, Ok(Ending::Guest(exit))),
+            Ok(None) => {}
+            Err(error) => finish(&self.outcome, Err(error.into())),
+        }
+    }
+}
+
+struct SignalEnd {
+    signals: SignalFd,
+    outcome: Outcome,
+}
+
+impl MutEventSubscriber for SignalEnd {
+    fn init(&mut self, ops: &mut EventOps) {
+        watch(ops, &self.signals);
+    }
+
+    fn process(&mut self, _events: Events, _ops: &mut EventOps) {
+        match self.signals.read() {
+            Ok(signal) => finish(&self.outcome, Ok(Ending::Signal(signal))),
+            Err(source) => finish(&self.outcome, Err(host("read a signal")(source))),
+        }
+    }
+}
+
+/// What the user types goes to the guest.
+struct SerialInput {
+    machine: SharedMachine,
+    fd: RawFd,
+}
+
+impl AsRawFd for SerialInput {
+    fn as_raw_fd(&self) -> RawFd {
+        self.fd
+    }
+}
+
+impl MutEventSubscriber for SerialInput {
+    fn init(&mut self, ops: &mut EventOps) {
+        // A regular file cannot be watched, and a closed input need not be.
+        if let Err(error) = ops.add(Events::new(self, EventSet::IN)) {
+            tracing::info!(%error, "the guest's serial line has no input");
+        }
+    }
+
+    fn process(&mut self, events: Events, ops: &mut EventOps) {
+        let mut typed = [0u8; 64];
+        match read_fd(self.fd, &mut typed) {
+            Ok(0) | Err(_) => {
+                if let Err(error) = ops.remove(events) {
+                    tracing::debug!(%error, "serial input stays watched");
+                }
+            }
+            // A real line has no flow control either: what the port has no room for is lost.
+            Ok(count) => {
+                if let Err(error) = lock(&self.machine).serial_input(&typed[..count]) {
+                    tracing::warn!(%error, "serial input lost");
+                }
+            }
+        }
+    }
+}
+
+fn read_fd(fd: RawFd, buffer: &mut [u8]) -> io::Result<usize> {
+    // SAFETY: the buffer is ours, and its length is the one given.
+    let read = unsafe { libc::read(fd, buffer.as_mut_ptr().cast(), buffer.len()) };
+    usize::try_from(read).map_err(|_| io::Error::last_os_error())
+}
+
+/// Signals as a descriptor.
+#[derive(Debug)]
+pub struct SignalFd(std::os::fd::OwnedFd);
+
+impl AsRawFd for SignalFd {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0.as_raw_fd()
+    }
+}
+
+impl SignalFd {
+    fn new(signals: &[i32]) -> Result<Self, LoopError> {
+        use std::os::fd::FromRawFd;
+
+        use vmm_sys_util::signal::{block_signal, create_sigset};
+
+        for signal in signals {
+            block_signal(*signal).map_err(|error| LoopError::Host {
+                what: "block a signal",
+                source: io::Error::other(format!("{error:?}")),
+            })?;
+        }
+        let set =
+            create_sigset(signals).map_err(|error| host("make a set of signals")(error.into()))?;
+        // SAFETY: the set is initialised, and -1 asks for a new descriptor.
+        let fd = unsafe { libc::signalfd(-1, &raw const set, libc::SFD_CLOEXEC) };
+        if fd < 0 {
+            return Err(host("make a signalfd")(io::Error::last_os_error()));
+        }
+        // SAFETY: the descriptor is new and nobody else's.
+        Ok(Self(unsafe { std::os::fd::OwnedFd::from_raw_fd(fd) }))
+    }
+
+    /// The number of a signal that has come; waits for one.
+    fn read(&self) -> io::Result<i32> {
+        let mut info = [0u8; size_of::<libc::signalfd_siginfo>()];
+        let read = read_fd(self.as_raw_fd(), &mut info)?;
+        // `ssi_signo` comes first.
+        match info.first_chunk::<4>() {
+            Some(number) if read == info.len() => Ok(u32::from_ne_bytes(*number).cast_signed()),
+            _ => Err(io::ErrorKind::UnexpectedEof.into()),
+        }
+    }
+}

@@ -1,0 +1,425 @@
+//! A guest in 512 bytes.
+//!
+//! It enters 32-bit protected mode without paging and works on a region of pages for ever. One
+//! *pass* visits every page of the region once: checks that its first word holds what the last
+//! pass left there, and adds one to it. After each pass the first CPU prints the number of passes
+//! so far on COM1, as eight hexadecimal digits and a line feed. After pass *p* the word at address
+//! *a* is *a + p*, so a page that is lost, stale or misplaced is noticed in the next pass. The guest
+//! then prints `E`, the page's address, what it found and what it expected, and writes 1 to the
+//! debug-exit port.
+//!
+//! With more CPUs the first starts the others by INIT and SIPI. Each works on a region of its
+//! own, one after the other; only the first prints.
+//!
+//! The sector runs wherever a PC's BIOS would run it: in this VMM, and in QEMU with
+//! `-drive if=ide,format=raw,snapshot=on,file=FILE`. It uses plain integer instructions only.
+
+use iced_x86::IcedError;
+use iced_x86::code_asm::*;
+
+/// Where a BIOS loads a boot sector, and where it runs.
+pub const BOOT_SECTOR_ADDRESS: u16 = 0x7c00;
+/// Its size, with the signature 55 aa at the end.
+pub const BOOT_SECTOR_BYTES: usize = 512;
+
+const PAGE: u32 = 4096;
+/// RAM ends here for a guest that looks no further than 4 GiB.
+const HOLE_START: u64 = crate::memory::HOLE_START;
+
+const CODE_SELECTOR: u16 = 0x08;
+const DATA_SELECTOR: u32 = 0x10;
+/// Flat 4 GiB segments: null, code, data.
+const GDT: [u64; 3] = [0, 0x00cf_9a00_0000_ffff, 0x00cf_9200_0000_ffff];
+
+/// Stacks grow down from the boot sector, this much for each CPU.
+const STACK_SHIFT: i32 = 8;
+
+const SERIAL_DATA: u32 = 0x3f8;
+const SERIAL_LINE_STATUS: u32 = 0x3fd;
+const TRANSMITTER_EMPTY: i32 = 0x20;
+const DEBUG_EXIT: i32 = 0xf4;
+const FAST_A20: i32 = 0x92;
+
+const APIC_SPURIOUS: u64 = 0xfee0_00f0;
+const APIC_ICR_LOW: u64 = 0xfee0_0300;
+const APIC_ENABLE: u32 = 0x1ff;
+const INIT_ALL_BUT_SELF: u32 = 0x000c_4500;
+/// The vector is the page at which the others begin, in real mode.
+const SIPI_ALL_BUT_SELF: u32 = 0x000c_4600 | (TRAMPOLINE >> 12);
+/// Holds a far jump to the boot sector, which does not begin on a page.
+const TRAMPOLINE: u32 = 0x8000;
+
+/// What the guest does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct WorkloadConfig {
+    /// RAM of the machine it runs on, MiB: the regions end with it.
+    pub memory_mib: u64,
+    /// Pages each CPU dirties in a pass; fewer if RAM does not have as many.
+    pub dirty_pages: u32,
+    /// Where the first region begins; a multiple of the page size, beyond the first MiB.
+    pub start: u32,
+    /// How often each CPU turns in an empty loop after a pass, to bound the rate of passes.
+    pub pass_delay: u32,
+    /// How many CPUs take part.
+    pub cpus: u8,
+}
+
+impl Default for WorkloadConfig {
+    fn default() -> Self {
+        Self {
+            memory_mib: 256,
+            dirty_pages: 256,
+            start: 2 << 20,
+            pass_delay: 0,
+            cpus: 1,
+        }
+    }
+}
+
+/// Where the workload works.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Region {
+    /// Address of the first CPU's region; the others follow.
+    pub start: u32,
+    /// Pages of each CPU's region.
+    pub pages: u32,
+}
+
+impl Region {
+    /// Length of each CPU's region, bytes.
+    #[must_use]
+    pub const fn bytes(self) -> u32 {
+        self.pages * PAGE
+    }
+}
+
+/// Why there is no such guest.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum WorkloadError {
+    /// The start is not where pages of the guest's can be.
+    #[error("the dirtied region begins at {start:#x}, expected a whole page from 1 MiB on")]
+    Start {
+        /// The start asked for.
+        start: u32,
+    },
+    /// Not a page for each CPU.
+    #[error(
+        "no room for {cpus} regions of {dirty_pages} pages from {start:#x} in {memory_mib} MiB"
+    )]
+    NoRoom {
+        /// CPUs, each with a region.
+        cpus: u8,
+        /// Pages asked for.
+        dirty_pages: u32,
+        /// Where the first region begins.
+        start: u32,
+        /// Size of RAM, MiB.
+        memory_mib: u64,
+    },
+    /// The assembler refused.
+    #[error("the guest cannot be assembled")]
+    Assemble(#[from] IcedError),
+    /// The code has outgrown the sector.
+    #[error("the guest takes {bytes} bytes, a boot sector has room for 510")]
+    TooLong {
+        /// How many bytes it takes.
+        bytes: usize,
+    },
+}
+
+impl WorkloadConfig {
+    /// Where the guest works, after clamping to RAM.
+    ///
+    /// # Errors
+    /// There is no room for even one page for each CPU.
+    pub fn region(&self) -> Result<Region, WorkloadError> {
+        if !self.start.is_multiple_of(PAGE) || self.start < 1 << 20 {
+            return Err(WorkloadError::Start { start: self.start });
+        }
+        let end = self.memory_mib.saturating_mul(1 << 20).min(HOLE_START);
+        let room =
+            end.saturating_sub(self.start.into()) / u64::from(PAGE) / u64::from(self.cpus).max(1);
+        let pages = u32::try_from(room)
+            .unwrap_or(u32::MAX)
+            .min(self.dirty_pages);
+        if pages == 0 || self.cpus == 0 {
+            return Err(WorkloadError::NoRoom {
+                cpus: self.cpus,
+                dirty_pages: self.dirty_pages,
+                start: self.start,
+                memory_mib: self.memory_mib,
+            });
+        }
+        Ok(Region {
+            start: self.start,
+            pages,
+        })
+    }
+}
+
+/// The boot sector of a guest that does what `config` says.
+///
+/// # Errors
+/// The configuration makes no sense for its RAM.
+pub fn workload(config: &WorkloadConfig) -> Result<[u8; BOOT_SECTOR_BYTES], WorkloadError> {
+    let region = config.region()?;
+    let base = u64::from(BOOT_SECTOR_ADDRESS);
+
+    // The lengths of the parts do not depend on the addresses in them: assemble the first once to
+    // learn where the second begins, and so on.
+    let real_length = real_mode(0, 0)?.len();
+    let protected_at = base + real_length as u64;
+    let protected_length = protected_mode(config, region, protected_at, 0)?.len();
+    let gdt_at = (protected_at + protected_length as u64).next_multiple_of(8);
+    let gdtr_at = gdt_at + size_of_val(&GDT) as u64;
+    let cpu_count_at = gdtr_at + 8;
+
+    let mut code = real_mode(protected_at, gdtr_at)?;
+    code.extend(protected_mode(config, region, protected_at, cpu_count_at)?);
+    code.resize(to_index(gdt_at - base), 0);
+    code.extend(GDT.iter().flat_map(|entry| entry.to_le_bytes()));
+    let limit = u16::try_from(size_of_val(&GDT) - 1).unwrap_or(u16::MAX);
+    code.extend(limit.to_le_bytes());
+    code.extend(low(gdt_at).to_le_bytes());
+    code.resize(to_index(cpu_count_at - base), 0);
+    code.extend(0u32.to_le_bytes());
+
+    let mut sector = [0; BOOT_SECTOR_BYTES];
+    let room = &mut sector[..BOOT_SECTOR_BYTES - 2];
+    match room.get_mut(..code.len()) {
+        Some(room) => room.copy_from_slice(&code),
+        None => return Err(WorkloadError::TooLong { bytes: code.len() }),
+    }
+    sector[BOOT_SECTOR_BYTES - 2..].copy_from_slice(&[0x55, 0xaa]);
+    Ok(sector)
+}
+
+fn low(address: u64) -> u32 {
+    u32::try_from(address).unwrap_or(u32::MAX)
+}
+
+fn to_index(offset: u64) -> usize {
+    usize::try_from(offset).unwrap_or(usize::MAX)
+}
+
+/// A BIOS starts the first CPU here, the trampoline the others.
+fn real_mode(protected_at: u64, gdtr_at: u64) -> Result<Vec<u8>, IcedError> {
+    let mut a = CodeAssembler::new(16)?;
+    a.cli()?;
+    a.cld()?;
+    a.xor(eax, eax)?;
+    a.mov(ds, eax)?;
+    // A20 on; bit 0 would reset the machine.
+    a.in_(al, FAST_A20)?;
+    a.or(al, 2)?;
+    a.and(al, 0xfe)?;
+    a.out(FAST_A20, al)?;
+    // lgdt [gdtr], with a 32-bit base and a 16-bit address.
+    a.db(&[0x66, 0x0f, 0x01, 0x16])?;
+    a.db(&low16(gdtr_at).to_le_bytes())?;
+    a.mov(eax, cr0)?;
+    a.or(al, 1)?;
+    a.mov(cr0, eax)?;
+    // jmp CODE_SELECTOR:protected_at
+    a.db(&[0xea])?;
+    a.db(&low16(protected_at).to_le_bytes())?;
+    a.db(&CODE_SELECTOR.to_le_bytes())?;
+    a.assemble(BOOT_SECTOR_ADDRESS.into())
+}
+
+fn low16(address: u64) -> u16 {
+    u16::try_from(address).unwrap_or(u16::MAX)
+}
+
+/// EBX: number of this CPU; EBP: passes so far; `[esp]`: start of this CPU's region.
+fn protected_mode(
+    config: &WorkloadConfig,
+    region: Region,
+    at: u64,
+    cpu_count_at: u64,
+) -> Result<Vec<u8>, IcedError> {
+    let mut a = CodeAssembler::new(32)?;
+    let mut init_page = a.create_label();
+    let mut pass = a.create_label();
+    let mut page = a.create_label();
+    let mut after_print = a.create_label();
+    let mut delay = a.create_label();
+    let mut bad = a.create_label();
+    let mut halt = a.create_label();
+    let mut hex = a.create_label();
+    let mut digit = a.create_label();
+    let mut decimal = a.create_label();
+    let mut put = a.create_label();
+    let mut wait = a.create_label();
+    let mut others = a.create_label();
+
+    a.mov(eax, DATA_SELECTOR)?;
+    a.mov(ds, eax)?;
+    a.mov(es, eax)?;
+    a.mov(ss, eax)?;
+    a.mov(esp, u32::from(BOOT_SECTOR_ADDRESS))?;
+    if config.cpus > 1 {
+        // Numbers go by order of arrival. The first starts the others.
+        a.mov(ebx, 1)?;
+        a.lock().xadd(dword_ptr(cpu_count_at), ebx)?;
+        a.test(ebx, ebx)?;
+        a.jnz(others)?;
+        a.mov(dword_ptr(TRAMPOLINE), trampoline())?;
+        a.mov(byte_ptr(TRAMPOLINE + 4), 0)?;
+        a.mov(dword_ptr(APIC_SPURIOUS), APIC_ENABLE)?;
+        a.mov(dword_ptr(APIC_ICR_LOW), INIT_ALL_BUT_SELF)?;
+        a.mov(dword_ptr(APIC_ICR_LOW), SIPI_ALL_BUT_SELF)?;
+        a.set_label(&mut others)?;
+        a.mov(eax, ebx)?;
+        a.shl(eax, STACK_SHIFT)?;
+        a.sub(esp, eax)?;
+        a.imul_3(eax, ebx, region.bytes())?;
+        a.add(eax, region.start)?;
+    } else {
+        a.xor(ebx, ebx)?;
+        a.mov(eax, region.start)?;
+    }
+    a.push(eax)?;
+
+    // Pass zero: every page holds its own address.
+    a.mov(edi, eax)?;
+    a.lea(esi, dword_ptr(edi + region.bytes()))?;
+    a.xor(ebp, ebp)?;
+    a.set_label(&mut init_page)?;
+    a.mov(dword_ptr(edi), edi)?;
+    a.add(edi, PAGE)?;
+    a.cmp(edi, esi)?;
+    a.jb(init_page)?;
+
+    a.set_label(&mut pass)?;
+    a.mov(edi, dword_ptr(esp))?;
+    a.set_label(&mut page)?;
+    a.lea(eax, dword_ptr(edi + ebp))?;
+    a.cmp(dword_ptr(edi), eax)?;
+    a.jne(bad)?;
+    a.inc(dword_ptr(edi))?;
+    a.add(edi, PAGE)?;
+    a.cmp(edi, esi)?;
+    a.jb(page)?;
+    a.inc(ebp)?;
+    a.test(ebx, ebx)?;
+    a.jnz(after_print)?;
+    a.mov(eax, ebp)?;
+    a.call(hex)?;
+    a.mov(al, i32::from(b'\n'))?;
+    a.call(put)?;
+    a.set_label(&mut after_print)?;
+    if config.pass_delay > 0 {
+        a.mov(ecx, config.pass_delay)?;
+        a.set_label(&mut delay)?;
+        a.dec(ecx)?;
+        a.jnz(delay)?;
+    }
+    a.jmp(pass)?;
+
+    a.set_label(&mut bad)?;
+    a.push(eax)?;
+    a.mov(al, i32::from(b'E'))?;
+    a.call(put)?;
+    a.mov(eax, edi)?;
+    a.call(hex)?;
+    a.mov(al, i32::from(b' '))?;
+    a.call(put)?;
+    a.mov(eax, dword_ptr(edi))?;
+    a.call(hex)?;
+    a.mov(al, i32::from(b' '))?;
+    a.call(put)?;
+    a.pop(eax)?;
+    a.call(hex)?;
+    a.mov(al, i32::from(b'\n'))?;
+    a.call(put)?;
+    a.mov(al, 1)?;
+    a.out(DEBUG_EXIT, al)?;
+    a.set_label(&mut halt)?;
+    a.hlt()?;
+    a.jmp(halt)?;
+
+    // EAX as eight digits. Destroys ECX and EDX.
+    a.set_label(&mut hex)?;
+    a.mov(ecx, 8)?;
+    a.set_label(&mut digit)?;
+    a.rol(eax, 4)?;
+    a.push(eax)?;
+    a.and(al, 0xf)?;
+    a.cmp(al, 10)?;
+    a.jb(decimal)?;
+    a.add(al, i32::from(b'a' - b'9' - 1))?;
+    a.set_label(&mut decimal)?;
+    a.add(al, i32::from(b'0'))?;
+    a.call(put)?;
+    a.pop(eax)?;
+    a.dec(ecx)?;
+    a.jnz(digit)?;
+    a.ret()?;
+
+    // AL to the serial port, when it is ready. Destroys AH and EDX.
+    a.set_label(&mut put)?;
+    a.mov(ah, al)?;
+    a.mov(edx, SERIAL_LINE_STATUS)?;
+    a.set_label(&mut wait)?;
+    a.in_(al, dx)?;
+    a.test(al, TRANSMITTER_EMPTY)?;
+    a.jz(wait)?;
+    a.mov(al, ah)?;
+    a.mov(edx, SERIAL_DATA)?;
+    a.out(dx, al)?;
+    a.ret()?;
+
+    a.assemble(at)
+}
+
+/// The first four bytes of `jmp 0:BOOT_SECTOR_ADDRESS`; the fifth is zero.
+const fn trampoline() -> u32 {
+    let [low, high] = BOOT_SECTOR_ADDRESS.to_le_bytes();
+    u32::from_le_bytes([0xea, low, high, 0])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_variant_fits_in_a_boot_sector() {
+        for cpus in [1, 2, 8] {
+            for pass_delay in [0, u32::MAX] {
+                let sector = workload(&WorkloadConfig {
+                    cpus,
+                    pass_delay,
+                    dirty_pages: u32::MAX,
+                    memory_mib: 1 << 20,
+                    ..WorkloadConfig::default()
+                })
+                .unwrap();
+                assert_eq!(sector[510..], [0x55, 0xaa]);
+            }
+        }
+    }
+
+    #[test]
+    fn regions_end_with_ram() {
+        let config = WorkloadConfig {
+            memory_mib: 8,
+            dirty_pages: 10_000,
+            cpus: 2,
+            ..WorkloadConfig::default()
+        };
+        let region = config.region().unwrap();
+        assert_eq!(region.pages, 3 * 256);
+        let none = WorkloadConfig {
+            memory_mib: 2,
+            ..config
+        };
+        assert!(matches!(none.region(), Err(WorkloadError::NoRoom { .. })));
+        let odd = WorkloadConfig {
+            start: (2 << 20) + 1,
+            ..config
+        };
+        assert!(matches!(odd.region(), Err(WorkloadError::Start { .. })));
+    }
+}

@@ -1,0 +1,45 @@
+//! A small KVM VMM that outlives its host: the example of the migration crates.
+//!
+//! Build a machine, let it run, stop it, save it:
+//!
+//! ```
+//! use std::sync::Arc;
+//!
+//! use colo_vmm::guest::WorkloadConfig;
+//! use colo_vmm::machine::{GuestImage, Machine, MachineConfig, SimMachine};
+//! use colo_vmm::memory::Memory;
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! // `KvmMachine` takes the same configuration.
+//! let mut machine = SimMachine::new(MachineConfig {
+//!     memory: Arc::new(Memory::new(16 << 20)?),
+//!     vcpus: 1,
+//!     guest: Some(GuestImage::Workload(WorkloadConfig::default())),
+//!     serial: Box::new(std::io::sink()),
+//! })?;
+//! machine.resume()?;
+//! machine.stop()?;
+//! for section in machine.devices()?.save_all()? {
+//!     println!("{} {}: {} bytes", section.idstr, section.instance_id, section.body.len());
+//! }
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! - [`machine`]: what can be run, stopped, saved, loaded and resumed, on KVM or simulated
+//! - [`memory`]: guest RAM, as the guest and as migration see it
+//! - [`dirty_log`]: which pages were written
+//! - [`vcpu`]: threads in the guest
+//! - [`devices`]: one file each, with its state
+//! - [`loader`] and [`guest`]: what runs
+//! - [`cli`] and [`event_loop`]: the program
+
+pub mod cli;
+pub mod devices;
+pub mod dirty_log;
+pub mod event_loop;
+pub mod guest;
+pub mod loader;
+pub mod machine;
+pub mod memory;
+pub mod vcpu;

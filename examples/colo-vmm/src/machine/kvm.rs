@@ -1,0 +1,346 @@
+//! A machine on KVM.
+
+use std::fmt;
+use std::sync::{Arc, Mutex};
+
+use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
+use kvm_ioctls::{Cap, Kvm, VmFd};
+use migration_stream::DirtyLog;
+use vmm_sys_util::eventfd::EventFd;
+use vmstate::{Device, DeviceTree, Priority, VmState};
+
+use super::clocks::ClockSources;
+use super::{
+    Clocks, GuestExit, Machine, MachineConfig, MachineError, MemorySlots, RunControl, RunState,
+};
+use crate::devices::{
+    COM1_PORTS, DEBUG_EXIT_PORT, DebugExit, IoApic, KvmClock, Lapic, MSR_TSC_DEADLINE,
+    ModelRegisters, Pic, PicRole, Pit, PortBus, SerialPort, VcpuRegisters, Xsave,
+};
+use crate::dirty_log::KvmDirtyLog;
+use crate::loader;
+use crate::memory::Memory;
+use crate::vcpu::{self, Vcpu, VcpuThread};
+
+/// The KVM API, stable since 2007.
+const API_VERSION: i32 = 12;
+/// Three pages that KVM needs on Intel hosts without unrestricted guests, and one page for its
+/// identity map: below the BIOS's place, in the hole of RAM.
+const TSS_ADDRESS: usize = 0xfffb_d000;
+const IDENTITY_MAP_ADDRESS: u64 = 0xfffb_c000;
+
+/// A virtual machine on KVM; see [`Machine`] for what can be done with it.
+///
+/// ```no_run
+/// use std::sync::Arc;
+///
+/// use colo_vmm::guest::WorkloadConfig;
+/// use colo_vmm::machine::{GuestImage, KvmMachine, Machine, MachineConfig};
+/// use colo_vmm::memory::Memory;
+///
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// let mut machine = KvmMachine::new(MachineConfig {
+///     memory: Arc::new(Memory::new(256 << 20)?),
+///     vcpus: 1,
+///     guest: Some(GuestImage::Workload(WorkloadConfig::default())),
+///     serial: Box::new(std::io::stdout()),
+/// })?;
+/// machine.resume()?;
+/// std::thread::sleep(std::time::Duration::from_secs(1));
+/// machine.stop()?;
+/// let sections = machine.devices()?.save_all()?;
+/// assert!(!sections.is_empty());
+/// # Ok(())
+/// # }
+/// ```
+pub struct KvmMachine {
+    memory: Arc<Memory>,
+    slots: Arc<MemorySlots>,
+    clocks: Arc<Clocks>,
+    devices: DeviceTree,
+    serial: SerialPort,
+    control: Arc<RunControl>,
+    threads: Vec<VcpuThread>,
+}
+
+impl fmt::Debug for KvmMachine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("KvmMachine")
+            .field("state", &self.control.state())
+            .field("memory", &self.memory.bytes())
+            .field("vcpus", &self.threads.len())
+            .finish_non_exhaustive()
+    }
+}
+
+/// Why KVM cannot be used on this host, if it cannot.
+#[must_use]
+pub fn kvm_unavailable() -> Option<MachineError> {
+    open_kvm().err()
+}
+
+fn open_kvm() -> Result<Kvm, MachineError> {
+    let kvm = Kvm::new().map_err(MachineError::NoKvm)?;
+    if kvm.get_api_version() != API_VERSION {
+        return Err(MachineError::KvmLacks("api version 12"));
+    }
+    for (cap, name) in [
+        (Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
+        (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT"),
+        (Cap::VcpuEvents, "KVM_CAP_VCPU_EVENTS"),
+        (Cap::Debugregs, "KVM_CAP_DEBUGREGS"),
+        (Cap::MpState, "KVM_CAP_MP_STATE"),
+        (Cap::Xsave, "KVM_CAP_XSAVE"),
+        (Cap::ExtCpuid, "KVM_CAP_EXT_CPUID"),
+    ] {
+        if !kvm.check_extension(cap) {
+            return Err(MachineError::KvmLacks(name));
+        }
+    }
+    Ok(kvm)
+}
+
+impl KvmMachine {
+    /// Builds a machine, loads its guest and leaves it stopped.
+    ///
+    /// # Errors
+    /// See [`MachineError`].
+    pub fn new(config: MachineConfig) -> Result<Self, MachineError> {
+        // The VM and its memory.
+        let kvm = open_kvm()?;
+        let limit = kvm.get_max_vcpus();
+        if config.vcpus == 0 || usize::from(config.vcpus) > limit {
+            return Err(MachineError::Vcpus {
+                asked: config.vcpus,
+                limit,
+            });
+        }
+        let vm = Arc::new(kvm.create_vm().map_err(MachineError::kvm("create a vm"))?);
+        vm.set_identity_map_address(IDENTITY_MAP_ADDRESS)
+            .map_err(MachineError::kvm("set the identity map's address"))?;
+        vm.set_tss_address(TSS_ADDRESS)
+            .map_err(MachineError::kvm("set the tss's address"))?;
+        let memory = config.memory;
+        let slots = Arc::new(
+            MemorySlots::new(Arc::clone(&vm), Arc::clone(&memory))
+                .map_err(MachineError::kvm("give guest memory to the vm"))?,
+        );
+
+        // Interrupt controllers and timer, before the vCPUs that get an APIC each.
+        let irqchip = create_irqchip(&kvm, &vm)?;
+        let pit = irqchip && create_pit(&kvm, &vm)?;
+        if !irqchip && config.vcpus > 1 {
+            return Err(MachineError::KvmLacks(
+                "in-kernel irqchip, without which one vcpu cannot start another",
+            ));
+        }
+
+        // The vCPUs.
+        let cpuid = kvm
+            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+            .map_err(MachineError::kvm("get the supported cpuid"))?;
+        let vcpus = (0..config.vcpus)
+            .map(|index| {
+                let fd = vm
+                    .create_vcpu(u64::from(index))
+                    .map_err(MachineError::kvm("create a vcpu"))?;
+                fd.set_cpuid2(&vcpu::cpuid_of(&cpuid, index, config.vcpus))
+                    .map_err(MachineError::kvm("set a vcpu's cpuid"))?;
+                Ok(Arc::new(Vcpu::new(index, fd, Arc::clone(&slots))))
+            })
+            .collect::<Result<Vec<_>, MachineError>>()?;
+        let msrs = kvm
+            .get_msr_index_list()
+            .map_err(MachineError::kvm("list the model-specific registers"))?;
+
+        // The devices, each remembering what it is like at power-on.
+        let clocks = Arc::new(Clocks::new(
+            Arc::clone(&vm),
+            vcpus.clone(),
+            ClockSources {
+                irqchip,
+                pit,
+                kvmclock: kvm.check_extension(Cap::AdjustClock),
+                tsc_deadline: irqchip && msrs.as_slice().contains(&MSR_TSC_DEADLINE),
+            },
+        ));
+        let mut devices = DeviceTree::new();
+        let has_xcrs = kvm.check_extension(Cap::Xcrs);
+        for vcpu in &vcpus {
+            let id = u32::from(vcpu.index());
+            register(
+                &mut devices,
+                id,
+                VcpuRegisters::new(Arc::clone(vcpu), has_xcrs)?,
+            )?;
+            register(&mut devices, id, Xsave::new(Arc::clone(vcpu))?)?;
+            if irqchip {
+                let lapic = Lapic::new(Arc::clone(vcpu), Arc::clone(&clocks))?;
+                register(&mut devices, id, lapic)?;
+            }
+            let msrs = ModelRegisters::new(Arc::clone(vcpu), Arc::clone(&clocks), msrs.as_slice())?;
+            register(&mut devices, id, msrs)?;
+        }
+        if irqchip {
+            register(&mut devices, 0, Pic::new(Arc::clone(&vm), PicRole::Master)?)?;
+            register(&mut devices, 1, Pic::new(Arc::clone(&vm), PicRole::Slave)?)?;
+            register(&mut devices, 0, IoApic::new(Arc::clone(&vm))?)?;
+        }
+        if pit {
+            register(&mut devices, 0, Pit::new(Arc::clone(&vm))?)?;
+        }
+        register(&mut devices, 0, KvmClock::new(Arc::clone(&clocks)))?;
+        let serial = SerialPort::new(irqchip.then(|| Arc::clone(&vm)), config.serial);
+        register(&mut devices, 0, serial.clone())?;
+
+        // What answers at I/O ports.
+        let mut bus = PortBus::default();
+        bus.insert(COM1_PORTS, Arc::new(Mutex::new(serial.clone())));
+        bus.insert(
+            DEBUG_EXIT_PORT..DEBUG_EXIT_PORT + 1,
+            Arc::new(Mutex::new(DebugExit)),
+        );
+        let bus = Arc::new(bus);
+
+        // The guest. An incoming one brings all of this with it.
+        if let Some(image) = &config.guest {
+            let boot = loader::load(image, &memory)?;
+            if let Some(first) = vcpus.first() {
+                vcpu::enter(&*first.fd()?, &boot)
+                    .map_err(MachineError::kvm("set the first vcpu's registers"))?;
+            }
+        }
+        clocks.freeze()?;
+
+        // The threads, which wait.
+        let exit_event = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)
+            .map_err(MachineError::host("make an eventfd"))?;
+        let control = Arc::new(RunControl::new(vcpus.len(), exit_event));
+        let mut machine = Self {
+            memory,
+            slots,
+            clocks,
+            devices,
+            serial,
+            control,
+            threads: Vec::new(),
+        };
+        for vcpu in vcpus {
+            let thread = VcpuThread::spawn(vcpu, Arc::clone(&bus), Arc::clone(&machine.control))?;
+            machine.threads.push(thread);
+        }
+        Ok(machine)
+    }
+
+    fn stop_vcpus(&self) -> Result<(), MachineError> {
+        self.control
+            .stop(|| self.threads.iter().for_each(VcpuThread::kick))
+    }
+}
+
+fn register<D>(devices: &mut DeviceTree, instance_id: u32, device: D) -> Result<(), MachineError>
+where
+    D: Device + 'static,
+{
+    devices
+        .register(D::State::NAME, instance_id, Priority::Default, device)
+        .map_err(|error| MachineError::Devices(error.into()))
+}
+
+fn create_irqchip(kvm: &Kvm, vm: &VmFd) -> Result<bool, MachineError> {
+    if !kvm.check_extension(Cap::Irqchip) {
+        tracing::info!("this kvm has no interrupt controllers: the guest runs without");
+        return Ok(false);
+    }
+    vm.create_irq_chip()
+        .map_err(MachineError::kvm("create the interrupt controllers"))?;
+    Ok(true)
+}
+
+fn create_pit(kvm: &Kvm, vm: &VmFd) -> Result<bool, MachineError> {
+    if !kvm.check_extension(Cap::Pit2) || !kvm.check_extension(Cap::PitState2) {
+        tracing::info!("this kvm has no interval timer: the guest runs without");
+        return Ok(false);
+    }
+    vm.create_pit2(kvm_pit_config {
+        flags: KVM_PIT_SPEAKER_DUMMY,
+        ..kvm_pit_config::default()
+    })
+    .map_err(MachineError::kvm("create the interval timer"))?;
+    Ok(true)
+}
+
+impl Machine for KvmMachine {
+    fn state(&self) -> RunState {
+        self.control.state()
+    }
+
+    fn resume(&mut self) -> Result<(), MachineError> {
+        match self.state() {
+            RunState::Running => Ok(()),
+            RunState::Ended => Err(MachineError::Ended),
+            RunState::Stopped => {
+                self.clocks.thaw()?;
+                self.control.resume()
+            }
+        }
+    }
+
+    fn stop(&mut self) -> Result<(), MachineError> {
+        if self.control.is_drained() {
+            return Ok(());
+        }
+        self.stop_vcpus()?;
+        Ok(self.clocks.freeze()?)
+    }
+
+    fn devices(&mut self) -> Result<&mut DeviceTree, MachineError> {
+        if self.control.is_drained() {
+            Ok(&mut self.devices)
+        } else {
+            Err(MachineError::Running)
+        }
+    }
+
+    fn memory(&self) -> &Arc<Memory> {
+        &self.memory
+    }
+
+    fn dirty_log(&self) -> Box<dyn DirtyLog> {
+        Box::new(KvmDirtyLog::new(Arc::clone(&self.slots)))
+    }
+
+    fn exit_event(&self) -> &EventFd {
+        self.control.exit_event()
+    }
+
+    fn take_exit(&mut self) -> Result<Option<GuestExit>, MachineError> {
+        if self.state() != RunState::Ended {
+            return Ok(None);
+        }
+        self.stop()?;
+        Ok(self.control.take_exit())
+    }
+
+    fn serial_input(&self, bytes: &[u8]) -> Result<usize, MachineError> {
+        if self.state() == RunState::Running {
+            Ok(self.serial.receive(bytes)?)
+        } else {
+            Ok(0)
+        }
+    }
+}
+
+impl Drop for KvmMachine {
+    fn drop(&mut self) {
+        if let Err(error) = self.stop_vcpus() {
+            // Joining would wait for ever; what the thread uses it keeps alive by itself.
+            tracing::error!(%error, "a vcpu's thread is left behind");
+            return;
+        }
+        self.control.quit();
+        for thread in self.threads.drain(..) {
+            thread.join();
+        }
+    }
+}

@@ -1,0 +1,113 @@
+//! The VM as an operator sees it: a machine and its run state.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use qmp_types::{Event, RunState, StatusInfo};
+
+use crate::machine::{Machine, MachineError, RunState as MachineState};
+use crate::memory::Memory;
+use crate::operator::EventBus;
+
+/// A machine, the run state that operators are told, and the events that go with its changes.
+pub struct Vm {
+    inner: Mutex<Inner>,
+    memory: Arc<Memory>,
+    events: Arc<EventBus>,
+}
+
+struct Inner {
+    machine: Box<dyn Machine>,
+    state: RunState,
+}
+
+impl Vm {
+    /// A stopped machine in `state`.
+    #[must_use]
+    pub fn new(machine: Box<dyn Machine>, state: RunState, events: Arc<EventBus>) -> Self {
+        let memory = Arc::clone(machine.memory());
+        Self { inner: Mutex::new(Inner { machine, state }), memory, events }
+    }
+
+    /// Guest RAM.
+    #[must_use]
+    pub const fn memory(&self) -> &Arc<Memory> {
+        &self.memory
+    }
+
+    /// Where its events go.
+    #[must_use]
+    pub const fn events(&self) -> &Arc<EventBus> {
+        &self.events
+    }
+
+    /// The run state.
+    #[must_use]
+    pub fn state(&self) -> RunState {
+        self.lock().state
+    }
+
+    /// What `query-status` answers.
+    #[must_use]
+    pub fn status(&self) -> StatusInfo {
+        let state = self.state();
+        StatusInfo { status: state, running: state == RunState::Running }
+    }
+
+    /// Stops the guest, if it runs, and takes the run state `to`. Returns whether it ran.
+    ///
+    /// # Errors
+    /// The machine's; the run state is as before.
+    pub fn stop(&self, to: RunState) -> Result<bool, MachineError> {
+        let mut inner = self.lock();
+        let ran = inner.state == RunState::Running;
+        inner.machine.stop()?;
+        inner.state = to;
+        if ran {
+            self.events.publish(&Event::Stop);
+        }
+        Ok(ran)
+    }
+
+    /// Lets the guest run, if it does not.
+    ///
+    /// # Errors
+    /// The machine's; the run state is as before.
+    pub fn resume(&self) -> Result<(), MachineError> {
+        let mut inner = self.lock();
+        let ran = inner.state == RunState::Running;
+        inner.machine.resume()?;
+        inner.state = RunState::Running;
+        if !ran {
+            self.events.publish(&Event::Resume);
+        }
+        Ok(())
+    }
+
+    /// Takes another run state without touching the guest, which is stopped.
+    pub fn set_state(&self, state: RunState) {
+        self.lock().state = state;
+    }
+
+    /// Does something with the machine. Its run state is not to be changed by it.
+    pub fn with_machine<R>(&self, f: impl FnOnce(&mut dyn Machine) -> R) -> R {
+        f(&mut *self.lock().machine)
+    }
+
+    /// Is the machine's guest at its end?
+    #[must_use]
+    pub fn has_ended(&self) -> bool {
+        self.lock().machine.state() == MachineState::Ended
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        // A thread that panicked in a KVM call has left the machine as that call did; the process
+        // goes on to report it.
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl std::fmt::Debug for Vm {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Vm").field("state", &self.state()).finish_non_exhaustive()
+    }
+}
