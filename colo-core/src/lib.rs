@@ -31,16 +31,19 @@
 
 mod cause;
 pub mod deadline;
+pub mod driver;
 mod ending;
 mod failover;
 mod machine;
 pub mod message;
+mod pages;
 mod plan;
 pub mod primary;
 pub mod report;
 pub mod schedule;
 pub mod secondary;
 mod step;
+mod store;
 mod vm;
 
 pub use cause::{Cause, ColoExit, ExitReason, OnPeerLoss, Outcome, Role};
@@ -48,10 +51,12 @@ pub use deadline::{Deadlines, Timekeeper};
 pub use failover::{ColoMode, ColoStatus, FailoverHandle, RequestError, StatusReason};
 pub use machine::{Machine, OutOfStep, Script};
 pub use message::Message;
+pub use pages::IncomingPages;
 pub use plan::{Capabilities, MigrationPlan, PlanError};
 pub use primary::Primary;
 pub use report::{CheckpointMeter, CheckpointReport};
 pub use schedule::Schedule;
 pub use secondary::Secondary;
 pub use step::{Action, Bound, Event, PeerLoss, Step, Wait};
+pub use store::{ColoStore, StoreError};
 pub use vm::{NoGate, NoReplication, PacketGate, Replication, Vm, VmError};

@@ -18,6 +18,8 @@ pub struct CheckpointReport {
     pub ram_bytes: u64,
     /// Pages on the wire, zero pages included.
     pub dirty_pages: u64,
+    /// Secondary: pages copied into the guest, those its own guest had dirtied included.
+    pub flushed_pages: u64,
     /// Bytes of device state.
     pub device_bytes: u64,
 }
@@ -65,6 +67,11 @@ impl CheckpointMeter {
     pub const fn ram(&mut self, bytes: u64, dirty_pages: u64) {
         self.report.ram_bytes = bytes;
         self.report.dirty_pages = dirty_pages;
+    }
+
+    /// The cache was flushed.
+    pub const fn flushed(&mut self, pages: u64) {
+        self.report.flushed_pages = pages;
     }
 
     /// Device state has crossed.

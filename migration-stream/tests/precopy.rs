@@ -1,4 +1,5 @@
 //! Source and target over a real socket: what a migration promises to both ends.
+#![allow(clippy::tests_outside_test_module)] // this whole file is tests
 
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
@@ -118,7 +119,10 @@ impl PageStore for Ram {
 
 /// The pages a test's guest has written, and whether they are being logged.
 #[derive(Clone, Default)]
-struct Log(Arc<Mutex<(bool, Vec<(usize, u64)>)>>);
+struct Log(Arc<Mutex<(bool, Writes)>>);
+
+/// Block and page of each.
+type Writes = Vec<(usize, u64)>;
 
 impl DirtyLog for Log {
     fn start(&mut self) -> Result<(), MemoryError> {

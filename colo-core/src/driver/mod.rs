@@ -1,0 +1,253 @@
+//! The machines over real channels: what carries their steps out.
+//!
+//! A driver runs in a thread of its own, blocks on nothing without a deadline, and takes requests
+//! from other threads through a [`ColoControl`]. It holds no lock while it waits, so that a peer
+//! that stalls stalls nothing but the checkpoint.
+
+mod control;
+mod primary;
+mod secondary;
+
+use std::io;
+use std::time::Instant;
+
+use migration_stream::TransportError;
+use migration_stream::precopy::{SourceError, TargetError};
+
+pub use control::ColoControl;
+pub use primary::{PrimaryLink, run_primary};
+pub use secondary::{SecondaryLink, run_secondary};
+
+use crate::machine::OutOfStep;
+use crate::step::{Action, Event, PeerLoss, Step, Wait};
+use crate::store::StoreError;
+use crate::{
+    CheckpointMeter, Deadlines, Machine, Message, OnPeerLoss, Outcome, PacketGate, Replication,
+    Script, Timekeeper, Vm, VmError,
+};
+
+/// What a driver is told once.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct DriverConfig {
+    /// How long the peer may take.
+    pub deadlines: Deadlines,
+    /// What to do without it.
+    pub on_loss: OnPeerLoss,
+    /// The most device state accepted in a checkpoint, bytes; 0 for the default of 64 MiB.
+    pub max_device_state: usize,
+}
+
+/// Far more than the devices of any machine; what a hostile primary can make a secondary take.
+const MAX_DEVICE_STATE: usize = 64 << 20;
+
+impl DriverConfig {
+    fn max_device_state(&self) -> usize {
+        match self.max_device_state {
+            0 => MAX_DEVICE_STATE,
+            max => max,
+        }
+    }
+}
+
+/// The VM and what stands around it, in a driver's hands.
+#[derive(Debug)]
+pub struct Parts<V, R, G> {
+    /// The VM.
+    pub vm: V,
+    /// Its disks.
+    pub replication: R,
+    /// Its output.
+    pub gate: G,
+}
+
+/// Why a step failed, with the error that the machine does not keep.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum StepError {
+    #[error("{0}")]
+    Io(#[from] io::Error),
+    #[error(transparent)]
+    Source(#[from] SourceError),
+    #[error(transparent)]
+    Target(#[from] TargetError),
+    #[error("{0}: {source}", source = std::error::Error::source(.0).map_or(String::new(), ToString::to_string))]
+    Vm(#[from] VmError),
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    #[error(transparent)]
+    DeviceState(#[from] crate::message::DeviceStateTooLarge),
+}
+
+impl StepError {
+    /// What the error means to a machine. Only what the transport itself reports is a lost peer;
+    /// anything that was wrong with what it carried is a failure.
+    fn event(&self) -> Event {
+        let kind = match self {
+            Self::Io(e)
+            | Self::Source(SourceError::Stream(e))
+            | Self::Target(TargetError::Stream { source: e, .. } | TargetError::ReturnPath(e)) => {
+                e.kind()
+            }
+            Self::Source(SourceError::Transport(e)) | Self::Target(TargetError::Transport(e)) => {
+                match transport_kind(e) {
+                    Some(kind) => kind,
+                    None => return Event::Failed,
+                }
+            }
+            _ => return Event::Failed,
+        };
+        match kind {
+            io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock => Event::DeadlineExpired,
+            io::ErrorKind::InvalidData => Event::Failed,
+            io::ErrorKind::UnexpectedEof | io::ErrorKind::WriteZero => {
+                Event::PeerLost(PeerLoss::Closed)
+            }
+            kind => Event::PeerLost(PeerLoss::Io(kind)),
+        }
+    }
+}
+
+/// The I/O error at the bottom of a transport's error, if that is what it was.
+fn transport_kind(error: &TransportError) -> Option<io::ErrorKind> {
+    let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(&*error.source);
+    while let Some(error) = cause {
+        if let Some(e) = error.downcast_ref::<io::Error>() {
+            return Some(e.kind());
+        }
+        cause = error.source();
+    }
+    None
+}
+
+/// What one side does with its connections.
+trait Wire<V: Vm, R, G> {
+    /// Carries out a step that only this side has, or that talks to the peer. A wait gives its own
+    /// event.
+    fn perform(
+        &mut self,
+        step: Step,
+        deadline: Option<Instant>,
+        parts: &mut Parts<V, R, G>,
+        meter: &mut CheckpointMeter,
+    ) -> Result<Event, StepError>;
+
+    /// Shuts every connection.
+    fn disconnect(&mut self);
+}
+
+/// Runs a machine to its end.
+fn run<S, V, R, G>(
+    mut machine: Machine<S>,
+    wire: &mut impl Wire<V, R, G>,
+    parts: &mut Parts<V, R, G>,
+    control: &ColoControl,
+    config: DriverConfig,
+) -> Result<Outcome, OutOfStep>
+where
+    S: Script,
+    V: Vm,
+    R: Replication,
+    G: PacketGate,
+{
+    let mut time = Timekeeper::new(config.deadlines);
+    let mut meter = CheckpointMeter::new();
+    let mut action = machine.action();
+    loop {
+        let event = match action {
+            Action::Finish(outcome) => {
+                control.failover().left();
+                return Ok(outcome);
+            }
+            Action::EmitExit(exit) => {
+                parts.vm.colo_exit(&exit);
+                control.failover().exited(exit.reason());
+                Event::Done
+            }
+            Action::Perform(step) => {
+                let began = Instant::now();
+                let deadline = time.begin(step, began);
+                control.step_begins(step, began);
+                let event = perform(step, deadline, wire, parts, control, &mut meter)
+                    .unwrap_or_else(|error| {
+                        let event = error.event();
+                        tracing::warn!(%step, %error, ?event, "colo step failed");
+                        event
+                    });
+                let ended = Instant::now();
+                meter.step(step, began, ended);
+                control.step_ended(step, ended);
+                event
+            }
+        };
+        action = deliver(&mut machine, event, control)?;
+    }
+}
+
+/// Hands requests over first, then the event the action ended with, unless a request has ended it.
+fn deliver<S: Script>(
+    machine: &mut Machine<S>,
+    event: Event,
+    control: &ColoControl,
+) -> Result<Action, OutOfStep> {
+    let requests = [
+        control.take_quit().then_some(Event::Quit),
+        control
+            .failover()
+            .take_request()
+            .then_some(Event::FailoverRequested),
+    ];
+    for request in requests.into_iter().flatten() {
+        if let Some(next) = machine.handle(request)? {
+            return Ok(next);
+        }
+    }
+    if event == Event::FailoverRequested {
+        // A wait was woken for something else, a new schedule: it is begun again.
+        return Ok(machine.action());
+    }
+    Ok(machine.handle(event)?.unwrap_or_else(|| machine.action()))
+}
+
+/// Steps that are the same on both sides; the others are the wire's.
+fn perform<V, R, G>(
+    step: Step,
+    deadline: Option<Instant>,
+    wire: &mut impl Wire<V, R, G>,
+    parts: &mut Parts<V, R, G>,
+    control: &ColoControl,
+    meter: &mut CheckpointMeter,
+) -> Result<Event, StepError>
+where
+    V: Vm,
+    R: Replication,
+    G: PacketGate,
+{
+    match step {
+        Step::StopVm => parts.vm.stop()?,
+        Step::ResumeVm => parts.vm.resume()?,
+        Step::StartReplication => parts.replication.start(control.role())?,
+        Step::CheckReplication => parts.replication.check()?,
+        Step::CheckpointReplication => parts.replication.checkpoint()?,
+        Step::StopReplication { failover } => parts.replication.stop(failover)?,
+        Step::HoldOutput => parts.gate.hold()?,
+        Step::ReleaseOutput => parts.gate.release()?,
+        Step::DiscardOutput => parts.gate.discard()?,
+        Step::OpenOutput => parts.gate.open(),
+        Step::ReportCheckpoint => {
+            let report = meter.complete();
+            parts.vm.checkpoint_done(&report);
+        }
+        Step::Disconnect => wire.disconnect(),
+        Step::Await(Wait::Decision) => control.wait_for_request()?,
+        _ => return wire.perform(step, deadline, parts, meter),
+    }
+    Ok(match step {
+        // Its own event is the request, which is delivered first.
+        Step::Await(_) => Event::FailoverRequested,
+        _ => Event::Done,
+    })
+}
+
+/// The event of a message's four bytes.
+fn message_event(bytes: [u8; crate::message::MESSAGE_LEN]) -> Event {
+    Message::decode(bytes).map_or_else(|e| Event::UnknownMessage(e.number), Event::Message)
+}

@@ -1,0 +1,171 @@
+//! The primary over its channels.
+
+use std::time::Instant;
+
+use migration_stream::io::{ByteSource, Chunk, Readiness};
+use migration_stream::precopy::{RamSender, SwitchedOver};
+use migration_stream::section::encode_eof;
+use migration_stream::{DirtyLog, PAGE_SIZE, PageTransport, StreamWriter};
+
+use super::{ColoControl, DriverConfig, Parts, StepError, Wire, message_event, run};
+use crate::machine::OutOfStep;
+use crate::message::{MESSAGE_LEN, encode_vmstate_size};
+use crate::step::{Event, Step, Wait};
+use crate::{CheckpointMeter, Outcome, PacketGate, Primary, Replication, Vm};
+
+/// The primary's end of the connection: what a migration leaves behind when it has switched over.
+pub struct PrimaryLink<T, D: DirtyLog> {
+    out: StreamWriter,
+    replies: Box<dyn ByteSource>,
+    ram: RamSender<T, D>,
+}
+
+impl<T: PageTransport, D: DirtyLog> PrimaryLink<T, D> {
+    /// Goes on where a migration has switched over, `None` if it had no return path.
+    #[must_use]
+    pub fn new(switched: SwitchedOver<T, D>) -> Option<Self> {
+        Some(Self {
+            replies: switched.return_path?.into_source(),
+            out: switched.out,
+            ram: switched.ram,
+        })
+    }
+}
+
+impl<T, D: DirtyLog> std::fmt::Debug for PrimaryLink<T, D> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("PrimaryLink")
+            .field("out", &self.out)
+            .field("ram", &self.ram)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Runs the primary until COLO ends.
+///
+/// # Errors
+/// [`OutOfStep`] is a mistake of this crate, never the peer's. The VM is left as it was.
+pub fn run_primary<T, D, V, R, G>(
+    link: PrimaryLink<T, D>,
+    parts: &mut Parts<V, R, G>,
+    control: &ColoControl,
+    config: DriverConfig,
+) -> Result<Outcome, OutOfStep>
+where
+    T: PageTransport,
+    D: DirtyLog,
+    V: Vm,
+    R: Replication,
+    G: PacketGate,
+{
+    let mut wire = PrimaryWire {
+        link,
+        control,
+        devices: Vec::new(),
+    };
+    run(
+        Primary::new(config.on_loss),
+        &mut wire,
+        parts,
+        control,
+        config,
+    )
+}
+
+struct PrimaryWire<'a, T, D: DirtyLog> {
+    link: PrimaryLink<T, D>,
+    control: &'a ColoControl,
+    /// Saved device state. Kept from checkpoint to checkpoint for its memory.
+    devices: Vec<u8>,
+}
+
+impl<T: PageTransport, D: DirtyLog, V: Vm, R, G> Wire<V, R, G> for PrimaryWire<'_, T, D> {
+    fn perform(
+        &mut self,
+        step: Step,
+        deadline: Option<Instant>,
+        parts: &mut Parts<V, R, G>,
+        meter: &mut CheckpointMeter,
+    ) -> Result<Event, StepError> {
+        let PrimaryLink { out, replies, ram } = &mut self.link;
+        match step {
+            Step::Send(message) => {
+                out.set_deadline(deadline);
+                out.write_bytes(&message.encode())?;
+            }
+            Step::Await(Wait::CheckpointDue) => return self.wait_until_due(),
+            Step::Await(_) => {
+                replies.set_read_deadline(deadline);
+                return read_message(&mut **replies);
+            }
+            Step::SaveDevices => {
+                self.devices.clear();
+                parts.vm.save_devices(&mut self.devices)?;
+            }
+            Step::SendRam => {
+                out.set_deadline(deadline);
+                ram.set_deadline(deadline);
+                let before = out.offset() + ram.counters().channel_bytes;
+                let pages = ram.end(out)?;
+                let mut eof = Vec::with_capacity(1);
+                encode_eof(&mut eof);
+                out.write_bytes(&eof)?;
+                meter.ram(out.offset() + ram.counters().channel_bytes - before, pages);
+                tracing::trace!(pages, bytes = pages * PAGE_SIZE, "checkpoint ram sent");
+            }
+            Step::SendDevices => {
+                out.set_deadline(deadline);
+                let size = encode_vmstate_size(self.devices.len() as u64);
+                out.write(&[Chunk::Bytes(&size), Chunk::Bytes(&self.devices)])?;
+                meter.devices(self.devices.len() as u64);
+            }
+            // The others are not the primary's.
+            _ => return Ok(Event::Failed),
+        }
+        Ok(Event::Done)
+    }
+
+    fn disconnect(&mut self) {
+        self.control.disconnect();
+    }
+}
+
+impl<T: PageTransport, D: DirtyLog> PrimaryWire<'_, T, D> {
+    /// Waits for the schedule, and notices meanwhile what the peer does: it may go away, and it has
+    /// nothing to say.
+    fn wait_until_due(&mut self) -> Result<Event, StepError> {
+        let replies = &mut self.link.replies;
+        loop {
+            let due = self.control.next_due();
+            if due.is_some_and(|due| due <= Instant::now()) {
+                return Ok(Event::CheckpointDue);
+            }
+            match replies.wait(Some(self.control.wake_fd()), due)? {
+                Readiness::TimedOut => {}
+                Readiness::Channel => {
+                    // Bytes are there, or the end: a read does not block.
+                    replies.set_read_deadline(Some(Instant::now()));
+                    return read_message(&mut **replies);
+                }
+                Readiness::Other => {
+                    // A request, which is looked for before this event is; or a new schedule, and
+                    // the wait is begun again.
+                    self.control.drain()?;
+                    return Ok(Event::FailoverRequested);
+                }
+            }
+        }
+    }
+}
+
+fn read_message(source: &mut dyn ByteSource) -> Result<Event, StepError> {
+    let mut bytes = [0; MESSAGE_LEN];
+    let mut have = 0;
+    while let Some(rest) = bytes.get_mut(have..).filter(|rest| !rest.is_empty()) {
+        match source.read(rest)? {
+            0 => return Err(std::io::Error::from(std::io::ErrorKind::UnexpectedEof).into()),
+            n => have += n,
+        }
+    }
+    Ok(message_event(bytes))
+}

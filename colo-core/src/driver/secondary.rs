@@ -1,0 +1,167 @@
+//! The secondary over its channels.
+
+use std::time::Instant;
+
+use migration_stream::DirtyLog;
+use migration_stream::io::Chunk;
+use migration_stream::precopy::{CheckpointReceiver, TargetError};
+use ram_cache::{FlushPool, GuestStopped};
+
+use super::{ColoControl, DriverConfig, Parts, StepError, Wire, message_event, run};
+use crate::machine::OutOfStep;
+use crate::message::{DEVICE_SIZE_LEN, MESSAGE_LEN, decode_device_size};
+use crate::pages::IncomingPages;
+use crate::step::{Event, Step};
+use crate::store::{ColoStore, StoreError};
+use crate::{CheckpointMeter, Outcome, PacketGate, Replication, Secondary, Vm, VmError};
+
+/// The secondary's end of the connection, and its memory: what an incoming migration leaves behind
+/// when it was confirmed.
+#[derive(Debug)]
+pub struct SecondaryLink<D> {
+    /// The main channel.
+    pub receiver: CheckpointReceiver,
+    /// The cache, and the threads that fill it.
+    pub pages: IncomingPages<ColoStore>,
+    /// What this side's own guest writes.
+    pub log: D,
+    /// Who copies the cache into the guest.
+    pub pool: FlushPool,
+}
+
+/// Runs the secondary until COLO ends. The cache is given back then, its threads joined.
+///
+/// # Errors
+/// [`OutOfStep`] is a mistake of this crate, never the peer's. The VM is left as it was.
+pub fn run_secondary<D, V, R, G>(
+    link: SecondaryLink<D>,
+    parts: &mut Parts<V, R, G>,
+    control: &ColoControl,
+    config: DriverConfig,
+) -> Result<Outcome, OutOfStep>
+where
+    D: DirtyLog,
+    V: Vm,
+    R: Replication,
+    G: PacketGate,
+{
+    let mut wire = SecondaryWire {
+        link,
+        control,
+        devices: Vec::new(),
+        staged: None,
+        reset: None,
+        max_device_state: config.max_device_state(),
+    };
+    let outcome = run(
+        Secondary::new(config.on_loss),
+        &mut wire,
+        parts,
+        control,
+        config,
+    );
+    let SecondaryLink { pages, mut log, .. } = wire.link;
+    if let Err(error) = log.stop() {
+        tracing::warn!(%error, "the dirty log goes on");
+    }
+    match pages.join() {
+        Ok(store) => store.release(),
+        Err(error) => tracing::error!(%error, "the ram cache could not be released"),
+    }
+    outcome
+}
+
+struct SecondaryWire<'a, D, S, R> {
+    link: SecondaryLink<D>,
+    control: &'a ColoControl,
+    /// Received device state. Kept from checkpoint to checkpoint for its memory.
+    devices: Vec<u8>,
+    staged: Option<S>,
+    reset: Option<R>,
+    max_device_state: usize,
+}
+
+impl<D: DirtyLog, V: Vm, R, G> Wire<V, R, G> for SecondaryWire<'_, D, V::Staged, V::Reset> {
+    fn perform(
+        &mut self,
+        step: Step,
+        deadline: Option<Instant>,
+        parts: &mut Parts<V, R, G>,
+        meter: &mut CheckpointMeter,
+    ) -> Result<Event, StepError> {
+        let SecondaryLink {
+            receiver,
+            pages,
+            log,
+            pool,
+        } = &mut self.link;
+        if step.is_on_the_wire() {
+            receiver.set_deadline(deadline);
+        }
+        match step {
+            Step::StartDirtyLog => {
+                log.start().map_err(StoreError::Log)?;
+                pages.enter_colo(deadline).map_err(TargetError::Transport)?;
+            }
+            Step::Send(message) => receiver
+                .out()
+                .write_all(&[Chunk::Bytes(&message.encode())])?,
+            Step::Await(_) => {
+                let mut bytes = [0; MESSAGE_LEN];
+                receiver.reader().read_exact(&mut bytes)?;
+                return Ok(message_event(bytes));
+            }
+            Step::ReceiveRam => {
+                let (store, barrier) = pages.parts();
+                barrier.set_deadline(deadline);
+                let received = receiver.receive_ram(store, barrier)?;
+                meter.ram(received.bytes, received.normal_pages + received.zero_pages);
+            }
+            Step::ReceiveDevices => {
+                let mut size = [0; DEVICE_SIZE_LEN];
+                receiver.reader().read_exact(&mut size)?;
+                let size = decode_device_size(size, self.max_device_state)?;
+                self.devices.clear();
+                self.devices.resize(size, 0);
+                receiver.reader().read_exact(&mut self.devices)?;
+                meter.devices(size as u64);
+            }
+            Step::StageDevices => self.staged = Some(parts.vm.stage_devices(&self.devices)?),
+            Step::Reset => {
+                let staged = self.staged.take().ok_or_else(|| out_of_order("staged"))?;
+                self.reset = Some(parts.vm.reset_devices(staged)?);
+            }
+            Step::Flush => {
+                // The machine stopped the VM before, and received all of the checkpoint: the
+                // channels stand behind their SYNC packets.
+                let stopped = GuestStopped::witnessed_by(&parts.vm);
+                let report = pages.store().flush(stopped, log, pool)?;
+                tracing::trace!(
+                    pages = report.pages,
+                    runs = report.runs,
+                    "ram cache flushed"
+                );
+                meter.flushed(report.pages);
+            }
+            Step::InstallDevices => {
+                let reset = self.reset.take().ok_or_else(|| out_of_order("reset"))?;
+                parts.vm.install_devices(reset)?;
+            }
+            // The others are not the secondary's.
+            _ => return Ok(Event::Failed),
+        }
+        Ok(Event::Done)
+    }
+
+    fn disconnect(&mut self) {
+        self.control.disconnect();
+    }
+}
+
+/// The machine orders the steps, so this is never seen.
+fn out_of_order(missing: &'static str) -> VmError {
+    VmError::new(
+        "installing device state",
+        format!("no device was {missing} for it"),
+    )
+}
