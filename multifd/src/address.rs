@@ -1,17 +1,18 @@
 //! Where a migration is sent, and listened for.
 
+use std::net::TcpListener;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::{fmt, io};
-
-use std::net::TcpListener;
-use std::os::unix::net::UnixListener;
 
 /// A transport that takes several connections: what follows `migrate`'s and `migrate-incoming`'s
 /// scheme in QEMU's spelling.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Address {
-    /// `tcp:host:port`; an IPv6 host in brackets; an empty host listens on every address.
+    /// `tcp:host:port`; an IPv6 host in brackets. An empty host listens on every IPv4 address, and
+    /// is this machine where it is connected to.
     Tcp {
         /// Name or address, without brackets.
         host: String,
@@ -106,6 +107,15 @@ impl Listener {
             Self::Unix(listener) => listener
                 .local_addr()
                 .map(|a| Address::Unix(a.as_pathname().map(PathBuf::from).unwrap_or_default())),
+        }
+    }
+}
+
+impl AsFd for Listener {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Self::Tcp(listener) => listener.as_fd(),
+            Self::Unix(listener) => listener.as_fd(),
         }
     }
 }

@@ -132,7 +132,7 @@ pub struct MultifdConfig {
     pub zero_page: bool,
     /// The VM's UUID, all zero if it has none.
     pub uuid: [u8; 16],
-    /// How long a wait without a deadline of its own goes on while no channel makes progress.
+    /// How long a wait without a deadline of its own goes on while no channel completes a packet.
     pub stall_limit: Duration,
 }
 

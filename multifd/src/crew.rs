@@ -3,6 +3,7 @@
 
 use std::fmt;
 use std::ops::{Deref, DerefMut};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -17,7 +18,10 @@ pub(crate) struct Crew<T> {
     pub(crate) for_owner: Condvar,
     /// Something changed that a channel may be waiting for.
     pub(crate) for_channels: Condvar,
-    closers: Vec<Box<dyn Fn() + Send + Sync>>,
+    /// Emptied when the threads are gone, so that no handle keeps a socket open.
+    closers: Mutex<Vec<Box<dyn Fn() + Send + Sync>>>,
+    /// Set when the set can do no more, to be asked without the lock.
+    over: AtomicBool,
     /// How long anything may wait without progress.
     pub(crate) limit: Duration,
 }
@@ -87,13 +91,22 @@ impl<T> Crew<T> {
             state: Mutex::new(state),
             for_owner: Condvar::new(),
             for_channels: Condvar::new(),
-            closers,
+            closers: Mutex::new(closers),
+            over: AtomicBool::new(false),
             limit,
         }
     }
 
     pub(crate) fn lock(&self) -> MutexGuard<'_, State<T>> {
         lock(&self.state)
+    }
+
+    /// Why the set can do no more; cheap while it can.
+    pub(crate) fn check(&self) -> Result<(), Failure> {
+        if self.over.load(Ordering::Relaxed) {
+            return self.lock().check();
+        }
+        Ok(())
     }
 
     /// How long the owner waits: until `deadline`, or while there is progress.
@@ -120,7 +133,9 @@ impl<T> Crew<T> {
     }
 
     fn shut(&self) {
-        for close in &self.closers {
+        // Relaxed: who sees it takes the lock to learn the reason.
+        self.over.store(true, Ordering::Relaxed);
+        for close in lock(&self.closers).iter() {
             close();
         }
         self.for_channels.notify_all();
@@ -131,7 +146,7 @@ impl<T> Crew<T> {
 impl<T> fmt::Debug for Crew<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Crew")
-            .field("channels", &self.closers.len())
+            .field("over", &self.over)
             .finish_non_exhaustive()
     }
 }
@@ -254,6 +269,7 @@ impl<T> Threads<T> {
         }
         let all_left = state.running == 0;
         drop(state);
+        lock(&self.crew.closers).clear();
         let mut stuck = None;
         for (channel, handle) in self.handles.drain(..) {
             // A thread that has left has nothing more to do than to return.

@@ -33,7 +33,7 @@ impl fmt::Display for Part {
 #[non_exhaustive]
 pub enum ChannelError {
     /// A packet that cannot be, or is not for us.
-    #[error("packet {index} of the channel")]
+    #[error("packet {index} of the channel is refused")]
     Packet {
         /// Its position among the packets of its channel, from 0 on.
         index: u64,
@@ -42,7 +42,7 @@ pub enum ChannelError {
         source: PacketError,
     },
     /// A payload could not be made, or taken apart.
-    #[error("packet {index} of the channel")]
+    #[error("compression of packet {index} of the channel")]
     Compression {
         /// The packet's position among those of its channel, from 0 on.
         index: u64,

@@ -73,7 +73,7 @@ impl<'a> Resolved<'a> {
     fn new(address: &'a Address) -> Result<Self, ConnectError> {
         match address {
             Address::Unix(path) => Ok(Self::Unix(path)),
-            Address::Tcp { host, port } => (host.as_str(), *port)
+            Address::Tcp { host, port } => (named(host), *port)
                 .to_socket_addrs()
                 .and_then(|found| {
                     let found: Vec<_> = found.collect();
@@ -88,6 +88,11 @@ impl<'a> Resolved<'a> {
                 }),
         }
     }
+}
+
+/// Nobody's name is this machine's.
+fn named(host: &str) -> &str {
+    if host.is_empty() { "localhost" } else { host }
 }
 
 fn open(

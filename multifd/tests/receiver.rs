@@ -132,16 +132,16 @@ fn a_peer_that_dies_behind_a_packet_is_noticed_at_the_next_one() {
 }
 
 #[test]
-fn a_channel_that_ends_instead_of_its_sync_packet_fails_the_flush_only() {
+fn a_channel_that_ends_instead_of_its_sync_packet_fails_the_flush() {
     let r = start(2);
     write(&r.peers[0], &sync());
     write(&r.peers[1], &pages(&[0]));
     r.peers[1].shutdown(Shutdown::Write).unwrap();
     let e = r.set.barrier().flush().unwrap_err();
     assert!(matches!(cause(&e), (Some(1), ChannelError::Ended)), "{e}");
-    // Ending between packets is no error of the channel.
+    // What had come before is there all the same.
     let joined = r.set.join().unwrap();
-    joined.outcome.unwrap();
+    assert_eq!(joined.outcome.unwrap_err().to_string(), e.to_string());
     assert_eq!(joined.store.page(0, 0), [0xaa; PAGE]);
     assert!(r.errors.recv().is_err());
 }

@@ -128,15 +128,6 @@ impl Acceptor {
     }
 }
 
-impl AsFd for Listener {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        match self {
-            Self::Tcp(listener) => listener.as_fd(),
-            Self::Unix(listener) => listener.as_fd(),
-        }
-    }
-}
-
 /// A connection that has not said yet what it is.
 struct Stranger {
     channel: FdChannel,

@@ -30,7 +30,7 @@ type OnError = Box<dyn FnOnce(&TransportError) + Send>;
 ///
 /// Every [`TransportError`] has a [`ChannelError`] as its source. The first error of a channel
 /// shuts all channels, is handed to the `on_error` hook, and is what every later call returns. A
-/// channel that the peer ends between two packets has ended well; it is an error only of a flush
+/// channel that the peer ends between two packets has ended well; it becomes an error with a flush
 /// that waits for it.
 ///
 /// The store is not to be had while the threads run:

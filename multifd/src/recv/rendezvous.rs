@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use crate::crew::{Crew, State};
+use crate::crew::Crew;
 use crate::error::{ChannelError, Failure};
 use crate::patience::Patience;
 
@@ -26,6 +26,8 @@ pub(super) struct Rendezvous {
     phases: Vec<Phase>,
     /// Nobody may begin a packet: the store is being changed.
     closed: bool,
+    /// The main stream waits at a flush, and it is the flush that decides how long.
+    flushing: bool,
 }
 
 impl Rendezvous {
@@ -33,6 +35,7 @@ impl Rendezvous {
         Self {
             phases: vec![Phase::Idle; channels.into()],
             closed: false,
+            flushing: false,
         }
     }
 
@@ -58,20 +61,6 @@ impl Rendezvous {
             .iter()
             .position(|p| *p == Phase::Ended)
             .and_then(|i| u8::try_from(i).ok())
-    }
-}
-
-impl State<Rendezvous> {
-    /// What is in the way of a flush for good.
-    fn check_flush(&self) -> Result<(), Failure> {
-        self.check()?;
-        match self.first_ended() {
-            None => Ok(()),
-            channel => Err(Failure {
-                channel,
-                error: ChannelError::Ended,
-            }),
-        }
     }
 }
 
@@ -112,7 +101,9 @@ impl Crew<Rendezvous> {
             state.check().map_err(|f| f.error)?;
             let in_time;
             (state, in_time) = patience.wait(&self.for_channels, state, |s| s.progress);
-            if !in_time {
+            if !in_time && state.flushing {
+                patience = Patience::new(None, self.limit, state.progress);
+            } else if !in_time {
                 return Err(ChannelError::NoFlush { limit: self.limit });
             }
         }
@@ -129,33 +120,40 @@ impl Crew<Rendezvous> {
 
 /// The main stream's side.
 impl Crew<Rendezvous> {
-    /// Waits until every channel is at its SYNC packet, and lets them all go on.
+    /// Waits until every channel is at its SYNC packet, and lets them all go on. An error is one
+    /// for good: the channels are shut.
     pub(super) fn flush(&self, deadline: Option<Instant>) -> Result<(), Failure> {
         let mut state = self.lock();
         let mut patience = self.patience(deadline, &state);
+        state.flushing = true;
         while let Some(late) = state.first_not_at_sync() {
-            state.check_flush()?;
+            state.check()?;
+            if let Some(ended) = state.first_ended() {
+                drop(state);
+                return Err(self.give_up(ended, ChannelError::Ended));
+            }
             let in_time;
             (state, in_time) = patience.wait(&self.for_owner, state, |s| s.progress);
             if !in_time {
                 drop(state);
-                let error = ChannelError::Stalled {
-                    what: "the channel's sync packet",
-                };
-                self.fail(Some(late), error.clone());
-                let failure = self.lock().failure();
-                return Err(failure.unwrap_or(Failure {
-                    channel: Some(late),
-                    error,
-                }));
+                let what = "the channel's sync packet";
+                return Err(self.give_up(late, ChannelError::Stalled { what }));
             }
         }
         state.check()?;
+        state.flushing = false;
         state.phases.fill(Phase::Idle);
         state.progress += 1;
         drop(state);
         self.for_channels.notify_all();
         Ok(())
+    }
+
+    fn give_up(&self, channel: u8, error: ChannelError) -> Failure {
+        let channel = Some(channel);
+        self.fail(channel, error.clone());
+        // A channel may have been first, and then knows better what happened.
+        self.lock().failure().unwrap_or(Failure { channel, error })
     }
 
     /// Runs `f` while no channel is inside a packet.

@@ -209,6 +209,7 @@ impl PageTransport for SendSet {
         offset: u64,
         pages: u64,
     ) -> Result<(), TransportError> {
+        self.crew.check()?;
         self.check_range(block, offset, pages)
             .map_err(TransportError::main)?;
         let mut offset = offset;

@@ -1,0 +1,307 @@
+//! Incoming connections of friends, strangers and peers that change their mind.
+
+#![allow(clippy::tests_outside_test_module)] // this whole file is tests
+
+mod common;
+
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::os::fd::AsFd;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::mpsc;
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use common::LIMIT;
+use migration_stream::io::ByteSource;
+use multifd::incoming::{Acceptor, Incoming, IncomingError, Limits, Refusal, Role};
+use multifd::outgoing::{ConnectError, connect};
+use multifd::packet::{Hello, PacketError};
+use multifd::{Address, ChannelCount, ChannelId, MultifdConfig};
+
+/// Far beyond what a test waits for, unless the test says otherwise.
+const LIMITS: Limits = Limits {
+    greeting: LIMIT,
+    complete: LIMIT,
+    channel: LIMIT,
+};
+const SOON: Duration = Duration::from_millis(50);
+
+fn config(channels: u8) -> MultifdConfig {
+    MultifdConfig {
+        channels: ChannelCount::new(channels).unwrap(),
+        uuid: [5; 16],
+        ..MultifdConfig::default()
+    }
+}
+
+/// A listening destination.
+struct Door {
+    port: u16,
+    result: JoinHandle<Result<Incoming, IncomingError>>,
+    refused: mpsc::Receiver<Refusal>,
+    cancel: UnixStream,
+}
+
+impl Door {
+    fn open(multifd: Option<MultifdConfig>, limits: Limits) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let (tell, refused) = mpsc::channel();
+        let (cancel, cancelled) = UnixStream::pair().unwrap();
+        let mut acceptor = Acceptor::new(listener, multifd.as_ref(), limits)
+            .unwrap()
+            .on_refused(move |refusal| tell.send(refusal.clone()).unwrap());
+        let result = thread::spawn(move || acceptor.accept(Some(cancelled.as_fd())));
+        Self {
+            port,
+            result,
+            refused,
+            cancel,
+        }
+    }
+
+    fn knock(&self, bytes: &[u8]) -> TcpStream {
+        let mut stream = TcpStream::connect(("127.0.0.1", self.port)).unwrap();
+        stream.write_all(bytes).unwrap();
+        stream
+    }
+
+    fn refusal(&self) -> Refusal {
+        self.refused.recv_timeout(LIMIT).unwrap()
+    }
+}
+
+fn hello(id: u8) -> Vec<u8> {
+    let hello = Hello {
+        uuid: [5; 16],
+        channel: ChannelId::new(id),
+    };
+    hello.encode().to_vec()
+}
+
+fn is_closed(mut stream: TcpStream) -> bool {
+    stream.set_read_timeout(Some(LIMIT)).unwrap();
+    !matches!(stream.read(&mut [0]), Ok(1..))
+}
+
+#[test]
+fn c2_a_multifd_hello_while_multifd_is_off_closes_that_connection_only() {
+    let door = Door::open(None, LIMITS);
+    let stranger = door.knock(&hello(0));
+    assert!(matches!(door.refusal(), Refusal::MultifdOff));
+    assert!(is_closed(stranger));
+    let _main = door.knock(b"QEVM");
+    let incoming = door.result.join().unwrap().unwrap();
+    assert_eq!((&incoming.prefix, incoming.channels.len()), (b"QEVM", 0));
+}
+
+#[test]
+fn c3_connections_that_say_nothing_keep_nobody_waiting() {
+    let began = Instant::now();
+    let door = Door::open(Some(config(2)), LIMITS);
+    let _silent: Vec<_> = (0..20).map(|_| door.knock(b"")).collect();
+    let _slow = door.knock(b"QE");
+    let _slow_hello = door.knock(&hello(1)[..63]);
+    let _channel_1 = door.knock(&hello(1));
+    let _channel_0 = door.knock(&hello(0));
+    let _main = door.knock(b"QEVM");
+    door.result.join().unwrap().unwrap();
+    assert!(began.elapsed() < LIMIT / 2);
+}
+
+#[test]
+fn c3_a_connection_that_says_nothing_in_time_is_closed_and_named() {
+    let limits = Limits {
+        greeting: SOON,
+        ..LIMITS
+    };
+    let door = Door::open(None, limits);
+    let silent = door.knock(b"QEV");
+    assert!(matches!(door.refusal(), Refusal::Silent { limit: SOON }));
+    assert!(is_closed(silent));
+    let _main = door.knock(b"QEVM");
+    door.result.join().unwrap().unwrap();
+}
+
+#[test]
+fn c3_a_flood_of_silent_connections_pushes_out_its_own_oldest() {
+    let door = Door::open(None, LIMITS);
+    let _silent: Vec<_> = (0..70).map(|_| door.knock(b"")).collect();
+    assert!(matches!(door.refusal(), Refusal::Crowded { .. }));
+    let _main = door.knock(b"QEVM");
+    door.result.join().unwrap().unwrap();
+}
+
+#[test]
+fn channels_are_handed_out_in_the_order_of_their_ids_with_what_follows_unread() {
+    let door = Door::open(Some(config(3)), LIMITS);
+    let mut peers = Vec::new();
+    for id in [2, 0, 1] {
+        let mut bytes = hello(id);
+        bytes.push(100 + id);
+        peers.push(door.knock(&bytes));
+    }
+    peers.push(door.knock(b"QEVM\0\0\0\x03"));
+    let mut incoming = door.result.join().unwrap().unwrap();
+    let mut buf = [0; 8];
+    assert_eq!(incoming.main.read(&mut buf).unwrap(), 4);
+    assert_eq!(buf[..4], [0, 0, 0, 3]);
+    for (id, channel) in (0..).zip(&mut incoming.channels) {
+        assert_eq!(channel.read(&mut buf).unwrap(), 1);
+        assert_eq!(buf[0], 100 + id);
+    }
+}
+
+#[test]
+fn both_ends_of_every_tcp_connection_have_nodelay() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address: Address = format!("tcp:{}", listener.local_addr().unwrap())
+        .parse()
+        .unwrap();
+    let config = config(2);
+    let mut acceptor = Acceptor::new(listener, Some(&config), LIMITS).unwrap();
+    let out = thread::scope(|scope| {
+        let accept = scope.spawn(|| acceptor.accept(None).unwrap());
+        let mut out = connect(&address, Some(&config), LIMIT, LIMIT).unwrap();
+        use migration_stream::io::{ByteSink, Chunk};
+        out.main.write_all(&[Chunk::Bytes(b"QEVM")]).unwrap();
+        let incoming = accept.join().unwrap();
+        let ends = [&out.main, &incoming.main];
+        for end in ends
+            .into_iter()
+            .chain(&out.channels)
+            .chain(&incoming.channels)
+        {
+            assert!(rustix::net::sockopt::tcp_nodelay(end).unwrap());
+        }
+        out
+    });
+    assert_eq!(out.channels.len(), 2);
+}
+
+#[test]
+fn connections_that_are_not_of_this_migration_are_closed_and_named() {
+    let door = Door::open(Some(config(2)), LIMITS);
+    let _main = door.knock(b"QEVM");
+    let _channel = door.knock(&hello(0));
+    let mut other_vm = hello(1);
+    other_vm[8] = 0;
+    let mut version_2 = hello(1);
+    version_2[7] = 2;
+    let refusal = |bytes: &[u8]| {
+        let stream = door.knock(bytes);
+        let refusal = door.refusal();
+        assert!(is_closed(stream));
+        refusal
+    };
+    assert!(matches!(
+        refusal(&other_vm),
+        Refusal::Hello(PacketError::Uuid { .. })
+    ));
+    assert!(matches!(
+        refusal(&version_2),
+        Refusal::Hello(PacketError::Version { got: 2 })
+    ));
+    assert!(matches!(
+        refusal(&hello(2)),
+        Refusal::Hello(PacketError::Channel { .. })
+    ));
+    assert!(matches!(refusal(&hello(0)), Refusal::ChannelTwice { .. }));
+    assert!(matches!(refusal(b"QEVM"), Refusal::SecondMain));
+    assert!(matches!(
+        refusal(b"SSH-2.0-x"),
+        Refusal::Magic { got: 0x5353_482d }
+    ));
+    let _channel = door.knock(&hello(1));
+    door.result.join().unwrap().unwrap();
+}
+
+#[test]
+fn a_source_that_leaves_makes_room_for_the_next_one() {
+    let door = Door::open(Some(config(1)), LIMITS);
+    drop(door.knock(&hello(0)));
+    let left = Role::Channel(ChannelId::new(0));
+    assert!(matches!(door.refusal(), Refusal::Left { role } if role == left));
+    drop(door.knock(b"QEVM"));
+    assert!(matches!(door.refusal(), Refusal::Left { role: Role::Main }));
+    let _channel = door.knock(&hello(0));
+    let _main = door.knock(b"QEVM");
+    door.result.join().unwrap().unwrap();
+}
+
+#[test]
+fn a_set_that_does_not_become_complete_is_an_error_that_names_what_is_missing() {
+    let limits = Limits {
+        complete: SOON,
+        ..LIMITS
+    };
+    let door = Door::open(Some(config(3)), limits);
+    let _channel = door.knock(&hello(1));
+    let e = door.result.join().unwrap().unwrap_err();
+    assert!(
+        matches!(&e, IncomingError::Incomplete { main: false, missing, last_refusal: None }
+        if *missing == [ChannelId::new(0), ChannelId::new(2)])
+    );
+    assert_eq!(
+        e.to_string(),
+        "connections are missing: the main channel, multifd channel 0, multifd channel 2"
+    );
+}
+
+#[test]
+fn waiting_for_nobody_can_be_cancelled() {
+    for knock in [&b""[..], b"QEVM"] {
+        let mut door = Door::open(Some(config(1)), LIMITS);
+        let _somebody = door.knock(knock);
+        door.cancel.write_all(b"x").unwrap();
+        assert!(matches!(
+            door.result.join().unwrap(),
+            Err(IncomingError::Cancelled)
+        ));
+    }
+}
+
+#[test]
+fn connecting_where_nobody_listens_is_refused() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address: Address = format!("tcp:{}", listener.local_addr().unwrap())
+        .parse()
+        .unwrap();
+    drop(listener);
+    let dir = tempfile::tempdir().unwrap();
+    for address in [address, Address::Unix(dir.path().join("nobody"))] {
+        let e = connect(&address, None, LIMIT, LIMIT).unwrap_err();
+        assert!(
+            matches!(
+                &e,
+                ConnectError::Refused {
+                    role: Role::Main,
+                    ..
+                }
+            ),
+            "{e}"
+        );
+    }
+}
+
+#[test]
+fn a_listener_that_takes_no_connections_is_busy_in_bounded_time() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("socket");
+    let listener = UnixListener::bind(&path).unwrap();
+    rustix::net::listen(&listener, 1).unwrap();
+    let began = Instant::now();
+    let e = connect(&Address::Unix(path), Some(&config(255)), SOON, LIMIT).unwrap_err();
+    assert!(
+        matches!(
+            &e,
+            ConnectError::Busy {
+                role: Role::Channel(_),
+                ..
+            }
+        ),
+        "{e}"
+    );
+    assert!(began.elapsed() < LIMIT / 2);
+}

@@ -1,0 +1,245 @@
+//! A sender against peers that die or stop reading: a typed error in bounded time.
+
+#![allow(clippy::tests_outside_test_module)] // this whole file is tests
+
+mod common;
+
+use std::io::{self, Read};
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use common::{LIMIT, Ram, cause};
+use migration_stream::io::{ByteSink, Chunk, FdChannel};
+use migration_stream::ram::BlockId;
+use migration_stream::{PageTransport, StreamWriter};
+use multifd::packet::{HEADER_LEN, Method, PacketView};
+use multifd::{ChannelCount, ChannelError, MultifdConfig, SendChannel, SendSet};
+
+const PAGES: u64 = 4096;
+
+fn config(channels: u8) -> MultifdConfig {
+    MultifdConfig {
+        channels: ChannelCount::new(channels).unwrap(),
+        zero_page: false,
+        stall_limit: LIMIT,
+        ..MultifdConfig::default()
+    }
+}
+
+struct Sender {
+    set: SendSet,
+    main: StreamWriter,
+    peers: Vec<UnixStream>,
+    /// What reads the main stream.
+    main_peer: UnixStream,
+}
+
+fn sender(config: &MultifdConfig) -> Sender {
+    let (channels, peers) = config
+        .channels
+        .ids()
+        .map(|_| {
+            let (ours, theirs) = UnixStream::pair().unwrap();
+            let channel = FdChannel::new(ours, LIMIT).unwrap();
+            (SendChannel::from(channel), theirs)
+        })
+        .unzip();
+    let (main, main_peer) = UnixStream::pair().unwrap();
+    Sender {
+        set: SendSet::start(Arc::new(Ram::new(&[PAGES])), channels, config).unwrap(),
+        main: StreamWriter::new(FdChannel::new(main, LIMIT).unwrap()),
+        peers,
+        main_peer,
+    }
+}
+
+impl Sender {
+    fn send(&mut self, pages: u64) -> Result<(), migration_stream::TransportError> {
+        self.set.send(&mut self.main, BlockId::new(0), 0, pages)
+    }
+
+    fn sync(&mut self) -> Result<(), migration_stream::TransportError> {
+        self.set.sync(&mut self.main)
+    }
+}
+
+#[test]
+fn every_channel_carries_one_sync_packet_behind_its_pages_and_then_main_its_flush() {
+    let mut s = sender(&config(3));
+    s.send(2).unwrap();
+    s.sync().unwrap();
+    let mut flush = [0; 8];
+    s.main_peer.read_exact(&mut flush).unwrap();
+    assert_eq!(flush, [0, 0, 0, 0, 0, 0, 2, 0]);
+    s.set.join().unwrap();
+    let mut numbers = Vec::new();
+    let mut pages = 0;
+    for mut peer in s.peers {
+        let mut bytes = Vec::new();
+        peer.read_to_end(&mut bytes).unwrap();
+        let mut syncs = 0;
+        let mut rest = bytes.as_slice();
+        while let Some((header, behind)) = rest.split_first_chunk::<HEADER_LEN>() {
+            let packet = PacketView::unfill(header, Method::None).unwrap();
+            assert_eq!(syncs, 0, "a packet behind the sync packet");
+            syncs += usize::from(packet.is_sync());
+            pages += packet.normal_pages();
+            numbers.push(packet.number());
+            rest = &behind[packet.payload_len() as usize..];
+        }
+        assert_eq!((syncs, rest.len()), (1, 0));
+    }
+    numbers.sort_unstable();
+    assert_eq!((numbers, pages), (vec![0, 1, 2, 3], 2));
+}
+
+#[test]
+fn a_peer_that_closed_a_channel_is_an_error_that_names_it_and_shuts_the_others() {
+    let mut s = sender(&config(2));
+    drop(s.peers.remove(1));
+    let e = s.sync().unwrap_err();
+    let (channel, error) = cause(&e);
+    assert_eq!(channel, Some(1));
+    assert!(
+        matches!(
+            error,
+            ChannelError::Io {
+                what: "writing",
+                index: 0,
+                ..
+            }
+        ),
+        "{error:?}"
+    );
+    let mut rest = Vec::new();
+    s.peers[0].read_to_end(&mut rest).unwrap();
+    assert!(rest.len() <= HEADER_LEN);
+    // It is what every later call says.
+    assert_eq!(s.send(1).unwrap_err().to_string(), e.to_string());
+    assert_eq!(s.sync().unwrap_err().to_string(), e.to_string());
+    assert_eq!(s.set.join().unwrap_err().to_string(), e.to_string());
+}
+
+#[test]
+fn a_peer_that_dies_while_pages_are_on_their_way_is_an_error() {
+    let mut s = sender(&config(2));
+    let peers = std::mem::take(&mut s.peers);
+    let e = thread::scope(|scope| {
+        scope.spawn(|| {
+            // Inside the payload of a packet.
+            for mut peer in peers {
+                peer.read_exact(&mut [0; HEADER_LEN + 100]).unwrap();
+            }
+        });
+        loop {
+            if let Err(e) = s.send(PAGES) {
+                break e;
+            }
+        }
+    });
+    assert!(
+        matches!(cause(&e), (Some(_), ChannelError::Io { .. })),
+        "{e}"
+    );
+}
+
+#[test]
+fn a_peer_that_stops_reading_is_late_at_the_deadline() {
+    let mut s = sender(&config(2));
+    let began = Instant::now();
+    s.set.set_deadline(Some(began + Duration::from_millis(50)));
+    let e = s.send(PAGES).and_then(|()| s.sync()).unwrap_err();
+    // The channel's own deadline is the same: whichever is noticed first.
+    match cause(&e) {
+        (None, ChannelError::Stalled { .. }) => {}
+        (Some(_), ChannelError::Io { source, .. }) => {
+            assert_eq!(source.kind(), io::ErrorKind::TimedOut);
+        }
+        other => panic!("{other:?}"),
+    }
+    drop(s);
+    assert!(began.elapsed() < LIMIT / 2);
+}
+
+#[test]
+fn without_a_deadline_a_peer_that_stops_reading_is_late_after_the_stall_limit() {
+    let mut s = sender(&MultifdConfig {
+        stall_limit: Duration::from_millis(50),
+        ..config(2)
+    });
+    let e = s.send(PAGES).and_then(|()| s.sync()).unwrap_err();
+    assert!(
+        matches!(cause(&e), (None, ChannelError::Stalled { .. })),
+        "{e}"
+    );
+    assert!(s.set.join().is_err());
+}
+
+#[test]
+fn joining_with_a_peer_that_stops_reading_ends_at_the_deadline() {
+    let mut s = sender(&config(1));
+    s.send(256).unwrap();
+    s.set
+        .set_deadline(Some(Instant::now() + Duration::from_millis(50)));
+    let began = Instant::now();
+    assert!(s.set.join().is_err());
+    assert!(began.elapsed() < LIMIT / 2);
+}
+
+#[test]
+fn an_abort_wakes_a_sender_whose_peer_stopped_reading() {
+    let mut s = sender(&config(2));
+    let abort = s.set.abort_handle();
+    let (aborted, began) = (thread::spawn(move || abort.abort()), Instant::now());
+    let e = s.send(PAGES).and_then(|()| s.sync()).unwrap_err();
+    assert!(matches!(cause(&e), (None, ChannelError::Closed)), "{e}");
+    aborted.join().unwrap();
+    drop(s);
+    assert!(began.elapsed() < LIMIT / 2);
+}
+
+/// Panics when it is written to.
+struct Broken(Arc<Mutex<bool>>);
+
+impl ByteSink for Broken {
+    fn write_all(&mut self, _: &[Chunk<'_>]) -> io::Result<()> {
+        *self.0.lock().unwrap() = true;
+        panic!("a bug in a transport that was plugged in");
+    }
+    fn set_write_deadline(&mut self, _: Option<Instant>) {}
+}
+
+#[test]
+fn a_transport_that_panics_is_an_error_and_no_hang() {
+    let reached = Arc::new(Mutex::new(false));
+    let channels = vec![SendChannel::new(Broken(reached.clone()), || {})];
+    let mut set = SendSet::start(Arc::new(Ram::new(&[1])), channels, &config(1)).unwrap();
+    let (main, _peer) = UnixStream::pair().unwrap();
+    let mut main = StreamWriter::new(FdChannel::new(main, LIMIT).unwrap());
+    let e = set.sync(&mut main).unwrap_err();
+    assert!(
+        matches!(cause(&e), (Some(0), ChannelError::Panicked)),
+        "{e}"
+    );
+    assert!(set.join().is_err() && *reached.lock().unwrap());
+}
+
+#[test]
+fn another_number_of_channels_than_configured_is_refused() {
+    let e = SendSet::start(Arc::new(Ram::new(&[1])), Vec::new(), &config(2)).unwrap_err();
+    assert!(
+        matches!(
+            cause(&e),
+            (
+                None,
+                ChannelError::ChannelCount {
+                    got: 0,
+                    expected: 2
+                }
+            )
+        ),
+        "{e}"
+    );
+}
