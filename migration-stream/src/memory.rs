@@ -57,6 +57,38 @@ pub trait PageStore: Send + Sync {
     fn zero(&self, block: BlockId, offset: u64, len: usize) -> Result<(), MemoryError>;
 }
 
+impl<T: PageStore + ?Sized> PageStore for std::sync::Arc<T> {
+    fn blocks(&self) -> &RamBlockTable {
+        (**self).blocks()
+    }
+    fn prepare(
+        &self,
+        block: BlockId,
+        offset: u64,
+        len: usize,
+    ) -> Result<VolatileSlice<'_>, MemoryError> {
+        (**self).prepare(block, offset, len)
+    }
+    fn landed(&self, block: BlockId, offset: u64, len: usize) -> Result<(), MemoryError> {
+        (**self).landed(block, offset, len)
+    }
+    fn zero(&self, block: BlockId, offset: u64, len: usize) -> Result<(), MemoryError> {
+        (**self).zero(block, offset, len)
+    }
+}
+
+impl<T: DirtyLog + ?Sized> DirtyLog for Box<T> {
+    fn start(&mut self) -> Result<(), MemoryError> {
+        (**self).start()
+    }
+    fn sync(&mut self, sink: &mut dyn FnMut(BlockId, u64, u64)) -> Result<(), MemoryError> {
+        (**self).sync(sink)
+    }
+    fn stop(&mut self) -> Result<(), MemoryError> {
+        (**self).stop()
+    }
+}
+
 /// Pages the guest (or the VMM on its behalf) has written.
 pub trait DirtyLog: Send {
     /// Starts logging. Pages written before this call need not be reported.

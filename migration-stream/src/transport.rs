@@ -35,6 +35,27 @@ pub trait PageTransport: Send {
     fn counters(&self) -> TransportCounters;
 }
 
+impl<T: PageTransport + ?Sized> PageTransport for Box<T> {
+    fn send(
+        &mut self,
+        main: &mut StreamWriter,
+        block: BlockId,
+        offset: u64,
+        pages: u64,
+    ) -> Result<(), TransportError> {
+        (**self).send(main, block, offset, pages)
+    }
+    fn sync(&mut self, main: &mut StreamWriter) -> Result<(), TransportError> {
+        (**self).sync(main)
+    }
+    fn set_deadline(&mut self, deadline: Option<Instant>) {
+        (**self).set_deadline(deadline);
+    }
+    fn counters(&self) -> TransportCounters {
+        (**self).counters()
+    }
+}
+
 /// What a [`PageTransport`] has sent since it exists.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct TransportCounters {
