@@ -34,8 +34,50 @@ qapi_enum! {
     }
 }
 
+/// A COLO checkpoint as the side that took or loaded it saw it.
+///
+/// Not part of QEMU's schema.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct ColoCheckpoint {
+    /// Which side tells.
+    pub mode: ColoMode,
+    /// Which checkpoint, counted from 1.
+    pub checkpoint: u64,
+    /// How long the guest stood still for it, µs.
+    pub pause_us: u64,
+    /// How much guest memory was sent or received, bytes.
+    pub ram_bytes: u64,
+    /// How many pages the guest had written since the checkpoint before.
+    pub dirty_pages: u64,
+    /// How many pages were copied from the cache into guest memory. Secondary only, else 0.
+    pub flushed_pages: u64,
+    /// Size of the device state, bytes.
+    pub device_bytes: u64,
+    /// How much the guest had put on its serial line when it stood still for this checkpoint,
+    /// bytes since its start. Primary only, else 0.
+    pub serial_bytes: u64,
+    /// A hash of guest memory, hexadecimal, if the VMM was told to compute it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ram_hash: Option<String>,
+    /// A hash of the device state, hexadecimal, if the VMM was told to compute it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub device_hash: Option<String>,
+    /// What the time went into, in order.
+    pub steps: Vec<ColoCheckpointStep>,
+}
+
+/// A part of a checkpoint.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ColoCheckpointStep {
+    /// Its name.
+    pub step: String,
+    /// How long it took, µs.
+    pub us: u64,
+}
+
 /// An event.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "event", content = "data", rename_all = "SCREAMING_SNAKE_CASE")]
 pub enum Event {
     /// The VM has been stopped.
@@ -74,6 +116,10 @@ pub enum Event {
         /// Why it ended.
         reason: ColoExitReason,
     },
+    /// A COLO checkpoint is over. An extension of this project that QEMU does not have, hence
+    /// the `X_` (QEMU's mark of what is experimental).
+    #[serde(rename = "X_COLO_CHECKPOINT")]
+    ColoCheckpoint(Box<ColoCheckpoint>),
 }
 
 /// When an event happened, since 1970 UTC.

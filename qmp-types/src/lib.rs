@@ -75,7 +75,7 @@ pub use capability::{Capabilities, MigrationCapability, MigrationCapabilityStatu
 pub use client::{Client, ClientError, EventMessage, Greeting, ServerMessage};
 pub use command::{Command, CommandInfo, CommandKind, Migrate, MigrateIncoming, QmpCapability};
 pub use error::{CommandResult, ErrorClass, QmpError, done, returns};
-pub use event::{Event, ShutdownCause, Timestamp};
+pub use event::{ColoCheckpoint, ColoCheckpointStep, Event, ShutdownCause, Timestamp};
 pub use migration::{
     ColoExitReason, ColoMode, ColoStatus, MigrationInfo, MigrationRamInfo, MigrationStatus,
     XbzrleCacheInfo,

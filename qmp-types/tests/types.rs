@@ -105,6 +105,22 @@ fn events_are_spelled_as_in_the_schema() {
 }
 
 #[test]
+fn the_event_of_a_checkpoint_is_marked_as_an_extension() {
+    let mut sample = json!({"event": "X_COLO_CHECKPOINT", "data": {
+        "mode": "primary", "checkpoint": 1, "pause-us": 9_000, "ram-bytes": 8192,
+        "dirty-pages": 2, "flushed-pages": 0, "device-bytes": 700, "serial-bytes": 12,
+        "steps": [{"step": "save-devices", "us": 400}, {"step": "send", "us": 500}],
+    }});
+    let Event::ColoCheckpoint(checkpoint) = identical(&sample) else {
+        panic!("a checkpoint");
+    };
+    assert_eq!((checkpoint.checkpoint, checkpoint.ram_hash), (1, None));
+    sample["data"]["ram-hash"] = json!("0123456789abcdef");
+    sample["data"]["device-hash"] = json!("fedcba9876543210");
+    identical::<Event>(&sample);
+}
+
+#[test]
 fn an_event_of_another_command_set_is_handed_on_by_name() {
     let mut client = Client::new();
     client.feed(br#"{"timestamp":{"seconds":1,"microseconds":2},"event":"JOB","data":{"id":"j"}}"#);
