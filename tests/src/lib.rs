@@ -21,6 +21,7 @@ pub mod harness;
 pub mod process;
 pub mod qemu;
 pub mod qmp;
+pub mod store;
 
 use std::time::Duration;
 

@@ -394,6 +394,29 @@ impl Qemu {
         }
     }
 
+    /// The names and used lengths of all RAM blocks, as `info ramblock` has them.
+    ///
+    /// # Errors
+    /// QEMU's answer is not understood.
+    pub fn ram_blocks(&mut self) -> Result<Vec<(String, u64)>> {
+        let text = self.qmp.execute(
+            "human-monitor-command",
+            json!({"command-line": "info ramblock"}),
+        )?;
+        let text = text.as_str().unwrap_or_default();
+        // Block name, page size as a number and its unit, offset, used length, and more.
+        let block = |line: &str| {
+            let mut fields = line.split_whitespace();
+            let name = fields.next()?.to_owned();
+            let used = fields.nth(3)?.strip_prefix("0x")?;
+            Some((name, u64::from_str_radix(used, 16).ok()?))
+        };
+        let lines = text.lines().skip(1).filter(|l| !l.trim().is_empty());
+        lines
+            .map(|line| block(line).ok_or_else(|| format!("not a RAM block: '{line}'").into()))
+            .collect()
+    }
+
     /// `length` bytes of the guest's physical memory from `address` on, as the guest would read
     /// them: firmware shadows and device holes included.
     ///

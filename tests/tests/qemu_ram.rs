@@ -1,0 +1,225 @@
+//! Real QEMU migrates to our `Target` over TCP: every page has to be what QEMU's own `pmemsave`
+//! and the file behind its RAM say.
+
+use std::fs;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::thread::{self, JoinHandle};
+
+use migration_stream::StreamReader;
+use migration_stream::decoder::{ConfigurationRule, DecoderConfig};
+use migration_stream::opaque_tail::TailLimits;
+use migration_stream::precopy::{Loaded, Received, Target, TargetConfig};
+use migration_stream::ram::{NoMultifd, RamBlock, RamBlockTable};
+use multifd::incoming::{Acceptor, Limits};
+use multifd::{ChannelCount, Compression, Listener, MultifdConfig, RecvSet};
+use serde_json::json;
+use tempfile::TempDir;
+use tests::guest::{self, Content, Dirtier};
+use tests::qemu::{Binary, Machine, Qemu};
+use tests::store::Memory;
+use tests::{Result, harness};
+
+/// Guest memory, MiB.
+const MEMORY: u32 = 32;
+/// What the RAM block that a test's file stands behind is called.
+const RAM: &str = "ram0";
+
+fn main() -> ExitCode {
+    let trial = |name, test| harness::on_each_qemu(name, (11, 1), test);
+    harness::run(
+        [
+            trial("ram_of_a_stopped_guest_arrives_plain", |q| {
+                stopped_guest(q, None)
+            }),
+            trial("ram_of_a_stopped_guest_arrives_by_one_channel", |q| {
+                stopped_guest(q, Some((1, Compression::None)))
+            }),
+            trial("ram_of_a_stopped_guest_arrives_by_four_channels", |q| {
+                stopped_guest(q, Some((4, Compression::None)))
+            }),
+            trial("ram_of_a_stopped_guest_arrives_by_zstd_channels", |q| {
+                stopped_guest(q, Some((2, zstd())))
+            }),
+            trial("ram_of_a_running_guest_arrives_plain", |q| {
+                running_guest(q, None)
+            }),
+            trial("ram_of_a_running_guest_arrives_by_two_channels", |q| {
+                running_guest(q, Some((2, Compression::None)))
+            }),
+            trial("ram_of_a_running_guest_arrives_by_zstd_channels", |q| {
+                running_guest(q, Some((2, zstd())))
+            }),
+        ]
+        .into_iter()
+        .flatten(),
+    )
+}
+
+/// Channels and how they are compressed; `None` is the main stream alone.
+type Channels = Option<(u8, Compression)>;
+
+fn zstd() -> Compression {
+    Compression::Zstd(multifd::ZstdLevel::default())
+}
+
+fn stopped_guest(qemu: &Binary, channels: Channels) -> Result<()> {
+    for machine in ["q35", "microvm"] {
+        let files = Files::new()?;
+        guest::write_memory(&files.memory, u64::from(MEMORY) << 20, Content::Mixed)?;
+        let mut source = Machine::new(machine, MEMORY)
+            .memory_in(&files.memory)
+            .start(qemu)?;
+        let destination = Destination::listen(&mut source, channels)?;
+        configure(&mut source, channels)?;
+        source.migrate(&destination.uri)?;
+        let received = check(destination, &mut source, &files)?;
+        assert_eq!(received.flushes > 0, channels.is_some());
+    }
+    Ok(())
+}
+
+fn running_guest(qemu: &Binary, channels: Channels) -> Result<()> {
+    for machine in ["pc", "microvm"] {
+        let files = Files::new()?;
+        let guest = Dirtier {
+            start: 4 << 20,
+            pages: 1024,
+        };
+        guest.write_disk(&files.disk)?;
+        let mut source = Machine::new(machine, MEMORY)
+            .boot(&files.disk)
+            .memory_in(&files.memory)
+            .running()
+            .args(["-serial", "stdio"])
+            .start(qemu)?;
+        source
+            .process
+            .stdout()
+            .wait_for("first round", |b| (!b.is_empty()).then_some(()))?;
+        let destination = Destination::listen(&mut source, channels)?;
+        configure(&mut source, channels)?;
+        source.enable(&["events"])?;
+        // Not before the guest has dirtied again what was sent.
+        source.set_parameters(json!({"max-bandwidth": 32 << 20, "downtime-limit": 0}))?;
+        source.migrate(&destination.uri)?;
+        source
+            .qmp
+            .wait_event_if("MIGRATION_PASS", |d| d["pass"] == 3)?;
+        source.set_parameters(json!({"max-bandwidth": 0, "downtime-limit": 2000}))?;
+        check(destination, &mut source, &files)?;
+    }
+    Ok(())
+}
+
+struct Files {
+    _dir: TempDir,
+    memory: PathBuf,
+    disk: PathBuf,
+}
+
+impl Files {
+    fn new() -> Result<Self> {
+        let dir = tempfile::tempdir()?;
+        Ok(Self {
+            memory: dir.path().join("memory"),
+            disk: dir.path().join("disk"),
+            _dir: dir,
+        })
+    }
+}
+
+fn configure(source: &mut Qemu, channels: Channels) -> Result<()> {
+    source.enable(&["return-path"])?;
+    if let Some((count, compression)) = channels {
+        source.enable(&["multifd"])?;
+        let method = match compression {
+            Compression::None => "none",
+            _ => "zstd",
+        };
+        source.set_parameters(json!({"multifd-channels": count, "multifd-compression": method}))?;
+    }
+    Ok(())
+}
+
+/// Our side, in a thread of its own, until everything is loaded and confirmed.
+struct Destination {
+    uri: String,
+    thread: JoinHandle<Result<(Memory, Received)>>,
+}
+
+impl Destination {
+    fn listen(source: &mut Qemu, channels: Channels) -> Result<Self> {
+        let blocks = source
+            .ram_blocks()?
+            .into_iter()
+            .map(|(name, len)| RamBlock::new(name, len))
+            .collect::<std::result::Result<Vec<_>, _>>()?;
+        let memory = Memory::new(RamBlockTable::new(blocks)?)?;
+        let multifd = channels.map(|(count, compression)| MultifdConfig {
+            channels: ChannelCount::new(count).unwrap_or_default(),
+            compression,
+            ..MultifdConfig::default()
+        });
+        let listener = Listener::bind(&"tcp:127.0.0.1:0".parse()?)?;
+        let uri = listener.local_address()?.to_string();
+        let acceptor = Acceptor::new(listener, multifd.as_ref(), Limits::default())?;
+        let thread = thread::spawn(move || receive(acceptor, multifd.as_ref(), memory));
+        Ok(Self { uri, thread })
+    }
+}
+
+fn receive(
+    mut acceptor: Acceptor,
+    multifd: Option<&MultifdConfig>,
+    memory: Memory,
+) -> Result<(Memory, Received)> {
+    let incoming = acceptor.accept(None)?;
+    let config = TargetConfig {
+        decoder: DecoderConfig::new(ConfigurationRule::Any),
+        max_devices: 1 << 20,
+    };
+    let reader = StreamReader::new(incoming.main.share(), &incoming.prefix);
+    let target =
+        |store: &Memory| Target::new(config, reader, Some(Box::new(incoming.main.share())), store);
+    let limits = TailLimits::default();
+    let confirm = |loaded: &mut Loaded| -> Result<Received> {
+        loaded.confirm()?;
+        Ok(loaded.received())
+    };
+    let Some(multifd) = multifd else {
+        let (mut loaded, tail) = target(&memory).load_opaque(&memory, &mut NoMultifd, limits)?;
+        assert!(tail.sections().len() > 10);
+        let received = confirm(&mut loaded)?;
+        return Ok((memory, received));
+    };
+    let waker = incoming.main.share();
+    let channels = incoming.channels.into_iter().map(Into::into).collect();
+    let set = RecvSet::start(memory, channels, multifd, move |_| waker.shutdown())?;
+    let (mut loaded, tail) =
+        target(set.store()).load_opaque(set.store(), &mut set.barrier(), limits)?;
+    assert!(tail.sections().len() > 10);
+    let received = confirm(&mut loaded)?;
+    let joined = set.join()?;
+    joined.outcome?;
+    Ok((joined.store, received))
+}
+
+/// Waits for both ends and compares the memory that arrived with the source's, which stands still.
+fn check(destination: Destination, source: &mut Qemu, files: &Files) -> Result<Received> {
+    let arrived = destination.thread.join();
+    let (memory, received) = arrived.map_err(|_| "our side panicked")??;
+    source.wait_migration("completed")?;
+    let ram = memory.bytes(RAM)?;
+    guest::compare("RAM and its file", &fs::read(&files.memory)?, &ram)?;
+    for range in guest::plain_ram(MEMORY) {
+        let expected = source.pmemsave(range.start, range.end - range.start)?;
+        let slice = usize::try_from(range.start)?..usize::try_from(range.end)?;
+        guest::compare("RAM and pmemsave", &expected, &ram[slice])?;
+    }
+    // Firmware ends where the 32-bit address space does.
+    let firmware = memory.bytes("pc.bios")?;
+    let expected = source.pmemsave((1 << 32) - firmware.len() as u64, firmware.len() as u64)?;
+    guest::compare("firmware and pmemsave", &expected, &firmware)?;
+    Ok(received)
+}
