@@ -5,6 +5,10 @@
 //! between. So when the VM stops, what a clock changes is read once and kept here, and timers that
 //! could fire are disarmed; when it resumes, all go on from the values kept here. Devices save and
 //! install those values and not KVM's.
+//!
+//! KVM does not say whether the interrupt of a timer that has expired was delivered. A one-shot or
+//! deadline timer that has expired therefore fires (again) at once when the VM resumes: an
+//! interrupt too many does no harm, one that is lost stops a guest for ever.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -137,26 +141,29 @@ impl Clocks {
         if self.sources.kvmclock {
             values.kvmclock = self.vm.get_clock().map_err(kvm("KVM_GET_CLOCK"))?.clock;
         }
-        // Offset and value of the first vCPU's TSC: the others are told from it, so that all
+        let registers: &[u32] = if self.sources.tsc_deadline {
+            &[MSR_TSC, MSR_TSC_DEADLINE]
+        } else {
+            &[MSR_TSC]
+        };
+        // Value and offset of the first vCPU's TSC: the others are told from it, so that all
         // values are of one moment.
         let mut first = None;
         for (vcpu, clocks) in self.vcpus.iter().zip(&mut values.vcpus) {
             let fd = vcpu.fd()?;
-            let offset = self.tsc_offset.map(|o| o.get(&fd)).transpose()?;
-            clocks.tsc = match (first, offset) {
-                (Some((tsc, first)), Some(offset)) => offset.wrapping_sub(first).wrapping_add(tsc),
-                _ => read_msr(&fd, MSR_TSC)?,
-            };
-            if first.is_none()
-                && let Some(offset) = offset
-            {
-                first = Some((clocks.tsc, offset));
-            }
-            if self.sources.tsc_deadline {
-                clocks.tsc_deadline = read_msr(&fd, MSR_TSC_DEADLINE)?;
-                if clocks.tsc_deadline != 0 {
-                    write_msrs(&fd, &[entry(MSR_TSC_DEADLINE, 0)])?;
+            for entry in read_msrs(&fd, registers)? {
+                match entry.index {
+                    MSR_TSC => clocks.tsc = entry.data,
+                    _ => clocks.tsc_deadline = entry.data,
                 }
+            }
+            if let Some(tsc_offset) = self.tsc_offset {
+                let offset = tsc_offset.get(&fd)?;
+                let (tsc, first) = *first.get_or_insert((clocks.tsc, offset));
+                clocks.tsc = offset.wrapping_sub(first).wrapping_add(tsc);
+            }
+            if clocks.tsc_deadline != 0 {
+                write_msrs(&fd, &[entry(MSR_TSC_DEADLINE, 0)])?;
             }
             if self.sources.irqchip {
                 let regs = fd.get_lapic().map_err(kvm("KVM_GET_LAPIC"))?;

@@ -11,7 +11,8 @@ use vmstate::{Device, DeviceTree, Priority, VmState};
 
 use super::clocks::ClockSources;
 use super::{
-    Clocks, GuestExit, Machine, MachineConfig, MachineError, MemorySlots, RunControl, RunState,
+    Clocks, GuestExit, GuestImage, Machine, MachineConfig, MachineError, MemorySlots, RunControl,
+    RunState,
 };
 use crate::devices::{
     COM1_PORTS, DEBUG_EXIT_PORT, DebugExit, IoApic, KvmClock, Lapic, MSR_TSC_DEADLINE,
@@ -204,6 +205,12 @@ impl KvmMachine {
 
         // The guest. An incoming one brings all of this with it.
         if let Some(image) = &config.guest {
+            if matches!(image, GuestImage::Kernel { .. }) && vcpu::is_pvm() {
+                tracing::warn!(
+                    "this host's kvm is PVM, which emulates all kernel code and knows few \
+                     instructions: a stock linux kernel crawls here, and does not get to its end"
+                );
+            }
             let boot = loader::load(image, &memory)?;
             if let Some(first) = vcpus.first() {
                 vcpu::enter(&*first.fd()?, &boot)

@@ -1,6 +1,7 @@
 //! What to tell the user when KVM gives up on an instruction.
 
 use std::fmt;
+use std::path::Path;
 
 use kvm_ioctls::VcpuFd;
 use vm_memory::{Bytes, GuestAddress};
@@ -36,9 +37,14 @@ impl UnemulatedInstruction {
             vcpu,
             rip,
             bytes,
-            pvm: std::path::Path::new("/sys/module/kvm_pvm").exists(),
+            pvm: is_pvm(),
         }
     }
+}
+
+/// Whether this host's KVM is PVM.
+pub fn is_pvm() -> bool {
+    Path::new("/sys/module/kvm_pvm").exists()
 }
 
 /// The bytes from linear address `at`, as far as the guest has them mapped.

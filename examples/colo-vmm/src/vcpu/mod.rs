@@ -16,6 +16,7 @@ pub use boot::BootState;
 pub(crate) use boot::enter;
 pub(crate) use cpuid::cpuid_of;
 pub use failure::UnemulatedInstruction;
+pub(crate) use failure::is_pvm;
 pub(crate) use tsc_offset::TscOffset;
 
 use crate::devices::{KvmDeviceError, PortBus};
