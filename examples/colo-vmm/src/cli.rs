@@ -7,14 +7,24 @@ use std::os::fd::AsRawFd;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::str::FromStr;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use clap::{Args, Parser, Subcommand};
+use colo_core::{Deadlines, OnPeerLoss};
+use qmp_types::{MigrationAddress, RunState, SessionConfig};
 
-use crate::event_loop::{self, Ending, SharedMachine};
+use crate::console::Console;
+use crate::demo::{self, DemoArgs};
+use crate::event_loop::{self, Ender, Ending, Request};
 use crate::guest::{WorkloadConfig, workload};
 use crate::machine::{GuestImage, KvmMachine, Machine, MachineConfig, SerialSink, SimMachine};
 use crate::memory::Memory;
+use crate::migration::{IncomingMode, Migration, MigrationOptions};
+use crate::monitor::{self, COMMANDS, Monitor};
+use crate::operator::{EventBus, Operator};
+use crate::qmp::{self, QmpAddress};
+use crate::vm::Vm;
 
 /// A small KVM VMM that outlives its host.
 #[derive(Debug, Parser)]
@@ -30,6 +40,8 @@ enum Command {
     Run(RunArgs),
     /// Write the built-in guest to a file: a boot sector, which QEMU boots as well.
     Guest(GuestArgs),
+    /// Run a COLO pair on this machine, kill one side, and show what the guest lost: nothing.
+    Demo(DemoArgs),
 }
 
 /// What a machine consists of.
@@ -89,6 +101,80 @@ struct RunArgs {
     /// The guest's serial line: stdio, file:PATH or null.
     #[arg(long, default_value = "stdio")]
     serial: SerialArg,
+    /// Serve QMP here: unix:PATH or tcp:HOST:PORT.
+    #[arg(long, value_name = "ADDRESS")]
+    qmp: Option<QmpAddress>,
+    /// Wait for a guest instead of starting one: `defer` until QMP says `migrate-incoming`, or an
+    /// address to listen at.
+    #[arg(long, value_name = "defer|URI")]
+    incoming: Option<IncomingArg>,
+    /// Do not start the guest before QMP says `cont`.
+    #[arg(long)]
+    paused: bool,
+    /// Hash guest RAM and device state at every COLO checkpoint.
+    #[arg(long)]
+    verify: bool,
+    /// What to do when COLO has lost the other side: wait for `x-colo-lost-heartbeat`, or take over.
+    /// At most one of the two sides may take over by itself.
+    #[arg(long, default_value = "wait", value_name = "wait|take-over")]
+    on_peer_loss: PeerLossArg,
+    /// How long the other side may be silent when it owes an answer, ms.
+    #[arg(long, value_name = "MS")]
+    peer_timeout: Option<u64>,
+}
+
+/// The value of `--incoming`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum IncomingArg {
+    Defer,
+    Uri(MigrationAddress),
+}
+
+impl FromStr for IncomingArg {
+    type Err = String;
+
+    fn from_str(arg: &str) -> Result<Self, String> {
+        match arg {
+            "defer" => Ok(Self::Defer),
+            uri => uri
+                .parse()
+                .map(Self::Uri)
+                .map_err(|e: qmp_types::QmpError| e.desc),
+        }
+    }
+}
+
+/// The value of `--on-peer-loss`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum PeerLossArg {
+    Wait,
+    TakeOver,
+}
+
+impl From<PeerLossArg> for OnPeerLoss {
+    fn from(arg: PeerLossArg) -> Self {
+        match arg {
+            PeerLossArg::Wait => Self::Wait,
+            PeerLossArg::TakeOver => Self::TakeOver,
+        }
+    }
+}
+
+impl RunArgs {
+    fn migration_options(&self) -> MigrationOptions {
+        let defaults = MigrationOptions::default();
+        let timeout = self.peer_timeout.map(Duration::from_millis);
+        MigrationOptions {
+            verify: self.verify,
+            on_peer_loss: self.on_peer_loss.into(),
+            deadlines: timeout.map_or(defaults.deadlines, |t| Deadlines {
+                message: t,
+                checkpoint: t,
+                idle: t,
+            }),
+            io_limit: timeout.unwrap_or(defaults.io_limit),
+        }
+    }
 }
 
 #[derive(Debug, Args)]
@@ -230,9 +316,13 @@ impl Cli {
         match self.command {
             Command::Run(args) => run(&args),
             Command::Guest(args) => guest(&args),
+            Command::Demo(args) => Ok(demo::run(&args)?),
         }
     }
 }
+
+/// How long QMP clients have to take their last replies.
+const QMP_FAREWELL: Duration = Duration::from_secs(1);
 
 fn run(args: &RunArgs) -> Result<ExitCode, Box<dyn Error>> {
     // Before there are threads, which inherit the mask.
@@ -257,12 +347,55 @@ fn run(args: &RunArgs) -> Result<ExitCode, Box<dyn Error>> {
         .serial
         .sink()
         .map_err(|error| format!("the serial line's file: {error}"))?;
-    let mut machine = args.machine.build(Some(image), sink)?;
-    machine.resume()?;
-    let machine: SharedMachine = Arc::new(Mutex::new(machine));
+    let console = Console::new(sink);
+    let image = args.incoming.is_none().then_some(image);
+    let machine = args.machine.build(image, console.sink())?;
+    let (state, mode) = match args.incoming {
+        None => (RunState::PreLaunch, IncomingMode::None),
+        Some(_) => (RunState::InMigrate, IncomingMode::Deferred),
+    };
+    let events = Arc::new(EventBus::new());
+    let vm = Arc::new(Vm::new(machine, state, Arc::clone(&events)));
+    let ender = Ender::new()?;
+    let fatal = ender.clone();
+    let on_fatal = move || fatal.end(Request::IncomingFailed);
+    let options = args.migration_options();
+    let migration = Migration::new(Arc::clone(&vm), console, mode, options, on_fatal)
+        .map_err(|error| -> Box<dyn Error> { error })?;
+    let quit = ender.clone();
+    let monitor = Monitor::new(Arc::clone(&migration), move || quit.end(Request::Quit));
+    let monitor: Arc<dyn Operator> = Arc::new(monitor);
+    let config = SessionConfig {
+        version: monitor::version(),
+        oob: true,
+        commands: COMMANDS,
+    };
+    let server = match &args.qmp {
+        None => None,
+        Some(address) => Some(
+            qmp::serve(address, config, monitor, &events)
+                .map_err(|error| format!("qmp at {address}: {error}"))?,
+        ),
+    };
+    match &args.incoming {
+        None if args.paused => {}
+        None => vm.resume()?,
+        Some(incoming) => {
+            migration.set_autostart(!args.paused);
+            if let IncomingArg::Uri(address) = incoming {
+                migration
+                    .start_incoming(address, true)
+                    .map_err(|error| error.desc)?;
+            }
+        }
+    }
     let input = (args.serial == SerialArg::Stdio).then(|| io::stdin().as_raw_fd());
-    let ending = event_loop::run(&machine, signals, input)?;
-    event_loop::lock(&machine).stop()?;
+    let ending = event_loop::run(&migration, signals, &ender, input)?;
+    migration.end();
+    vm.stop(RunState::Shutdown)?;
+    if let Some(server) = server {
+        server.shutdown(Instant::now() + QMP_FAREWELL);
+    }
     Ok(match ending {
         Ending::Guest(exit) => {
             if exit.status() != 0 {
@@ -273,6 +406,15 @@ fn run(args: &RunArgs) -> Result<ExitCode, Box<dyn Error>> {
         Ending::Signal(signal) => {
             tracing::info!(signal, "ended by a signal");
             ExitCode::SUCCESS
+        }
+        Ending::Request(Request::Quit) => ExitCode::SUCCESS,
+        Ending::Request(Request::IncomingFailed) => {
+            let error = migration.status().info().error_desc;
+            eprintln!(
+                "colo-vmm: incoming migration: {}",
+                error.unwrap_or_default()
+            );
+            ExitCode::FAILURE
         }
     })
 }

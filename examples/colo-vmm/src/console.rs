@@ -31,8 +31,15 @@ impl Console {
     /// A line that ends in `out`.
     #[must_use]
     pub fn new(out: Box<dyn Write + Send>) -> Self {
-        let shared = Shared { out, held: None, lost: 0, said: 0 };
-        Self { shared: Arc::new(Mutex::new(shared)) }
+        let shared = Shared {
+            out,
+            held: None,
+            lost: 0,
+            said: 0,
+        };
+        Self {
+            shared: Arc::new(Mutex::new(shared)),
+        }
     }
 
     /// Bytes that the guest of this process has put out so far, held or not.
@@ -96,13 +103,19 @@ impl ConsoleGate {
     /// The primary's: everything goes out at once.
     #[must_use]
     pub const fn primary(console: Console) -> Self {
-        Self { console, holds: false }
+        Self {
+            console,
+            holds: false,
+        }
     }
 
     /// The secondary's.
     #[must_use]
     pub const fn secondary(console: Console) -> Self {
-        Self { console, holds: true }
+        Self {
+            console,
+            holds: true,
+        }
     }
 }
 
@@ -130,10 +143,16 @@ impl PacketGate for ConsoleGate {
     fn open(&mut self) {
         let mut shared = self.console.lock();
         if shared.lost > 0 {
-            tracing::warn!(bytes = shared.lost, "serial output since the last checkpoint was lost");
+            tracing::warn!(
+                bytes = shared.lost,
+                "serial output since the last checkpoint was lost"
+            );
         }
         if let Some(held) = shared.held.take()
-            && let Err(error) = shared.out.write_all(&held).and_then(|()| shared.out.flush())
+            && let Err(error) = shared
+                .out
+                .write_all(&held)
+                .and_then(|()| shared.out.flush())
         {
             tracing::warn!(%error, "serial output could not be written");
         }

@@ -1,24 +1,17 @@
-//! The main thread: waits for the guest to end, for signals, and for what the user types.
-//!
-//! A VMM that also serves QMP adds a subscriber.
+//! The main thread: waits for the guest to end, for signals, for an operator's `quit`, and for what
+//! the user types.
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use colo_core::ColoMode;
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::machine::{GuestExit, Machine, MachineError};
-
-/// A machine that several threads control in turns.
-pub type SharedMachine = Arc<Mutex<Box<dyn Machine>>>;
-
-/// Locks a machine; a thread that panicked with the lock leaves a machine that can still be
-/// stopped.
-pub fn lock(machine: &SharedMachine) -> MutexGuard<'_, Box<dyn Machine>> {
-    machine.lock().unwrap_or_else(PoisonError::into_inner)
-}
+use crate::machine::{GuestExit, MachineError};
+use crate::migration::Migration;
+use crate::vm::Vm;
 
 /// Why the loop ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -28,6 +21,51 @@ pub enum Ending {
     Guest(GuestExit),
     /// A signal asked this process to end.
     Signal(i32),
+    /// An operator did, or something that cannot go on.
+    Request(Request),
+}
+
+/// Who asked for the end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Request {
+    /// An operator: `quit`.
+    Quit,
+    /// An incoming migration failed, and nothing else can come of this process.
+    IncomingFailed,
+}
+
+/// Asks the loop to end, from any thread. Clones ask the same loop.
+#[derive(Clone, Debug)]
+pub struct Ender {
+    asked: Arc<Mutex<Option<Request>>>,
+    event: Arc<EventFd>,
+}
+
+impl Ender {
+    /// For a loop to come.
+    ///
+    /// # Errors
+    /// The host gives no descriptor.
+    pub fn new() -> Result<Self, LoopError> {
+        let event = EventFd::new(libc::EFD_NONBLOCK).map_err(host("make an event"))?;
+        Ok(Self {
+            asked: Arc::default(),
+            event: Arc::new(event),
+        })
+    }
+
+    /// Ends the loop. The first request counts.
+    pub fn end(&self, request: Request) {
+        lock(&self.asked).get_or_insert(request);
+        if let Err(error) = self.event.write(1) {
+            tracing::error!(%error, "the main loop cannot be woken");
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // What is behind these locks is whole at every moment.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Why the loop could not go on.
@@ -62,24 +100,25 @@ pub fn ending_signals() -> Result<SignalFd, LoopError> {
     SignalFd::new(&[libc::SIGINT, libc::SIGTERM])
 }
 
-/// Waits until the guest ends or a signal comes, and serves the serial line from `input`, if
-/// there is one, meanwhile.
+/// Waits until the guest ends, a signal comes or `ender` is used, and serves the serial line from
+/// `input`, if there is one, meanwhile.
 ///
 /// # Errors
 /// See [`LoopError`].
 pub fn run(
-    machine: &SharedMachine,
+    migration: &Arc<Migration>,
     signals: SignalFd,
+    ender: &Ender,
     input: Option<RawFd>,
 ) -> Result<Ending, LoopError> {
+    let vm = migration.vm();
     let outcome = Outcome::default();
     let mut manager: EventManager<Box<dyn MutEventSubscriber>> = EventManager::new()?;
-    let exit_event = lock(machine)
-        .exit_event()
-        .try_clone()
+    let exit_event = vm
+        .with_machine(|machine| machine.exit_event().try_clone())
         .map_err(host("watch the guest"))?;
     manager.add_subscriber(Box::new(GuestEnd {
-        machine: Arc::clone(machine),
+        migration: Arc::clone(migration),
         exit_event,
         outcome: Arc::clone(&outcome),
     }));
@@ -87,18 +126,17 @@ pub fn run(
         signals,
         outcome: Arc::clone(&outcome),
     }));
+    manager.add_subscriber(Box::new(RequestEnd {
+        ender: ender.clone(),
+        outcome: Arc::clone(&outcome),
+    }));
     if let Some(fd) = input {
-        manager.add_subscriber(Box::new(SerialInput {
-            machine: Arc::clone(machine),
-            fd,
-        }));
+        let vm = Arc::clone(vm);
+        manager.add_subscriber(Box::new(SerialInput { vm, fd }));
     }
     loop {
         manager.run()?;
-        let ended = outcome
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take();
+        let ended = lock(&outcome).take();
         if let Some(ended) = ended {
             return ended;
         }
@@ -110,7 +148,7 @@ fn host(what: &'static str) -> impl FnOnce(io::Error) -> LoopError {
 }
 
 fn finish(outcome: &Outcome, with: Result<Ending, LoopError>) {
-    *outcome.lock().unwrap_or_else(PoisonError::into_inner) = Some(with);
+    *lock(outcome) = Some(with);
 }
 
 fn watch(ops: &mut EventOps, fd: &impl AsRawFd) {
@@ -120,7 +158,7 @@ fn watch(ops: &mut EventOps, fd: &impl AsRawFd) {
 }
 
 struct GuestEnd {
-    machine: SharedMachine,
+    migration: Arc<Migration>,
     exit_event: EventFd,
     outcome: Outcome,
 }
@@ -131,11 +169,35 @@ impl MutEventSubscriber for GuestEnd {
     }
 
     fn process(&mut self, _events: Events, _ops: &mut EventOps) {
-        let exit = lock(&self.machine).take_exit();
-        match exit {
-            Ok(Some(exit)) => finish(&self.outcome, Ok(Ending::Guest(exit))),
+        let vm = self.migration.vm();
+        match vm.with_machine(|machine| machine.take_exit()) {
+            // The primary's guest is the one that counts: the next checkpoint replaces this one.
+            Ok(Some(exit)) if self.migration.failover().status().mode == ColoMode::Secondary => {
+                tracing::warn!(%exit, "the secondary's guest has ended by itself");
+            }
+            Ok(Some(exit)) => {
+                vm.guest_ended();
+                finish(&self.outcome, Ok(Ending::Guest(exit)));
+            }
             Ok(None) => {}
             Err(error) => finish(&self.outcome, Err(error.into())),
+        }
+    }
+}
+
+struct RequestEnd {
+    ender: Ender,
+    outcome: Outcome,
+}
+
+impl MutEventSubscriber for RequestEnd {
+    fn init(&mut self, ops: &mut EventOps) {
+        watch(ops, &*self.ender.event);
+    }
+
+    fn process(&mut self, _events: Events, _ops: &mut EventOps) {
+        if let Some(request) = *lock(&self.ender.asked) {
+            finish(&self.outcome, Ok(Ending::Request(request)));
         }
     }
 }
@@ -160,7 +222,7 @@ impl MutEventSubscriber for SignalEnd {
 
 /// What the user types goes to the guest.
 struct SerialInput {
-    machine: SharedMachine,
+    vm: Arc<Vm>,
     fd: RawFd,
 }
 
@@ -188,7 +250,8 @@ impl MutEventSubscriber for SerialInput {
             }
             // A real line has no flow control either: what the port has no room for is lost.
             Ok(count) => {
-                if let Err(error) = lock(&self.machine).serial_input(&typed[..count]) {
+                let typed = self.vm.with_machine(|m| m.serial_input(&typed[..count]));
+                if let Err(error) = typed {
                     tracing::warn!(%error, "serial input lost");
                 }
             }

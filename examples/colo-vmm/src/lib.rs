@@ -32,9 +32,15 @@
 //! - [`vcpu`]: threads in the guest
 //! - [`devices`]: one file each, with its state
 //! - [`loader`] and [`guest`]: what runs
+//! - [`vm`] and [`console`]: the machine with its run state, and the guest's output with its gate
+//! - [`migration`]: the crates at work, live migration and COLO
+//! - [`monitor`], [`operator`] and [`qmp`]: what an operator can ask for, and how
+//! - [`demo`]: an operator of a pair, played
 //! - [`cli`] and [`event_loop`]: the program
 
 pub mod cli;
+pub mod console;
+pub mod demo;
 pub mod devices;
 pub mod dirty_log;
 pub mod event_loop;
@@ -42,4 +48,9 @@ pub mod guest;
 pub mod loader;
 pub mod machine;
 pub mod memory;
+pub mod migration;
+pub mod monitor;
+pub mod operator;
+pub mod qmp;
 pub mod vcpu;
+pub mod vm;

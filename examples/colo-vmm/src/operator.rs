@@ -40,11 +40,14 @@ impl EventBus {
     /// Tells every listener. Listeners that are gone are forgotten.
     pub fn publish(&self, event: &Event) {
         let timestamp = Timestamp::from(SystemTime::now());
-        self.lock().retain(|listener| listener.send((event.clone(), timestamp)).is_ok());
+        self.lock()
+            .retain(|listener| listener.send((event.clone(), timestamp)).is_ok());
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Vec<Sender<(Event, Timestamp)>>> {
         // A list of senders is whole at every moment.
-        self.listeners.lock().unwrap_or_else(PoisonError::into_inner)
+        self.listeners
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -2,9 +2,9 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use qmp_types::{Event, RunState, StatusInfo};
+use qmp_types::{Event, RunState, ShutdownCause, StatusInfo};
 
-use crate::machine::{Machine, MachineError, RunState as MachineState};
+use crate::machine::{Machine, MachineError};
 use crate::memory::Memory;
 use crate::operator::EventBus;
 
@@ -25,7 +25,11 @@ impl Vm {
     #[must_use]
     pub fn new(machine: Box<dyn Machine>, state: RunState, events: Arc<EventBus>) -> Self {
         let memory = Arc::clone(machine.memory());
-        Self { inner: Mutex::new(Inner { machine, state }), memory, events }
+        Self {
+            inner: Mutex::new(Inner { machine, state }),
+            memory,
+            events,
+        }
     }
 
     /// Guest RAM.
@@ -50,7 +54,10 @@ impl Vm {
     #[must_use]
     pub fn status(&self) -> StatusInfo {
         let state = self.state();
-        StatusInfo { status: state, running: state == RunState::Running }
+        StatusInfo {
+            status: state,
+            running: state == RunState::Running,
+        }
     }
 
     /// Stops the guest, if it runs, and takes the run state `to`. Returns whether it ran.
@@ -83,6 +90,16 @@ impl Vm {
         Ok(())
     }
 
+    /// The guest has ended by itself, and its machine is stopped.
+    pub fn guest_ended(&self) {
+        self.lock().state = RunState::Shutdown;
+        let reason = ShutdownCause::GuestShutdown;
+        self.events.publish(&Event::Shutdown {
+            guest: true,
+            reason,
+        });
+    }
+
     /// Takes another run state without touching the guest, which is stopped.
     pub fn set_state(&self, state: RunState) {
         self.lock().state = state;
@@ -91,12 +108,6 @@ impl Vm {
     /// Does something with the machine. Its run state is not to be changed by it.
     pub fn with_machine<R>(&self, f: impl FnOnce(&mut dyn Machine) -> R) -> R {
         f(&mut *self.lock().machine)
-    }
-
-    /// Is the machine's guest at its end?
-    #[must_use]
-    pub fn has_ended(&self) -> bool {
-        self.lock().machine.state() == MachineState::Ended
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -108,6 +119,8 @@ impl Vm {
 
 impl std::fmt::Debug for Vm {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Vm").field("state", &self.state()).finish_non_exhaustive()
+        f.debug_struct("Vm")
+            .field("state", &self.state())
+            .finish_non_exhaustive()
     }
 }

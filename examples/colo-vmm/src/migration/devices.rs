@@ -36,7 +36,10 @@ fn encode(sections: &[SavedSection], out: &mut Vec<u8>) -> Result<(), BoxError> 
             instance: InstanceId(section.instance_id),
             version: section.version,
         };
-        framed.push(DeviceSection { header, body: &section.body });
+        framed.push(DeviceSection {
+            header,
+            body: &section.body,
+        });
     }
     encode_device_blob(framed, out);
     Ok(())

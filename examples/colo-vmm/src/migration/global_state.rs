@@ -28,7 +28,13 @@ impl GlobalStateBody {
             *to = *from;
         }
         let size = u32::try_from(name.len() + 1).unwrap_or(0);
-        Self { size, run_state, has_was_suspended: false, was_suspended: false, reserved: Unused }
+        Self {
+            size,
+            run_state,
+            has_was_suspended: false,
+            was_suspended: false,
+            reserved: Unused,
+        }
     }
 
     fn state(&self) -> Option<RunState> {
@@ -37,7 +43,9 @@ impl GlobalStateBody {
     }
 
     fn check(&self) -> Result<(), String> {
-        self.state().map(drop).ok_or_else(|| format!("no run state: {:?}", self.run_state))
+        self.state()
+            .map(drop)
+            .ok_or_else(|| format!("no run state: {:?}", self.run_state))
     }
 }
 

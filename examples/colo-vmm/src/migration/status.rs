@@ -34,12 +34,20 @@ impl Status {
     /// No migration yet.
     #[must_use]
     pub fn new(bus: Arc<EventBus>) -> Self {
-        Self { inner: Mutex::default(), bus }
+        Self {
+            inner: Mutex::default(),
+            bus,
+        }
     }
 
     /// A migration begins; what was known of an earlier one is forgotten.
     pub fn begin(&self, events: bool, listening: Option<SocketAddress>) {
-        *self.lock() = Inner { events, begun: Some(Instant::now()), listening, ..Inner::default() };
+        *self.lock() = Inner {
+            events,
+            begun: Some(Instant::now()),
+            listening,
+            ..Inner::default()
+        };
         self.set(MigrationStatus::Setup);
     }
 
@@ -82,7 +90,9 @@ impl Status {
         let mut inner = self.lock();
         let before = inner.progress.replace(*progress).map_or(1, |p| p.pass);
         if inner.events && progress.pass > before {
-            self.bus.publish(&Event::MigrationPass { pass: progress.pass });
+            self.bus.publish(&Event::MigrationPass {
+                pass: progress.pass,
+            });
         }
     }
 
@@ -101,7 +111,10 @@ impl Status {
     #[must_use]
     pub fn is_busy(&self) -> bool {
         use MigrationStatus::{Cancelled, Completed, Failed, None as Never};
-        !matches!(self.get(), None | Some(Never | Completed | Failed | Cancelled))
+        !matches!(
+            self.get(),
+            None | Some(Never | Completed | Failed | Cancelled)
+        )
     }
 
     /// What `query-migrate` answers.

@@ -1,0 +1,243 @@
+//! COLO's view of this VMM.
+
+use std::io;
+use std::sync::Arc;
+
+use colo_core::driver::{ColoControl, DriverConfig, Parts};
+use colo_core::{
+    CheckpointReport, ColoExit, ExitReason, NoReplication, Outcome, Role, Vm as ColoVm, VmError,
+};
+use qmp_types::{ColoCheckpoint, ColoCheckpointStep, ColoExitReason, ColoMode, Event};
+use qmp_types::{MigrationStatus, RunState};
+use twox_hash::XxHash64;
+use vmstate::{ResetDone, Staged};
+
+use super::{Migration, chain, devices, lock};
+use crate::console::ConsoleGate;
+use crate::memory::Memory;
+
+/// A control that other threads reach through the migration's job.
+pub(super) fn control(migration: &Arc<Migration>, role: Role) -> io::Result<ColoControl> {
+    let connections = migration.connections.clone();
+    let (failover, delay) = (migration.failover.clone(), migration.checkpoint_delay());
+    let control = ColoControl::new(role, failover, delay, move || connections.shut())?;
+    lock(&migration.job).colo = Some(control.clone());
+    Ok(control)
+}
+
+pub(super) fn config(migration: &Migration) -> DriverConfig {
+    DriverConfig {
+        deadlines: migration.options.deadlines,
+        on_loss: migration.options.on_peer_loss,
+        ..DriverConfig::default()
+    }
+}
+
+/// The VM, without disks, with its serial line as all the output there is. `run`: the guest runs
+/// when COLO begins.
+pub(super) fn parts(
+    migration: &Arc<Migration>,
+    role: Role,
+    run: bool,
+) -> Parts<CheckpointedVm, NoReplication, ConsoleGate> {
+    let console = migration.console.clone();
+    Parts {
+        vm: CheckpointedVm {
+            migration: Arc::clone(migration),
+            role,
+            run,
+            said: 0,
+            hashes: None,
+        },
+        replication: NoReplication,
+        gate: match role {
+            Role::Primary => ConsoleGate::primary(console),
+            Role::Secondary => ConsoleGate::secondary(console),
+        },
+    }
+}
+
+/// COLO is over on this side.
+pub(super) fn finish(migration: &Migration, outcome: Outcome) {
+    lock(&migration.job).colo = None;
+    migration.connections.clear();
+    match outcome {
+        Outcome::TookOver => migration.status.set(MigrationStatus::Completed),
+        Outcome::Quit => {}
+        Outcome::Broken(cause) => {
+            migration.vm.set_state(RunState::InternalError);
+            let error = format!("the VM is in no state to run: {cause}");
+            migration.status.fail(MigrationStatus::Failed, error);
+        }
+    }
+}
+
+/// The VM between two checkpoints.
+pub(super) struct CheckpointedVm {
+    migration: Arc<Migration>,
+    role: Role,
+    /// The guest runs when nothing stops it: an operator's `stop` outlives a checkpoint.
+    run: bool,
+    /// What the guest had put out when it stood still for the checkpoint.
+    said: u64,
+    /// RAM and devices at the checkpoint, with `--verify`.
+    hashes: Option<(u64, u64)>,
+}
+
+impl CheckpointedVm {
+    fn error(
+        what: &'static str,
+    ) -> impl FnOnce(Box<dyn std::error::Error + Send + Sync>) -> VmError {
+        move |source| VmError::new(what, source)
+    }
+
+    fn hash(&mut self, device_state: &[u8]) {
+        if self.migration.options.verify {
+            let devices = XxHash64::oneshot(0, device_state);
+            self.hashes = Some((hash_memory(self.migration.vm.memory()), devices));
+        }
+    }
+}
+
+/// A hash of all RAM of a stopped guest.
+fn hash_memory(memory: &Memory) -> u64 {
+    use std::hash::Hasher;
+
+    use vm_memory::VolatileMemory;
+
+    let mut hasher = XxHash64::with_seed(0);
+    let mut copy = vec![0u8; 1 << 20];
+    for region in memory.regions() {
+        let mut at = 0;
+        while at < region.mapping.size() {
+            let len = copy.len().min(region.mapping.size() - at);
+            if let Ok(slice) = region.mapping.get_slice(at, len) {
+                slice.copy_to(&mut copy[..len]);
+            }
+            hasher.write(&copy[..len]);
+            at += len;
+        }
+    }
+    hasher.finish()
+}
+
+impl ColoVm for CheckpointedVm {
+    type Staged = Staged;
+    type Reset = ResetDone;
+
+    fn stop(&mut self) -> Result<(), VmError> {
+        let vm = &self.migration.vm;
+        match vm.state() {
+            RunState::Running => self.run = true,
+            // An operator stopped it since: it stays so after the checkpoint.
+            RunState::Paused => self.run = false,
+            _ => {}
+        }
+        if self.run {
+            vm.stop(RunState::Colo)
+                .map_err(|e| VmError::new("stopping the guest", e))?;
+        }
+        self.said = self.migration.console.said();
+        Ok(())
+    }
+
+    fn resume(&mut self) -> Result<(), VmError> {
+        if self.run {
+            self.migration
+                .vm
+                .resume()
+                .map_err(|e| VmError::new("resuming the guest", e))?;
+        } else {
+            self.migration.vm.set_state(RunState::Paused);
+        }
+        Ok(())
+    }
+
+    fn save_devices(&mut self, out: &mut Vec<u8>) -> Result<(), VmError> {
+        let vm = &self.migration.vm;
+        vm.with_machine(|machine| devices::save(machine.devices()?, out))
+            .map_err(Self::error("saving the devices"))?;
+        self.hash(out);
+        Ok(())
+    }
+
+    fn stage_devices(&mut self, state: &[u8]) -> Result<Staged, VmError> {
+        let vm = &self.migration.vm;
+        vm.with_machine(|machine| devices::stage(machine.devices()?, state))
+            .map_err(Self::error("checking device state"))
+    }
+
+    fn reset_devices(&mut self, staged: Staged) -> Result<ResetDone, VmError> {
+        let vm = &self.migration.vm;
+        vm.with_machine(|machine| Ok(machine.devices()?.reset(staged)?))
+            .map_err(Self::error("resetting the devices"))
+    }
+
+    fn install_devices(&mut self, reset: ResetDone) -> Result<(), VmError> {
+        let vm = &self.migration.vm;
+        vm.with_machine(|machine| Ok(machine.devices()?.install(reset)?))
+            .map_err(Self::error("installing device state"))?;
+        if self.migration.options.verify {
+            // Read back from the devices, not remembered.
+            let mut state = Vec::new();
+            self.save_devices(&mut state)?;
+        }
+        Ok(())
+    }
+
+    fn colo_exit(&mut self, exit: &ColoExit) {
+        let reason = match exit.reason() {
+            ExitReason::Request => ColoExitReason::Request,
+            ExitReason::Error => ColoExitReason::Error,
+        };
+        if exit.reason() == ExitReason::Error {
+            // Whatever happens next, a dead peer is not `colo` any more.
+            self.migration
+                .status
+                .fail(MigrationStatus::Failing, chain(&exit.cause));
+        }
+        tracing::info!(%exit, "colo");
+        self.migration.vm.events().publish(&Event::ColoExit {
+            mode: mode(self.role),
+            reason,
+        });
+    }
+
+    fn checkpoint_done(&mut self, report: &CheckpointReport) {
+        let us = |d: std::time::Duration| u64::try_from(d.as_micros()).unwrap_or(u64::MAX);
+        let hashes = self.hashes.take();
+        let hex = |hash: u64| format!("{hash:016x}");
+        let event = Event::ColoCheckpoint(Box::new(ColoCheckpoint {
+            mode: mode(self.role),
+            checkpoint: report.number,
+            pause_us: us(report.pause),
+            ram_bytes: report.ram_bytes,
+            dirty_pages: report.dirty_pages,
+            flushed_pages: report.flushed_pages,
+            device_bytes: report.device_bytes,
+            serial_bytes: if self.role == Role::Primary {
+                self.said
+            } else {
+                0
+            },
+            ram_hash: hashes.map(|(ram, _)| hex(ram)),
+            device_hash: hashes.map(|(_, devices)| hex(devices)),
+            steps: report
+                .steps
+                .iter()
+                .map(|(step, time)| ColoCheckpointStep {
+                    step: step.to_string(),
+                    us: us(*time),
+                })
+                .collect(),
+        }));
+        self.migration.vm.events().publish(&event);
+    }
+}
+
+const fn mode(role: Role) -> ColoMode {
+    match role {
+        Role::Primary => ColoMode::Primary,
+        Role::Secondary => ColoMode::Secondary,
+    }
+}

@@ -1,0 +1,267 @@
+//! The target: listen, take a guest in, and go on as the COLO secondary.
+
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use colo_core::driver::{SecondaryLink, run_secondary};
+use colo_core::{ColoStore, IncomingPages, MigrationPlan, Role};
+use migration_stream::decoder::{ConfigurationRule, DecoderConfig};
+use migration_stream::precopy::{Body, BoxError, Loaded, Target, TargetConfig, TargetVm};
+use migration_stream::section::SectionHeader;
+use migration_stream::{PageStore, StreamReader};
+use multifd::incoming::{Acceptor, Incoming, IncomingError, Limits};
+use multifd::{Address, Listener, MultifdConfig, RecvChannel, RecvSet};
+use qmp_types::{MigrationStatus, RunState};
+use ram_cache::{CacheBlockSpec, FlushPool};
+use vmstate::StagedSection;
+
+use super::{Cancel, MAX_DEVICE_SECTION, Migration, colo, configuration, failed};
+use crate::memory::Memory;
+
+/// What `migrate-incoming` has made before it returns.
+pub(super) struct Prepared {
+    acceptor: Acceptor,
+    address: Option<Address>,
+    multifd: Option<MultifdConfig>,
+    store: Store,
+}
+
+/// Where pages land.
+enum Store {
+    /// In the guest, which does not run before all are there.
+    Guest(Arc<Memory>),
+    /// In cache and guest.
+    Colo(Box<ColoStore>),
+}
+
+impl Prepared {
+    /// Where it listens, with the port that the kernel chose.
+    pub(super) fn listening(&self) -> Option<Address> {
+        self.address.clone()
+    }
+}
+
+/// Binds the address, and makes the RAM cache if there is to be one: what fails here fails the
+/// command, and nothing has changed.
+pub(super) fn prepare(
+    migration: &Migration,
+    plan: &MigrationPlan,
+    multifd: Option<MultifdConfig>,
+    address: &Address,
+) -> Result<Prepared, BoxError> {
+    let memory = migration.vm.memory();
+    let store = if plan.migrate_colo() {
+        let blocks = memory
+            .regions()
+            .iter()
+            .zip(PageStore::blocks(&**memory).iter())
+            .map(|(region, (_, block))| {
+                CacheBlockSpec::whole_region(block.name(), Arc::clone(&region.mapping))
+            })
+            .collect();
+        Store::Colo(Box::new(ColoStore::new(
+            blocks,
+            migration.discard.disable()?,
+        )?))
+    } else {
+        Store::Guest(Arc::clone(memory))
+    };
+    let listener = Listener::bind(address)?;
+    let address = listener.local_address().ok();
+    let limits = Limits {
+        channel: migration.options.io_limit,
+        ..Limits::default()
+    };
+    let acceptor = Acceptor::new(listener, multifd.as_ref(), limits)?
+        .on_refused(|refusal| tracing::warn!(%refusal, "connection refused"));
+    Ok(Prepared {
+        acceptor,
+        address,
+        multifd,
+        store,
+    })
+}
+
+/// Takes a guest in; false if that failed.
+pub(super) fn run(
+    migration: &Arc<Migration>,
+    plan: &MigrationPlan,
+    prepared: Prepared,
+    cancel: &Cancel,
+) -> bool {
+    let result = accept_and_load(migration, plan, prepared, cancel);
+    if let Err(error) = &result {
+        failed(migration, cancel, &**error);
+    }
+    result.is_ok() || cancel.is_requested()
+}
+
+fn accept_and_load(
+    migration: &Arc<Migration>,
+    plan: &MigrationPlan,
+    prepared: Prepared,
+    cancel: &Cancel,
+) -> Result<(), BoxError> {
+    let Prepared {
+        mut acceptor,
+        multifd,
+        store,
+        ..
+    } = prepared;
+    let incoming = accept(migration, &mut acceptor, cancel)?;
+    // Nobody else is taken in: the address is free again.
+    drop(acceptor);
+    migration.connections.add(&incoming.main);
+    incoming
+        .channels
+        .iter()
+        .for_each(|channel| migration.connections.add(channel));
+    migration.status.set(MigrationStatus::Active);
+    match store {
+        Store::Guest(memory) => {
+            let (loaded, pages) = load(migration, plan, incoming, multifd.as_ref(), memory)?;
+            complete(migration, loaded, pages)
+        }
+        Store::Colo(store) => {
+            let (loaded, pages) = load(migration, plan, incoming, multifd.as_ref(), *store)?;
+            enter_colo(migration, loaded, pages)
+        }
+    }
+}
+
+/// Waits for all connections of a source. Peers that do not make up one are turned away, and
+/// waiting goes on.
+fn accept(
+    migration: &Migration,
+    acceptor: &mut Acceptor,
+    cancel: &Cancel,
+) -> Result<Incoming, IncomingError> {
+    loop {
+        match acceptor.accept(Some(cancel.woken.as_fd())) {
+            Err(error @ IncomingError::Incomplete { .. }) => {
+                migration.status.note_error(super::chain(&error));
+            }
+            other => return other,
+        }
+    }
+}
+
+fn load<S: PageStore + 'static>(
+    migration: &Migration,
+    plan: &MigrationPlan,
+    incoming: Incoming,
+    multifd: Option<&MultifdConfig>,
+    store: S,
+) -> Result<(Loaded, IncomingPages<S>), BoxError> {
+    let Incoming {
+        main,
+        prefix,
+        channels,
+    } = incoming;
+    let mut pages = match multifd {
+        None => IncomingPages::plain(store),
+        Some(config) => {
+            let channels = channels.into_iter().map(RecvChannel::from).collect();
+            // The loader of the main stream notices at once when a channel breaks.
+            let wake = main.share();
+            IncomingPages::multifd(RecvSet::start(store, channels, config, move |error| {
+                tracing::warn!(%error, "multifd");
+                wake.shutdown();
+            })?)
+        }
+    };
+    let rule = ConfigurationRule::Matching(configuration()?);
+    let config = TargetConfig {
+        decoder: DecoderConfig::new(rule),
+        max_devices: MAX_DEVICE_SECTION,
+    };
+    let reader = StreamReader::new(main.share(), &prefix);
+    let return_path = plan.return_path().then(|| Box::new(main.share()) as _);
+    let mut staging = Staging {
+        migration,
+        sections: Vec::new(),
+    };
+    let (store, barrier) = pages.parts();
+    let loaded =
+        Target::new(config, reader, return_path, store).load(store, barrier, &mut staging)?;
+    let sections = staging.sections;
+    migration
+        .vm
+        .with_machine(|machine| -> Result<(), BoxError> {
+            let tree = machine.devices()?;
+            let staged = tree.stage(sections)?;
+            Ok(tree.reset_then_install(staged)?)
+        })?;
+    Ok((loaded, pages))
+}
+
+/// Device sections, parsed and checked as they arrive; nothing changes before all are there.
+struct Staging<'a> {
+    migration: &'a Migration,
+    sections: Vec<StagedSection>,
+}
+
+impl TargetVm for Staging<'_> {
+    fn load_device(&mut self, section: &SectionHeader, body: &[u8]) -> Result<Body, BoxError> {
+        let idstr = section.idstr.as_str();
+        let parsed = self.migration.vm.with_machine(|machine| {
+            let tree = machine.devices()?;
+            match tree.parse_section(idstr, section.instance.0, section.version, body, false) {
+                Err(e) if e.is_truncated() => Ok(None),
+                other => other.map(Some).map_err(BoxError::from),
+            }
+        })?;
+        Ok(match parsed {
+            None => Body::NeedMore,
+            Some(parsed) => {
+                self.sections.push(parsed.section);
+                Body::Complete(parsed.consumed)
+            }
+        })
+    }
+}
+
+/// A plain migration is at its end: the guest is ours.
+fn complete(
+    migration: &Migration,
+    mut loaded: Loaded,
+    pages: IncomingPages<Arc<Memory>>,
+) -> Result<(), BoxError> {
+    loaded.confirm()?;
+    pages.join()?;
+    if to_run(migration) {
+        migration.vm.resume()?;
+    } else {
+        migration.vm.set_state(RunState::Paused);
+    }
+    migration.connections.clear();
+    migration.status.set(MigrationStatus::Completed);
+    Ok(())
+}
+
+fn enter_colo(
+    migration: &Arc<Migration>,
+    mut loaded: Loaded,
+    pages: IncomingPages<ColoStore>,
+) -> Result<(), BoxError> {
+    let log = migration.vm.with_machine(|machine| machine.dirty_log());
+    let pool = FlushPool::for_this_host()?;
+    let control = colo::control(migration, Role::Secondary)?;
+    migration.status.set(MigrationStatus::Colo);
+    loaded.confirm()?;
+    let link = SecondaryLink {
+        receiver: loaded.into_checkpoints()?,
+        pages,
+        log,
+        pool,
+    };
+    let mut parts = colo::parts(migration, Role::Secondary, to_run(migration));
+    let outcome = run_secondary(link, &mut parts, &control, colo::config(migration))?;
+    colo::finish(migration, outcome);
+    Ok(())
+}
+
+fn to_run(migration: &Migration) -> bool {
+    migration.autostart.load(Ordering::Acquire) && migration.global_state.get() == RunState::Running
+}

@@ -1,0 +1,490 @@
+//! Migration and COLO for this VMM: what an embedder writes around the crates.
+//!
+//! One [`Migration`] belongs to a VM for its life. A command starts a thread for the outgoing or the
+//! incoming side ([`outgoing`], [`incoming`]); with `x-colo` the same thread goes on as the primary
+//! or the secondary ([`colo`]). Commands never wait for it: they look at [`status`] or shut the
+//! [`connections`].
+
+mod colo;
+mod connections;
+pub mod devices;
+mod global_state;
+mod incoming;
+mod outgoing;
+mod status;
+
+use std::io::{self, PipeReader, PipeWriter};
+use std::net::ToSocketAddrs;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use colo_core::driver::ColoControl;
+use colo_core::{Deadlines, FailoverHandle, MigrationPlan, OnPeerLoss};
+use migration_stream::configuration::{Configuration, MachineName};
+use migration_stream::precopy::{BoxError, Limits};
+use multifd::{Address, ChannelCount, Compression, MultifdConfig, ZstdLevel};
+use qmp_types::{
+    InetSocketAddress, MigrationAddress, MigrationCapability, MigrationStatus, MultiFdCompression,
+    QmpError, RunState, Settings, SocketAddress, Support, ZeroPageDetection,
+};
+use ram_cache::DiscardControl;
+
+use self::connections::Connections;
+use self::global_state::GlobalState;
+use self::status::Status;
+use crate::console::Console;
+use crate::vm::Vm;
+
+/// The machine type in the stream. Its devices are this VMM's own, so it is no QEMU machine's name.
+const MACHINE: &str = "colo-vmm-1";
+
+/// Far more than this VMM's devices have.
+const MAX_DEVICE_SECTION: usize = 16 << 20;
+
+/// What this VMM can do of what QMP knows.
+const SUPPORT: Support = Support {
+    capabilities: &[
+        MigrationCapability::Events,
+        MigrationCapability::XColo,
+        MigrationCapability::ReturnPath,
+        MigrationCapability::Multifd,
+    ],
+    parameters: &[
+        "max-bandwidth",
+        "downtime-limit",
+        "x-checkpoint-delay",
+        "multifd-channels",
+        "multifd-compression",
+        "multifd-zstd-level",
+        "zero-page-detection",
+    ],
+    compression: &[MultiFdCompression::None, MultiFdCompression::Zstd],
+};
+
+/// What the command line says about migration.
+#[derive(Clone, Copy, Debug)]
+pub struct MigrationOptions {
+    /// Hash guest RAM and device state at every checkpoint, for a comparison of both sides.
+    pub verify: bool,
+    /// What a COLO side does when it has lost its peer.
+    pub on_peer_loss: OnPeerLoss,
+    /// How long the peer may take in COLO.
+    pub deadlines: Deadlines,
+    /// How long a connection may be silent, or be in the making, outside COLO.
+    pub io_limit: Duration,
+}
+
+impl Default for MigrationOptions {
+    fn default() -> Self {
+        Self {
+            verify: false,
+            on_peer_loss: OnPeerLoss::default(),
+            deadlines: Deadlines::default(),
+            io_limit: Duration::from_secs(30),
+        }
+    }
+}
+
+/// Whether, and how, this VM was started to be migrated into.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum IncomingMode {
+    /// It has a guest of its own.
+    None,
+    /// `--incoming`: it waits for `migrate-incoming`.
+    Deferred,
+    /// That has come.
+    Started,
+}
+
+/// Migration of one VM.
+pub struct Migration {
+    vm: Arc<Vm>,
+    console: Console,
+    options: MigrationOptions,
+    settings: Mutex<Settings>,
+    status: Status,
+    limits: Arc<Limits>,
+    failover: FailoverHandle,
+    discard: DiscardControl,
+    connections: Connections,
+    global_state: GlobalState,
+    incoming: Mutex<IncomingMode>,
+    /// `-S` of the target: whether the guest is to run once it has arrived.
+    autostart: AtomicBool,
+    job: Mutex<Job>,
+    /// Called when an incoming migration failed that was to end the process with it.
+    on_fatal: Box<dyn Fn() + Send + Sync>,
+}
+
+/// The thread of the present migration, and how to reach it.
+#[derive(Default)]
+struct Job {
+    thread: Option<JoinHandle<()>>,
+    cancel: Option<Arc<Cancel>>,
+    colo: Option<ColoControl>,
+}
+
+/// Gives a migration up.
+struct Cancel {
+    requested: AtomicBool,
+    /// Wakes who waits for connections: dropped or written, it can be read.
+    wake: Mutex<Option<PipeWriter>>,
+    woken: PipeReader,
+}
+
+impl Cancel {
+    fn new() -> io::Result<Arc<Self>> {
+        let (woken, wake) = io::pipe()?;
+        Ok(Arc::new(Self {
+            requested: AtomicBool::new(false),
+            wake: Mutex::new(Some(wake)),
+            woken,
+        }))
+    }
+
+    fn request(&self) {
+        self.requested.store(true, Ordering::Release);
+        drop(lock(&self.wake).take());
+    }
+
+    fn is_requested(&self) -> bool {
+        self.requested.load(Ordering::Acquire)
+    }
+}
+
+impl Migration {
+    /// Migration of `vm`, whose serial line is `console`. `on_fatal` is called, from any thread,
+    /// when the process is to end because an incoming migration failed.
+    ///
+    /// # Errors
+    /// The VM's device tree does not take the `globalstate` section.
+    pub fn new(
+        vm: Arc<Vm>,
+        console: Console,
+        incoming: IncomingMode,
+        options: MigrationOptions,
+        on_fatal: impl Fn() + Send + Sync + 'static,
+    ) -> Result<Arc<Self>, BoxError> {
+        let global_state = GlobalState::running();
+        vm.with_machine(|machine| -> Result<(), BoxError> {
+            let state = global_state.clone();
+            Ok(machine
+                .devices()?
+                .register("globalstate", 0, vmstate::Priority::Low, state)?)
+        })?;
+        let settings = Settings::new(SUPPORT);
+        Ok(Arc::new(Self {
+            status: Status::new(Arc::clone(vm.events())),
+            limits: Arc::new(limits(&settings)),
+            settings: Mutex::new(settings),
+            vm,
+            console,
+            options,
+            failover: FailoverHandle::new(),
+            discard: DiscardControl::new(),
+            connections: Connections::default(),
+            global_state,
+            incoming: Mutex::new(incoming),
+            autostart: AtomicBool::new(true),
+            job: Mutex::default(),
+            on_fatal: Box::new(on_fatal),
+        }))
+    }
+
+    /// The VM.
+    #[must_use]
+    pub const fn vm(&self) -> &Arc<Vm> {
+        &self.vm
+    }
+
+    /// How the migration is going.
+    #[must_use]
+    pub const fn status(&self) -> &Status {
+        &self.status
+    }
+
+    /// The failover request and COLO's status.
+    #[must_use]
+    pub const fn failover(&self) -> &FailoverHandle {
+        &self.failover
+    }
+
+    /// Whether RAM may be discarded (ballooning); COLO forbids it from `migrate-incoming` on.
+    #[must_use]
+    pub const fn discard(&self) -> &DiscardControl {
+        &self.discard
+    }
+
+    /// Capabilities and parameters.
+    pub fn settings(&self) -> MutexGuard<'_, Settings> {
+        lock(&self.settings)
+    }
+
+    /// Sets whether the guest is to run once it has arrived.
+    pub fn set_autostart(&self, autostart: bool) {
+        self.autostart.store(autostart, Ordering::Release);
+    }
+
+    /// Is this VM waiting for its guest?
+    #[must_use]
+    pub fn is_incoming(&self) -> bool {
+        self.vm.state() == RunState::InMigrate
+    }
+
+    /// Are there connections that `yank` could cut?
+    #[must_use]
+    pub fn is_yankable(&self) -> bool {
+        self.status.is_busy()
+    }
+
+    /// Cuts every connection to the peer. Never waits.
+    pub fn yank(&self) {
+        self.connections.shut();
+    }
+
+    /// Parameters were changed: those that act at once do so.
+    pub fn parameters_changed(&self, checkpoint_delay: bool) {
+        let (new, delay) = {
+            let settings = self.settings();
+            let delay = settings.parameters().x_checkpoint_delay;
+            (limits(&settings), Duration::from_millis(u64::from(delay)))
+        };
+        self.limits.set_max_bandwidth(new.max_bandwidth());
+        self.limits.set_downtime(new.downtime());
+        let control = lock(&self.job).colo.clone();
+        if let (true, Some(control)) = (checkpoint_delay, control) {
+            control.set_checkpoint_delay(delay);
+        }
+    }
+
+    /// `migrate`: starts the migration and returns.
+    ///
+    /// # Errors
+    /// It cannot be started, in QEMU's words where QEMU has some.
+    pub fn start_outgoing(self: &Arc<Self>, address: &MigrationAddress) -> Result<(), QmpError> {
+        let mut job = lock(&self.job);
+        if self.status.is_busy() {
+            return Err(QmpError::migration_in_progress());
+        }
+        if self.is_incoming() {
+            return Err(QmpError::generic(
+                "Guest is waiting for an incoming migration",
+            ));
+        }
+        let (plan, multifd) = self.plan()?;
+        let address = socket(address)?;
+        let cancel = self.begin(&mut job, None)?;
+        let this = Arc::clone(self);
+        job.thread = Some(spawn("migration", move || {
+            outgoing::run(&this, &plan, multifd.as_ref(), &address, &cancel);
+        })?);
+        Ok(())
+    }
+
+    /// `migrate-incoming`: listens, makes the RAM cache if there is to be one, and returns.
+    ///
+    /// # Errors
+    /// As for [`Migration::start_outgoing`]; the address is busy, RAM discard is in use, or there is
+    /// no memory for the cache. The command may then be tried again.
+    pub fn start_incoming(
+        self: &Arc<Self>,
+        address: &MigrationAddress,
+        exit_on_error: bool,
+    ) -> Result<(), QmpError> {
+        let mut job = lock(&self.job);
+        let mut mode = lock(&self.incoming);
+        match *mode {
+            IncomingMode::None => return Err(QmpError::incoming_not_specified()),
+            IncomingMode::Started => return Err(QmpError::incoming_already_started()),
+            IncomingMode::Deferred => {}
+        }
+        let (plan, multifd) = self.plan()?;
+        let address = socket(address)?;
+        let prepared = incoming::prepare(self, &plan, multifd, &address)
+            .map_err(|e| QmpError::generic(format!("migrate-incoming: {e}")))?;
+        let listening = prepared.listening().map(|a| qmp_address(&a));
+        let cancel = self.begin(&mut job, listening)?;
+        *mode = IncomingMode::Started;
+        let this = Arc::clone(self);
+        job.thread = Some(spawn("incoming", move || {
+            if !incoming::run(&this, &plan, prepared, &cancel) && exit_on_error {
+                (this.on_fatal)();
+            }
+        })?);
+        Ok(())
+    }
+
+    /// `migrate_cancel`: gives the migration up. Nothing happens when there is none.
+    pub fn cancel(&self) {
+        let cancel = lock(&self.job).cancel.clone();
+        if let Some(cancel) = cancel {
+            cancel.request();
+            self.connections.shut();
+        }
+    }
+
+    /// The process ends: leaves COLO, gives a migration up, and waits for its thread.
+    pub fn end(&self) {
+        let (thread, colo) = {
+            let mut job = lock(&self.job);
+            (job.thread.take(), job.colo.take())
+        };
+        if let Some(colo) = colo {
+            colo.quit();
+        }
+        self.cancel();
+        if let Some(thread) = thread
+            && thread.join().is_err()
+        {
+            tracing::error!("the migration thread panicked");
+        }
+    }
+
+    fn begin(
+        &self,
+        job: &mut Job,
+        listening: Option<SocketAddress>,
+    ) -> Result<Arc<Cancel>, QmpError> {
+        if let Some(thread) = job.thread.take() {
+            // The status says that it is at its end.
+            let _ = thread.join();
+        }
+        let cancel = Cancel::new().map_err(|e| QmpError::generic(format!("no pipe: {e}")))?;
+        job.cancel = Some(Arc::clone(&cancel));
+        job.colo = None;
+        self.connections.clear();
+        let events = self.settings().has(MigrationCapability::Events);
+        self.status.begin(events, listening);
+        Ok(cancel)
+    }
+
+    /// What is agreed for a migration that begins now, frozen for its whole life.
+    fn plan(&self) -> Result<(MigrationPlan, Option<MultifdConfig>), QmpError> {
+        let settings = self.settings();
+        let parameters = settings.parameters();
+        let capabilities = colo_core::Capabilities {
+            x_colo: settings.has(MigrationCapability::XColo),
+            return_path: settings.has(MigrationCapability::ReturnPath),
+            multifd: settings.has(MigrationCapability::Multifd),
+            xbzrle: settings.has(MigrationCapability::Xbzrle),
+        };
+        let plan = MigrationPlan::new(capabilities, parameters.multifd_channels)
+            .map_err(|e| QmpError::generic(e.to_string()))?;
+        let compression = match parameters.multifd_compression {
+            MultiFdCompression::Zstd => {
+                Compression::Zstd(ZstdLevel::new(parameters.multifd_zstd_level).unwrap_or_default())
+            }
+            _ => Compression::None,
+        };
+        let multifd = plan
+            .multifd()
+            .and_then(|n| ChannelCount::new(n.get()))
+            .map(|channels| MultifdConfig {
+                channels,
+                compression,
+                zero_page: parameters.zero_page_detection != ZeroPageDetection::None,
+                stall_limit: self.options.io_limit,
+                ..MultifdConfig::default()
+            });
+        Ok((plan, multifd))
+    }
+
+    fn zero_pages(&self) -> bool {
+        self.settings().parameters().zero_page_detection != ZeroPageDetection::None
+    }
+
+    fn checkpoint_delay(&self) -> Duration {
+        Duration::from_millis(u64::from(self.settings().parameters().x_checkpoint_delay))
+    }
+}
+
+impl std::fmt::Debug for Migration {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Migration")
+            .field("status", &self.status)
+            .finish_non_exhaustive()
+    }
+}
+
+/// The configuration section of this VMM's streams.
+fn configuration() -> Result<Configuration, BoxError> {
+    Ok(Configuration::new(MachineName::new(MACHINE)?))
+}
+
+fn limits(settings: &Settings) -> Limits {
+    let parameters = settings.parameters();
+    Limits::new(
+        parameters.max_bandwidth,
+        Duration::from_millis(parameters.downtime_limit),
+    )
+}
+
+fn socket(address: &MigrationAddress) -> Result<Address, QmpError> {
+    match address {
+        MigrationAddress::Socket(SocketAddress::Inet(inet)) => {
+            let port = inet.port.parse().ok().or_else(|| {
+                // A service's name.
+                inet.authority()
+                    .to_socket_addrs()
+                    .ok()?
+                    .next()
+                    .map(|a| a.port())
+            });
+            let host = inet.host.clone();
+            port.map(|port| Address::Tcp { host, port })
+                .ok_or_else(|| QmpError::generic(format!("'{}' is not a port", inet.port)))
+        }
+        MigrationAddress::Socket(SocketAddress::Unix { path, .. }) => {
+            Ok(Address::Unix(path.into()))
+        }
+        other => Err(QmpError::generic(format!(
+            "address '{other}' is not supported by this VMM, expected tcp:host:port or unix:path"
+        ))),
+    }
+}
+
+fn qmp_address(address: &Address) -> SocketAddress {
+    match address {
+        Address::Tcp { host, port } => {
+            SocketAddress::Inet(InetSocketAddress::new(host.clone(), port.to_string()))
+        }
+        Address::Unix(path) => SocketAddress::unix(path.to_string_lossy()),
+    }
+}
+
+fn spawn(name: &str, f: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>, QmpError> {
+    let thread = thread::Builder::new().name(name.to_owned()).spawn(f);
+    thread.map_err(|e| QmpError::generic(format!("no thread: {e}")))
+}
+
+/// An error and its causes, on one line; a cause that the text before it ends with is not repeated.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let next = error.to_string();
+        if !text.contains(&next) {
+            text = format!("{text}: {next}");
+        }
+        cause = error.source();
+    }
+    text
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // What is behind these locks is whole at every moment.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Where a migration ends up when it failed.
+fn failed(migration: &Migration, cancel: &Cancel, error: &dyn std::error::Error) {
+    if cancel.is_requested() {
+        migration.status.set(MigrationStatus::Cancelled);
+    } else {
+        migration.status.fail(MigrationStatus::Failed, chain(error));
+    }
+    migration.connections.shut();
+    migration.connections.clear();
+}

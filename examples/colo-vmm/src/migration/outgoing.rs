@@ -1,0 +1,169 @@
+//! The source: connect, migrate, and go on as the COLO primary.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use colo_core::driver::{PrimaryLink, run_primary};
+use colo_core::{MigrationPlan, Role};
+use migration_stream::io::FdChannel;
+use migration_stream::precopy::{
+    BoxError, Control, Progress, RamSetup, ReturnPathReader, Source, SourceConfig, SourceVm,
+    SwitchedOver,
+};
+use migration_stream::ram::{InStream, ZeroPageDetection};
+use migration_stream::{DirtyLog, GuestRam, PageTransport, StreamWriter};
+use multifd::{Address, MultifdConfig, SendChannel, SendSet, outgoing};
+use qmp_types::{MigrationStatus, RunState};
+
+use super::{Cancel, Migration, colo, configuration, devices, failed};
+
+/// How long the peer may take to accept the connections.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+
+type Transport = Box<dyn PageTransport>;
+type Log = Box<dyn DirtyLog>;
+
+/// Migrates, and ends with a status that says how it went.
+pub(super) fn run(
+    migration: &Arc<Migration>,
+    plan: &MigrationPlan,
+    multifd: Option<&MultifdConfig>,
+    address: &Address,
+    cancel: &Cancel,
+) {
+    let mut vm = SourceSide {
+        migration,
+        cancel,
+        ran: false,
+        before: RunState::Running,
+    };
+    match migrate(&mut vm, plan, multifd, address) {
+        Ok(switched) if plan.migrate_colo() => {
+            if let Err(error) = enter_colo(migration, switched, vm.ran) {
+                failed(migration, cancel, &*error);
+            }
+        }
+        Ok(switched) => {
+            drop(switched);
+            migration.connections.clear();
+            migration.vm.set_state(RunState::PostMigrate);
+            migration.status.set(MigrationStatus::Completed);
+        }
+        Err(error) => failed(migration, cancel, &*error),
+    }
+}
+
+fn migrate(
+    vm: &mut SourceSide<'_>,
+    plan: &MigrationPlan,
+    multifd: Option<&MultifdConfig>,
+    address: &Address,
+) -> Result<SwitchedOver<Transport, Log>, BoxError> {
+    let migration = vm.migration;
+    let limit = migration.options.io_limit;
+    let connected = outgoing::connect(address, multifd, CONNECT_TIMEOUT.min(limit), limit)?;
+    migration.connections.add(&connected.main);
+    connected
+        .channels
+        .iter()
+        .for_each(|channel| migration.connections.add(channel));
+    let ram: Arc<dyn GuestRam> = Arc::clone(migration.vm.memory()) as _;
+    let transport: Transport = match multifd {
+        Some(config) => {
+            let channels = connected
+                .channels
+                .into_iter()
+                .map(SendChannel::from)
+                .collect();
+            Box::new(SendSet::start(Arc::clone(&ram), channels, config)?)
+        }
+        None => {
+            let detection = if migration.zero_pages() {
+                ZeroPageDetection::On
+            } else {
+                ZeroPageDetection::Off
+            };
+            Box::new(InStream::new(Arc::clone(&ram), detection))
+        }
+    };
+    let main: FdChannel = connected.main;
+    migration.status.set(MigrationStatus::Active);
+    let source = Source::start(
+        SourceConfig {
+            configuration: Some(configuration()?),
+            switchover_start: true,
+            confirm_timeout: limit,
+        },
+        Arc::clone(&migration.limits),
+        StreamWriter::new(main.share()),
+        plan.return_path()
+            .then(|| ReturnPathReader::new(main.share())),
+        RamSetup {
+            ram,
+            log: migration.vm.with_machine(|machine| machine.dirty_log()),
+            transport,
+        },
+    )?;
+    let switched = source.run(vm)?;
+    migration.status.progress(&switched.progress);
+    migration.status.downtime(switched.downtime);
+    Ok(switched)
+}
+
+fn enter_colo(
+    migration: &Arc<Migration>,
+    switched: SwitchedOver<Transport, Log>,
+    ran: bool,
+) -> Result<(), BoxError> {
+    let link = PrimaryLink::new(switched).ok_or("colo needs a return path")?;
+    let control = colo::control(migration, Role::Primary)?;
+    migration.status.set(MigrationStatus::Colo);
+    let mut parts = colo::parts(migration, Role::Primary, ran);
+    let outcome = run_primary(link, &mut parts, &control, colo::config(migration))?;
+    colo::finish(migration, outcome);
+    Ok(())
+}
+
+/// The VM as the source's driver sees it.
+struct SourceSide<'a> {
+    migration: &'a Arc<Migration>,
+    cancel: &'a Cancel,
+    /// The guest ran when the migration stopped it.
+    ran: bool,
+    before: RunState,
+}
+
+impl SourceVm for SourceSide<'_> {
+    fn stop(&mut self) -> Result<(), BoxError> {
+        let vm = &self.migration.vm;
+        self.before = vm.state();
+        self.ran = vm.stop(RunState::FinishMigrate)?;
+        self.migration.global_state.set(self.before);
+        self.migration.status.set(MigrationStatus::Device);
+        Ok(())
+    }
+
+    fn resume(&mut self) -> Result<(), BoxError> {
+        if self.ran {
+            self.migration.vm.resume()?;
+        } else {
+            self.migration.vm.set_state(self.before);
+        }
+        Ok(())
+    }
+
+    fn save_devices(&mut self, out: &mut Vec<u8>) -> Result<String, BoxError> {
+        self.migration
+            .vm
+            .with_machine(|machine| devices::save_described(machine.devices()?, out))
+    }
+
+    fn progress(&mut self, progress: &Progress) -> Control {
+        self.migration.status.progress(progress);
+        if self.cancel.is_requested() {
+            Control::Cancel
+        } else {
+            Control::Continue
+        }
+    }
+}
