@@ -37,7 +37,7 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Run a guest.
-    Run(RunArgs),
+    Run(Box<RunArgs>),
     /// Write the built-in guest to a file: a boot sector, which QEMU boots as well.
     Guest(GuestArgs),
     /// Run a COLO pair on this machine, kill one side, and show what the guest lost: nothing.
