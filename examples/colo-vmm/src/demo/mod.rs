@@ -473,7 +473,7 @@ fn fail_over(victim: &mut Side, survivor: &mut Side) -> Result<Failover, DemoErr
         Ok(watch.is_finished().then_some(()))
     })?;
     let first_output = watch.finish();
-    victim.hear_out()?;
+    victim.end()?;
 
     let enough = survivor.printed() + ENCORE_LINES * LINE as u64;
     survivor.wait("lines after the failover", FAILOVER_LIMIT, |side| {

@@ -82,18 +82,11 @@ fn check_interrupt() -> Result<(), DemoError> {
 #[derive(Debug)]
 struct Process(Child);
 
-impl Process {
-    /// Ends it the hard way.
-    fn kill(&mut self) -> io::Result<ExitStatus> {
-        self.0.kill()?;
-        self.0.wait()
-    }
-}
-
 impl Drop for Process {
     fn drop(&mut self) {
         // It may have ended long ago.
-        let _ = self.kill();
+        let _ = self.0.kill();
+        let _ = self.0.wait();
     }
 }
 
@@ -130,6 +123,8 @@ impl Side {
             .arg(format!("file:{}", serial.display()))
             .arg("--qmp")
             .arg(format!("unix:{}", qmp.display()))
+            // The log is read by people, but not by a terminal.
+            .env("NO_COLOR", "1")
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(log)
@@ -362,44 +357,39 @@ impl Side {
         }
     }
 
-    /// Pulls its plug: SIGKILL. Says when.
+    /// Pulls its plug: SIGKILL. Says when, and does not wait: taking a VM apart takes the host a
+    /// while, in which the survivor can already be told to go on.
     pub fn kill(&mut self) -> Result<Instant, DemoError> {
         let at = Instant::now();
         self.process
+            .0
             .kill()
             .map_err(DemoError::host(format!("kill the {}", self.role)))?;
         Ok(at)
     }
 
-    /// Takes all that an ended or ending side has said.
-    pub fn hear_out(&mut self) -> Result<(), DemoError> {
-        const WAITING_FOR: &str = "end of the QMP connection";
-        let deadline = Instant::now() + PATIENCE;
-        while self.hear(SLICE)? {
-            if Instant::now() >= deadline {
-                return Err(self.too_late(WAITING_FOR, PATIENCE));
-            }
-        }
-        Ok(())
-    }
-
     /// Ends it the way an operator does, and checks that it ends well.
     pub fn quit(&mut self) -> Result<(), DemoError> {
-        const WAITING_FOR: &str = "end after quit";
         self.send(&Command::Quit)?;
-        self.hear_out()?;
-        let status = self
-            .exited_within(PATIENCE)
-            .ok_or_else(|| self.too_late(WAITING_FOR, PATIENCE))?;
+        let status = self.end()?;
         if status.success() {
             return Ok(());
         }
         Err(DemoError::Ended {
             role: self.role,
             status,
-            waiting_for: WAITING_FOR.to_owned(),
+            waiting_for: "end after quit".to_owned(),
             stderr: self.last_words(),
         })
+    }
+
+    /// Takes all that a side which is about to end still says, and waits for the end.
+    pub fn end(&mut self) -> Result<ExitStatus, DemoError> {
+        let deadline = Instant::now() + PATIENCE;
+        while self.hear(SLICE)? && Instant::now() < deadline {}
+        let left = deadline.saturating_duration_since(Instant::now());
+        self.exited_within(left)
+            .ok_or_else(|| self.too_late("end", PATIENCE))
     }
 }
 
