@@ -5,130 +5,43 @@
 //! checkpoints, pull one side's plug, tell the other to go on. Everything goes through the
 //! processes' command lines and QMP sockets, as it would for any other operator.
 //!
+//! - `args`: what it can be told
 //! - `side`: one process and its QMP connection
 //! - `proof`: what the guest's output proves
-//! - `report`: the figures, as a table and as JSON
+//! - `report`, `figures`: what it took, as a table and as JSON
+//! - `progress`: the line that shows what is going on
 //! - `error`: what can go wrong on the way
 
+mod args;
 mod error;
+mod figures;
+mod progress;
 mod proof;
 mod report;
 mod side;
 
-use std::borrow::Cow;
 use std::env;
 use std::io::{self, Write};
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use clap::{Args, ValueEnum};
-use indicatif::{HumanBytes, ProgressBar};
 use qmp_types::{
     ColoExitReason, Command, Event, InetSocketAddress, Migrate, MigrateIncoming,
     MigrateSetParameters, MigrationAddress, MigrationCapability, MigrationCapabilityStatus,
-    MigrationInfo, MigrationStatus, MultiFdCompression, SocketAddress, StatusInfo,
+    MigrationInfo, MigrationStatus, SocketAddress, StatusInfo,
 };
 use tempfile::TempDir;
 
+pub use args::{Compression, DemoArgs, Transport, Victim};
 pub use error::{DemoError, LastWords};
 pub use side::Role;
 
 use crate::machine::kvm_unavailable;
+use progress::Progress;
 use proof::{Evidence, LINE, prove};
-use report::{Checkpoints, Failover, Precopy, Report, Setup, Verdict};
+use report::{Checkpoints, Failover, Precopy, Report, Verdict};
 use side::Side;
-
-/// What the demo shows.
-#[derive(Clone, Debug, Args)]
-pub struct DemoArgs {
-    /// Who is killed after the checkpoints.
-    #[arg(long, value_enum, default_value_t = Victim::Primary)]
-    pub failover: Victim,
-    /// Number of multifd channels; 0 for one plain connection.
-    #[arg(long, value_name = "N", default_value_t = 2)]
-    pub multifd: u8,
-    /// How the channels compress pages.
-    #[arg(long, value_enum, default_value_t = Compression::None)]
-    pub compression: Compression,
-    /// Guest RAM, MiB.
-    #[arg(long, value_name = "MIB", default_value_t = 256)]
-    pub memory: u64,
-    /// Number of vCPUs.
-    #[arg(long, value_name = "N", default_value_t = 1)]
-    pub vcpus: u8,
-    /// Pages that each vCPU of the guest dirties again and again.
-    #[arg(long, value_name = "N", default_value_t = 2560)]
-    pub dirty_pages: u32,
-    /// Checkpoints to take before the failover, at least.
-    #[arg(long, value_name = "N", default_value_t = 10,
-          value_parser = clap::value_parser!(u64).range(1..))]
-    pub checkpoints: u64,
-    /// Between two checkpoints, ms.
-    #[arg(long, value_name = "MS", default_value_t = 200)]
-    pub delay: u32,
-    /// What the pair is connected by.
-    #[arg(long, value_enum, default_value_t = Transport::Tcp)]
-    pub transport: Transport,
-    /// Compare hashes of guest RAM and device state at every checkpoint; makes pauses longer.
-    #[arg(long)]
-    pub verify: bool,
-    /// Print one JSON object instead of a table.
-    #[arg(long)]
-    pub json: bool,
-    /// Run a simulated guest; needs no KVM.
-    #[arg(long)]
-    pub sim: bool,
-    /// Keep the serial lines' and logs' directory.
-    #[arg(long)]
-    pub keep: bool,
-}
-
-/// Who is killed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Victim {
-    /// The side whose guest's output goes out: the secondary takes over.
-    Primary,
-    /// The side that stands by: the primary goes on alone.
-    Secondary,
-    /// Nobody: both are told to quit.
-    None,
-}
-
-/// How multifd channels compress pages.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Compression {
-    /// Not at all.
-    None,
-    /// zstd, one stream a channel.
-    Zstd,
-}
-
-impl Compression {
-    const fn parameter(self) -> MultiFdCompression {
-        match self {
-            Self::None => MultiFdCompression::None,
-            Self::Zstd => MultiFdCompression::Zstd,
-        }
-    }
-}
-
-/// What the pair is connected by.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Transport {
-    /// TCP over the loopback interface.
-    Tcp,
-    /// A Unix socket.
-    Unix,
-}
-
-/// The name a value has on the command line.
-fn name(value: &impl ValueEnum) -> String {
-    value
-        .to_possible_value()
-        .map(|value| value.get_name().to_owned())
-        .unwrap_or_default()
-}
 
 /// How long the guest may take to print its first line, ready to be migrated.
 const BOOT_LIMIT: Duration = Duration::from_secs(60);
@@ -189,13 +102,14 @@ fn print(args: &DemoArgs, report: &Report) -> io::Result<()> {
 }
 
 fn play(args: &DemoArgs, dir: &TempDir) -> Result<Report, DemoError> {
-    let progress = Progress::new(args);
+    let progress = Progress::new(args.json);
     let mut pair = Pair::start(args, dir.path())?;
 
     progress.says("waiting for the guest");
     pair.wait_for_guest()?;
     pair.prepare(args)?;
     let precopy = pair.migrate(args, dir.path(), &progress)?;
+    progress.says("in COLO");
     pair.take_checkpoints(args, &progress)?;
 
     progress.says("failover");
@@ -225,7 +139,7 @@ fn play(args: &DemoArgs, dir: &TempDir) -> Result<Report, DemoError> {
         verify: args.verify,
     });
     Ok(Report {
-        setup: setup(args),
+        setup: args.setup(),
         precopy,
         checkpoints: Checkpoints::of(primary.checkpoints(), secondary.checkpoints()),
         failover,
@@ -238,20 +152,6 @@ fn play(args: &DemoArgs, dir: &TempDir) -> Result<Report, DemoError> {
     })
 }
 
-fn setup(args: &DemoArgs) -> Setup {
-    Setup {
-        machine: if args.sim { "sim" } else { "kvm" },
-        memory_mib: args.memory,
-        vcpus: args.vcpus,
-        dirty_pages: args.dirty_pages,
-        transport: name(&args.transport),
-        multifd_channels: args.multifd,
-        compression: name(&args.compression),
-        checkpoint_delay_ms: args.delay,
-        verify: args.verify,
-    }
-}
-
 /// Both sides.
 struct Pair {
     primary: Side,
@@ -261,7 +161,7 @@ struct Pair {
 impl Pair {
     fn start(args: &DemoArgs, dir: &Path) -> Result<Self, DemoError> {
         let program = env::current_exe().map_err(DemoError::host("find this program"))?;
-        let common = machine_args(args);
+        let common = args.machine_args();
         let incoming = ["--incoming".to_owned(), "defer".to_owned()];
         let secondary = [common.as_slice(), &incoming].concat();
         Ok(Self {
@@ -413,25 +313,6 @@ impl Pair {
     }
 }
 
-/// The command line of both sides.
-fn machine_args(args: &DemoArgs) -> Vec<String> {
-    let mut line = vec!["run".to_owned()];
-    for (option, value) in [
-        ("--guest", "workload".to_owned()),
-        ("--memory", args.memory.to_string()),
-        ("--vcpus", args.vcpus.to_string()),
-        ("--dirty-pages", args.dirty_pages.to_string()),
-    ] {
-        line.extend([option.to_owned(), value]);
-    }
-    for (option, given) in [("--sim", args.sim), ("--verify", args.verify)] {
-        if given {
-            line.push(option.to_owned());
-        }
-    }
-    line
-}
-
 /// Fails if the migration has.
 fn check_migration(side: &Side, info: &MigrationInfo) -> Result<(), DemoError> {
     match info.status {
@@ -490,87 +371,4 @@ fn fail_over(victim: &mut Side, survivor: &mut Side) -> Result<Failover, DemoErr
 
 fn ms(time: Duration) -> f64 {
     time.as_secs_f64() * 1000.0
-}
-
-/// The line on stderr that shows what is going on. Hidden if nobody looks: no terminal, or `--json`.
-struct Progress(ProgressBar);
-
-impl Progress {
-    fn new(args: &DemoArgs) -> Self {
-        let bar = if args.json {
-            ProgressBar::hidden()
-        } else {
-            ProgressBar::new_spinner()
-        };
-        bar.enable_steady_tick(Duration::from_millis(100));
-        Self(bar)
-    }
-
-    fn says(&self, what: impl Into<Cow<'static, str>>) {
-        self.0.set_message(what);
-    }
-
-    fn migrated(&self, sent: u64, left: u64) {
-        self.says(format!(
-            "precopy: {} sent, {} left",
-            HumanBytes(sent),
-            HumanBytes(left)
-        ));
-    }
-
-    fn checkpoint(&self, number: u64, of: u64, pause_us: u64) {
-        let pause = ms(Duration::from_micros(pause_us));
-        self.says(format!("checkpoint {number} of {of}: {pause:.1} ms"));
-    }
-}
-
-impl Drop for Progress {
-    fn drop(&mut self) {
-        self.0.finish_and_clear();
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use clap::Parser;
-
-    use super::*;
-
-    #[derive(Debug, Parser)]
-    struct Line {
-        #[command(flatten)]
-        demo: DemoArgs,
-    }
-
-    fn parse(line: &str) -> Result<DemoArgs, clap::Error> {
-        let words = ["demo"].into_iter().chain(line.split_whitespace());
-        Line::try_parse_from(words).map(|line| line.demo)
-    }
-
-    #[test]
-    fn without_options_ten_checkpoints_are_taken_and_the_primary_killed() {
-        let args = parse("").unwrap();
-        assert_eq!((args.checkpoints, args.failover), (10, Victim::Primary));
-        assert_eq!((args.multifd, args.transport), (2, Transport::Tcp));
-        assert_eq!(
-            machine_args(&args).join(" "),
-            "run --guest workload --memory 256 --vcpus 1 --dirty-pages 2560"
-        );
-        let args = parse("--sim --verify --memory 32").unwrap();
-        assert_eq!(
-            machine_args(&args).join(" "),
-            "run --guest workload --memory 32 --vcpus 1 --dirty-pages 2560 --sim --verify"
-        );
-    }
-
-    #[test]
-    fn what_makes_no_sense_is_refused() {
-        assert!(parse("--failover both").is_err());
-        assert!(parse("--checkpoints 0").is_err());
-        let args = parse("--multifd 0 --compression zstd --sim").unwrap();
-        assert!(matches!(
-            run(&args),
-            Err(DemoError::CompressionWithoutMultifd)
-        ));
-    }
 }
