@@ -22,6 +22,7 @@ pub mod process;
 pub mod qemu;
 pub mod qmp;
 pub mod store;
+pub mod vmm;
 
 use std::time::Duration;
 

@@ -160,6 +160,28 @@ impl Qmp {
         Ok(self.events.drain(..).collect())
     }
 
+    /// The events that have been read and were not taken yet, in order.
+    pub fn events(&self) -> impl Iterator<Item = &Value> {
+        self.events.iter()
+    }
+
+    /// Reads what a peer that is gone has left behind. Its events can be taken as before.
+    ///
+    /// # Errors
+    /// The connection is still open after [`PATIENCE`].
+    pub fn hear_out(&mut self) -> Result<()> {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            match self.message(deadline) {
+                Ok(message) if !message["event"].is_null() => self.events.push_back(message),
+                // A reply that nobody waits for any more.
+                Ok(_) => {}
+                Err(_) if Instant::now() < deadline => return Ok(()),
+                Err(e) => return Err(e),
+            }
+        }
+    }
+
     fn request(&mut self, how: &str, command: &str, arguments: Value) -> Result<Value> {
         self.next_id += 1;
         let id = self.next_id;
@@ -267,6 +289,16 @@ mod tests {
         ]);
         let refusal = qmp.refused("nosuch", json!({})).unwrap();
         assert_eq!(refusal.to_string(), "nosuch: CommandNotFound: no");
+    }
+
+    #[test]
+    fn what_a_dead_peer_has_said_can_still_be_heard() {
+        let (mut qmp, peer) = session(&["{\"event\": \"STOP\"}\r\n{\"ev"]);
+        qmp.send("stop").unwrap();
+        peer.join().unwrap();
+        qmp.hear_out().unwrap();
+        let names: Vec<_> = qmp.events().map(|e| e["event"].clone()).collect();
+        assert_eq!(names, ["STOP"]);
     }
 
     #[test]

@@ -1,0 +1,450 @@
+//! A pair of `colo-vmm` loses one side, at every kind of moment, and the guest goes on in the
+//! other, where it was.
+
+use std::process::ExitCode;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+use tests::vmm::{ColoVmm, Connection, Pair, Vmm, check_count};
+use tests::{PATIENCE, Result, harness};
+
+use Moment::{Between, Within};
+use Side::{Primary, Secondary};
+
+fn main() -> ExitCode {
+    let kvm = harness::on_kvm;
+    harness::run([
+        kvm("plain_primary_goes_on_between_checkpoints", || {
+            failover(PLAIN, Primary, Between)
+        }),
+        kvm(
+            "plain_primary_goes_on_in_the_middle_of_a_checkpoint",
+            || failover(PLAIN, Primary, Within),
+        ),
+        kvm("plain_secondary_goes_on_between_checkpoints", || {
+            failover(PLAIN, Secondary, Between)
+        }),
+        kvm(
+            "plain_secondary_goes_on_in_the_middle_of_a_checkpoint",
+            || failover(PLAIN, Secondary, Within),
+        ),
+        kvm("multifd_primary_goes_on_between_checkpoints", || {
+            failover(MULTIFD, Primary, Between)
+        }),
+        kvm(
+            "multifd_primary_goes_on_in_the_middle_of_a_checkpoint",
+            || failover(MULTIFD, Primary, Within),
+        ),
+        kvm("multifd_secondary_goes_on_between_checkpoints", || {
+            failover(MULTIFD, Secondary, Between)
+        }),
+        kvm(
+            "multifd_secondary_goes_on_in_the_middle_of_a_checkpoint",
+            || failover(MULTIFD, Secondary, Within),
+        ),
+        kvm(
+            "zstd_secondary_goes_on_in_the_middle_of_a_checkpoint",
+            || {
+                let zstd = Connection {
+                    multifd: Some((2, "zstd")),
+                    ..PLAIN
+                };
+                failover(zstd, Secondary, Within)
+            },
+        ),
+        kvm("secondary_goes_on_over_unix_sockets", || {
+            let unix = Connection {
+                unix: true,
+                ..MULTIFD
+            };
+            failover(unix, Secondary, Between)
+        }),
+        harness::anywhere("simulated_primary_goes_on", || {
+            failover_of(&guest().simulated(), MULTIFD, Primary, Within)
+        }),
+        harness::anywhere("simulated_secondary_goes_on", || {
+            failover_of(&guest().simulated(), MULTIFD, Secondary, Within)
+        }),
+        kvm("both_sides_are_equal_at_every_checkpoint", equal_sides),
+        kvm(
+            "primary_told_to_go_on_while_its_peer_lives_exits_by_request",
+            || by_request(Primary),
+        ),
+        kvm(
+            "secondary_told_to_go_on_while_its_peer_lives_exits_by_request",
+            || by_request(Secondary),
+        ),
+        kvm(
+            "primary_of_a_silent_peer_ends_in_time_and_answers_meanwhile",
+            || silent_peer(Primary),
+        ),
+        kvm(
+            "secondary_of_a_silent_peer_ends_in_time_and_answers_meanwhile",
+            || silent_peer(Secondary),
+        ),
+        kvm(
+            "yank_frees_a_primary_that_is_stuck_in_a_checkpoint",
+            yank_while_stuck,
+        ),
+        kvm(
+            "secondary_that_may_takes_over_without_being_told",
+            take_over,
+        ),
+        kvm("survivor_can_be_given_a_new_secondary", new_secondary),
+    ])
+}
+
+const PLAIN: Connection = Connection {
+    multifd: None,
+    unix: false,
+};
+const MULTIFD: Connection = Connection::channels(2);
+
+/// Between checkpoints, ms.
+const DELAY: u32 = 100;
+/// How long a side has to stay within a checkpoint to be stuck there.
+const STUCK: Duration = Duration::from_millis(500);
+/// Lines that show that the guest goes on.
+const ENCORE: u64 = 20;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Side {
+    Primary,
+    Secondary,
+}
+
+impl Side {
+    const fn name(self) -> &'static str {
+        match self {
+            Primary => "primary",
+            Secondary => "secondary",
+        }
+    }
+
+    /// This side and the other.
+    fn of(self, pair: &mut Pair) -> (&mut Vmm, &mut Vmm) {
+        match self {
+            Primary => (&mut pair.primary, &mut pair.secondary),
+            Secondary => (&mut pair.secondary, &mut pair.primary),
+        }
+    }
+}
+
+/// When the victim is killed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Moment {
+    /// No checkpoint is being taken.
+    Between,
+    /// The survivor is stopped for a checkpoint that cannot be completed any more.
+    Within,
+}
+
+/// More dirty memory than sockets hold: a checkpoint of it cannot be on its way as a whole.
+fn guest() -> ColoVmm {
+    ColoVmm::new("colo-vmm").memory(32).dirty_pages(5000)
+}
+
+fn failover(connection: Connection, survivor: Side, moment: Moment) -> Result<()> {
+    failover_of(&guest(), connection, survivor, moment)
+}
+
+/// The procedure of QEMU's COLO document, with every claim about its outcome.
+fn failover_of(
+    guest: &ColoVmm,
+    connection: Connection,
+    survivor: Side,
+    moment: Moment,
+) -> Result<()> {
+    let mut pair = Pair::in_colo(guest, connection, DELAY)?;
+    match moment {
+        Between => rest(&mut pair)?,
+        Within => freeze_within(&mut pair, survivor)?,
+    }
+    let (side, victim) = survivor.of(&mut pair);
+    victim.process.kill()?;
+    assert!(!victim.process.is_running()?);
+
+    let exit = side.qmp.wait_event("COLO_EXIT")?;
+    assert_eq!(
+        exit["data"],
+        json!({"mode": survivor.name(), "reason": "error"})
+    );
+    // Nobody has decided yet who goes on, and a dead peer is not `colo`.
+    let migration = side.migration()?;
+    assert_eq!(migration["status"], "failing", "{migration}");
+    assert!(migration["error-desc"].is_string(), "{migration}");
+    let state = match moment {
+        Between => "running",
+        Within => "colo",
+    };
+    assert_eq!(side.status()?, state);
+
+    yank(side)?;
+    side.qmp.execute("x-colo-lost-heartbeat", Value::Null)?;
+    goes_on(side, survivor, "error")?;
+    guest_lost_nothing(&mut pair, survivor)
+}
+
+fn yank(side: &mut Vmm) -> Result<()> {
+    let instances = json!([{"type": "migration"}]);
+    assert_eq!(side.qmp.execute_oob("query-yank", Value::Null)?, instances);
+    side.qmp
+        .execute_oob("yank", json!({"instances": instances}))?;
+    Ok(())
+}
+
+/// Stops taking checkpoints, and waits until the last one is complete on both sides.
+fn rest(pair: &mut Pair) -> Result<()> {
+    pair.primary
+        .set_parameters(json!({"x-checkpoint-delay": 3_600_000}))?;
+    let deadline = Instant::now() + PATIENCE;
+    // That has asked for one, or for one after the one that is being taken.
+    let mut taken = (0, Instant::now());
+    loop {
+        let ours = pair.primary.checkpoints()?.len();
+        let theirs = pair.secondary.checkpoints()?.len();
+        if taken.0 != ours {
+            taken = (ours, Instant::now());
+        }
+        let run = pair.primary.status()? == "running" && pair.secondary.status()? == "running";
+        if !run || ours != theirs {
+            taken.1 = Instant::now();
+        } else if taken.1.elapsed() > STUCK {
+            return Ok(());
+        }
+        if Instant::now() > deadline {
+            return Err("checkpoints are taken without end".into());
+        }
+    }
+}
+
+/// Takes one checkpoint after the other, and freezes the survivor's peer so that the survivor is
+/// stuck in one.
+fn freeze_within(pair: &mut Pair, survivor: Side) -> Result<()> {
+    pair.primary
+        .set_parameters(json!({"x-checkpoint-delay": 0}))?;
+    let (side, victim) = survivor.of(pair);
+    let deadline = Instant::now() + PATIENCE;
+    while Instant::now() < deadline {
+        side.wait_status("running")?;
+        side.wait_status("colo")?;
+        victim.freeze()?;
+        if is_stuck(side)? {
+            return Ok(());
+        }
+        // It had all it needed, or had not begun.
+        victim.thaw()?;
+    }
+    Err("no checkpoint was caught".into())
+}
+
+fn is_stuck(side: &mut Vmm) -> Result<bool> {
+    let since = Instant::now();
+    while since.elapsed() < STUCK {
+        if side.status()? != "colo" {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+/// The survivor has gone on alone, and says so.
+fn goes_on(side: &mut Vmm, survivor: Side, reason: &str) -> Result<()> {
+    side.wait_migration("completed")?;
+    side.wait_status("running")?;
+    assert_eq!(
+        side.qmp.execute("query-colo-status", Value::Null)?,
+        json!({"mode": "none", "last-mode": survivor.name(), "reason": reason})
+    );
+    let refusal = side.qmp.refused("x-colo-lost-heartbeat", Value::Null)?;
+    assert_eq!(refusal.desc, "VM is not in COLO mode");
+    assert_eq!(side.qmp.execute("query-yank", Value::Null)?, json!([]));
+    side.wait_lines(ENCORE)?;
+    no_more_exits(side)
+}
+
+/// There was one COLO_EXIT, and it has been taken.
+fn no_more_exits(side: &mut Vmm) -> Result<()> {
+    side.status()?;
+    let exits = side.qmp.events().filter(|e| e["event"] == "COLO_EXIT");
+    assert_eq!(exits.count(), 0);
+    Ok(())
+}
+
+/// What the guest printed across the failover has no gap, and its memory was always as it had left
+/// it.
+fn guest_lost_nothing(pair: &mut Pair, survivor: Side) -> Result<()> {
+    let primary = pair.primary.output()?;
+    let secondary = pair.secondary.output()?;
+    check_count(0, &primary)?;
+    if survivor == Primary {
+        assert_eq!(secondary, b"", "the secondary is not to be heard");
+        return Ok(());
+    }
+    let cut = cut(pair, &secondary)?;
+    assert!(
+        cut <= primary.len() as u64,
+        "the secondary is ahead of its primary"
+    );
+    check_count(cut, &secondary)?;
+    Ok(())
+}
+
+/// How much the guest had printed at the last checkpoint that the secondary has.
+fn cut(pair: &mut Pair, secondary: &[u8]) -> Result<u64> {
+    let last = pair.secondary.checkpoints()?.pop().ok_or("no checkpoint")?;
+    let known = pair.primary.checkpoints()?;
+    let same = known.iter().find(|c| c["checkpoint"] == last["checkpoint"]);
+    let at = |c: &Value| c["serial-bytes"].as_u64().ok_or("no serial-bytes");
+    if let Some(same) = same {
+        return Ok(at(same)?);
+    }
+    // The primary died, or was frozen, before it could tell of it: by the first whole line.
+    let begins = secondary
+        .iter()
+        .position(|b| *b == b'\n')
+        .ok_or("no line")?
+        + 1;
+    let digits = secondary.get(begins..begins + 8).ok_or("no second line")?;
+    let number = u64::from_str_radix(std::str::from_utf8(digits)?, 16)?;
+    let cut = (number - 1) * tests::vmm::LINE - begins as u64;
+    let before = known.last().map(at).transpose()?.unwrap_or(0);
+    assert!(cut >= before, "the secondary fell back behind a checkpoint");
+    Ok(cut)
+}
+
+fn equal_sides() -> Result<()> {
+    let guest = ColoVmm::new("colo-vmm").memory(16).args(["--verify"]);
+    let mut pair = Pair::in_colo(&guest, MULTIFD, DELAY)?;
+    rest(&mut pair)?;
+    let theirs = pair.secondary.checkpoints()?;
+    let ours = pair.primary.checkpoints()?;
+    assert!(ours.len() >= 3 && ours.len() == theirs.len());
+    for (ours, theirs) in ours.iter().zip(&theirs) {
+        for hash in ["ram-hash", "device-hash"] {
+            assert!(ours[hash].is_string(), "{ours}");
+            assert_eq!(ours[hash], theirs[hash], "{hash} of {}", ours["checkpoint"]);
+        }
+    }
+    Ok(())
+}
+
+/// In QEMU the reason that is given in this case depends on who is faster.
+fn by_request(survivor: Side) -> Result<()> {
+    let mut pair = Pair::in_colo(&guest(), MULTIFD, DELAY)?;
+    let (side, other) = survivor.of(&mut pair);
+    side.qmp.execute("x-colo-lost-heartbeat", Value::Null)?;
+    let exit = side.qmp.wait_event("COLO_EXIT")?;
+    assert_eq!(
+        exit["data"],
+        json!({"mode": survivor.name(), "reason": "request"})
+    );
+    goes_on(side, survivor, "request")?;
+    // To the other side this one is lost. Whether it goes on is not for it to say.
+    let exit = other.qmp.wait_event("COLO_EXIT")?;
+    assert_eq!(exit["data"]["reason"], "error");
+    no_more_exits(other)?;
+    assert_eq!(other.migration()?["status"], "failing");
+    other.qmp.execute("quit", Value::Null)?;
+    assert!(other.process.wait()?.success());
+    guest_lost_nothing(&mut pair, survivor)
+}
+
+/// A peer that is there and says nothing: its deadlines end COLO, and nothing waits with it.
+fn silent_peer(survivor: Side) -> Result<()> {
+    // Of a whole checkpoint, too: with room for a slow machine.
+    let guest = ColoVmm::new("colo-vmm").args(["--peer-timeout", "2000"]);
+    let mut pair = Pair::in_colo(&guest, MULTIFD, DELAY)?;
+    let (side, silent) = survivor.of(&mut pair);
+    silent.freeze()?;
+    let since = Instant::now();
+    let mut slowest = Duration::ZERO;
+    while !side.qmp.events().any(|e| e["event"] == "COLO_EXIT") {
+        let asked = Instant::now();
+        side.qmp.execute("query-migrate", Value::Null)?;
+        side.status()?;
+        slowest = slowest.max(asked.elapsed());
+        assert!(
+            since.elapsed() < Duration::from_secs(10),
+            "nothing ends the wait"
+        );
+        thread::sleep(Duration::from_millis(1));
+    }
+    assert!(
+        slowest < Duration::from_secs(1),
+        "an answer took {slowest:?}"
+    );
+    let exit = side.qmp.wait_event("COLO_EXIT")?;
+    assert_eq!(
+        exit["data"],
+        json!({"mode": survivor.name(), "reason": "error"})
+    );
+    let migration = side.migration()?;
+    let reason = migration["error-desc"].as_str().unwrap_or_default();
+    assert!(reason.contains("deadline"), "{reason}");
+    silent.process.kill()?;
+    side.qmp.execute("x-colo-lost-heartbeat", Value::Null)?;
+    goes_on(side, survivor, "error")?;
+    guest_lost_nothing(&mut pair, survivor)
+}
+
+/// With default deadlines: the operator knows sooner.
+fn yank_while_stuck() -> Result<()> {
+    let mut pair = Pair::in_colo(&guest(), PLAIN, DELAY)?;
+    freeze_within(&mut pair, Primary)?;
+    let side = &mut pair.primary;
+    let since = Instant::now();
+    yank(side)?;
+    let exit = side.qmp.wait_event("COLO_EXIT")?;
+    assert_eq!(exit["data"]["reason"], "error");
+    assert!(since.elapsed() < Duration::from_secs(2));
+    side.qmp.execute("x-colo-lost-heartbeat", Value::Null)?;
+    goes_on(side, Primary, "error")?;
+    guest_lost_nothing(&mut pair, Primary)
+}
+
+fn take_over() -> Result<()> {
+    let mut pair = Pair::start(&guest(), MULTIFD, &["return-path", "x-colo"])?;
+    let alert = guest().incoming().args(["--on-peer-loss", "take-over"]);
+    pair.secondary = alert.start()?;
+    pair.secondary
+        .enable(&["events", "return-path", "x-colo", "multifd"])?;
+    pair.primary
+        .set_parameters(json!({"x-checkpoint-delay": DELAY}))?;
+    pair.migrate(MULTIFD)?;
+    pair.secondary.wait_checkpoints(3)?;
+    pair.primary.process.kill()?;
+    let exit = pair.secondary.qmp.wait_event("COLO_EXIT")?;
+    assert_eq!(exit["data"]["reason"], "error");
+    goes_on(&mut pair.secondary, Secondary, "error")?;
+    guest_lost_nothing(&mut pair, Secondary)
+}
+
+/// What all of this is for: after a failover the guest is protected again.
+fn new_secondary() -> Result<()> {
+    let mut pair = Pair::in_colo(&guest(), MULTIFD, DELAY)?;
+    pair.primary.process.kill()?;
+    pair.secondary.qmp.wait_event("COLO_EXIT")?;
+    pair.secondary
+        .qmp
+        .execute("x-colo-lost-heartbeat", Value::Null)?;
+    goes_on(&mut pair.secondary, Secondary, "error")?;
+    guest_lost_nothing(&mut pair, Secondary)?;
+
+    let heard = pair.secondary.output()?.len();
+    let mut third = guest().incoming().start()?;
+    third.enable(&["events", "return-path", "x-colo", "multifd"])?;
+    let uri = third.listen()?;
+    let mut survivor = pair.secondary;
+    survivor.set_parameters(json!({"max-bandwidth": 0, "downtime-limit": 2000}))?;
+    survivor.migrate(&uri)?;
+    third.wait_checkpoints(3)?;
+    survivor.process.kill()?;
+    third.qmp.wait_event("COLO_EXIT")?;
+    third.qmp.execute("x-colo-lost-heartbeat", Value::Null)?;
+    goes_on(&mut third, Secondary, "error")?;
+    assert!(survivor.output()?.len() > heard);
+    assert!(third.output()?.len() > 20);
+    Ok(())
+}
