@@ -192,9 +192,11 @@ impl ColoVm for CheckpointedVm {
         };
         if exit.reason() == ExitReason::Error {
             // Whatever happens next, a dead peer is not `colo` any more.
-            self.migration
-                .status
-                .fail(MigrationStatus::Failing, chain(&exit.cause));
+            let cause = match self.migration.connections.fault() {
+                None => chain(&exit.cause),
+                Some(fault) => format!("{}: {fault}", chain(&exit.cause)),
+            };
+            self.migration.status.fail(MigrationStatus::Failing, cause);
         }
         tracing::info!(%exit, "colo");
         self.migration.vm.events().publish(&Event::ColoExit {

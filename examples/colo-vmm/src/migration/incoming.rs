@@ -164,10 +164,9 @@ fn load<S: PageStore + 'static>(
         Some(config) => {
             let channels = channels.into_iter().map(RecvChannel::from).collect();
             // The loader of the main stream notices at once when a channel breaks.
-            let wake = main.share();
+            let connections = migration.connections.clone();
             IncomingPages::multifd(RecvSet::start(store, channels, config, move |error| {
-                tracing::warn!(%error, "multifd");
-                wake.shutdown();
+                connections.shut_for(super::chain(error));
             })?)
         }
     };

@@ -483,7 +483,11 @@ fn failed(migration: &Migration, cancel: &Cancel, error: &dyn std::error::Error)
     if cancel.is_requested() {
         migration.status.set(MigrationStatus::Cancelled);
     } else {
-        migration.status.fail(MigrationStatus::Failed, chain(error));
+        let fault = migration.connections.fault();
+        migration.status.fail(
+            MigrationStatus::Failed,
+            fault.unwrap_or_else(|| chain(error)),
+        );
     }
     migration.connections.shut();
     migration.connections.clear();
