@@ -84,6 +84,10 @@ fn main() -> ExitCode {
             || silent_peer(Secondary),
         ),
         kvm(
+            "secondary_waits_for_a_primary_that_has_nothing_to_say",
+            rare_checkpoints,
+        ),
+        kvm(
             "yank_frees_a_primary_that_is_stuck_in_a_checkpoint",
             yank_while_stuck,
         ),
@@ -387,6 +391,27 @@ fn silent_peer(survivor: Side) -> Result<()> {
     side.qmp.execute("x-colo-lost-heartbeat", Value::Null)?;
     goes_on(side, survivor, "error")?;
     guest_lost_nothing(&mut pair, survivor)
+}
+
+/// A checkpoint every minute, and a peer that has to answer within half a second.
+fn rare_checkpoints() -> Result<()> {
+    let guest = ColoVmm::new("colo-vmm").args(["--peer-timeout", "500"]);
+    let mut pair = Pair::start(&guest, MULTIFD, &["return-path", "x-colo"])?;
+    let minute = json!({"x-checkpoint-delay": 60_000});
+    for side in [&mut pair.secondary, &mut pair.primary] {
+        side.set_parameters(minute.clone())?;
+    }
+    pair.migrate(MULTIFD)?;
+    pair.secondary.wait_migration("colo")?;
+    thread::sleep(Duration::from_millis(1500));
+    for side in [&mut pair.secondary, &mut pair.primary] {
+        no_more_exits(side)?;
+        assert_eq!(side.status()?, "running");
+    }
+    // As in QEMU, this asks for one at once.
+    pair.primary.set_parameters(minute)?;
+    pair.primary.wait_checkpoints(1)?;
+    pair.secondary.wait_checkpoints(1)
 }
 
 /// With default deadlines: the operator knows sooner.

@@ -118,7 +118,8 @@ struct RunArgs {
     /// At most one of the two sides may take over by itself.
     #[arg(long, default_value = "wait", value_name = "wait|take-over")]
     on_peer_loss: PeerLossArg,
-    /// How long the other side may be silent when it owes an answer, ms.
+    /// How long the other side may be silent when it owes an answer, ms. For the primary's next
+    /// checkpoint the secondary waits at least three times its own `x-checkpoint-delay`.
     #[arg(long, value_name = "MS")]
     peer_timeout: Option<u64>,
 }

@@ -27,7 +27,8 @@ pub(super) fn control(migration: &Arc<Migration>, role: Role) -> io::Result<Colo
 
 pub(super) fn config(migration: &Migration) -> DriverConfig {
     DriverConfig {
-        deadlines: migration.options.deadlines,
+        // A primary has nothing to say between two checkpoints.
+        deadlines: (migration.options.deadlines).for_checkpoint_delay(migration.checkpoint_delay()),
         on_loss: migration.options.on_peer_loss,
         ..DriverConfig::default()
     }
