@@ -31,7 +31,8 @@ pub const LINE: u64 = 9;
 pub fn check_count(from: u64, text: &[u8]) -> Result<usize> {
     let wrong = (from..).zip(text).position(|(at, byte)| {
         let line = format!("{:08x}\n", at / LINE + 1);
-        line.bytes().nth(usize::try_from(at % LINE).unwrap_or(0)) != Some(*byte)
+        let place = usize::try_from(at % LINE).unwrap_or(usize::MAX);
+        line.as_bytes().get(place) != Some(byte)
     });
     match wrong {
         None => Ok(text.iter().filter(|b| **b == b'\n').count()),
