@@ -13,6 +13,7 @@ use std::time::Instant;
 
 use migration_stream::TransportError;
 use migration_stream::precopy::{SourceError, TargetError};
+use multifd::ChannelError;
 
 pub use control::ColoControl;
 pub use primary::{PrimaryLink, run_primary};
@@ -106,8 +107,18 @@ impl StepError {
     }
 }
 
-/// The I/O error at the bottom of a transport's error, if that is what it was.
+/// The I/O error at the bottom of a transport's error, or what multifd's own words amount to as
+/// one; `None` if the transport did its work.
 fn transport_kind(error: &TransportError) -> Option<io::ErrorKind> {
+    match error.source.downcast_ref() {
+        Some(ChannelError::Stalled { .. } | ChannelError::NoFlush { .. }) => {
+            return Some(io::ErrorKind::TimedOut);
+        }
+        Some(ChannelError::Eof { .. } | ChannelError::Ended) => {
+            return Some(io::ErrorKind::UnexpectedEof);
+        }
+        _ => {}
+    }
     let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(&*error.source);
     while let Some(error) = cause {
         if let Some(e) = error.downcast_ref::<io::Error>() {

@@ -1,0 +1,423 @@
+//! A guest for tests: a little RAM, one device, and a will of its own. Everything it does it does
+//! in [`Vm::resume`], so that tests do not depend on time.
+
+use std::collections::BTreeSet;
+use std::fmt;
+use std::sync::mpsc::Sender;
+use std::sync::{Arc, Mutex};
+
+use colo_core::{CheckpointReport, ColoExit, PacketGate, Replication, Role, Vm as ColoVm, VmError};
+use migration_stream::codec::IdStr;
+use migration_stream::device_blob::{DeviceSection, encode_device_blob};
+use migration_stream::precopy::{
+    Body, BoxError, Control, FIRST_DEVICE_SECTION, Progress, SourceVm, TargetVm,
+};
+use migration_stream::ram::{BlockId, RamBlock, RamBlockTable};
+use migration_stream::section::{Announcement, InstanceId, SectionHeader};
+use migration_stream::{DirtyLog, GuestRam, MemoryError, PAGE_SIZE};
+use vm_memory::{Bytes, MmapRegion, VolatileMemory, VolatileSlice};
+
+/// Name and pages of the RAM blocks.
+pub const BLOCKS: [(&str, u64); 2] = [("pc.ram", 90), ("vga.vram", 7)];
+/// Pages the guest writes whenever it is let run.
+const WRITES: u64 = 12;
+
+const ZEROES: [u8; 4096] = [0; 4096];
+
+/// Guest RAM.
+pub struct Ram {
+    table: RamBlockTable,
+    pub regions: Vec<Arc<MmapRegion>>,
+}
+
+impl Ram {
+    pub fn new() -> Arc<Self> {
+        let table = BLOCKS
+            .map(|(name, pages)| RamBlock::new(name, pages * PAGE_SIZE).unwrap())
+            .to_vec();
+        let regions = BLOCKS
+            .map(|(_, pages)| {
+                let len = usize::try_from(pages * PAGE_SIZE).unwrap();
+                Arc::new(MmapRegion::new(len).unwrap())
+            })
+            .to_vec();
+        Arc::new(Self {
+            table: RamBlockTable::new(table).unwrap(),
+            regions,
+        })
+    }
+
+    fn bytes(&self) -> Vec<u8> {
+        let mut all = Vec::new();
+        for region in &self.regions {
+            let mut bytes = vec![0; region.size()];
+            region.as_volatile_slice().copy_to(&mut bytes[..]);
+            all.append(&mut bytes);
+        }
+        all
+    }
+}
+
+impl GuestRam for Ram {
+    fn blocks(&self) -> &RamBlockTable {
+        &self.table
+    }
+    fn slice(
+        &self,
+        block: BlockId,
+        offset: u64,
+        len: usize,
+    ) -> Result<VolatileSlice<'_>, MemoryError> {
+        let region = self
+            .regions
+            .get(block.index())
+            .ok_or(MemoryError::NoBlock(block))?;
+        region
+            .get_slice(usize::try_from(offset).unwrap(), len)
+            .map_err(|e| MemoryError::Backend {
+                what: "slice",
+                source: e.into(),
+            })
+    }
+}
+
+/// What is to fail, once each.
+#[derive(Clone, Default)]
+pub struct Faults(Arc<Mutex<BTreeSet<&'static str>>>);
+
+impl Faults {
+    /// The next call of `what` fails.
+    pub fn inject(&self, what: &'static str) {
+        self.0.lock().unwrap().insert(what);
+    }
+
+    fn check(&self, what: &'static str) -> Result<(), VmError> {
+        if self.0.lock().unwrap().remove(what) {
+            return Err(VmError::new(what, "an injected fault"));
+        }
+        Ok(())
+    }
+}
+
+/// Block and page of each write since the log was last read.
+#[derive(Clone, Default)]
+pub struct Log {
+    writes: Arc<Mutex<Vec<(u32, u64)>>>,
+    faults: Faults,
+}
+
+impl DirtyLog for Log {
+    fn start(&mut self) -> Result<(), MemoryError> {
+        self.writes.lock().unwrap().clear();
+        self.faults
+            .check("log.start")
+            .map_err(|source| MemoryError::Backend {
+                what: "starting the log",
+                source: source.into(),
+            })
+    }
+    fn sync(&mut self, sink: &mut dyn FnMut(BlockId, u64, u64)) -> Result<(), MemoryError> {
+        for (block, page) in self.writes.lock().unwrap().drain(..) {
+            sink(BlockId::new(block), page / 64 * 64, 1 << (page % 64));
+        }
+        Ok(())
+    }
+    fn stop(&mut self) -> Result<(), MemoryError> {
+        Ok(())
+    }
+}
+
+/// All that a guest is made of.
+#[derive(Clone, PartialEq, Eq)]
+pub struct State {
+    pub ram: Vec<u8>,
+    pub device: u64,
+}
+
+impl fmt::Debug for State {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let sum = self.ram.iter().fold(0u64, |sum, byte| {
+            sum.wrapping_mul(31).wrapping_add(u64::from(*byte))
+        });
+        write!(f, "ram {sum:016x}, device {:016x}", self.device)
+    }
+}
+
+/// What a side's driver did with its VM.
+#[derive(Debug)]
+pub enum Told {
+    /// The VM was stopped, in this state.
+    Stopped(State),
+    /// The VM was let run, from this state.
+    Resumed(State),
+    /// Primary: the state that a checkpoint took.
+    Captured(State),
+    /// Secondary: the state that a checkpoint left.
+    Installed(State),
+    /// A checkpoint is complete.
+    Checkpoint(CheckpointReport),
+    /// COLO has ended.
+    Exit(ColoExit),
+}
+
+/// The guest, and what a driver does with it.
+pub struct Guest {
+    pub ram: Arc<Ram>,
+    pub log: Log,
+    device: u64,
+    random: u64,
+    pub running: bool,
+    /// What its own writes have made of it.
+    own: State,
+    /// It was last let run from there: nobody else has written a byte.
+    pub undisturbed: bool,
+    tell: Sender<Told>,
+    faults: Faults,
+}
+
+impl Guest {
+    /// A stopped guest that behaves as `seed` has it.
+    pub fn new(seed: u64, faults: &Faults, tell: Sender<Told>) -> Self {
+        let ram = Ram::new();
+        Self {
+            own: State {
+                ram: ram.bytes(),
+                device: 0,
+            },
+            ram,
+            undisturbed: true,
+            log: Log {
+                faults: faults.clone(),
+                ..Log::default()
+            },
+            device: 0,
+            random: seed,
+            running: false,
+            tell,
+            faults: faults.clone(),
+        }
+    }
+
+    pub fn state(&self) -> State {
+        State {
+            ram: self.ram.bytes(),
+            device: self.device,
+        }
+    }
+
+    /// What it is now is its own doing.
+    pub fn settle(&mut self) {
+        self.own = self.state();
+    }
+
+    fn random(&mut self) -> u64 {
+        self.random ^= self.random << 13;
+        self.random ^= self.random >> 7;
+        self.random ^= self.random << 17;
+        self.random
+    }
+
+    /// Writes somewhere, now and then zeroes.
+    fn write(&mut self) {
+        let (block, value) = (u32::from(self.random().is_multiple_of(8)), self.random());
+        let page = self.random() % BLOCKS[block as usize].1;
+        let offset = usize::try_from(page * PAGE_SIZE).unwrap();
+        let region = &self.ram.regions[block as usize];
+        if value.is_multiple_of(4) {
+            let page = region.get_slice(offset, ZEROES.len()).unwrap();
+            page.copy_from(&ZEROES);
+        } else {
+            let at = offset + usize::try_from(value % 500).unwrap() * 8;
+            region.as_volatile_slice().write_obj(value, at).unwrap();
+        }
+        self.log.writes.lock().unwrap().push((block, page));
+    }
+
+    /// Writes every page.
+    pub fn write_everything(&mut self) {
+        for (block, (_, pages)) in (0..).zip(BLOCKS) {
+            for page in 0..pages {
+                let offset = usize::try_from(page * PAGE_SIZE).unwrap();
+                let value = self.random() | 1;
+                let region = self.ram.regions[block as usize].as_volatile_slice();
+                region.write_obj(value, offset).unwrap();
+                self.log.writes.lock().unwrap().push((block, page));
+            }
+        }
+        self.settle();
+    }
+
+    /// Computes for a while.
+    pub fn run(&mut self) {
+        self.running = true;
+        for _ in 0..WRITES {
+            self.write();
+        }
+        self.device = self.random();
+        self.settle();
+    }
+
+    fn tell(&self, told: Told) {
+        // A test that has seen enough does not listen any more.
+        let _ = self.tell.send(told);
+    }
+
+    fn encode(&self, out: &mut Vec<u8>) {
+        encode_device_blob(
+            [DeviceSection {
+                header: header(),
+                body: &self.device.to_be_bytes(),
+            }],
+            out,
+        );
+    }
+}
+
+fn header() -> SectionHeader {
+    SectionHeader {
+        kind: Announcement::Full,
+        id: FIRST_DEVICE_SECTION,
+        idstr: IdStr::new("counter").unwrap(),
+        instance: InstanceId(0),
+        version: 1,
+    }
+}
+
+impl ColoVm for Guest {
+    type Staged = u64;
+    type Reset = u64;
+
+    fn stop(&mut self) -> Result<(), VmError> {
+        self.faults.check("vm.stop")?;
+        if self.running {
+            assert_eq!(self.state(), self.own, "a running guest was written to");
+        }
+        self.running = false;
+        self.tell(Told::Stopped(self.state()));
+        Ok(())
+    }
+
+    fn resume(&mut self) -> Result<(), VmError> {
+        self.faults.check("vm.resume")?;
+        let state = self.state();
+        self.undisturbed = state == self.own;
+        self.tell(Told::Resumed(state));
+        self.run();
+        Ok(())
+    }
+
+    fn save_devices(&mut self, out: &mut Vec<u8>) -> Result<(), VmError> {
+        assert!(!self.running);
+        // A device that is drained writes its last results.
+        self.write();
+        self.settle();
+        self.encode(out);
+        self.tell(Told::Captured(self.state()));
+        Ok(())
+    }
+
+    fn stage_devices(&mut self, blob: &[u8]) -> Result<u64, VmError> {
+        assert!(!self.running);
+        let refuse = || VmError::new("checking device state", "not a counter");
+        let mut sample = Vec::new();
+        self.encode(&mut sample);
+        // Behind the value: the footer and EOF.
+        let at = sample.len().checked_sub(14).unwrap();
+        let body = blob.get(at..at + 8).ok_or_else(refuse)?;
+        let same = |a: &[u8], b: &[u8]| a[..at] == b[..at] && a[at + 8..] == b[at + 8..];
+        if blob.len() != sample.len() || !same(blob, &sample) {
+            return Err(refuse());
+        }
+        Ok(u64::from_be_bytes(body.try_into().unwrap()))
+    }
+
+    fn reset_devices(&mut self, staged: u64) -> Result<u64, VmError> {
+        assert!(!self.running);
+        self.faults.check("vm.reset")?;
+        self.device = 0;
+        // Firmware tables are written anew.
+        self.write();
+        Ok(staged)
+    }
+
+    fn install_devices(&mut self, reset: u64) -> Result<(), VmError> {
+        assert_eq!(self.device, 0, "installed without a reset");
+        self.device = reset;
+        self.tell(Told::Installed(self.state()));
+        Ok(())
+    }
+
+    fn colo_exit(&mut self, exit: &ColoExit) {
+        self.tell(Told::Exit(*exit));
+    }
+
+    fn checkpoint_done(&mut self, report: &CheckpointReport) {
+        assert!(self.running);
+        self.tell(Told::Checkpoint(report.clone()));
+    }
+}
+
+impl SourceVm for Guest {
+    fn stop(&mut self) -> Result<(), BoxError> {
+        self.running = false;
+        Ok(())
+    }
+    fn resume(&mut self) -> Result<(), BoxError> {
+        self.running = true;
+        Ok(())
+    }
+    fn save_devices(&mut self, out: &mut Vec<u8>) -> Result<String, BoxError> {
+        self.encode(out);
+        Ok(String::new())
+    }
+    fn progress(&mut self, progress: &Progress) -> Control {
+        if progress.pass < 3 {
+            self.write();
+            Control::Continue
+        } else {
+            Control::SwitchOver
+        }
+    }
+}
+
+impl TargetVm for Guest {
+    fn load_device(&mut self, section: &SectionHeader, body: &[u8]) -> Result<Body, BoxError> {
+        assert_eq!(section, &header());
+        let Some(value) = body.first_chunk() else {
+            return Ok(Body::NeedMore);
+        };
+        self.device = u64::from_be_bytes(*value);
+        Ok(Body::Complete(8))
+    }
+}
+
+/// Disks and output that only fail.
+pub struct Outside(pub Faults);
+
+impl Replication for Outside {
+    fn start(&mut self, _: Role) -> Result<(), VmError> {
+        self.0.check("disk.start")
+    }
+    fn check(&mut self) -> Result<(), VmError> {
+        self.0.check("disk.check")
+    }
+    fn checkpoint(&mut self) -> Result<(), VmError> {
+        self.0.check("disk.checkpoint")
+    }
+    fn stop(&mut self, _: bool) -> Result<(), VmError> {
+        Ok(())
+    }
+}
+
+impl PacketGate for Outside {
+    fn hold(&mut self) -> Result<(), VmError> {
+        self.0.check("gate.hold")
+    }
+    fn release(&mut self) -> Result<(), VmError> {
+        self.0.check("gate.release")
+    }
+    fn discard(&mut self) -> Result<(), VmError> {
+        self.0.check("gate.discard")
+    }
+    fn open(&mut self) {}
+}

@@ -1,0 +1,508 @@
+//! Two sides with a real migration behind them, each to be run by its driver or by hand.
+
+use std::os::unix::net::UnixStream;
+use std::sync::mpsc::{self, Receiver};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+use std::{io, thread};
+
+use colo_core::driver::{
+    ColoControl, DriverConfig, Parts, PrimaryLink, SecondaryLink, run_primary, run_secondary,
+};
+use colo_core::message::{MESSAGE_LEN, encode_vmstate_size};
+use colo_core::{
+    Cause, CheckpointReport, ColoExit, ColoStore, Deadlines, ExitReason, FailoverHandle,
+    IncomingPages, Message, OnPeerLoss, Outcome, Role, Vm as _, schedule::DEFAULT_MIN_GAP,
+};
+use migration_stream::decoder::{ConfigurationRule, DecoderConfig};
+use migration_stream::io::{ByteSink, ByteSource, Chunk, FdChannel};
+use migration_stream::precopy::{
+    CheckpointReceiver, Limits, RamSetup, ReturnPathReader, Source, SourceConfig, SwitchedOver,
+    Target, TargetConfig,
+};
+use migration_stream::ram::{InStream, ZeroPageDetection};
+use migration_stream::{GuestRam, PageTransport, StreamReader, StreamWriter};
+use multifd::{ChannelCount, MultifdConfig, RecvSet, SendSet};
+use ram_cache::{CacheBlockSpec, DiscardControl, FlushPool};
+
+use crate::guest::{BLOCKS, Faults, Guest, Log, Outside, State, Told};
+
+/// Far longer than anything here takes, and short enough for a test to fail.
+pub const LIMIT: Duration = Duration::from_secs(20);
+/// A deadline that is meant to pass.
+pub const SHORT: Duration = Duration::from_millis(40);
+/// A checkpoint delay that never ends.
+pub const NEVER: Duration = Duration::from_secs(3600);
+
+/// A driver that waits long for everything.
+pub fn patient() -> DriverConfig {
+    DriverConfig {
+        deadlines: Deadlines {
+            message: LIMIT,
+            checkpoint: LIMIT,
+            idle: LIMIT,
+        },
+        on_loss: OnPeerLoss::Wait,
+        max_device_state: 1000,
+    }
+}
+
+/// A driver that waits long for nothing.
+pub fn impatient() -> DriverConfig {
+    DriverConfig {
+        deadlines: Deadlines {
+            message: SHORT,
+            checkpoint: SHORT,
+            idle: SHORT,
+        },
+        ..patient()
+    }
+}
+
+type Switched = SwitchedOver<Box<dyn PageTransport>, Log>;
+
+/// The primary after the migration.
+pub struct PrimaryEnd {
+    pub guest: Guest,
+    pub faults: Faults,
+    switched: Switched,
+    /// Its first is the main channel.
+    connections: Vec<FdChannel>,
+    told: Receiver<Told>,
+}
+
+/// The secondary after the migration.
+pub struct SecondaryEnd {
+    pub faults: Faults,
+    pub discard: DiscardControl,
+    guest: Guest,
+    receiver: CheckpointReceiver,
+    pages: IncomingPages<ColoStore>,
+    connections: Vec<FdChannel>,
+    told: Receiver<Told>,
+}
+
+fn pair() -> (FdChannel, FdChannel) {
+    let (a, b) = UnixStream::pair().unwrap();
+    (
+        FdChannel::new(a, LIMIT).unwrap(),
+        FdChannel::new(b, LIMIT).unwrap(),
+    )
+}
+
+/// Migrates a guest, with as many multifd channels, up to where both sides enter COLO.
+pub fn migrated(channels: u8) -> (PrimaryEnd, SecondaryEnd) {
+    let (main, peer) = pair();
+    let (mut ours, mut theirs) = (vec![main], vec![peer]);
+    for _ in 0..channels {
+        let (a, b) = pair();
+        ours.push(a);
+        theirs.push(b);
+    }
+    let sender = thread::spawn(move || migrate_away(ours));
+    let mut secondary = take_in(theirs);
+    let mut primary = sender.join().unwrap();
+    assert_eq!(primary.guest.state(), secondary.guest.state());
+    primary.guest.settle();
+    secondary.guest.settle();
+    (primary, secondary)
+}
+
+fn multifd(channels: &[FdChannel]) -> Option<MultifdConfig> {
+    let channels = ChannelCount::new(u8::try_from(channels.len()).unwrap())?;
+    Some(MultifdConfig {
+        channels,
+        stall_limit: LIMIT,
+        ..MultifdConfig::default()
+    })
+}
+
+fn migrate_away(connections: Vec<FdChannel>) -> PrimaryEnd {
+    let (tell, told) = mpsc::channel();
+    let faults = Faults::default();
+    let mut guest = Guest::new(0x5eed_0001, &faults, tell);
+    guest.run();
+    let ram: Arc<dyn GuestRam> = Arc::clone(&guest.ram) as _;
+    let (main, channels) = connections.split_first().unwrap();
+    let transport: Box<dyn PageTransport> = match multifd(channels) {
+        None => Box::new(InStream::new(Arc::clone(&ram), ZeroPageDetection::On)),
+        Some(config) => {
+            let channels = channels.iter().map(|c| c.share().into()).collect();
+            Box::new(SendSet::start(Arc::clone(&ram), channels, &config).unwrap())
+        }
+    };
+    let switched = Source::start(
+        SourceConfig {
+            configuration: None,
+            switchover_start: true,
+            confirm_timeout: LIMIT,
+        },
+        Arc::new(Limits::new(0, Duration::from_millis(300))),
+        StreamWriter::new(main.share()),
+        Some(ReturnPathReader::new(main.share())),
+        RamSetup {
+            ram,
+            log: guest.log.clone(),
+            transport,
+        },
+    )
+    .unwrap()
+    .run(&mut guest)
+    .unwrap();
+    PrimaryEnd {
+        guest,
+        faults,
+        switched,
+        connections,
+        told,
+    }
+}
+
+fn take_in(connections: Vec<FdChannel>) -> SecondaryEnd {
+    let (tell, told) = mpsc::channel();
+    let faults = Faults::default();
+    let mut guest = Guest::new(0x5eed_0002, &faults, tell);
+    let discard = DiscardControl::new();
+    let blocks = BLOCKS
+        .iter()
+        .zip(&guest.ram.regions)
+        .map(|((name, _), region)| CacheBlockSpec::whole_region(*name, Arc::clone(region)))
+        .collect();
+    let store = ColoStore::new(blocks, discard.disable().unwrap()).unwrap();
+    let (main, channels) = connections.split_first().unwrap();
+    let mut pages = match multifd(channels) {
+        None => IncomingPages::plain(store),
+        Some(config) => {
+            let channels = channels.iter().map(|c| c.share().into()).collect();
+            let wake = main.share();
+            let set = RecvSet::start(store, channels, &config, move |_| wake.shutdown());
+            IncomingPages::multifd(set.unwrap())
+        }
+    };
+    let config = TargetConfig {
+        decoder: DecoderConfig::new(ConfigurationRule::Absent),
+        max_devices: 1 << 16,
+    };
+    let reader = StreamReader::new(main.share(), b"");
+    let (store, barrier) = pages.parts();
+    let mut loaded = Target::new(config, reader, Some(Box::new(main.share())), store)
+        .load(store, barrier, &mut guest)
+        .unwrap();
+    loaded.confirm().unwrap();
+    SecondaryEnd {
+        guest,
+        faults,
+        discard,
+        receiver: loaded.into_checkpoints().unwrap(),
+        pages,
+        connections,
+        told,
+    }
+}
+
+/// A side that its driver runs in a thread.
+pub struct Side {
+    pub control: ColoControl,
+    told: Receiver<Told>,
+    ended: Receiver<(Outcome, Guest)>,
+}
+
+/// A side whose driver has ended.
+pub struct Ended {
+    pub outcome: Outcome,
+    pub guest: Guest,
+}
+
+fn control(role: Role, delay: Duration, connections: Vec<FdChannel>) -> ColoControl {
+    ColoControl::new(role, FailoverHandle::new(), delay, move || {
+        connections.iter().for_each(FdChannel::shutdown);
+    })
+    .unwrap()
+}
+
+fn parts(guest: Guest, faults: &Faults) -> Parts<Guest, Outside, Outside> {
+    Parts {
+        vm: guest,
+        replication: Outside(faults.clone()),
+        gate: Outside(faults.clone()),
+    }
+}
+
+impl PrimaryEnd {
+    /// Runs the driver, with a checkpoint after each `delay`.
+    pub fn start(self, config: DriverConfig, delay: Duration) -> Side {
+        self.start_after(config, delay, || {})
+    }
+
+    fn start_after(self, config: DriverConfig, delay: Duration, wait: fn()) -> Side {
+        let control = control(Role::Primary, delay, self.connections);
+        wait();
+        let link = PrimaryLink::new(self.switched).unwrap();
+        let (done, ended) = mpsc::channel();
+        let (in_driver, mut parts) = (control.clone(), parts(self.guest, &self.faults));
+        thread::spawn(move || {
+            let outcome = run_primary(link, &mut parts, &in_driver, config).unwrap();
+            done.send((outcome, parts.vm))
+        });
+        Side {
+            control,
+            told: self.told,
+            ended,
+        }
+    }
+
+    /// As [`Self::start`], with the first checkpoint due before the driver starts: what the
+    /// secondary has said beforehand is then never out of turn.
+    pub fn start_due(self, config: DriverConfig) -> Side {
+        self.start_after(config, Duration::ZERO, || {
+            thread::sleep(2 * DEFAULT_MIN_GAP)
+        })
+    }
+
+    /// Leaves everything to the test.
+    pub fn by_hand(self) -> HandPrimary {
+        HandPrimary {
+            main: self.connections[0].share(),
+            end: self,
+        }
+    }
+}
+
+impl SecondaryEnd {
+    /// Runs the driver.
+    pub fn start(self, config: DriverConfig) -> Side {
+        let control = control(Role::Secondary, NEVER, self.connections);
+        let link = SecondaryLink {
+            receiver: self.receiver,
+            pages: self.pages,
+            log: self.guest.log.clone(),
+            pool: FlushPool::new(2).unwrap(),
+        };
+        let (done, ended) = mpsc::channel();
+        let (in_driver, mut parts) = (control.clone(), parts(self.guest, &self.faults));
+        thread::spawn(move || {
+            let outcome = run_secondary(link, &mut parts, &in_driver, config).unwrap();
+            done.send((outcome, parts.vm))
+        });
+        Side {
+            control,
+            told: self.told,
+            ended,
+        }
+    }
+
+    /// Says `messages`, and nothing more as long as it is not started.
+    pub fn saying(self, messages: &[Message]) -> Self {
+        let bytes: Vec<u8> = messages.iter().flat_map(|m| m.encode()).collect();
+        let mut main = self.connections[0].share();
+        main.write_all(&[Chunk::Bytes(&bytes)]).unwrap();
+        self
+    }
+}
+
+impl Side {
+    /// Waits until `wanted` makes something of what is told.
+    pub fn until<T>(&self, mut wanted: impl FnMut(Told) -> Option<T>) -> T {
+        loop {
+            let told = self.told.recv_timeout(LIMIT).expect("the driver goes on");
+            if let Some(found) = wanted(told) {
+                return found;
+            }
+        }
+    }
+
+    /// The state the VM is next stopped in.
+    pub fn stopped(&self) -> State {
+        self.until(|told| match told {
+            Told::Stopped(state) => Some(state),
+            _ => None,
+        })
+    }
+
+    /// Waits until the VM is let run.
+    pub fn resumed(&self) -> State {
+        self.until(|told| match told {
+            Told::Resumed(state) => Some(state),
+            _ => None,
+        })
+    }
+
+    /// The state the next checkpoint took, or left.
+    pub fn checkpoint_state(&self) -> State {
+        self.until(|told| match told {
+            Told::Captured(state) | Told::Installed(state) => Some(state),
+            _ => None,
+        })
+    }
+
+    /// The next complete checkpoint.
+    pub fn checkpoint(&self) -> CheckpointReport {
+        self.until(|told| match told {
+            Told::Checkpoint(report) => Some(report),
+            Told::Exit(exit) => panic!("{exit}"),
+            _ => None,
+        })
+    }
+
+    /// How COLO ends.
+    pub fn exit(&self) -> ColoExit {
+        self.until(|told| match told {
+            Told::Exit(exit) => Some(exit),
+            _ => None,
+        })
+    }
+
+    /// Waits for the driver's end. There was no second exit.
+    pub fn join(self) -> Ended {
+        let (outcome, guest) = self.ended.recv_timeout(LIMIT).expect("the driver ends");
+        let exits = self.told.try_iter();
+        let exits = exits.filter(|told| matches!(told, Told::Exit(_)));
+        assert_eq!(exits.count(), 0, "one exit, which the test has taken");
+        Ended { outcome, guest }
+    }
+
+    /// The peer is given up, and this side goes on alone.
+    pub fn take_over(self) -> Ended {
+        self.control.failover().request().unwrap();
+        self.alone()
+    }
+
+    /// The same for a side that knows already.
+    pub fn alone(self) -> Ended {
+        let ended = self.join();
+        assert_eq!(ended.outcome, Outcome::TookOver);
+        assert!(ended.guest.running);
+        ended
+    }
+
+    /// The VM ends while COLO goes on.
+    pub fn quit(self) {
+        self.control.quit();
+        assert_eq!(self.exit().cause, Cause::Quit);
+        self.off();
+    }
+
+    /// The VM ends after COLO has.
+    pub fn give_up(self) {
+        self.control.quit();
+        self.off();
+    }
+
+    fn off(self) {
+        let ended = self.join();
+        assert_eq!(ended.outcome, Outcome::Quit);
+        assert!(!ended.guest.running);
+    }
+}
+
+/// Both VMs end.
+pub fn end(primary: Side, secondary: Side) {
+    primary.quit();
+    assert_eq!(secondary.exit().reason(), ExitReason::Error);
+    secondary.give_up();
+}
+
+/// A primary that does what a test says.
+pub struct HandPrimary {
+    end: PrimaryEnd,
+    main: FdChannel,
+}
+
+/// A checkpoint as it travels on the main channel.
+pub struct Wire {
+    /// The RAM sections and EOF.
+    pub ram: Vec<u8>,
+    /// The device state.
+    pub devices: Vec<u8>,
+}
+
+impl Wire {
+    /// Everything behind the request.
+    pub fn bytes(&self) -> Vec<u8> {
+        let size = encode_vmstate_size(self.devices.len() as u64);
+        let send = Message::VmstateSend.encode();
+        [&send[..], &self.ram, &size, &self.devices].concat()
+    }
+}
+
+impl HandPrimary {
+    pub fn expect(&mut self, expected: Message) {
+        let mut bytes = [0; MESSAGE_LEN];
+        let mut have = 0;
+        while have < bytes.len() {
+            let n = self.main.read(&mut bytes[have..]).unwrap();
+            assert_ne!(n, 0, "the end of the stream, expected {expected}");
+            have += n;
+        }
+        assert_eq!(Message::decode(bytes), Ok(expected));
+    }
+
+    /// Nothing comes any more.
+    pub fn expect_end(&mut self) {
+        assert_eq!(self.main.read(&mut [0]).unwrap(), 0);
+    }
+
+    pub fn send(&mut self, bytes: &[u8]) {
+        self.main.write_all(&[Chunk::Bytes(bytes)]).unwrap();
+    }
+
+    /// Requests a checkpoint, and sends `bytes` with it.
+    pub fn request_and_send(&mut self, bytes: &[u8]) {
+        self.send(&[&Message::CheckpointRequest.encode()[..], bytes].concat());
+    }
+
+    /// Lets the guest run, and makes a checkpoint of it. Multifd's pages are sent.
+    pub fn capture(&mut self) -> Wire {
+        let PrimaryEnd {
+            guest, switched, ..
+        } = &mut self.end;
+        guest.run();
+        guest.running = false;
+        let mut devices = Vec::new();
+        guest.save_devices(&mut devices).unwrap();
+        let kept = Kept::default();
+        let mut out = StreamWriter::new(kept.clone());
+        switched.ram.end(&mut out).unwrap();
+        out.write_bytes(&[0]).unwrap();
+        let ram = std::mem::take(&mut *kept.0.lock().unwrap());
+        Wire { ram, devices }
+    }
+
+    /// Writes `bytes` on the last of multifd's channels.
+    pub fn spoil_a_channel(&self, bytes: &[u8]) {
+        let mut channel = self.end.connections.last().unwrap().share();
+        channel.write_all(&[Chunk::Bytes(bytes)]).unwrap();
+    }
+
+    /// What the last checkpoint holds.
+    pub fn state(&self) -> State {
+        self.end.guest.state()
+    }
+
+    /// The process is gone.
+    pub fn die(self) {
+        self.end.connections.iter().for_each(FdChannel::shutdown);
+    }
+}
+
+/// A sink that keeps what is written.
+#[derive(Clone, Default)]
+struct Kept(Arc<Mutex<Vec<u8>>>);
+
+impl ByteSink for Kept {
+    fn write_all(&mut self, chunks: &[Chunk<'_>]) -> io::Result<()> {
+        let mut kept = self.0.lock().unwrap();
+        for chunk in chunks {
+            match chunk {
+                Chunk::Bytes(bytes) => kept.extend_from_slice(bytes),
+                Chunk::Guest(guest) => {
+                    let mut bytes = vec![0; guest.len()];
+                    guest.copy_to(&mut bytes[..]);
+                    kept.append(&mut bytes);
+                }
+            }
+        }
+        Ok(())
+    }
+    fn set_write_deadline(&mut self, _: Option<Instant>) {}
+}
