@@ -125,11 +125,12 @@ fn a_peer_that_closed_a_channel_is_an_error_that_names_it_and_shuts_the_others()
 #[test]
 fn a_peer_that_dies_while_pages_are_on_their_way_is_an_error() {
     let mut s = sender(&config(2));
-    let peers = std::mem::take(&mut s.peers);
+    let mut peers = std::mem::take(&mut s.peers);
     let e = thread::scope(|scope| {
-        scope.spawn(|| {
-            // Inside the payload of a packet.
-            for mut peer in peers {
+        scope.spawn(move || {
+            // Inside the payload of a packet. All of them are there until each has got so far: the
+            // first that is gone ends the others' channels too.
+            for peer in &mut peers {
                 peer.read_exact(&mut [0; HEADER_LEN + 100]).unwrap();
             }
         });
