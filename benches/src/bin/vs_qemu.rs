@@ -1,23 +1,23 @@
-//! How long a checkpoint stops the primary: a COLO pair of QEMU on this machine, with a guest that
-//! dirties a known number of pages, over each transport, plain and with multifd.
+//! How long a checkpoint stops the primary: a COLO pair of QEMU and one of `colo-vmm` in turns on this
+//! machine, with the same boot sector in both, which dirties a known number of pages, over each
+//! transport, plain and with multifd.
 //!
-//! The pause is what QEMU's own trace says: from the primary's VM stopping to it running again.
+//! QEMU's pause is what its own trace says: from the primary's VM stopping to it running again. Ours
+//! is what the primary reports for the same two moments.
 
+use std::fmt;
 use std::fs;
 use std::path::Path;
-use std::process::ExitCode;
+use std::process::{Command, ExitCode};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use ::tests::guest::Dirtier;
 use ::tests::harness::missing_kvm;
+use ::tests::process::workspace_program;
 use ::tests::qemu::{self, Accel, Binary, Machine, Qemu};
 use ::tests::{PATIENCE, Result};
 use clap::{Parser, ValueEnum};
 use serde_json::json;
-
-/// Where the guest's region begins: beyond what firmware uses.
-const REGION: u32 = 16 << 20;
 
 /// Measures the checkpoint pause of QEMU's COLO.
 #[derive(Debug, Parser)]
@@ -62,6 +62,35 @@ struct Case<'a> {
     dirty_pages: u32,
     multifd: u8,
     arguments: &'a Arguments,
+    colo_vmm: &'a Path,
+}
+
+/// What is told of many pauses, ms.
+#[derive(Clone, Copy, Debug)]
+struct Figures {
+    mean: f64,
+    p50: f64,
+    p99: f64,
+}
+
+impl Figures {
+    fn of(mut pauses: Vec<Duration>) -> Self {
+        pauses.sort_unstable();
+        let ms = |d: Duration| d.as_secs_f64() * 1e3;
+        let quantile = |q: usize| ms(pauses[(pauses.len() - 1) * q / 100]);
+        let mean = pauses.iter().copied().map(ms).sum::<f64>() / pauses.len() as f64;
+        Self {
+            mean,
+            p50: quantile(50),
+            p99: quantile(99),
+        }
+    }
+}
+
+impl fmt::Display for Figures {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:.1} | {:.1} | {:.1}", self.mean, self.p50, self.p99)
+    }
 }
 
 fn main() -> ExitCode {
@@ -86,9 +115,12 @@ fn run(arguments: &Arguments) -> Result<()> {
             Accel::Tcg
         }
     };
-    println!("{binary}, pause of the primary per checkpoint, ms\n");
-    println!("| machine | transport | dirty pages | channels | mean | p50 | p99 | checkpoints |");
-    println!("|---|---|---|---|---|---|---|---|");
+    let colo_vmm = workspace_program("colo-vmm", "colo-vmm")?;
+    println!("pause of the primary per checkpoint, ms: {binary} | colo-vmm\n");
+    println!(
+        "| QEMU's machine | transport | dirty pages | channels | mean | p50 | p99 | ours: mean | p50 | p99 | p50 ratio |"
+    );
+    println!("|---|---|---|---|---|---|---|---|---|---|---|");
     for machine in &arguments.machine {
         for &transport in &arguments.transport {
             for &dirty_pages in &arguments.dirty_pages {
@@ -99,9 +131,11 @@ fn run(arguments: &Arguments) -> Result<()> {
                         dirty_pages,
                         multifd,
                         arguments,
+                        colo_vmm: &colo_vmm,
                     };
-                    let pauses = case.measure(binary, accel)?;
-                    println!("{}", case.row(pauses));
+                    let theirs = Figures::of(case.measure(binary, accel)?);
+                    let ours = case.measure_ours(accel)?;
+                    println!("{}", case.row(theirs, ours));
                 }
             }
         }
@@ -113,11 +147,7 @@ impl Case<'_> {
     fn measure(&self, binary: &Binary, accel: Accel) -> Result<Vec<Duration>> {
         let dir = tempfile::tempdir()?;
         let disk = dir.path().join("disk");
-        let guest = Dirtier {
-            start: REGION,
-            pages: self.dirty_pages,
-        };
-        guest.write_disk(&disk)?;
+        self.write_disk(&disk)?;
         let trace = dir.path().join("trace");
         let machine = Machine::new(self.machine, self.arguments.memory)
             .accel(accel)
@@ -187,20 +217,62 @@ impl Case<'_> {
         }
     }
 
-    fn row(&self, mut pauses: Vec<Duration>) -> String {
-        pauses.sort_unstable();
-        let ms = |d: Duration| d.as_secs_f64() * 1e3;
-        let quantile = |q: usize| ms(pauses[(pauses.len() - 1) * q / 100]);
-        let mean = pauses.iter().copied().map(ms).sum::<f64>() / pauses.len() as f64;
+    /// The guest: `colo-vmm`'s own, which boots in QEMU as well.
+    fn write_disk(&self, disk: &Path) -> Result<()> {
+        let status = Command::new(self.colo_vmm)
+            .args(["guest", "--memory", &self.arguments.memory.to_string()])
+            .args(["--dirty-pages", &self.dirty_pages.to_string(), "--out"])
+            .arg(disk)
+            .status()?;
+        if status.success() {
+            Ok(())
+        } else {
+            Err("colo-vmm guest failed".into())
+        }
+    }
+
+    /// The same pair made of `colo-vmm`, driven by its demo.
+    fn measure_ours(&self, accel: Accel) -> Result<Figures> {
+        let transport = format!("{:?}", self.transport).to_lowercase();
+        let mut demo = Command::new(self.colo_vmm);
+        demo.args([
+            "demo",
+            "--json",
+            "--failover",
+            "none",
+            "--transport",
+            &transport,
+        ])
+        .args(["--dirty-pages", &self.dirty_pages.to_string()])
+        .args(["--multifd", &self.multifd.to_string()])
+        .args(["--memory", &self.arguments.memory.to_string()])
+        .args(["--delay", &self.arguments.delay.to_string()])
+        .args(["--checkpoints", &self.arguments.checkpoints.to_string()]);
+        if matches!(accel, Accel::Tcg) {
+            demo.arg("--sim");
+        }
+        let output = demo.output()?;
+        if !output.status.success() {
+            return Err(String::from_utf8_lossy(&output.stderr).into_owned().into());
+        }
+        let report: serde_json::Value = serde_json::from_slice(&output.stdout)?;
+        let pause = &report["checkpoints"]["pause_ms"];
+        let figure = |name: &str| pause[name].as_f64().ok_or("the demo reports no pause");
+        Ok(Figures {
+            mean: figure("mean")?,
+            p50: figure("p50")?,
+            p99: figure("p99")?,
+        })
+    }
+
+    fn row(&self, theirs: Figures, ours: Figures) -> String {
         format!(
-            "| {} | {} | {} | {} | {mean:.1} | {:.1} | {:.1} | {} |",
+            "| {} | {} | {} | {} | {theirs} | {ours} | {:.3} |",
             self.machine,
             format!("{:?}", self.transport).to_lowercase(),
             self.dirty_pages,
             self.multifd,
-            quantile(50),
-            quantile(99),
-            pauses.len(),
+            ours.p50 / theirs.p50,
         )
     }
 }
