@@ -10,7 +10,7 @@
 
 use std::sync::Arc;
 
-use migration_stream::ram::{BlockId, RamBlock, RamBlockError, RamBlockTable};
+use migration_stream::ram::{BlockId, RamBlock, RamBlockError, RamBlockTable, zero_check};
 use migration_stream::{GuestRam, MemoryError, PAGE_SIZE, PageStore};
 use vm_memory::mmap::MmapRegionError;
 use vm_memory::{
@@ -27,6 +27,9 @@ pub const HOLE_END: u64 = 1 << 32;
 pub const LOW_BLOCK: &str = "pc.ram";
 /// The RAM block that begins at [`HOLE_END`].
 pub const HIGH_BLOCK: &str = "pc.ram-above-4g";
+
+/// A page of nothing.
+const ZEROES: [u8; 4096] = [0; 4096];
 
 /// One RAM block in its place.
 #[derive(Clone, Debug)]
@@ -241,25 +244,19 @@ impl PageStore for Memory {
     }
 
     fn zero(&self, block: BlockId, offset: u64, len: usize) -> Result<(), MemoryError> {
-        const CHUNK: usize = 4096;
         let slice = self.checked(block, offset, len)?;
-        let mut copy = [0u8; CHUNK];
-        let mut at = 0;
-        while at < len {
-            let part =
-                slice
-                    .subslice(at, CHUNK.min(len - at))
-                    .map_err(|source| MemoryError::Backend {
-                        what: "guest memory cannot be sliced",
-                        source: source.into(),
-                    })?;
+        for at in (0..len).step_by(ZEROES.len()) {
+            let part = slice
+                .subslice(at, ZEROES.len().min(len - at))
+                .map_err(|source| MemoryError::Backend {
+                    what: "guest memory cannot be sliced",
+                    source: source.into(),
+                })?;
             // Reading a page that was never touched maps the host's zero page and allocates
             // nothing; writing it would allocate.
-            let read = part.copy_to(&mut copy[..]);
-            if copy[..read].iter().any(|byte| *byte != 0) {
-                part.copy_from(&[0u8; CHUNK][..part.len()]);
+            if !zero_check(&part) {
+                part.copy_from(&ZEROES);
             }
-            at += part.len();
         }
         Ok(())
     }
