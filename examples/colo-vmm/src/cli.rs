@@ -1,4 +1,4 @@
-//! The command line: one function for each subcommand, behind [`Command`].
+//! The command line: one function for each subcommand.
 
 use std::error::Error;
 use std::fs::{self, File};

@@ -1,9 +1,9 @@
 //! Migration and COLO for this VMM: what an embedder writes around the crates.
 //!
 //! One [`Migration`] belongs to a VM for its life. A command starts a thread for the outgoing or the
-//! incoming side ([`outgoing`], [`incoming`]); with `x-colo` the same thread goes on as the primary
-//! or the secondary ([`colo`]). Commands never wait for it: they look at [`status`] or shut the
-//! [`connections`].
+//! incoming side (`outgoing.rs`, `incoming.rs`); with `x-colo` the same thread goes on as the primary
+//! or the secondary (`colo.rs`). Commands never wait for it: they look at `status.rs` or shut the
+//! connections.
 
 mod colo;
 mod connections;
@@ -457,20 +457,6 @@ fn qmp_address(address: &Address) -> SocketAddress {
 fn spawn(name: &str, f: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>, QmpError> {
     let thread = thread::Builder::new().name(name.to_owned()).spawn(f);
     thread.map_err(|e| QmpError::generic(format!("no thread: {e}")))
-}
-
-/// An error and its causes, on one line; a cause that the text before it ends with is not repeated.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        let next = error.to_string();
-        if !text.contains(&next) {
-            text = format!("{text}: {next}");
-        }
-        cause = error.source();
-    }
-    text
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
