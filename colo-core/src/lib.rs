@@ -27,6 +27,13 @@
 //! });
 //! assert_eq!(outcome, Outcome::TookOver);
 //! ```
+//! | module | what |
+//! |---|---|
+//! | [`primary`], [`secondary`] | the order of a checkpoint, one side each |
+//! | [`driver`] | the machines over real channels, for an embedder's [`Vm`] |
+//! | [`message`] | what the two sides say |
+//! | [`schedule`], [`deadline`] | when a checkpoint is due, and how long the peer may take |
+//! | [`report`] | what a checkpoint cost |
 #![forbid(unsafe_code)]
 
 mod cause;
