@@ -178,6 +178,10 @@ impl FailoverHandle {
     pub fn left(&self) {
         let kick = {
             let mut shared = self.lock();
+            if shared.progress == Progress::Active {
+                // Whatever COLO_EXIT said, who goes on was somebody's decision (as in QEMU).
+                shared.exit = Some(ExitReason::Request);
+            }
             shared.last_mode = shared.mode;
             shared.mode = ColoMode::None;
             shared.progress = Progress::None;
@@ -262,7 +266,7 @@ mod tests {
         assert_eq!(handle.status(), under_way);
         assert!(handle.take_request());
         handle.left();
-        let over = status(ColoMode::None, ColoMode::Secondary, StatusReason::Error);
+        let over = status(ColoMode::None, ColoMode::Secondary, StatusReason::Request);
         assert_eq!(handle.status(), over);
     }
 
