@@ -148,7 +148,7 @@ pub enum StoreError {
     #[error(transparent)]
     Cache(#[from] CacheError),
     /// The dirty log could not be read.
-    #[error("reading the dirty log: {0}")]
+    #[error("reading the dirty log")]
     Log(#[from] MemoryError),
 }
 

@@ -91,10 +91,10 @@ pub fn decode_device_blob<'a, E: error::Error + 'static>(
 #[non_exhaustive]
 pub enum DeviceBlobError<E: error::Error + 'static> {
     /// The frame of a section is wrong, or the blob too short.
-    #[error("device blob: {0}")]
+    #[error("device blob")]
     Frame(#[from] DecodeError),
     /// A device refused its section.
-    #[error("device blob: section '{idstr}' instance {instance} at byte {offset:#x}: {source}")]
+    #[error("device blob: section '{idstr}' instance {instance} at byte {offset:#x}")]
     Device {
         /// The device.
         idstr: IdStr,

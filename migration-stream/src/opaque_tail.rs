@@ -325,14 +325,12 @@ fn only_end(
 #[non_exhaustive]
 pub enum TailError {
     /// It did not end within its limit.
-    #[error(
-        "the stream's tail does not end within {max} bytes{}",
-        .rejected.as_ref().map(|e| format!(" ({e})")).unwrap_or_default()
-    )]
+    #[error("the stream's tail does not end within {max} bytes")]
     TooLong {
         /// The limit, bytes.
         max: usize,
         /// Why the last thing that looked like its end was none.
+        #[source]
         rejected: Option<Box<TailError>>,
     },
     /// Too many things in it look like its end.
@@ -351,7 +349,7 @@ pub enum TailError {
         count: usize,
     },
     /// A section's header is cut off or none.
-    #[error("in the stream's tail: {0}")]
+    #[error("in the stream's tail")]
     Frame(#[from] DecodeError),
     /// Another section stands where a described one is expected.
     #[error("no section '{idstr}' instance {instance} at byte {offset:#x} of the stream's tail")]

@@ -82,7 +82,7 @@ pub trait PageBarrier: Send {
 
 /// Why pages could not cross.
 #[derive(Debug, thiserror::Error)]
-#[error("{}{source}", .channel.map(|c| format!("multifd channel {c}: ")).unwrap_or_default())]
+#[error("{}", .channel.map_or("page transport".into(), |c| format!("multifd channel {c}")))]
 pub struct TransportError {
     /// The multifd channel, `None` for the main stream.
     pub channel: Option<u8>,

@@ -125,10 +125,10 @@ fn len_of_subsections(subsections: &[RawSubsection]) -> Option<u64> {
 #[non_exhaustive]
 pub enum DescriptionError {
     /// It is not JSON of the shape expected.
-    #[error("vm description: {0}")]
+    #[error("vm description is not the json expected")]
     Json(#[from] serde_json::Error),
     /// A device's name is no idstr.
-    #[error("vm description: device {0}")]
+    #[error("vm description has a device without a proper name")]
     Name(#[source] IdStrError),
     /// The lengths of a device's fields do not add up within 64 bits.
     #[error("vm description: device '{idstr}' is longer than 64 bits can say")]

@@ -8,7 +8,7 @@ use std::net::Shutdown;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{LIMIT, PAGE, Receiver, cause, receiver, write};
+use common::{LIMIT, PAGE, Receiver, cause, receiver, text, write};
 use migration_stream::PageBarrier;
 use multifd::packet::{HEADER_LEN, Method, PacketError, PacketFlags, PacketHeader};
 use multifd::{ChannelCount, ChannelError, Compression, MultifdConfig, Part, ZstdLevel};
@@ -68,16 +68,16 @@ fn error_after(config: &MultifdConfig, bytes: &[u8], end: bool) -> ChannelError 
     let e = r.set.barrier().flush().unwrap_err();
     let (channel, error) = cause(&e);
     assert_eq!(channel, Some(1));
-    assert_eq!(r.errors.recv_timeout(LIMIT).unwrap(), e.to_string());
+    assert_eq!(r.errors.recv_timeout(LIMIT).unwrap(), text(&e));
     assert_eq!(
         r.peers[0].read(&mut [0]).unwrap(),
         0,
         "the other channel was not shut"
     );
     let again = r.set.barrier().flush().unwrap_err();
-    assert_eq!(again.to_string(), e.to_string());
+    assert_eq!(text(&again), text(&e));
     let joined = r.set.join().unwrap();
-    assert_eq!(joined.outcome.unwrap_err().to_string(), e.to_string());
+    assert_eq!(text(&joined.outcome.unwrap_err()), text(&e));
     assert_eq!(joined.store.page(0, 63), [0; PAGE]);
     assert!(r.errors.recv().is_err(), "the hook was called twice");
     assert!(began.elapsed() < LIMIT / 2);
@@ -141,7 +141,7 @@ fn a_channel_that_ends_instead_of_its_sync_packet_fails_the_flush() {
     assert!(matches!(cause(&e), (Some(1), ChannelError::Ended)), "{e}");
     // What had come before is there all the same.
     let joined = r.set.join().unwrap();
-    assert_eq!(joined.outcome.unwrap_err().to_string(), e.to_string());
+    assert_eq!(text(&joined.outcome.unwrap_err()), text(&e));
     assert_eq!(joined.store.page(0, 0), [0xaa; PAGE]);
     assert!(r.errors.recv().is_err());
 }

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{LIMIT, Ram, cause};
+use common::{LIMIT, Ram, cause, text};
 use migration_stream::io::{ByteSink, Chunk, FdChannel};
 use migration_stream::ram::BlockId;
 use migration_stream::{PageTransport, StreamWriter};
@@ -117,9 +117,9 @@ fn a_peer_that_closed_a_channel_is_an_error_that_names_it_and_shuts_the_others()
     s.peers[0].read_to_end(&mut rest).unwrap();
     assert!(rest.len() <= HEADER_LEN);
     // It is what every later call says.
-    assert_eq!(s.send(1).unwrap_err().to_string(), e.to_string());
-    assert_eq!(s.sync().unwrap_err().to_string(), e.to_string());
-    assert_eq!(s.set.join().unwrap_err().to_string(), e.to_string());
+    assert_eq!(text(&s.send(1).unwrap_err()), text(&e));
+    assert_eq!(text(&s.sync().unwrap_err()), text(&e));
+    assert_eq!(text(&s.set.join().unwrap_err()), text(&e));
 }
 
 #[test]

@@ -64,13 +64,13 @@ pub struct Parts<V, R, G> {
 /// Why a step failed, with the error that the machine does not keep.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum StepError {
-    #[error("{0}")]
+    #[error(transparent)]
     Io(#[from] io::Error),
     #[error(transparent)]
     Source(#[from] SourceError),
     #[error(transparent)]
     Target(#[from] TargetError),
-    #[error("{0}: {source}", source = std::error::Error::source(.0).map_or(String::new(), ToString::to_string))]
+    #[error(transparent)]
     Vm(#[from] VmError),
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -180,7 +180,8 @@ where
                 let event = perform(step, deadline, wire, parts, control, &mut meter)
                     .unwrap_or_else(|error| {
                         let event = error.event();
-                        tracing::warn!(%step, %error, ?event, "colo step failed");
+                        let error: &dyn std::error::Error = &error;
+                        tracing::warn!(%step, error, ?event, "colo step failed");
                         event
                     });
                 let ended = Instant::now();

@@ -62,11 +62,15 @@ where
     );
     let SecondaryLink { pages, mut log, .. } = wire.link;
     if let Err(error) = log.stop() {
-        tracing::warn!(%error, "the dirty log goes on");
+        let error: &dyn std::error::Error = &error;
+        tracing::warn!(error, "the dirty log goes on");
     }
     match pages.join() {
         Ok(store) => store.release(),
-        Err(error) => tracing::error!(%error, "the ram cache could not be released"),
+        Err(error) => {
+            let error: &dyn std::error::Error = &error;
+            tracing::error!(error, "the ram cache could not be released");
+        }
     }
     outcome
 }

@@ -36,13 +36,14 @@
 //! - [`migration`]: the crates at work, live migration and COLO
 //! - [`monitor`], [`operator`] and [`qmp`]: what an operator can ask for, and how
 //! - [`demo`]: an operator of a pair, played
-//! - [`cli`] and [`event_loop`]: the program
+//! - [`cli`] and [`event_loop`]: the program; [`error_chain`]: what it says of an error
 
 pub mod cli;
 pub mod console;
 pub mod demo;
 pub mod devices;
 pub mod dirty_log;
+pub mod error_chain;
 pub mod event_loop;
 pub mod guest;
 pub mod loader;

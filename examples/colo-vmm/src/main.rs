@@ -1,10 +1,10 @@
 //! The program; see [`colo_vmm::cli`].
 
-use std::error::Error;
 use std::process::ExitCode;
 
 use clap::Parser;
 use colo_vmm::cli::Cli;
+use colo_vmm::error_chain::chain;
 use tracing_subscriber::EnvFilter;
 
 fn main() -> ExitCode {
@@ -18,15 +18,4 @@ fn main() -> ExitCode {
         eprintln!("colo-vmm: {}", chain(&*error));
         ExitCode::FAILURE
     })
-}
-
-/// An error and its causes, on one line.
-fn chain(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text = format!("{text}: {error}");
-        cause = error.source();
-    }
-    text
 }

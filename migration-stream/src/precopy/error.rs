@@ -14,16 +14,16 @@ pub type BoxError = Box<dyn error::Error + Send + Sync>;
 #[non_exhaustive]
 pub enum SourceError {
     /// The main stream could not be written.
-    #[error("writing the migration stream: {0}")]
+    #[error("writing the migration stream")]
     Stream(#[from] io::Error),
     /// Pages could not be sent.
-    #[error("sending guest memory: {0}")]
+    #[error("sending guest memory")]
     Transport(#[from] TransportError),
     /// Guest memory or its dirty log could not be read.
-    #[error("reading guest memory: {0}")]
+    #[error("reading guest memory")]
     Memory(#[from] MemoryError),
     /// The return path broke, or carried what it must not.
-    #[error("return path: {0}")]
+    #[error("return path")]
     ReturnPath(#[source] BoxError),
     /// The destination reported a failure by a SHUT message.
     #[error("the destination reported error {status}")]
@@ -35,7 +35,7 @@ pub enum SourceError {
     #[error("the destination closed the return path without confirming the migration")]
     Unconfirmed,
     /// The VMM could not stop, resume or save the VM.
-    #[error("{what}: {source}")]
+    #[error("{what}")]
     Vm {
         /// What was attempted.
         what: &'static str,
@@ -52,7 +52,7 @@ pub enum SourceError {
 #[non_exhaustive]
 pub enum TargetError {
     /// The main stream could not be read.
-    #[error("reading the migration stream at offset {offset:#x}: {source}")]
+    #[error("reading the migration stream at offset {offset:#x}")]
     Stream {
         /// Where in the stream.
         offset: u64,
@@ -63,13 +63,13 @@ pub enum TargetError {
     #[error(transparent)]
     Decode(#[from] crate::DecodeError),
     /// Pages could not be received.
-    #[error("receiving guest memory: {0}")]
+    #[error("receiving guest memory")]
     Transport(#[from] TransportError),
     /// A page could not be stored.
-    #[error("storing guest memory: {0}")]
+    #[error("storing guest memory")]
     Memory(#[from] MemoryError),
     /// A message could not be sent on the return path.
-    #[error("return path: {0}")]
+    #[error("return path")]
     ReturnPath(#[source] io::Error),
     /// A PING, or another command that wants an answer, came before the return path was opened.
     #[error(
@@ -98,7 +98,7 @@ pub enum TargetError {
         offset: u64,
     },
     /// A device section could not be loaded.
-    #[error("device section '{idstr}' instance {instance} at offset {offset:#x}: {source}")]
+    #[error("device section '{idstr}' instance {instance} at offset {offset:#x}")]
     Device {
         /// Its idstr.
         idstr: String,
@@ -110,7 +110,7 @@ pub enum TargetError {
         source: BoxError,
     },
     /// Device sections taken as they are do not end, or not as their description says.
-    #[error("device sections: {0}")]
+    #[error("device sections")]
     Tail(#[from] crate::opaque_tail::TailError),
     /// What must be there is not.
     #[error("the stream ended at offset {offset:#x} without {what}")]

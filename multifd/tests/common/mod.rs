@@ -2,6 +2,7 @@
 // Each test file is a crate of its own and uses a part of this.
 #![allow(dead_code)]
 
+use std::error::Error;
 use std::io::Write;
 use std::os::unix::net::UnixStream;
 use std::sync::mpsc;
@@ -161,7 +162,7 @@ pub fn receiver(config: &MultifdConfig, pages: &[u64]) -> Receiver {
         .unzip();
     let (tell, errors) = mpsc::channel();
     let set = RecvSet::start(Ram::new(pages), channels, config, move |e| {
-        tell.send(e.to_string()).unwrap();
+        tell.send(text(e)).unwrap();
     })
     .unwrap();
     Receiver { set, peers, errors }
@@ -175,6 +176,17 @@ pub fn cause(e: &TransportError) -> (Option<u8>, &ChannelError) {
             .downcast_ref()
             .expect("every error of the crate is a ChannelError"),
     )
+}
+
+/// An error and its causes.
+pub fn text(e: &TransportError) -> String {
+    let mut text = e.to_string();
+    let mut cause = e.source();
+    while let Some(e) = cause {
+        text = format!("{text}: {e}");
+        cause = e.source();
+    }
+    text
 }
 
 pub fn write(stream: &UnixStream, bytes: &[u8]) {

@@ -35,6 +35,7 @@ use self::connections::Connections;
 use self::global_state::GlobalState;
 use self::status::Status;
 use crate::console::Console;
+use crate::error_chain::chain;
 use crate::vm::Vm;
 
 /// The machine type in the stream. Its devices are this VMM's own, so it is no QEMU machine's name.
