@@ -246,8 +246,6 @@ fn enter_colo(
 ) -> Result<(), BoxError> {
     let log = migration.vm.with_machine(|machine| machine.dirty_log());
     let pool = FlushPool::for_this_host()?;
-    let control = colo::control(migration, Role::Secondary)?;
-    migration.status.set(MigrationStatus::Colo);
     loaded.confirm()?;
     let link = SecondaryLink {
         receiver: loaded.into_checkpoints()?,
@@ -255,6 +253,9 @@ fn enter_colo(
         log,
         pool,
     };
+    // From here on nothing ends this side but COLO's own end, which is reported.
+    let control = colo::control(migration, Role::Secondary)?;
+    migration.status.set(MigrationStatus::Colo);
     let mut parts = colo::parts(migration, Role::Secondary, to_run(migration));
     let outcome = run_secondary(link, &mut parts, &control, colo::config(migration))?;
     colo::finish(migration, outcome);
