@@ -95,6 +95,10 @@ fn main() -> ExitCode {
             "secondary_that_may_takes_over_without_being_told",
             take_over,
         ),
+        harness::anywhere(
+            "guest_runs_once_when_only_one_side_knows_of_colo",
+            one_side_only,
+        ),
         kvm("survivor_can_be_given_a_new_secondary", new_secondary),
     ])
 }
@@ -186,7 +190,7 @@ fn failover_of(
 
     yank(side)?;
     side.qmp.execute("x-colo-lost-heartbeat", Value::Null)?;
-    goes_on(side, survivor, "error")?;
+    goes_on(side, survivor, "request")?;
     guest_lost_nothing(&mut pair, survivor)
 }
 
@@ -253,7 +257,8 @@ fn is_stuck(side: &mut Vmm) -> Result<bool> {
     Ok(true)
 }
 
-/// The survivor has gone on alone, and says so.
+/// The survivor has gone on alone, and says so: by somebody's `request`, or by itself because of an
+/// `error`.
 fn goes_on(side: &mut Vmm, survivor: Side, reason: &str) -> Result<()> {
     side.wait_migration("completed")?;
     side.wait_status("running")?;
@@ -389,7 +394,7 @@ fn silent_peer(survivor: Side) -> Result<()> {
     assert!(reason.contains("deadline"), "{reason}");
     silent.process.kill()?;
     side.qmp.execute("x-colo-lost-heartbeat", Value::Null)?;
-    goes_on(side, survivor, "error")?;
+    goes_on(side, survivor, "request")?;
     guest_lost_nothing(&mut pair, survivor)
 }
 
@@ -425,7 +430,7 @@ fn yank_while_stuck() -> Result<()> {
     assert_eq!(exit["data"]["reason"], "error");
     assert!(since.elapsed() < Duration::from_secs(2));
     side.qmp.execute("x-colo-lost-heartbeat", Value::Null)?;
-    goes_on(side, Primary, "error")?;
+    goes_on(side, Primary, "request")?;
     guest_lost_nothing(&mut pair, Primary)
 }
 
@@ -454,7 +459,7 @@ fn new_secondary() -> Result<()> {
     pair.secondary
         .qmp
         .execute("x-colo-lost-heartbeat", Value::Null)?;
-    goes_on(&mut pair.secondary, Secondary, "error")?;
+    goes_on(&mut pair.secondary, Secondary, "request")?;
     guest_lost_nothing(&mut pair, Secondary)?;
 
     let heard = pair.secondary.output()?.len();
@@ -468,8 +473,35 @@ fn new_secondary() -> Result<()> {
     survivor.process.kill()?;
     third.qmp.wait_event("COLO_EXIT")?;
     third.qmp.execute("x-colo-lost-heartbeat", Value::Null)?;
-    goes_on(&mut third, Secondary, "error")?;
+    goes_on(&mut third, Secondary, "request")?;
     assert!(survivor.output()?.len() > heard);
     assert!(third.output()?.len() > 20);
+    Ok(())
+}
+
+fn one_side_only() -> Result<()> {
+    let guest = guest().simulated();
+    // The target has all of the guest, and waits for an operator's word on a peer that has gone.
+    let mut pair = Pair::start(&guest, PLAIN, &["return-path"])?;
+    pair.secondary.enable(&["x-colo"])?;
+    pair.migrate(PLAIN)?;
+    pair.primary.wait_migration("completed")?;
+    assert_eq!(pair.primary.status()?, "postmigrate");
+    pair.secondary.qmp.wait_event("COLO_EXIT")?;
+    assert_eq!(pair.secondary.migration()?["status"], "failing");
+    pair.secondary
+        .qmp
+        .execute("x-colo-lost-heartbeat", Value::Null)?;
+    goes_on(&mut pair.secondary, Secondary, "request")?;
+
+    // The target has gone on with the guest. The source has not.
+    let mut pair = Pair::start(&guest, PLAIN, &["return-path"])?;
+    pair.primary.enable(&["x-colo"])?;
+    pair.migrate(PLAIN)?;
+    pair.secondary.wait_migration("completed")?;
+    pair.secondary.wait_lines(ENCORE)?;
+    pair.primary.qmp.wait_event("COLO_EXIT")?;
+    assert_eq!(pair.primary.migration()?["status"], "failing");
+    assert_ne!(pair.primary.status()?, "running");
     Ok(())
 }
