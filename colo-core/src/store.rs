@@ -15,7 +15,7 @@ use vm_memory::VolatileSlice;
 /// switch-over both are equal. Once [`ColoStore::enter_colo`] was called it goes to the cache only
 /// and is marked, so that a running guest sees nothing of a checkpoint before the flush.
 ///
-/// Which of the two is one question, asked in [`ColoStore::in_colo`]. It changes once, at a moment
+/// Which of the two is one question, asked in one place. It changes once, at a moment
 /// at which no page is on its way: between the confirmation of the migration and
 /// *checkpoint-ready*, before which the primary sends nothing.
 #[derive(Debug)]

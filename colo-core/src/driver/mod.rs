@@ -169,8 +169,9 @@ where
                 return Ok(outcome);
             }
             Action::EmitExit(exit) => {
-                parts.vm.colo_exit(&exit);
+                // First, so that whoever hears of the end and asks for the status finds it there.
                 control.failover().exited(exit.reason());
+                parts.vm.colo_exit(&exit);
                 Event::Done
             }
             Action::Perform(step) => {

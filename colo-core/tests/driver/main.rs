@@ -125,8 +125,10 @@ fn the_status_says_how_far_a_failover_is() {
     assert_eq!(failover.status(), in_colo);
     primary.quit();
     assert_eq!(secondary.exit().reason(), ExitReason::Error);
+    let undecided = status(ColoMode::Secondary, ColoMode::None, StatusReason::Error);
+    assert_eq!(failover.status(), undecided);
     secondary.take_over();
-    let over = status(ColoMode::None, ColoMode::Secondary, StatusReason::Error);
+    let over = status(ColoMode::None, ColoMode::Secondary, StatusReason::Request);
     assert_eq!(failover.status(), over);
     assert_eq!(failover.request(), Err(RequestError::NotInColo));
 }
