@@ -21,6 +21,7 @@ pub mod harness;
 pub mod process;
 pub mod qemu;
 pub mod qmp;
+pub mod relay;
 pub mod store;
 pub mod vmm;
 

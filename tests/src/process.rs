@@ -199,7 +199,12 @@ impl Output {
 pub fn workspace_program(package: &str, program: &str) -> Result<PathBuf> {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let mut build = Command::new(cargo);
-    build.args(["build", "--quiet", "--locked", "--message-format=json-render-diagnostics"]);
+    build.args([
+        "build",
+        "--quiet",
+        "--locked",
+        "--message-format=json-render-diagnostics",
+    ]);
     build.args(["--package", package, "--bin", program]);
     if !cfg!(debug_assertions) {
         build.arg("--release");

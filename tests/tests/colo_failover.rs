@@ -6,6 +6,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
+use tests::relay::Relay;
 use tests::vmm::{ColoVmm, Connection, Pair, Vmm, check_count};
 use tests::{PATIENCE, Result, harness};
 
@@ -88,8 +89,16 @@ fn main() -> ExitCode {
             rare_checkpoints,
         ),
         kvm(
-            "yank_frees_a_primary_that_is_stuck_in_a_checkpoint",
-            yank_while_stuck,
+            "yank_frees_a_primary_that_is_stuck_sending_ram",
+            yank_while_sending,
+        ),
+        kvm(
+            "primary_that_is_stuck_sending_ram_can_be_told_to_go_on",
+            request_while_sending,
+        ),
+        kvm(
+            "secondary_falls_back_to_the_last_checkpoint_while_receiving_ram",
+            lost_while_receiving,
         ),
         kvm(
             "secondary_that_may_takes_over_without_being_told",
@@ -419,19 +428,64 @@ fn rare_checkpoints() -> Result<()> {
     pair.secondary.wait_checkpoints(1)
 }
 
-/// With default deadlines: the operator knows sooner.
-fn yank_while_stuck() -> Result<()> {
-    let mut pair = Pair::in_colo(&guest(), PLAIN, DELAY)?;
-    freeze_within(&mut pair, Primary)?;
+/// A pair whose link has stalled within the memory of a checkpoint, with default deadlines.
+fn stalled_in_ram() -> Result<(Pair, Relay)> {
+    let mut pair = Pair::start(&guest(), PLAIN, &["return-path", "x-colo"])?;
+    pair.primary
+        .set_parameters(json!({"x-checkpoint-delay": DELAY}))?;
+    let path = pair.secondary.dir().join("migration");
+    let uri = pair
+        .secondary
+        .listen_on(&format!("unix:{}", path.display()))?;
+    let relay = Relay::to(&uri)?;
+    pair.primary.migrate(&relay.uri())?;
+    pair.primary.wait_checkpoints(3)?;
+    pair.secondary.wait_checkpoints(3)?;
+    relay.stall()?;
+    assert_eq!(pair.secondary.status()?, "colo");
+    pair.primary.wait_status("colo")?;
+    assert!(is_stuck(&mut pair.primary)?);
+    Ok((pair, relay))
+}
+
+fn yank_while_sending() -> Result<()> {
+    let (mut pair, _relay) = stalled_in_ram()?;
     let side = &mut pair.primary;
-    let since = Instant::now();
     yank(side)?;
     let exit = side.qmp.wait_event("COLO_EXIT")?;
     assert_eq!(exit["data"]["reason"], "error");
-    assert!(since.elapsed() < Duration::from_secs(2));
+    let migration = side.migration()?;
+    let reason = migration["error-desc"].as_str().unwrap_or_default();
+    assert!(reason.contains("sending ram"), "{reason}");
     side.qmp.execute("x-colo-lost-heartbeat", Value::Null)?;
     goes_on(side, Primary, "request")?;
     guest_lost_nothing(&mut pair, Primary)
+}
+
+/// QEMU's main loop is stuck then, and takes the command only after a `yank` out of band.
+fn request_while_sending() -> Result<()> {
+    let (mut pair, _relay) = stalled_in_ram()?;
+    let side = &mut pair.primary;
+    side.qmp.execute("x-colo-lost-heartbeat", Value::Null)?;
+    let exit = side.qmp.wait_event("COLO_EXIT")?;
+    assert_eq!(exit["data"]["reason"], "request");
+    goes_on(side, Primary, "request")?;
+    guest_lost_nothing(&mut pair, Primary)
+}
+
+fn lost_while_receiving() -> Result<()> {
+    let (mut pair, relay) = stalled_in_ram()?;
+    pair.primary.process.kill()?;
+    drop(relay);
+    let side = &mut pair.secondary;
+    let exit = side.qmp.wait_event("COLO_EXIT")?;
+    assert_eq!(exit["data"]["reason"], "error");
+    let migration = side.migration()?;
+    let reason = migration["error-desc"].as_str().unwrap_or_default();
+    assert!(reason.contains("receiving ram"), "{reason}");
+    side.qmp.execute("x-colo-lost-heartbeat", Value::Null)?;
+    goes_on(side, Secondary, "request")?;
+    guest_lost_nothing(&mut pair, Secondary)
 }
 
 fn take_over() -> Result<()> {
