@@ -62,13 +62,18 @@ impl Relay {
         format!("unix:{}", self.dir.path().join(SOCKET).display())
     }
 
-    /// Takes nothing more from the source as soon as it is within a checkpoint's memory, and waits
-    /// until that is so.
+    /// From now on, takes nothing more from the source as soon as it is within a checkpoint's
+    /// memory. Such a checkpoint has to be larger than what sockets hold, or all of it may be on its
+    /// way by then.
+    pub fn stall(&self) {
+        self.link.is_armed.store(true, Ordering::Release);
+    }
+
+    /// Waits until it has come to that.
     ///
     /// # Errors
-    /// It does not come to that within [`PATIENCE`].
-    pub fn stall(&self) -> Result<()> {
-        self.link.is_armed.store(true, Ordering::Release);
+    /// It has not within [`PATIENCE`].
+    pub fn wait_stalled(&self) -> Result<()> {
         let deadline = Instant::now() + PATIENCE;
         while !self.link.has_stalled.load(Ordering::Acquire) {
             if Instant::now() > deadline {

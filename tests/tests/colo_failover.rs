@@ -441,7 +441,13 @@ fn stalled_in_ram() -> Result<(Pair, Relay)> {
     pair.primary.migrate(&relay.uri())?;
     pair.primary.wait_checkpoints(3)?;
     pair.secondary.wait_checkpoints(3)?;
-    relay.stall()?;
+    rest(&mut pair)?;
+    // Until the guest has dirtied all that it works on.
+    pair.primary.wait_lines(2)?;
+    relay.stall();
+    pair.primary
+        .set_parameters(json!({"x-checkpoint-delay": 0}))?;
+    relay.wait_stalled()?;
     assert_eq!(pair.secondary.status()?, "colo");
     pair.primary.wait_status("colo")?;
     assert!(is_stuck(&mut pair.primary)?);
