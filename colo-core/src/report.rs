@@ -9,8 +9,8 @@ use crate::step::Step;
 pub struct CheckpointReport {
     /// Counts from 1.
     pub number: u64,
-    /// How long this side's guest did not run: from the beginning of [`Step::StopVm`] to the end of
-    /// [`Step::ResumeVm`].
+    /// How long this side's guest did not run: from the beginning of [`Step::StopVm`] until the VM
+    /// was let go in [`Step::ResumeVm`].
     pub pause: Duration,
     /// The steps in order, each with the time it took.
     pub steps: Vec<(Step, Duration)>,
@@ -39,6 +39,7 @@ impl CheckpointReport {
 pub struct CheckpointMeter {
     report: CheckpointReport,
     stopped: Option<Instant>,
+    resumed: Option<Instant>,
 }
 
 impl CheckpointMeter {
@@ -53,6 +54,7 @@ impl CheckpointMeter {
         match step {
             Step::StopVm => self.stopped = Some(began),
             Step::ResumeVm => {
+                let ended = self.resumed.take().unwrap_or(ended);
                 self.report.pause = self.stopped.take().map_or(Duration::ZERO, |stopped| {
                     ended.saturating_duration_since(stopped)
                 });
@@ -61,6 +63,11 @@ impl CheckpointMeter {
         }
         let time = ended.saturating_duration_since(began);
         self.report.steps.push((step, time));
+    }
+
+    /// The VM was let go, in the step that ends next.
+    pub const fn resumed(&mut self, let_go: Instant) {
+        self.resumed = Some(let_go);
     }
 
     /// RAM has crossed.

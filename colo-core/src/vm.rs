@@ -1,6 +1,7 @@
 //! What COLO needs of a VMM.
 
 use std::error::Error;
+use std::time::Instant;
 
 use crate::cause::{ColoExit, Role};
 use crate::report::CheckpointReport;
@@ -20,11 +21,12 @@ pub trait Vm {
     /// The VM may still run.
     fn stop(&mut self) -> Result<(), VmError>;
 
-    /// Lets the VM run.
+    /// Lets the VM run. Returns when it was let go, with which its pause ends: the threads of a VM
+    /// that runs may keep the driver's from its processor before it can look at a clock itself.
     ///
     /// # Errors
     /// The VM is still stopped.
-    fn resume(&mut self) -> Result<(), VmError>;
+    fn resume(&mut self) -> Result<Instant, VmError>;
 
     /// Appends the state of all devices to `out`: a FULL section with its footer for each, and
     /// EOF. No stream header, no configuration, no vmdesc. The VM is stopped.

@@ -236,7 +236,7 @@ where
 {
     match step {
         Step::StopVm => parts.vm.stop()?,
-        Step::ResumeVm => parts.vm.resume()?,
+        Step::ResumeVm => meter.resumed(parts.vm.resume()?),
         Step::StartReplication => parts.replication.start(control.role())?,
         Step::CheckReplication => parts.replication.check()?,
         Step::CheckpointReplication => parts.replication.checkpoint()?,

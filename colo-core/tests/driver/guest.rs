@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 use std::fmt;
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex};
+use std::time::Instant;
 
 use colo_core::{CheckpointReport, ColoExit, PacketGate, Replication, Role, Vm as ColoVm, VmError};
 use migration_stream::codec::IdStr;
@@ -297,13 +298,14 @@ impl ColoVm for Guest {
         Ok(())
     }
 
-    fn resume(&mut self) -> Result<(), VmError> {
+    fn resume(&mut self) -> Result<Instant, VmError> {
         self.faults.check("vm.resume")?;
         let state = self.state();
         self.undisturbed = state == self.own;
         self.tell(Told::Resumed(state));
+        let let_go = Instant::now();
         self.run();
-        Ok(())
+        Ok(let_go)
     }
 
     fn save_devices(&mut self, out: &mut Vec<u8>) -> Result<(), VmError> {

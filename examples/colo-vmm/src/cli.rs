@@ -380,7 +380,9 @@ fn run(args: &RunArgs) -> Result<ExitCode, Box<dyn Error>> {
     };
     match &args.incoming {
         None if args.paused => {}
-        None => vm.resume()?,
+        None => {
+            vm.resume()?;
+        }
         Some(incoming) => {
             migration.set_autostart(!args.paused);
             if let IncomingArg::Uri(address) = incoming {

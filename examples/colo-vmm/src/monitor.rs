@@ -76,7 +76,9 @@ impl Monitor {
             RunState::Colo => return Err(QmpError::colo_checkpoint_in_progress()),
             RunState::FinishMigrate => return Err(QmpError::migration_not_finalized()),
             RunState::Shutdown | RunState::InternalError => return Err(QmpError::reset_required()),
-            _ => vm.resume().map_err(refused)?,
+            _ => {
+                vm.resume().map_err(refused)?;
+            }
         }
         done()
     }

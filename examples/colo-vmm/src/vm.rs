@@ -1,6 +1,7 @@
 //! The VM as an operator sees it: a machine and its run state.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use qmp_types::{Event, RunState, ShutdownCause, StatusInfo};
 
@@ -75,19 +76,19 @@ impl Vm {
         Ok(ran)
     }
 
-    /// Lets the guest run, if it does not.
+    /// Lets the guest run, if it does not. Returns when it was let go.
     ///
     /// # Errors
     /// The machine's; the run state is as before.
-    pub fn resume(&self) -> Result<(), MachineError> {
+    pub fn resume(&self) -> Result<Instant, MachineError> {
         let mut inner = self.lock();
         let ran = inner.state == RunState::Running;
-        inner.machine.resume()?;
+        let let_go = inner.machine.resume()?;
         inner.state = RunState::Running;
         if !ran {
             self.events.publish(&Event::Resume);
         }
-        Ok(())
+        Ok(let_go)
     }
 
     /// The guest has ended by itself, and its machine is stopped.

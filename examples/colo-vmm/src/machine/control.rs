@@ -81,8 +81,9 @@ impl RunControl {
         self.pausing() && self.lock().running == 0
     }
 
-    /// Begins a round. The caller has made sure that the machine is stopped.
-    pub fn resume(&self) -> Result<(), MachineError> {
+    /// Begins a round, and says when its threads were let go. The caller has made sure that the
+    /// machine is stopped.
+    pub fn resume(&self) -> Result<Instant, MachineError> {
         let mut round = self.lock();
         if round.exit.is_some() {
             return Err(MachineError::Ended);
@@ -91,8 +92,10 @@ impl RunControl {
         round.running = self.threads;
         self.pausing.store(false, Ordering::Release);
         drop(round);
+        // Before: the threads may be given the processor that this one is on.
+        let let_go = Instant::now();
         self.started.notify_all();
-        Ok(())
+        Ok(let_go)
     }
 
     /// Ends the round and returns when every thread is out of the guest. `kick` makes those

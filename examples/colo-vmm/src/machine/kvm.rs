@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::sync::{Arc, Mutex};
+use std::time::Instant;
 
 use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
 use kvm_ioctls::{Cap, Kvm, VmFd};
@@ -282,9 +283,9 @@ impl Machine for KvmMachine {
         self.control.state()
     }
 
-    fn resume(&mut self) -> Result<(), MachineError> {
+    fn resume(&mut self) -> Result<Instant, MachineError> {
         match self.state() {
-            RunState::Running => Ok(()),
+            RunState::Running => Ok(Instant::now()),
             RunState::Ended => Err(MachineError::Ended),
             RunState::Stopped => {
                 self.clocks.thaw()?;

@@ -21,6 +21,7 @@ use std::fmt;
 use std::io::{self, Write};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Instant;
 
 use migration_stream::DirtyLog;
 use vmm_sys_util::eventfd::EventFd;
@@ -156,11 +157,12 @@ pub trait Machine: Send {
     fn state(&self) -> RunState;
 
     /// Lets the guest run, its clocks continuing from where they stood. Nothing happens if it
-    /// runs already.
+    /// runs already. Returns when it was let go: the threads of a guest that runs may keep this one
+    /// from its processor before it can look at a clock itself.
     ///
     /// # Errors
     /// The guest has ended and nobody took notice ([`Machine::take_exit`]); KVM's.
-    fn resume(&mut self) -> Result<(), MachineError>;
+    fn resume(&mut self) -> Result<Instant, MachineError>;
 
     /// Stops the guest and its clocks, between two instructions. When this returns no vCPU runs,
     /// RAM does not change, and devices give the same state however often they are saved.

@@ -10,7 +10,7 @@ use std::io::Write;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use migration_stream::ram::BlockId;
 use migration_stream::{DirtyLog, GuestRam, PAGE_SIZE};
@@ -288,9 +288,9 @@ impl Machine for SimMachine {
         self.control.state()
     }
 
-    fn resume(&mut self) -> Result<(), MachineError> {
+    fn resume(&mut self) -> Result<Instant, MachineError> {
         match self.state() {
-            RunState::Running => Ok(()),
+            RunState::Running => Ok(Instant::now()),
             RunState::Ended => Err(MachineError::Ended),
             RunState::Stopped => self.control.resume(),
         }

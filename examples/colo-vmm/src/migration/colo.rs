@@ -2,6 +2,7 @@
 
 use std::io;
 use std::sync::Arc;
+use std::time::Instant;
 
 use colo_core::driver::{ColoControl, DriverConfig, Parts};
 use colo_core::{
@@ -142,16 +143,15 @@ impl ColoVm for CheckpointedVm {
         Ok(())
     }
 
-    fn resume(&mut self) -> Result<(), VmError> {
+    fn resume(&mut self) -> Result<Instant, VmError> {
+        let vm = &self.migration.vm;
         if self.run {
-            self.migration
-                .vm
-                .resume()
-                .map_err(|e| VmError::new("resuming the guest", e))?;
+            vm.resume()
+                .map_err(|e| VmError::new("resuming the guest", e))
         } else {
-            self.migration.vm.set_state(RunState::Paused);
+            vm.set_state(RunState::Paused);
+            Ok(Instant::now())
         }
-        Ok(())
     }
 
     fn save_devices(&mut self, out: &mut Vec<u8>) -> Result<(), VmError> {
