@@ -2,7 +2,7 @@
 //! checkpoints, and carries the guest on when the primary is lost. Wire-compatible with QEMU 11.1.
 //!
 //! The heart of the crate does no I/O. [`Primary`] and [`Secondary`] say what is to be done next and
-//! are told how it went, so that every order of events can be tried in a test; `tests/interleavings.rs`
+//! are told how it went, so that every order of events can be tried in a test; `tests/interleavings`
 //! tries all of them.
 //!
 //! ```

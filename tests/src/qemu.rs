@@ -299,29 +299,6 @@ impl Qemu {
         self.dir.path()
     }
 
-    /// Switches migration capabilities on.
-    ///
-    /// # Errors
-    /// QEMU refuses one.
-    pub fn enable(&mut self, capabilities: &[&str]) -> Result<()> {
-        let list: Vec<Value> = capabilities
-            .iter()
-            .map(|name| json!({"capability": name, "state": true}))
-            .collect();
-        self.qmp
-            .execute("migrate-set-capabilities", json!({"capabilities": list}))?;
-        Ok(())
-    }
-
-    /// Sets migration parameters.
-    ///
-    /// # Errors
-    /// QEMU refuses one.
-    pub fn set_parameters(&mut self, parameters: Value) -> Result<()> {
-        self.qmp.execute("migrate-set-parameters", parameters)?;
-        Ok(())
-    }
-
     /// Starts an outgoing migration without waiting for it.
     ///
     /// # Errors

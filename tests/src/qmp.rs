@@ -83,6 +83,36 @@ impl Qmp {
         &self.greeting
     }
 
+    /// Switches migration capabilities on.
+    ///
+    /// # Errors
+    /// The other end refuses one.
+    pub fn enable(&mut self, capabilities: &[&str]) -> Result<()> {
+        self.set_capabilities(capabilities, true)
+    }
+
+    /// Switches migration capabilities on or off.
+    ///
+    /// # Errors
+    /// The other end refuses one.
+    pub fn set_capabilities(&mut self, capabilities: &[&str], state: bool) -> Result<()> {
+        let list: Vec<Value> = capabilities
+            .iter()
+            .map(|name| json!({"capability": name, "state": state}))
+            .collect();
+        self.execute("migrate-set-capabilities", json!({"capabilities": list}))?;
+        Ok(())
+    }
+
+    /// Sets migration parameters.
+    ///
+    /// # Errors
+    /// The other end refuses one.
+    pub fn set_parameters(&mut self, parameters: Value) -> Result<()> {
+        self.execute("migrate-set-parameters", parameters)?;
+        Ok(())
+    }
+
     /// Runs a command and returns what it returned. `arguments` may be null.
     ///
     /// # Errors

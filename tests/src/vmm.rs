@@ -208,37 +208,6 @@ impl Vmm {
         })
     }
 
-    /// Switches migration capabilities on.
-    ///
-    /// # Errors
-    /// It refuses one.
-    pub fn enable(&mut self, capabilities: &[&str]) -> Result<()> {
-        self.set_capabilities(capabilities, true)
-    }
-
-    /// Switches migration capabilities on or off.
-    ///
-    /// # Errors
-    /// It refuses one.
-    pub fn set_capabilities(&mut self, capabilities: &[&str], state: bool) -> Result<()> {
-        let list: Vec<Value> = capabilities
-            .iter()
-            .map(|name| json!({"capability": name, "state": state}))
-            .collect();
-        self.qmp
-            .execute("migrate-set-capabilities", json!({"capabilities": list}))?;
-        Ok(())
-    }
-
-    /// Sets migration parameters.
-    ///
-    /// # Errors
-    /// It refuses one.
-    pub fn set_parameters(&mut self, parameters: Value) -> Result<()> {
-        self.qmp.execute("migrate-set-parameters", parameters)?;
-        Ok(())
-    }
-
     /// Starts an outgoing migration without waiting for it.
     ///
     /// # Errors
@@ -477,13 +446,14 @@ impl Pair {
         };
         let capabilities = connection.capabilities(&[&["events"], capabilities].concat());
         for side in [&mut pair.secondary, &mut pair.primary] {
-            side.enable(&capabilities)?;
-            side.set_parameters(connection.parameters())?;
+            side.qmp.enable(&capabilities)?;
+            side.qmp.set_parameters(connection.parameters())?;
         }
         // Not before the guest has dirtied memory of its own.
         pair.primary.wait_lines(1)?;
         // What is being tested comes after precopy.
         pair.primary
+            .qmp
             .set_parameters(json!({"max-bandwidth": 0, "downtime-limit": 2000}))?;
         Ok(pair)
     }
@@ -511,7 +481,8 @@ impl Pair {
     pub fn in_colo(vmm: &ColoVmm, connection: Connection, delay: u32) -> Result<Self> {
         let mut pair = Self::start(vmm, connection, &["return-path", "x-colo"])?;
         for side in [&mut pair.secondary, &mut pair.primary] {
-            side.set_parameters(json!({"x-checkpoint-delay": delay}))?;
+            side.qmp
+                .set_parameters(json!({"x-checkpoint-delay": delay}))?;
         }
         pair.migrate(connection)?;
         for side in [&mut pair.primary, &mut pair.secondary] {

@@ -214,6 +214,7 @@ fn yank(side: &mut Vmm) -> Result<()> {
 /// Stops taking checkpoints, and waits until the last one is complete on both sides.
 fn rest(pair: &mut Pair) -> Result<()> {
     pair.primary
+        .qmp
         .set_parameters(json!({"x-checkpoint-delay": 3_600_000}))?;
     let deadline = Instant::now() + PATIENCE;
     // That has asked for one, or for one after the one that is being taken.
@@ -240,6 +241,7 @@ fn rest(pair: &mut Pair) -> Result<()> {
 /// stuck in one.
 fn freeze_within(pair: &mut Pair, survivor: Side) -> Result<()> {
     pair.primary
+        .qmp
         .set_parameters(json!({"x-checkpoint-delay": 0}))?;
     let (side, victim) = survivor.of(pair);
     let deadline = Instant::now() + PATIENCE;
@@ -413,7 +415,7 @@ fn rare_checkpoints() -> Result<()> {
     let mut pair = Pair::start(&guest, MULTIFD, &["return-path", "x-colo"])?;
     let minute = json!({"x-checkpoint-delay": 60_000});
     for side in [&mut pair.secondary, &mut pair.primary] {
-        side.set_parameters(minute.clone())?;
+        side.qmp.set_parameters(minute.clone())?;
     }
     pair.migrate(MULTIFD)?;
     pair.secondary.wait_migration("colo")?;
@@ -423,7 +425,7 @@ fn rare_checkpoints() -> Result<()> {
         assert_eq!(side.status()?, "running");
     }
     // As in QEMU, this asks for one at once.
-    pair.primary.set_parameters(minute)?;
+    pair.primary.qmp.set_parameters(minute)?;
     pair.primary.wait_checkpoints(1)?;
     pair.secondary.wait_checkpoints(1)
 }
@@ -432,6 +434,7 @@ fn rare_checkpoints() -> Result<()> {
 fn stalled_in_ram() -> Result<(Pair, Relay)> {
     let mut pair = Pair::start(&guest(), PLAIN, &["return-path", "x-colo"])?;
     pair.primary
+        .qmp
         .set_parameters(json!({"x-checkpoint-delay": DELAY}))?;
     let path = pair.secondary.dir().join("migration");
     let uri = pair
@@ -446,6 +449,7 @@ fn stalled_in_ram() -> Result<(Pair, Relay)> {
     pair.primary.wait_lines(2)?;
     relay.stall();
     pair.primary
+        .qmp
         .set_parameters(json!({"x-checkpoint-delay": 0}))?;
     relay.wait_stalled()?;
     assert_eq!(pair.secondary.status()?, "colo");
@@ -499,8 +503,10 @@ fn take_over() -> Result<()> {
     let alert = guest().incoming().args(["--on-peer-loss", "take-over"]);
     pair.secondary = alert.start()?;
     pair.secondary
+        .qmp
         .enable(&["events", "return-path", "x-colo", "multifd"])?;
     pair.primary
+        .qmp
         .set_parameters(json!({"x-checkpoint-delay": DELAY}))?;
     pair.migrate(MULTIFD)?;
     pair.secondary.wait_checkpoints(3)?;
@@ -524,10 +530,14 @@ fn new_secondary() -> Result<()> {
 
     let heard = pair.secondary.output()?.len();
     let mut third = guest().incoming().start()?;
-    third.enable(&["events", "return-path", "x-colo", "multifd"])?;
+    third
+        .qmp
+        .enable(&["events", "return-path", "x-colo", "multifd"])?;
     let uri = third.listen()?;
     let mut survivor = pair.secondary;
-    survivor.set_parameters(json!({"max-bandwidth": 0, "downtime-limit": 2000}))?;
+    survivor
+        .qmp
+        .set_parameters(json!({"max-bandwidth": 0, "downtime-limit": 2000}))?;
     survivor.migrate(&uri)?;
     third.wait_checkpoints(3)?;
     survivor.process.kill()?;
@@ -543,7 +553,7 @@ fn one_side_only() -> Result<()> {
     let guest = guest().simulated();
     // The target has all of the guest, and waits for an operator's word on a peer that has gone.
     let mut pair = Pair::start(&guest, PLAIN, &["return-path"])?;
-    pair.secondary.enable(&["x-colo"])?;
+    pair.secondary.qmp.enable(&["x-colo"])?;
     pair.migrate(PLAIN)?;
     pair.primary.wait_migration("completed")?;
     assert_eq!(pair.primary.status()?, "postmigrate");
@@ -556,7 +566,7 @@ fn one_side_only() -> Result<()> {
 
     // The target has gone on with the guest. The source has not.
     let mut pair = Pair::start(&guest, PLAIN, &["return-path"])?;
-    pair.primary.enable(&["x-colo"])?;
+    pair.primary.qmp.enable(&["x-colo"])?;
     pair.migrate(PLAIN)?;
     pair.secondary.wait_migration("completed")?;
     pair.secondary.wait_lines(ENCORE)?;

@@ -113,9 +113,12 @@ fn capabilities() -> Result<()> {
         .filter(|c| c["state"] == true)
         .collect();
     assert!(on.is_empty(), "{on:?}");
-    vmm.enable(&["return-path", "x-colo"])?;
+    vmm.qmp.enable(&["return-path", "x-colo"])?;
     let mut vmm = vmm;
-    let text = vmm.set_capabilities(&["return-path"], false).unwrap_err();
+    let text = vmm
+        .qmp
+        .set_capabilities(&["return-path"], false)
+        .unwrap_err();
     says(
         &text.to_string(),
         &["Capability 'x-colo' requires capability 'return-path'"],
@@ -210,11 +213,11 @@ fn silent_listener() -> Result<(TcpListener, String)> {
 fn twice() -> Result<()> {
     let (_listener, uri) = silent_listener()?;
     let mut vmm = source().start()?;
-    vmm.enable(&["return-path"])?;
+    vmm.qmp.enable(&["return-path"])?;
     vmm.migrate(&uri)?;
     let refusal = vmm.qmp.refused("migrate", json!({"uri": uri}))?;
     assert_eq!(refusal.desc, "There's a migration process in progress");
-    let error = vmm.enable(&["x-colo"]).unwrap_err().to_string();
+    let error = vmm.qmp.enable(&["x-colo"]).unwrap_err().to_string();
     says(&error, &["There's a migration process in progress"]);
     Ok(())
 }
@@ -226,7 +229,7 @@ fn free_port() -> Result<u16> {
 
 fn nobody_listens() -> Result<()> {
     let mut vmm = source().start()?;
-    vmm.enable(&["return-path", "x-colo", "events"])?;
+    vmm.qmp.enable(&["return-path", "x-colo", "events"])?;
     let port = free_port()?;
     vmm.migrate(&format!("tcp:127.0.0.1:{port}"))?;
     says(
@@ -242,7 +245,7 @@ fn nobody_listens() -> Result<()> {
     runs_on(&mut vmm)?;
     // Whoever listens then is migrated to.
     let mut target = target().start()?;
-    target.enable(&["return-path", "x-colo"])?;
+    target.qmp.enable(&["return-path", "x-colo"])?;
     let uri = target.listen()?;
     vmm.migrate(&uri)?;
     vmm.wait_migration("colo")?;
@@ -253,7 +256,7 @@ fn silent_target() -> Result<()> {
     for capabilities in [&["return-path"][..], &["return-path", "x-colo", "multifd"]] {
         let (_listener, uri) = silent_listener()?;
         let mut vmm = source().args(["--peer-timeout", "500"]).start()?;
-        vmm.enable(capabilities)?;
+        vmm.qmp.enable(capabilities)?;
         let since = Instant::now();
         vmm.migrate(&uri)?;
         let error = vmm.wait_failure()?;
@@ -270,6 +273,7 @@ fn killed_target() -> Result<()> {
     let mut pair = Pair::start(&guest, connection, &["return-path", "x-colo"])?;
     // Slow enough to be caught on the way.
     pair.primary
+        .qmp
         .set_parameters(json!({"max-bandwidth": 1 << 20}))?;
     pair.migrate(connection)?;
     pair.primary.wait_migration("active")?;
@@ -284,6 +288,7 @@ fn killed_source() -> Result<()> {
     let guest = ColoVmm::new("colo-vmm").simulated();
     let mut pair = Pair::start(&guest, connection, &["return-path", "x-colo"])?;
     pair.primary
+        .qmp
         .set_parameters(json!({"max-bandwidth": 1 << 20}))?;
     pair.migrate(connection)?;
     pair.secondary.wait_migration("active")?;
@@ -298,6 +303,7 @@ fn cancel() -> Result<()> {
     for connection in [Connection::default(), Connection::channels(2)] {
         let mut pair = Pair::start(&guest, connection, &["return-path", "x-colo"])?;
         pair.primary
+            .qmp
             .set_parameters(json!({"max-bandwidth": 1 << 20}))?;
         pair.migrate(connection)?;
         pair.primary.wait_migration("active")?;
@@ -316,7 +322,7 @@ fn cancel() -> Result<()> {
 fn cancel_silent() -> Result<()> {
     let (_listener, uri) = silent_listener()?;
     let mut vmm = source().start()?;
-    vmm.enable(&["return-path"])?;
+    vmm.qmp.enable(&["return-path"])?;
     vmm.migrate(&uri)?;
     vmm.wait_migration("active")
         .or_else(|_| vmm.wait_migration("device"))?;
@@ -332,7 +338,7 @@ fn cancel_silent() -> Result<()> {
 fn busy_port() -> Result<()> {
     let (_listener, uri) = silent_listener()?;
     let mut target = target().start()?;
-    target.enable(&["return-path", "x-colo"])?;
+    target.qmp.enable(&["return-path", "x-colo"])?;
     let refusal = target
         .qmp
         .refused("migrate-incoming", json!({"uri": uri}))?;
@@ -345,8 +351,10 @@ fn busy_port() -> Result<()> {
 fn migrates_to(target: &mut Vmm) -> Result<()> {
     let uri = target.listen()?;
     let mut source = source().start()?;
-    source.enable(&["return-path", "x-colo"])?;
-    source.set_parameters(json!({"x-checkpoint-delay": 100, "max-bandwidth": 0}))?;
+    source.qmp.enable(&["return-path", "x-colo"])?;
+    source
+        .qmp
+        .set_parameters(json!({"x-checkpoint-delay": 100, "max-bandwidth": 0}))?;
     source.migrate(&uri)?;
     target.wait_checkpoints(1)
 }
@@ -359,14 +367,14 @@ fn no_memory() -> Result<()> {
     shell.args(["-c", "ulimit -v 4500000 && exec \"$0\" \"$@\""]);
     shell.arg(run.get_program()).args(run.get_args());
     let mut target = Vmm::start("target", shell, dir)?;
-    target.enable(&["return-path", "x-colo"])?;
+    target.qmp.enable(&["return-path", "x-colo"])?;
     let tcp = json!({"uri": "tcp:127.0.0.1:0"});
     let refusal = target.qmp.refused("migrate-incoming", tcp)?;
     says(&refusal.desc, &["migrate-incoming", "cache"]);
     assert_eq!(target.migration()?["status"], Value::Null);
     assert_eq!(target.status()?, "inmigrate");
     // Without COLO there is no second copy.
-    target.set_capabilities(&["x-colo"], false)?;
+    target.qmp.set_capabilities(&["x-colo"], false)?;
     target.listen()?;
     assert_eq!(target.migration()?["status"], "setup");
     Ok(())
@@ -374,7 +382,7 @@ fn no_memory() -> Result<()> {
 
 fn silent_connection() -> Result<()> {
     let mut target = target().start()?;
-    target.enable(&["return-path", "x-colo"])?;
+    target.qmp.enable(&["return-path", "x-colo"])?;
     let uri = target.listen()?;
     let address = &uri["tcp:".len()..];
     let mut silent = TcpStream::connect(address)?;
@@ -387,8 +395,10 @@ fn silent_connection() -> Result<()> {
     assert!(asked.elapsed() < Duration::from_secs(2));
     assert_eq!(target.migration()?["status"], "setup");
     let mut source = source().start()?;
-    source.enable(&["return-path", "x-colo"])?;
-    source.set_parameters(json!({"x-checkpoint-delay": 100}))?;
+    source.qmp.enable(&["return-path", "x-colo"])?;
+    source
+        .qmp
+        .set_parameters(json!({"x-checkpoint-delay": 100}))?;
     source.migrate(&uri)?;
     target.wait_checkpoints(1)?;
     // It was closed when the migration had all its connections.
@@ -407,7 +417,7 @@ fn hello(channel: u8) -> [u8; 64] {
 
 fn unexpected_channel() -> Result<()> {
     let mut target = target().start()?;
-    target.enable(&["return-path", "x-colo"])?;
+    target.qmp.enable(&["return-path", "x-colo"])?;
     let uri = target.listen()?;
     let mut channel = TcpStream::connect(&uri["tcp:".len()..])?;
     channel.write_all(&hello(0))?;
@@ -419,8 +429,10 @@ fn unexpected_channel() -> Result<()> {
     };
     assert!(closed);
     let mut source = source().start()?;
-    source.enable(&["return-path", "x-colo"])?;
-    source.set_parameters(json!({"x-checkpoint-delay": 100}))?;
+    source.qmp.enable(&["return-path", "x-colo"])?;
+    source
+        .qmp
+        .set_parameters(json!({"x-checkpoint-delay": 100}))?;
     source.migrate(&uri)?;
     target.wait_checkpoints(1)
 }
@@ -429,8 +441,8 @@ fn other_size() -> Result<()> {
     for capabilities in [&["return-path"][..], &["return-path", "x-colo", "multifd"]] {
         let mut target = target().memory(32).start()?;
         let mut source = source().start()?;
-        target.enable(capabilities)?;
-        source.enable(capabilities)?;
+        target.qmp.enable(capabilities)?;
+        source.qmp.enable(capabilities)?;
         let uri = target.listen()?;
         source.migrate(&uri)?;
         let error = target.wait_failure()?;
@@ -539,7 +551,7 @@ fn wrong_streams() -> Result<()> {
     ];
     for (what, bytes, parts) in cases {
         let mut target = target().start()?;
-        target.enable(&["return-path", "x-colo"])?;
+        target.qmp.enable(&["return-path", "x-colo"])?;
         let uri = target.listen()?;
         let mut peer = TcpStream::connect(&uri["tcp:".len()..])?;
         peer.write_all(&bytes)?;
@@ -552,7 +564,7 @@ fn wrong_streams() -> Result<()> {
     }
     // What does not even begin like a stream does not end the wait for one.
     let mut target = target().start()?;
-    target.enable(&["return-path", "x-colo"])?;
+    target.qmp.enable(&["return-path", "x-colo"])?;
     let uri = target.listen()?;
     let mut peer = TcpStream::connect(&uri["tcp:".len()..])?;
     peer.write_all(b"GET / HTTP/1.1\r\n\r\n")?;
@@ -561,8 +573,10 @@ fn wrong_streams() -> Result<()> {
     assert_eq!(peer.read(&mut [0]).unwrap_or(0), 0);
     assert_eq!(target.migration()?["status"], "setup");
     let mut source = source().start()?;
-    source.enable(&["return-path", "x-colo"])?;
-    source.set_parameters(json!({"x-checkpoint-delay": 100}))?;
+    source.qmp.enable(&["return-path", "x-colo"])?;
+    source
+        .qmp
+        .set_parameters(json!({"x-checkpoint-delay": 100}))?;
     source.migrate(&uri)?;
     target.wait_checkpoints(1)
 }
@@ -583,7 +597,7 @@ fn long_lengths() -> Result<()> {
     .concat();
     for bytes in [name, package, block, description] {
         let mut target = target().start()?;
-        target.enable(&["return-path"])?;
+        target.qmp.enable(&["return-path"])?;
         let before = peak_memory(&target)?;
         let uri = target.listen()?;
         let mut peer = TcpStream::connect(&uri["tcp:".len()..])?;
@@ -607,8 +621,8 @@ fn peak_memory(vmm: &Vmm) -> Result<u64> {
 
 fn broken_channel() -> Result<()> {
     let mut target = target().start()?;
-    target.enable(&["return-path", "x-colo", "multifd"])?;
-    target.set_parameters(json!({"multifd-channels": 1}))?;
+    target.qmp.enable(&["return-path", "x-colo", "multifd"])?;
+    target.qmp.set_parameters(json!({"multifd-channels": 1}))?;
     let uri = target.listen()?;
     let address = &uri["tcp:".len()..];
     let mut main = TcpStream::connect(address)?;

@@ -134,9 +134,10 @@ fn there_and_further() -> Result<()> {
     let before = pair.primary.output()?.len();
 
     let mut third = guest().incoming().start()?;
-    third.enable(&["events", "return-path", "multifd"])?;
+    third.qmp.enable(&["events", "return-path", "multifd"])?;
     let uri = third.listen()?;
     pair.secondary
+        .qmp
         .set_parameters(json!({"max-bandwidth": 0, "downtime-limit": 2000}))?;
     pair.secondary.migrate(&uri)?;
     pair.secondary.wait_migration("completed")?;

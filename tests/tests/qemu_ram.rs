@@ -99,14 +99,18 @@ fn running_guest(qemu: &Binary, channels: Channels) -> Result<()> {
             .wait_for("first round", |b| (!b.is_empty()).then_some(()))?;
         let destination = Destination::listen(&mut source, channels)?;
         configure(&mut source, channels)?;
-        source.enable(&["events"])?;
+        source.qmp.enable(&["events"])?;
         // Not before the guest has dirtied again what was sent.
-        source.set_parameters(json!({"max-bandwidth": 32 << 20, "downtime-limit": 0}))?;
+        source
+            .qmp
+            .set_parameters(json!({"max-bandwidth": 32 << 20, "downtime-limit": 0}))?;
         source.migrate(&destination.uri)?;
         source
             .qmp
             .wait_event_if("MIGRATION_PASS", |d| d["pass"] == 3)?;
-        source.set_parameters(json!({"max-bandwidth": 0, "downtime-limit": 2000}))?;
+        source
+            .qmp
+            .set_parameters(json!({"max-bandwidth": 0, "downtime-limit": 2000}))?;
         check(destination, &mut source, &files)?;
     }
     Ok(())
@@ -130,14 +134,16 @@ impl Files {
 }
 
 fn configure(source: &mut Qemu, channels: Channels) -> Result<()> {
-    source.enable(&["return-path"])?;
+    source.qmp.enable(&["return-path"])?;
     if let Some((count, compression)) = channels {
-        source.enable(&["multifd"])?;
+        source.qmp.enable(&["multifd"])?;
         let method = match compression {
             Compression::None => "none",
             _ => "zstd",
         };
-        source.set_parameters(json!({"multifd-channels": count, "multifd-compression": method}))?;
+        source
+            .qmp
+            .set_parameters(json!({"multifd-channels": count, "multifd-compression": method}))?;
     }
     Ok(())
 }

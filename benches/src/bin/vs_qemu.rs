@@ -173,7 +173,7 @@ impl Case<'_> {
         for side in [&mut primary, &mut secondary] {
             self.configure(side)?;
         }
-        primary.set_parameters(json!({
+        primary.qmp.set_parameters(json!({
             "x-checkpoint-delay": self.arguments.delay,
             "max-bandwidth": 0,
             "downtime-limit": 2000,
@@ -188,10 +188,11 @@ impl Case<'_> {
     }
 
     fn configure(&self, side: &mut Qemu) -> Result<()> {
-        side.enable(&["return-path", "x-colo"])?;
+        side.qmp.enable(&["return-path", "x-colo"])?;
         if self.multifd > 0 {
-            side.enable(&["multifd"])?;
-            side.set_parameters(json!({"multifd-channels": self.multifd}))?;
+            side.qmp.enable(&["multifd"])?;
+            side.qmp
+                .set_parameters(json!({"multifd-channels": self.multifd}))?;
         }
         Ok(())
     }

@@ -149,10 +149,12 @@ fn running_guest(qemu: &Binary) -> Result<()> {
         // The destination's RAM must not be the same file.
         let landed = dir.path().join("landed");
         let mut destination = machine.clone().memory_in(&landed).incoming().start(qemu)?;
-        destination.enable(&["return-path", "events"])?;
-        source.enable(&["return-path", "events"])?;
+        destination.qmp.enable(&["return-path", "events"])?;
+        source.qmp.enable(&["return-path", "events"])?;
         // Slow enough for the guest to dirty what was sent, and never switching over by itself.
-        source.set_parameters(json!({"max-bandwidth": 16 << 20, "downtime-limit": 0}))?;
+        source
+            .qmp
+            .set_parameters(json!({"max-bandwidth": 16 << 20, "downtime-limit": 0}))?;
         let socket = destination.dir().join("incoming");
         destination.listen(&format!("unix:{}", socket.display()))?;
         let tap = Tap::before(&socket)?;
@@ -160,7 +162,9 @@ fn running_guest(qemu: &Binary) -> Result<()> {
         source
             .qmp
             .wait_event_if("MIGRATION_PASS", |d| d["pass"] == 3)?;
-        source.set_parameters(json!({"max-bandwidth": 0, "downtime-limit": 2000}))?;
+        source
+            .qmp
+            .set_parameters(json!({"max-bandwidth": 0, "downtime-limit": 2000}))?;
         source.wait_migration("completed")?;
         destination.wait_migration("completed")?;
 
@@ -195,8 +199,8 @@ fn beside_multifd(qemu: &Binary) -> Result<()> {
         let mut vm = Machine::new(machine, MEMORY)
             .memory_from(&file)
             .start(qemu)?;
-        vm.enable(&["multifd"])?;
-        vm.set_parameters(json!({"multifd-channels": 3}))?;
+        vm.qmp.enable(&["multifd"])?;
+        vm.qmp.set_parameters(json!({"multifd-channels": 3}))?;
         vm.migrate(&tap.uri())?;
         vm.wait_migration("completed")?;
         let capture = tap.finish()?;
