@@ -57,7 +57,9 @@ fn page_records(c: &mut Criterion) {
                 let mut offsets = 0u64;
                 while !reader.rest().is_empty() {
                     match decoder.decode(&mut reader, &blocks).expect("valid bytes") {
-                        Record::Page(page) | Record::Zero(page) => offsets ^= page.offset,
+                        Record::Page(page) | Record::Zero(page) | Record::Xbzrle { page, .. } => {
+                            offsets ^= page.offset
+                        }
                         other => panic!("a page record, not {other:?}"),
                     }
                 }

@@ -16,6 +16,7 @@
 //!
 //! | after | the driver takes |
 //! |---|---|
+//! | [`RamItem::Xbzrle`] | `len` bytes |
 //! | [`RamItem::Page`] | [`PAGE_SIZE`](crate::PAGE_SIZE) bytes |
 //! | [`Item::VmDescription`] | `len` bytes |
 //! | [`Item::Section`], [`Item::Continuation`] of anything but RAM | the section's body, whose length only its handler knows |
@@ -89,6 +90,14 @@ pub enum RamItem {
     Page(PageAddress),
     /// A page that is all zero.
     Zero(PageAddress),
+    /// A page as its difference to the one that was sent before it; `len` bytes follow, which
+    /// [`crate::xbzrle::Runs`] reads.
+    Xbzrle {
+        /// The page.
+        page: PageAddress,
+        /// Length of what follows, at most [`PAGE_SIZE`](crate::PAGE_SIZE).
+        len: u16,
+    },
     /// The pages of all multifd channels up to their SYNC packet come before what follows.
     MultifdFlush,
     /// The section's body ends.
@@ -127,6 +136,9 @@ pub struct DecoderConfig {
     pub footers: bool,
     /// The longest description of the device sections accepted, bytes.
     pub max_description: u32,
+    /// Whether pages may come as differences (the capability `xbzrle`). There are no checkpoints
+    /// after such a stream.
+    pub xbzrle: bool,
 }
 
 impl DecoderConfig {
@@ -140,6 +152,7 @@ impl DecoderConfig {
             configuration,
             footers: true,
             max_description: Self::DEFAULT_MAX_DESCRIPTION,
+            xbzrle: false,
         }
     }
 }
@@ -190,7 +203,7 @@ impl StreamDecoder {
             sections: Sections {
                 footers: config.footers,
                 announced: HashMap::new(),
-                records: RecordDecoder::new(),
+                records: RecordDecoder::with_xbzrle(config.xbzrle),
                 open: Open::Nothing,
             },
         }
@@ -361,7 +374,11 @@ impl StreamDecoder {
     ///
     /// # Errors
     /// [`RamError::NotSetUp`]: RAM was not set up, or its section is still open.
+    /// [`RamError::XbzrleWithCheckpoints`]: the stream may have had encoded pages.
     pub fn into_checkpoint_decoder(self) -> Result<CheckpointDecoder, RamError> {
+        if self.sections.records.takes_xbzrle() {
+            return Err(RamError::XbzrleWithCheckpoints);
+        }
         match (self.setup, self.sections.open) {
             (Setup::Done(_), Open::Ram(_)) | (Setup::Wanted(_) | Setup::Listing { .. }, _) => {
                 Err(RamError::NotSetUp)
@@ -531,6 +548,7 @@ impl Sections {
             Record::MemSize { .. } => return None,
             Record::Page(page) => RamItem::Page(page),
             Record::Zero(page) => RamItem::Zero(page),
+            Record::Xbzrle { page, len } => RamItem::Xbzrle { page, len },
             Record::MultifdFlush => RamItem::MultifdFlush,
             Record::EndOfSection => {
                 if let Open::Ram(id) = self.open {

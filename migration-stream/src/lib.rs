@@ -30,6 +30,7 @@
 //! | [`header`], [`configuration`], [`section`], [`command`], [`return_path`] | one thing on the wire each |
 //! | [`ram`] | blocks, the block list, page records, the transport of pages in the stream |
 //! | [`device_blob`], [`opaque_tail`], [`vmdesc`] | device sections: known, unknown, described |
+//! | [`xbzrle`] | pages as differences to what was sent before |
 //! | [`io`] | channels: two traits, and their implementation over a file descriptor |
 //! | [`codec`] | the reader and the names that the others share |
 //!
@@ -59,6 +60,7 @@ pub mod section;
 mod transport;
 pub mod vmdesc;
 mod writer;
+pub mod xbzrle;
 
 pub use error::{Cause, DecodeError};
 pub use memory::{DirtyLog, GuestRam, MemoryError, PageStore};

@@ -32,7 +32,8 @@ pub trait PageStore: Send + Sync {
     /// The blocks that may be received.
     fn blocks(&self) -> &RamBlockTable;
 
-    /// The memory into which the bytes `offset .. offset + len` of a block are to be read.
+    /// The memory into which the bytes `offset .. offset + len` of a block are to be read. It holds
+    /// what landed there before, of which XBZRLE leaves what did not change.
     ///
     /// # Errors
     /// The block is not of this table, or the range does not lie in it.

@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use crate::StreamWriter;
 use crate::ram::BlockId;
+use crate::xbzrle::XbzrleCounters;
 
 /// How pages leave. One transport serves precopy and every COLO checkpoint after it.
 pub trait PageTransport: Send {
@@ -28,6 +29,9 @@ pub trait PageTransport: Send {
     /// As for [`PageTransport::send`].
     fn sync(&mut self, main: &mut StreamWriter) -> Result<(), TransportError>;
 
+    /// Another round over guest memory begins, or a checkpoint.
+    fn begin_round(&mut self) {}
+
     /// No channel of the transport may block longer than until `deadline`; `None`: its own limit.
     fn set_deadline(&mut self, deadline: Option<Instant>);
 
@@ -48,6 +52,9 @@ impl<T: PageTransport + ?Sized> PageTransport for Box<T> {
     fn sync(&mut self, main: &mut StreamWriter) -> Result<(), TransportError> {
         (**self).sync(main)
     }
+    fn begin_round(&mut self) {
+        (**self).begin_round();
+    }
     fn set_deadline(&mut self, deadline: Option<Instant>) {
         (**self).set_deadline(deadline);
     }
@@ -65,6 +72,8 @@ pub struct TransportCounters {
     pub zero_pages: u64,
     /// Bytes on channels other than the main stream.
     pub channel_bytes: u64,
+    /// Pages sent as differences.
+    pub xbzrle: XbzrleCounters,
 }
 
 /// What waits for the pages of other channels on the receiving side.

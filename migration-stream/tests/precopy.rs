@@ -20,6 +20,7 @@ use migration_stream::ram::{
     BlockId, InStream, NoMultifd, RamBlock, RamBlockTable, ZeroPageDetection,
 };
 use migration_stream::section::{Announcement, InstanceId, SectionHeader};
+use migration_stream::xbzrle::PageCache;
 use migration_stream::{
     DirtyLog, GuestRam, MemoryError, PAGE_SIZE, PageStore, StreamReader, StreamWriter,
 };
@@ -153,6 +154,8 @@ struct Guest {
     running: bool,
     control: Control,
     passes: u64,
+    /// The downtime that is still good enough to switch over.
+    downtime: Duration,
 }
 
 impl Guest {
@@ -164,6 +167,7 @@ impl Guest {
             running: true,
             control: Control::Continue,
             passes: 0,
+            downtime: Duration::from_millis(300),
         }
     }
 
@@ -204,7 +208,8 @@ impl SourceVm for Guest {
         self.passes = progress.pass;
         if self.writes_left > 0 {
             self.writes_left -= 1;
-            self.write(self.writes_left * 3);
+            // Pages that were written before among them.
+            self.write(self.writes_left % 20 * 3);
         }
         self.control
     }
@@ -249,28 +254,40 @@ type Sent = Result<SwitchedOver<InStream, Log>, SourceError>;
 
 fn send(guest: &mut Guest, channel: &FdChannel) -> Sent {
     let ram: Arc<dyn GuestRam> = Arc::clone(&guest.ram) as _;
+    send_by(guest, channel, InStream::new(ram, ZeroPageDetection::On))
+}
+
+fn send_by(guest: &mut Guest, channel: &FdChannel, transport: InStream) -> Sent {
+    let ram: Arc<dyn GuestRam> = Arc::clone(&guest.ram) as _;
     Source::start(
         SourceConfig {
             configuration: Some(configuration("test")),
             switchover_start: true,
             confirm_timeout: LIMIT,
         },
-        Arc::new(Limits::new(0, Duration::from_millis(300))),
+        Arc::new(Limits::new(0, guest.downtime)),
         StreamWriter::new(channel.share()),
         Some(ReturnPathReader::new(channel.share())),
         RamSetup {
-            ram: Arc::clone(&ram),
+            ram,
             log: guest.log.clone(),
-            transport: InStream::new(ram, ZeroPageDetection::On),
+            transport,
         },
     )?
     .run(guest)
 }
 
 fn target(channel: &FdChannel, ram: &Ram) -> Target {
+    target_with(channel, ram, false)
+}
+
+fn target_with(channel: &FdChannel, ram: &Ram, xbzrle: bool) -> Target {
     let rule = ConfigurationRule::Matching(configuration("test"));
     let config = TargetConfig {
-        decoder: DecoderConfig::new(rule),
+        decoder: DecoderConfig {
+            xbzrle,
+            ..DecoderConfig::new(rule)
+        },
         max_devices: 1 << 20,
     };
     let reader = StreamReader::new(channel.share(), b"");
@@ -358,6 +375,38 @@ fn checkpoints_follow_on_the_same_stream_and_cannot_set_ram_up() {
             .receive_ram(&*landed, &mut NoMultifd)
             .unwrap_err();
         assert!(matches!(error, TargetError::Decode(_)), "{error}");
+    });
+    ram.assert_equals(&landed);
+}
+
+#[test]
+fn pages_written_again_arrive_as_differences_and_no_checkpoints_follow_them() {
+    let (ram, mut guest) = source();
+    guest.writes_left = 60;
+    let landed = Ram::new(BLOCKS);
+    let (a, b) = channels();
+    let transport = InStream::new(Arc::clone(&ram) as _, ZeroPageDetection::On)
+        .with_xbzrle(PageCache::new(PageCache::DEFAULT_SIZE).unwrap());
+    std::thread::scope(|scope| {
+        let sender = scope.spawn(|| {
+            // Not before the guest has stopped writing.
+            guest.downtime = Duration::ZERO;
+            send_by(&mut guest, &a, transport).unwrap()
+        });
+        let mut devices = Devices {
+            loaded: 0,
+            refuse: false,
+        };
+        let target = target_with(&b, &landed, true);
+        let mut loaded = target.load(&*landed, &mut NoMultifd, &mut devices).unwrap();
+        loaded.confirm().unwrap();
+        let sent = sender.join().unwrap().progress.counters.xbzrle;
+        assert!(sent.pages > 0 && sent.cache_miss > 0, "{sent:?}");
+        assert_eq!(sent.cache_size, PageCache::DEFAULT_SIZE);
+        assert!(sent.bytes < sent.pages * 100 && sent.encoding_rate() > 40.0);
+        assert_eq!(loaded.received().xbzrle_pages, sent.pages);
+        let error = loaded.into_checkpoints().unwrap_err();
+        assert!(error.to_string().contains("xbzrle"), "{error}");
     });
     ram.assert_equals(&landed);
 }

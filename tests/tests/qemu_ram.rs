@@ -26,29 +26,32 @@ const MEMORY: u32 = 32;
 const RAM: &str = "ram0";
 
 fn main() -> ExitCode {
-    let trial = |name, test| harness::on_each_qemu(name, (11, 1), test);
+    let trial = |name, test| harness::on_each_qemu(name, (7, 2), test);
     harness::run(
         [
             trial("ram_of_a_stopped_guest_arrives_plain", |q| {
-                stopped_guest(q, None)
+                stopped_guest(q, How::Plain)
             }),
             trial("ram_of_a_stopped_guest_arrives_by_one_channel", |q| {
-                stopped_guest(q, Some((1, Compression::None)))
+                stopped_guest(q, How::Multifd(1, Compression::None))
             }),
             trial("ram_of_a_stopped_guest_arrives_by_four_channels", |q| {
-                stopped_guest(q, Some((4, Compression::None)))
+                stopped_guest(q, How::Multifd(4, Compression::None))
             }),
             trial("ram_of_a_stopped_guest_arrives_by_zstd_channels", |q| {
-                stopped_guest(q, Some((2, zstd())))
+                stopped_guest(q, How::Multifd(2, zstd()))
             }),
             trial("ram_of_a_running_guest_arrives_plain", |q| {
-                running_guest(q, None)
+                running_guest(q, How::Plain)
+            }),
+            trial("ram_of_a_running_guest_arrives_as_differences", |q| {
+                running_guest(q, How::Xbzrle)
             }),
             trial("ram_of_a_running_guest_arrives_by_two_channels", |q| {
-                running_guest(q, Some((2, Compression::None)))
+                running_guest(q, How::Multifd(2, Compression::None))
             }),
             trial("ram_of_a_running_guest_arrives_by_zstd_channels", |q| {
-                running_guest(q, Some((2, zstd())))
+                running_guest(q, How::Multifd(2, zstd()))
             }),
         ]
         .into_iter()
@@ -56,30 +59,35 @@ fn main() -> ExitCode {
     )
 }
 
-/// Channels and how they are compressed; `None` is the main stream alone.
-type Channels = Option<(u8, Compression)>;
+/// How pages cross.
+#[derive(Clone, Copy)]
+enum How {
+    Plain,
+    Xbzrle,
+    Multifd(u8, Compression),
+}
 
 fn zstd() -> Compression {
     Compression::Zstd(multifd::ZstdLevel::default())
 }
 
-fn stopped_guest(qemu: &Binary, channels: Channels) -> Result<()> {
+fn stopped_guest(qemu: &Binary, how: How) -> Result<()> {
     for machine in ["q35", "microvm"] {
         let files = Files::new()?;
         guest::write_memory(&files.memory, u64::from(MEMORY) << 20, Content::Mixed)?;
         let mut source = Machine::new(machine, MEMORY)
             .memory_in(&files.memory)
             .start(qemu)?;
-        let destination = Destination::listen(&mut source, channels)?;
-        configure(&mut source, channels)?;
+        let destination = Destination::listen(&mut source, how)?;
+        configure(&mut source, how)?;
         source.migrate(&destination.uri)?;
         let received = check(destination, &mut source, &files)?;
-        assert_eq!(received.flushes > 0, channels.is_some());
+        assert_eq!(received.flushes > 0, matches!(how, How::Multifd(..)));
     }
     Ok(())
 }
 
-fn running_guest(qemu: &Binary, channels: Channels) -> Result<()> {
+fn running_guest(qemu: &Binary, how: How) -> Result<()> {
     for machine in ["pc", "microvm"] {
         let files = Files::new()?;
         let guest = Dirtier {
@@ -97,8 +105,8 @@ fn running_guest(qemu: &Binary, channels: Channels) -> Result<()> {
             .process
             .stdout()
             .wait_for("first round", |b| (!b.is_empty()).then_some(()))?;
-        let destination = Destination::listen(&mut source, channels)?;
-        configure(&mut source, channels)?;
+        let destination = Destination::listen(&mut source, how)?;
+        configure(&mut source, how)?;
         source.qmp.enable(&["events"])?;
         // Not before the guest has dirtied again what was sent.
         source
@@ -111,7 +119,8 @@ fn running_guest(qemu: &Binary, channels: Channels) -> Result<()> {
         source
             .qmp
             .set_parameters(json!({"max-bandwidth": 0, "downtime-limit": 2000}))?;
-        check(destination, &mut source, &files)?;
+        let received = check(destination, &mut source, &files)?;
+        assert_eq!(received.xbzrle_pages > 0, matches!(how, How::Xbzrle));
     }
     Ok(())
 }
@@ -133,9 +142,12 @@ impl Files {
     }
 }
 
-fn configure(source: &mut Qemu, channels: Channels) -> Result<()> {
+fn configure(source: &mut Qemu, how: How) -> Result<()> {
     source.qmp.enable(&["return-path"])?;
-    if let Some((count, compression)) = channels {
+    if let How::Xbzrle = how {
+        source.qmp.enable(&["xbzrle"])?;
+    }
+    if let How::Multifd(count, compression) = how {
         source.qmp.enable(&["multifd"])?;
         let method = match compression {
             Compression::None => "none",
@@ -155,34 +167,42 @@ struct Destination {
 }
 
 impl Destination {
-    fn listen(source: &mut Qemu, channels: Channels) -> Result<Self> {
+    fn listen(source: &mut Qemu, how: How) -> Result<Self> {
         let blocks = source
             .ram_blocks()?
             .into_iter()
             .map(|(name, len)| RamBlock::new(name, len))
             .collect::<std::result::Result<Vec<_>, _>>()?;
         let memory = Memory::new(RamBlockTable::new(blocks)?)?;
-        let multifd = channels.map(|(count, compression)| MultifdConfig {
-            channels: ChannelCount::new(count).unwrap_or_default(),
-            compression,
-            ..MultifdConfig::default()
-        });
+        let multifd = match how {
+            How::Plain | How::Xbzrle => None,
+            How::Multifd(count, compression) => Some(MultifdConfig {
+                channels: ChannelCount::new(count).unwrap_or_default(),
+                compression,
+                ..MultifdConfig::default()
+            }),
+        };
+        let decoder = DecoderConfig {
+            xbzrle: matches!(how, How::Xbzrle),
+            ..DecoderConfig::new(ConfigurationRule::Any)
+        };
         let listener = Listener::bind(&"tcp:127.0.0.1:0".parse()?)?;
         let uri = listener.local_address()?.to_string();
         let acceptor = Acceptor::new(listener, multifd.as_ref(), Limits::default())?;
-        let thread = thread::spawn(move || receive(acceptor, multifd.as_ref(), memory));
+        let thread = thread::spawn(move || receive(acceptor, decoder, multifd.as_ref(), memory));
         Ok(Self { uri, thread })
     }
 }
 
 fn receive(
     mut acceptor: Acceptor,
+    decoder: DecoderConfig,
     multifd: Option<&MultifdConfig>,
     memory: Memory,
 ) -> Result<(Memory, Received)> {
     let incoming = acceptor.accept(None)?;
     let config = TargetConfig {
-        decoder: DecoderConfig::new(ConfigurationRule::Any),
+        decoder,
         max_devices: 1 << 20,
     };
     let reader = StreamReader::new(incoming.main.share(), &incoming.prefix);

@@ -138,6 +138,7 @@ impl<T: PageTransport, D: DirtyLog> RamSender<T, D> {
         }
         if self.pending.count() == 0 {
             self.sync(out)?;
+            self.transport.begin_round();
         }
         self.close_body(out)
     }
@@ -156,6 +157,7 @@ impl<T: PageTransport, D: DirtyLog> RamSender<T, D> {
             self.sync(out)?;
         }
         self.sync_dirty()?;
+        self.transport.begin_round();
         let pages = self.pending.count();
         while self.send_run(out)? {}
         self.sync(out)?;

@@ -15,10 +15,11 @@ use crate::decoder::{
 };
 use crate::io::{ByteSink, Chunk};
 use crate::opaque_tail::{Fed, OpaqueTail, Tail, TailLimits};
-use crate::ram::{PageAddress, RAM_IDSTR};
+use crate::ram::{PageAddress, RAM_IDSTR, RamError};
 use crate::return_path::ReturnPathMessage;
 use crate::section::{SectionHeader, SectionId};
-use crate::{PAGE_SIZE, PageBarrier, PageStore, StreamReader};
+use crate::xbzrle::{Run, Runs};
+use crate::{DecodeError, MemoryError, PAGE_SIZE, PageBarrier, PageStore, StreamReader};
 
 /// [`PAGE_SIZE`] as a length in memory.
 #[allow(clippy::cast_possible_truncation)] // 4096
@@ -62,6 +63,8 @@ pub struct Received {
     pub normal_pages: u64,
     /// Pages on the main stream that came as zero.
     pub zero_pages: u64,
+    /// Pages on the main stream that came as differences.
+    pub xbzrle_pages: u64,
     /// Times that the multifd channels were synchronised.
     pub flushes: u64,
     /// Bytes of the main stream.
@@ -369,6 +372,17 @@ impl Link {
                 pages.store.zero(block, offset, PAGE_LEN)?;
                 received.zero_pages += 1;
             }
+            RamItem::Xbzrle { page, len } => {
+                let len = usize::from(len);
+                while self.reader.buffered().len() < len {
+                    self.fill(MAX_ITEM_LEN)?;
+                }
+                let offset = self.reader.offset();
+                let encoded = self.reader.buffered().get(..len).unwrap_or_default();
+                apply_xbzrle(encoded, page, pages.store, offset)?;
+                self.reader.consume(len);
+                received.xbzrle_pages += 1;
+            }
             RamItem::MultifdFlush => {
                 pages.barrier.flush()?;
                 received.flushes += 1;
@@ -389,6 +403,31 @@ impl Link {
         }
         Ok(())
     }
+}
+
+/// Writes into a page what changed in it; nothing, unless all of it is sound.
+fn apply_xbzrle(
+    encoded: &[u8],
+    page: PageAddress,
+    store: &dyn PageStore,
+    offset: u64,
+) -> Result<(), TargetError> {
+    let runs = Runs::new(encoded);
+    runs.check()
+        .map_err(|e| DecodeError::new(offset, RamError::from(e)))?;
+    let memory = store.prepare(page.block, page.offset, PAGE_LEN)?;
+    for Run { offset, bytes } in runs.flatten() {
+        let place = memory
+            .subslice(offset, bytes.len())
+            .map_err(|_| MemoryError::OutOfBlock {
+                name: page.block.to_string(),
+                offset: page.offset + offset as u64,
+                len: bytes.len(),
+                used_length: page.offset + PAGE_SIZE,
+            })?;
+        place.copy_from(bytes);
+    }
+    Ok(store.landed(page.block, page.offset, PAGE_LEN)?)
 }
 
 impl Loaded {
@@ -418,7 +457,10 @@ impl Loaded {
         let decoder = self
             .decoder
             .into_checkpoint_decoder()
-            .map_err(|_| missing("a complete RAM section"))?;
+            .map_err(|e| match e {
+                RamError::NotSetUp => missing("a complete RAM section"),
+                other => DecodeError::new(offset, other).into(),
+            })?;
         let out = self.link.return_path.filter(|_| self.link.open);
         let link = Link {
             return_path: None,

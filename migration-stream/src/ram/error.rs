@@ -12,9 +12,27 @@ pub enum RamError {
         /// The low bits of the record's first word.
         flags: u64,
     },
-    /// An XBZRLE record; that capability is not offered.
+    /// An XBZRLE record; that capability is not on.
     #[error("xbzrle record, but xbzrle is not in use")]
     Xbzrle,
+    /// An XBZRLE record of an encoding that does not exist.
+    #[error("xbzrle record of encoding {encoding}, expected 1")]
+    XbzrleEncoding {
+        /// What stands there.
+        encoding: u8,
+    },
+    /// An XBZRLE record longer than a page.
+    #[error("xbzrle record of {len} bytes, expected at most 4096")]
+    XbzrleLength {
+        /// What stands there.
+        len: u16,
+    },
+    /// The runs of an XBZRLE record are not sound.
+    #[error(transparent)]
+    XbzrleRuns(#[from] crate::xbzrle::XbzrleError),
+    /// Checkpoints of a stream with XBZRLE, which would land on the wrong pages.
+    #[error("xbzrle does not go together with colo checkpoints")]
+    XbzrleWithCheckpoints,
     /// A HOOK record, which only RDMA sends.
     #[error("rdma hook record, but rdma is not in use")]
     Hook,

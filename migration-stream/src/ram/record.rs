@@ -20,6 +20,8 @@ pub(super) const FLAG_XBZRLE: u64 = 0x040;
 pub(super) const FLAG_HOOK: u64 = 0x080;
 pub(super) const FLAG_COMPRESS_PAGE: u64 = 0x100;
 pub(super) const FLAG_MULTIFD_FLUSH: u64 = 0x200;
+/// The only encoding of an XBZRLE record.
+const XBZRLE_ENCODING: u8 = 1;
 pub(super) const FLAGS: u64 = PAGE_SIZE - 1;
 
 /// A page: its block and its byte offset there, a multiple of [`PAGE_SIZE`] inside the block.
@@ -43,6 +45,13 @@ pub enum Record {
     Page(PageAddress),
     /// A page that is all zero.
     Zero(PageAddress),
+    /// The `len` bytes of an encoded page follow ([`crate::xbzrle`]).
+    Xbzrle {
+        /// The page, which this side already has an older version of.
+        page: PageAddress,
+        /// At most [`PAGE_SIZE`].
+        len: u16,
+    },
     /// Main channel's mark of a multifd synchronisation.
     MultifdFlush,
     /// End of this section's body.
@@ -53,13 +62,32 @@ pub enum Record {
 #[derive(Clone, Debug, Default)]
 pub struct RecordDecoder {
     last_block: Option<BlockId>,
+    xbzrle: bool,
 }
 
 impl RecordDecoder {
     /// For a channel on which no block was named yet.
     #[must_use]
     pub const fn new() -> Self {
-        Self { last_block: None }
+        Self {
+            last_block: None,
+            xbzrle: false,
+        }
+    }
+
+    /// The same, which with `xbzrle` takes encoded pages too (the capability `xbzrle`).
+    #[must_use]
+    pub const fn with_xbzrle(xbzrle: bool) -> Self {
+        Self {
+            last_block: None,
+            xbzrle,
+        }
+    }
+
+    /// Whether encoded pages are taken.
+    #[must_use]
+    pub const fn takes_xbzrle(&self) -> bool {
+        self.xbzrle
     }
 
     /// Reads one record. Unless it is complete and valid the remembered block does not change.
@@ -83,25 +111,25 @@ impl RecordDecoder {
             FLAG_MULTIFD_FLUSH => Ok(Record::MultifdFlush),
             FLAG_HOOK => Err(at.error(RamError::Hook)),
             _ => match flags & !FLAG_CONTINUE {
-                kind @ (FLAG_ZERO | FLAG_PAGE) => {
+                FLAG_XBZRLE if !self.xbzrle => Err(at.error(RamError::Xbzrle)),
+                kind @ (FLAG_ZERO | FLAG_PAGE | FLAG_XBZRLE) => {
                     let block = self.block(r, flags & FLAG_CONTINUE != 0, blocks)?;
                     check_offset(block, offset, blocks).map_err(|e| at.error(e))?;
-                    if kind == FLAG_ZERO {
-                        let fill = r.clone();
-                        match r.u8()? {
-                            0 => {}
-                            value => return Err(fill.error(RamError::FillByte { value })),
-                        }
-                    }
-                    self.last_block = Some(block);
                     let page = PageAddress { block, offset };
-                    Ok(if kind == FLAG_ZERO {
-                        Record::Zero(page)
-                    } else {
-                        Record::Page(page)
-                    })
+                    let record = match kind {
+                        FLAG_ZERO => {
+                            let fill = r.clone();
+                            match r.u8()? {
+                                0 => Record::Zero(page),
+                                value => return Err(fill.error(RamError::FillByte { value })),
+                            }
+                        }
+                        FLAG_XBZRLE => xbzrle_head(page, r)?,
+                        _ => Record::Page(page),
+                    };
+                    self.last_block = Some(block);
+                    Ok(record)
                 }
-                FLAG_XBZRLE => Err(at.error(RamError::Xbzrle)),
                 FLAG_COMPRESS_PAGE => Err(at.error(RamError::Compressed)),
                 _ => Err(at.error(RamError::UnknownFlags { flags })),
             },
@@ -130,6 +158,20 @@ impl RecordDecoder {
     }
 }
 
+/// What stands before the bytes of an encoded page: the encoding and the length.
+fn xbzrle_head(page: PageAddress, r: &mut Reader<'_>) -> Result<Record, DecodeError> {
+    let at = r.clone();
+    let encoding = r.u8()?;
+    if encoding != XBZRLE_ENCODING {
+        return Err(at.error(RamError::XbzrleEncoding { encoding }));
+    }
+    let len = r.be16()?;
+    if u64::from(len) > PAGE_SIZE {
+        return Err(at.error(RamError::XbzrleLength { len }));
+    }
+    Ok(Record::Xbzrle { page, len })
+}
+
 fn check_offset(block: BlockId, offset: u64, blocks: &RamBlockTable) -> Result<(), RamError> {
     // A block of another table cannot be remembered: the decoder only knows those it found.
     let (name, used_length) = blocks
@@ -156,7 +198,7 @@ pub struct RecordEncoder {
 
 impl RecordEncoder {
     /// The longest page record without its data, bytes.
-    pub const MAX_LEN: usize = 8 + 1 + IdStr::MAX_LEN + 1;
+    pub const MAX_LEN: usize = 8 + 1 + IdStr::MAX_LEN + 3;
 
     /// For a channel on which no block was named yet.
     #[must_use]
@@ -189,6 +231,26 @@ impl RecordEncoder {
     ) -> Result<(), RamError> {
         self.head(FLAG_ZERO, page, blocks, out)?;
         out.put_u8(0);
+        Ok(())
+    }
+
+    /// Appends the head of an encoded page's record; its `len` bytes are to follow.
+    ///
+    /// # Errors
+    /// The address is not that of a page of `blocks`, or `len` is more than a page's.
+    pub fn xbzrle(
+        &mut self,
+        page: PageAddress,
+        len: u16,
+        blocks: &RamBlockTable,
+        out: &mut impl BufMut,
+    ) -> Result<(), RamError> {
+        if u64::from(len) > PAGE_SIZE {
+            return Err(RamError::XbzrleLength { len });
+        }
+        self.head(FLAG_XBZRLE, page, blocks, out)?;
+        out.put_u8(XBZRLE_ENCODING);
+        out.put_u16(len);
         Ok(())
     }
 
@@ -404,5 +466,39 @@ mod tests {
             );
         }
         assert!(out.is_empty());
+    }
+
+    #[test]
+    fn an_encoded_page_is_taken_only_where_xbzrle_is_on() {
+        let blocks = blocks();
+        let mut out = Vec::new();
+        let mut encoder = RecordEncoder::new();
+        encoder
+            .xbzrle(page(1, 0x1000), 3, &blocks, &mut out)
+            .unwrap();
+        assert_eq!(out, b"\0\0\0\0\0\0\x10\x40\x03vga\x01\0\x03");
+        let read = |bytes: &[u8]| {
+            RecordDecoder::with_xbzrle(true).decode(&mut Reader::new(bytes, 0), &blocks)
+        };
+        assert_eq!(
+            read(&out).unwrap(),
+            Record::Xbzrle {
+                page: page(1, 0x1000),
+                len: 3
+            }
+        );
+        assert_eq!(cause(&out), RamError::Xbzrle.into());
+        for (bytes, error) in [
+            (&[2, 0, 3], RamError::XbzrleEncoding { encoding: 2 }),
+            (&[1, 0x10, 1], RamError::XbzrleLength { len: 4097 }),
+        ] {
+            let start = out.len() - 3;
+            out[start..].copy_from_slice(bytes);
+            assert_eq!(read(&out).unwrap_err().cause, error.into());
+        }
+        assert_eq!(
+            encoder.xbzrle(page(1, 0), 4097, &blocks, &mut out),
+            Err(RamError::XbzrleLength { len: 4097 })
+        );
     }
 }

@@ -4,7 +4,10 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Instant;
 
+use vm_memory::VolatileSlice;
+
 use super::{BlockId, PageAddress, RamError, RecordEncoder, zero_check};
+use crate::xbzrle::{Encoded, Lookup, PAGE, PageBytes, PageCache, encode};
 use crate::{
     GuestRam, PAGE_SIZE, PageBarrier, PageTransport, StreamWriter, TransportCounters,
     TransportError,
@@ -32,6 +35,17 @@ pub struct InStream {
     records: RecordEncoder,
     header: Vec<u8>,
     counters: TransportCounters,
+    xbzrle: Option<Box<Xbzrle>>,
+}
+
+/// What sending differences needs.
+struct Xbzrle {
+    cache: PageCache,
+    /// The first round is over: pages that come now were sent before.
+    started: bool,
+    /// The page as it is sent; the guest goes on writing its own.
+    now: PageBytes,
+    encoded: Vec<u8>,
 }
 
 impl InStream {
@@ -44,7 +58,82 @@ impl InStream {
             records: RecordEncoder::new(),
             header: Vec::with_capacity(RecordEncoder::MAX_LEN),
             counters: TransportCounters::default(),
+            xbzrle: None,
         }
+    }
+
+    /// Sends pages of the second round and after as differences to what `cache` knows of them (the
+    /// capability `xbzrle`, which the destination has to have too). There must be no checkpoints
+    /// after such a migration.
+    #[must_use]
+    pub fn with_xbzrle(mut self, cache: PageCache) -> Self {
+        self.counters.xbzrle.cache_size = cache.size();
+        self.xbzrle = Some(Box::new(Xbzrle {
+            cache,
+            started: false,
+            now: [0; PAGE],
+            encoded: Vec::with_capacity(2 * PAGE),
+        }));
+        self
+    }
+
+    /// Sends a copy of `data`, or its difference to the copy that was sent before.
+    fn send_difference(
+        &mut self,
+        main: &mut StreamWriter,
+        page: PageAddress,
+        data: &VolatileSlice<'_>,
+    ) -> Result<(), TransportError> {
+        let Some(xbzrle) = &mut self.xbzrle else {
+            return Ok(());
+        };
+        let counters = &mut self.counters;
+        data.copy_to(&mut xbzrle.now[..]);
+        xbzrle.encoded.clear();
+        let encoded = match xbzrle.cache.lookup(page, &xbzrle.now) {
+            Lookup::Hit(before) => {
+                let encoded = encode(before, &xbzrle.now, &mut xbzrle.encoded);
+                *before = xbzrle.now;
+                Some(encoded)
+            }
+            Lookup::Miss { inserted: _ } => None,
+        };
+        let blocks = self.ram.blocks();
+        self.header.clear();
+        let is_zero = self.detection == ZeroPageDetection::On && xbzrle.now == [0; PAGE];
+        match encoded {
+            Some(Encoded::Unchanged) => {
+                counters.xbzrle.unchanged += 1;
+                return Ok(());
+            }
+            _ if is_zero => {
+                self.records
+                    .zero(page, blocks, &mut self.header)
+                    .map_err(TransportError::main)?;
+                counters.zero_pages += 1;
+            }
+            Some(Encoded::Bytes(len)) => {
+                #[allow(clippy::cast_possible_truncation)] // shorter than a page
+                self.records
+                    .xbzrle(page, len as u16, blocks, &mut self.header)
+                    .map_err(TransportError::main)?;
+                self.header.extend_from_slice(&xbzrle.encoded);
+                counters.xbzrle.pages += 1;
+                counters.xbzrle.bytes += self.header.len() as u64;
+            }
+            overflow_or_miss => {
+                self.records
+                    .page(page, blocks, &mut self.header)
+                    .map_err(TransportError::main)?;
+                self.header.extend_from_slice(&xbzrle.now);
+                counters.normal_pages += 1;
+                match overflow_or_miss {
+                    Some(_) => counters.xbzrle.overflow += 1,
+                    None => counters.xbzrle.cache_miss += 1,
+                }
+            }
+        }
+        main.hold(&self.header, None).map_err(TransportError::main)
     }
 }
 
@@ -56,13 +145,12 @@ impl PageTransport for InStream {
         offset: u64,
         pages: u64,
     ) -> Result<(), TransportError> {
-        let blocks = self.ram.blocks();
         let len = pages
             .checked_mul(PAGE_SIZE)
             .and_then(|len| usize::try_from(len).ok())
             .unwrap_or(usize::MAX);
-        let run = self
-            .ram
+        let ram = Arc::clone(&self.ram);
+        let run = ram
             .slice(block, offset, len)
             .map_err(TransportError::main)?;
         for i in 0..pages {
@@ -74,19 +162,23 @@ impl PageTransport for InStream {
                 block,
                 offset: offset + i * PAGE_SIZE,
             };
+            if self.xbzrle.as_ref().is_some_and(|x| x.started) {
+                self.send_difference(main, page, &data)?;
+                continue;
+            }
             self.header.clear();
             if self.detection == ZeroPageDetection::On && zero_check(&data) {
                 self.records
-                    .zero(page, blocks, &mut self.header)
+                    .zero(page, ram.blocks(), &mut self.header)
                     .map_err(TransportError::main)?;
                 main.hold(&self.header, None)
                     .map_err(TransportError::main)?;
                 self.counters.zero_pages += 1;
             } else {
                 self.records
-                    .page(page, blocks, &mut self.header)
+                    .page(page, ram.blocks(), &mut self.header)
                     .map_err(TransportError::main)?;
-                main.hold(&self.header, Some((&self.ram, page)))
+                main.hold(&self.header, Some((&ram, page)))
                     .map_err(TransportError::main)?;
                 self.counters.normal_pages += 1;
             }
@@ -97,6 +189,13 @@ impl PageTransport for InStream {
     /// The records are in order with everything else in the stream: there is nothing to do.
     fn sync(&mut self, _main: &mut StreamWriter) -> Result<(), TransportError> {
         Ok(())
+    }
+
+    fn begin_round(&mut self) {
+        if let Some(xbzrle) = &mut self.xbzrle {
+            xbzrle.started = true;
+            xbzrle.cache.begin_round();
+        }
     }
 
     /// There are no channels beside the main stream, which has its own deadline.

@@ -26,6 +26,7 @@ pub fn table(blocks: &[(&str, u64)]) -> RamBlockTable {
 pub fn payload_len(item: &Item) -> usize {
     match item {
         Item::Ram(RamItem::Page(_)) => usize::try_from(PAGE_SIZE).unwrap(),
+        Item::Ram(RamItem::Xbzrle { len, .. }) => usize::from(*len),
         Item::VmDescription { len } => usize::try_from(*len).unwrap(),
         _ => 0,
     }
@@ -83,6 +84,10 @@ pub fn bytes_of(items: &[Item], payloads: &mut impl Iterator<Item = Vec<u8>>) ->
             }
             Item::Ram(RamItem::Zero(page)) => {
                 records.zero(*page, blocks.unwrap(), &mut out).unwrap();
+            }
+            Item::Ram(RamItem::Xbzrle { page, len }) => {
+                let blocks = blocks.unwrap();
+                records.xbzrle(*page, *len, blocks, &mut out).unwrap();
             }
             Item::Ram(RamItem::MultifdFlush) => encode_multifd_flush(&mut out),
             Item::Ram(RamItem::EndOfSection) => encode_end_of_section(&mut out),

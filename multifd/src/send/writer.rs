@@ -34,6 +34,7 @@ impl Totals {
             normal_pages: self.normal_pages.load(Ordering::Relaxed),
             zero_pages: self.zero_pages.load(Ordering::Relaxed),
             channel_bytes: self.bytes.load(Ordering::Relaxed),
+            ..TransportCounters::default()
         }
     }
 }

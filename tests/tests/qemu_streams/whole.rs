@@ -71,6 +71,9 @@ impl Whole {
                 }
                 Item::Ram(RamItem::Page(page)) => records.page(*page, &self.blocks, &mut out)?,
                 Item::Ram(RamItem::Zero(page)) => records.zero(*page, &self.blocks, &mut out)?,
+                Item::Ram(RamItem::Xbzrle { page, len }) => {
+                    records.xbzrle(*page, *len, &self.blocks, &mut out)?;
+                }
                 Item::Ram(RamItem::MultifdFlush) => ram::encode_multifd_flush(&mut out),
                 Item::Ram(RamItem::EndOfSection) => ram::encode_end_of_section(&mut out),
                 Item::Footer(id) => section::encode_footer(*id, &mut out),
