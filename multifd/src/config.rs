@@ -76,6 +76,9 @@ pub enum Compression {
     /// Not at all: pages go from guest memory to guest memory without a copy in between.
     #[default]
     None,
+    /// One deflate stream per channel.
+    #[cfg(feature = "zlib")]
+    Zlib(ZlibLevel),
     /// One zstd frame per channel.
     #[cfg(feature = "zstd")]
     Zstd(ZstdLevel),
@@ -87,37 +90,54 @@ impl Compression {
     pub const fn method(self) -> Method {
         match self {
             Self::None => Method::None,
+            #[cfg(feature = "zlib")]
+            Self::Zlib(_) => Method::Zlib,
             #[cfg(feature = "zstd")]
             Self::Zstd(_) => Method::Zstd,
         }
     }
 }
 
-/// How hard zstd tries: 0 to 20, 1 unless said otherwise (QEMU's `multifd-zstd-level`).
-#[cfg(feature = "zstd")]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct ZstdLevel(u8);
+/// A level of a codec: from 0 to a greatest one, 1 unless said otherwise.
+#[cfg(any(feature = "zlib", feature = "zstd"))]
+macro_rules! level {
+    ($(#[$meta:meta])* $name:ident, $max:literal) => {
+        $(#[$meta])*
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        pub struct $name(u8);
 
-#[cfg(feature = "zstd")]
-impl ZstdLevel {
-    /// The level `level`; `None` beyond 20.
-    #[must_use]
-    pub const fn new(level: u8) -> Option<Self> {
-        if level <= 20 { Some(Self(level)) } else { None }
-    }
+        impl $name {
+            #[doc = concat!("The level `level`; `None` beyond ", $max, ".")]
+            #[must_use]
+            pub const fn new(level: u8) -> Option<Self> {
+                if level <= $max { Some(Self(level)) } else { None }
+            }
 
-    /// The number.
-    #[must_use]
-    pub const fn get(self) -> u8 {
-        self.0
-    }
+            /// The number.
+            #[must_use]
+            pub const fn get(self) -> u8 {
+                self.0
+            }
+        }
+
+        impl Default for $name {
+            fn default() -> Self {
+                Self(1)
+            }
+        }
+    };
+}
+
+#[cfg(feature = "zlib")]
+level! {
+    /// How hard zlib tries: 0 to 9, 1 unless said otherwise (QEMU's `multifd-zlib-level`).
+    ZlibLevel, 9
 }
 
 #[cfg(feature = "zstd")]
-impl Default for ZstdLevel {
-    fn default() -> Self {
-        Self(1)
-    }
+level! {
+    /// How hard zstd tries: 0 to 20, 1 unless said otherwise (QEMU's `multifd-zstd-level`).
+    ZstdLevel, 20
 }
 
 /// The settings of a set of channels, the same on both sides.

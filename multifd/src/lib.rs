@@ -46,6 +46,7 @@
 //! - [`packet`] and [`compression`]: what is on the wire.
 //!
 //! # Features
+//! - `zlib` (default): [`Compression::Zlib`].
 //! - `zstd` (default): [`Compression::Zstd`].
 #![forbid(unsafe_code)]
 
@@ -65,6 +66,8 @@ mod send;
 
 pub use address::{Address, AddressError, Listener};
 pub use channel::{RecvChannel, SendChannel};
+#[cfg(feature = "zlib")]
+pub use config::ZlibLevel;
 #[cfg(feature = "zstd")]
 pub use config::ZstdLevel;
 pub use config::{ChannelCount, ChannelId, Compression, MultifdConfig};

@@ -14,7 +14,8 @@ use migration_stream::{PAGE_SIZE, PageBarrier, PageTransport, StreamWriter, Tran
 use multifd::incoming::{Acceptor, Incoming, Limits};
 use multifd::outgoing::{Outgoing, connect};
 use multifd::{
-    Address, ChannelCount, Compression, Listener, MultifdConfig, RecvSet, SendSet, ZstdLevel,
+    Address, ChannelCount, Compression, Listener, MultifdConfig, RecvSet, SendSet, ZlibLevel,
+    ZstdLevel,
 };
 
 fn config(channels: u8, compression: Compression) -> MultifdConfig {
@@ -25,6 +26,10 @@ fn config(channels: u8, compression: Compression) -> MultifdConfig {
         stall_limit: LIMIT,
         ..MultifdConfig::default()
     }
+}
+
+fn zlib() -> Compression {
+    Compression::Zlib(ZlibLevel::default())
 }
 
 fn zstd() -> Compression {
@@ -141,7 +146,7 @@ fn tcp() -> Address {
 #[test]
 fn every_page_arrives_over_tcp_by_any_number_of_channels() {
     for channels in [1, 2, 4] {
-        for compression in [Compression::None, zstd()] {
+        for compression in [Compression::None, zlib(), zstd()] {
             let counters = migrate(&tcp(), &config(channels, compression));
             assert!(
                 counters.normal_pages > 466 && counters.zero_pages > 234 + 32,
@@ -154,7 +159,7 @@ fn every_page_arrives_over_tcp_by_any_number_of_channels() {
 #[test]
 fn every_page_arrives_over_unix_sockets() {
     let dir = tempfile::tempdir().unwrap();
-    for (channels, compression) in [(1, Compression::None), (3, zstd())] {
+    for (channels, compression) in [(1, Compression::None), (2, zlib()), (3, zstd())] {
         let path = dir.path().join(channels.to_string());
         migrate(&Address::Unix(path), &config(channels, compression));
     }
@@ -172,7 +177,7 @@ fn every_page_arrives_by_255_channels() {
 
 #[test]
 fn without_zero_page_detection_every_page_travels_with_its_data() {
-    for compression in [Compression::None, zstd()] {
+    for compression in [Compression::None, zlib(), zstd()] {
         let config = MultifdConfig {
             zero_page: false,
             ..config(2, compression)

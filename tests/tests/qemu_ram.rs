@@ -38,6 +38,9 @@ fn main() -> ExitCode {
             trial("ram_of_a_stopped_guest_arrives_by_four_channels", |q| {
                 stopped_guest(q, How::Multifd(4, Compression::None))
             }),
+            trial("ram_of_a_stopped_guest_arrives_by_zlib_channels", |q| {
+                stopped_guest(q, How::Multifd(2, zlib()))
+            }),
             trial("ram_of_a_stopped_guest_arrives_by_zstd_channels", |q| {
                 stopped_guest(q, How::Multifd(2, zstd()))
             }),
@@ -49,6 +52,9 @@ fn main() -> ExitCode {
             }),
             trial("ram_of_a_running_guest_arrives_by_two_channels", |q| {
                 running_guest(q, How::Multifd(2, Compression::None))
+            }),
+            trial("ram_of_a_running_guest_arrives_by_zlib_channels", |q| {
+                running_guest(q, How::Multifd(2, zlib()))
             }),
             trial("ram_of_a_running_guest_arrives_by_zstd_channels", |q| {
                 running_guest(q, How::Multifd(2, zstd()))
@@ -65,6 +71,10 @@ enum How {
     Plain,
     Xbzrle,
     Multifd(u8, Compression),
+}
+
+fn zlib() -> Compression {
+    Compression::Zlib(multifd::ZlibLevel::default())
 }
 
 fn zstd() -> Compression {
@@ -151,6 +161,7 @@ fn configure(source: &mut Qemu, how: How) -> Result<()> {
         source.qmp.enable(&["multifd"])?;
         let method = match compression {
             Compression::None => "none",
+            Compression::Zlib(_) => "zlib",
             _ => "zstd",
         };
         source

@@ -11,12 +11,14 @@ use vm_memory::VolatileSlice;
 
 use crate::config::Compression;
 
+#[cfg(feature = "zlib")]
+mod zlib;
 #[cfg(feature = "zstd")]
 mod zstd;
 
 /// Bytes that are copied out of, or into, guest memory at a time: a codec needs a Rust slice, and
 /// there must be none of memory that a vCPU may be writing.
-#[cfg(feature = "zstd")]
+#[cfg(any(feature = "zlib", feature = "zstd"))]
 const SCRATCH_LEN: usize = 32 << 10;
 
 /// Makes the payloads of one channel.
@@ -51,6 +53,8 @@ impl Compression {
     pub fn encoder(self) -> Result<Option<Box<dyn Encoder>>, CompressionError> {
         match self {
             Self::None => Ok(None),
+            #[cfg(feature = "zlib")]
+            Self::Zlib(level) => Ok(Some(Box::new(zlib::ZlibEncoder::new(level)))),
             #[cfg(feature = "zstd")]
             Self::Zstd(level) => Ok(Some(Box::new(zstd::ZstdEncoder::new(level)?))),
         }
@@ -64,9 +68,28 @@ impl Compression {
     pub fn decoder(self) -> Result<Option<Box<dyn Decoder>>, CompressionError> {
         match self {
             Self::None => Ok(None),
+            #[cfg(feature = "zlib")]
+            Self::Zlib(_) => Ok(Some(Box::new(zlib::ZlibDecoder::new()))),
             #[cfg(feature = "zstd")]
             Self::Zstd(_) => Ok(Some(Box::new(zstd::ZstdDecoder::new()?))),
         }
+    }
+}
+
+/// `page` cut into pieces that fit the scratch buffer.
+#[cfg(any(feature = "zlib", feature = "zstd"))]
+fn pieces<'a>(page: &VolatileSlice<'a>) -> impl Iterator<Item = VolatileSlice<'a>> + use<'a> {
+    let page = *page;
+    (0..page.len())
+        .step_by(SCRATCH_LEN)
+        .filter_map(move |at| page.subslice(at, SCRATCH_LEN.min(page.len() - at)).ok())
+}
+
+#[cfg(any(feature = "zlib", feature = "zstd"))]
+fn codec<E: Into<io::Error>>(what: &'static str) -> impl Fn(E) -> CompressionError {
+    move |source| CompressionError::Codec {
+        what,
+        source: Arc::new(source.into()),
     }
 }
 
@@ -97,4 +120,182 @@ pub enum CompressionError {
         /// Bytes of pages in the packet.
         expected: usize,
     },
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::packet::{MAX_COMPRESSED_LEN, PAGES_PER_PACKET};
+
+    /// Every method and level of this build.
+    fn all() -> Vec<Compression> {
+        #[allow(unused_mut)] // a build without any codec
+        let mut all = Vec::new();
+        #[cfg(feature = "zlib")]
+        all.extend(
+            (0..=9)
+                .filter_map(crate::ZlibLevel::new)
+                .map(Compression::Zlib),
+        );
+        #[cfg(feature = "zstd")]
+        all.extend(
+            (0..=20)
+                .filter_map(crate::ZstdLevel::new)
+                .map(Compression::Zstd),
+        );
+        all
+    }
+
+    /// One level of each method.
+    fn methods() -> Vec<Compression> {
+        let mut methods = all();
+        methods.dedup_by_key(|c| c.method());
+        methods
+    }
+
+    fn noise(pages: usize, seed: u64) -> Vec<u8> {
+        let mut x = seed | 1;
+        (0..pages * 4096)
+            .map(|_| {
+                x ^= x << 13;
+                x ^= x >> 7;
+                x ^= x << 17;
+                x.to_le_bytes()[0]
+            })
+            .collect()
+    }
+
+    fn encode(encoder: &mut dyn Encoder, mut pages: Vec<u8>) -> Vec<u8> {
+        encoder
+            .encode(&[VolatileSlice::from(pages.as_mut_slice())])
+            .unwrap()
+            .to_vec()
+    }
+
+    fn decode(
+        decoder: &mut dyn Decoder,
+        payload: &[u8],
+        len: usize,
+    ) -> Result<Vec<u8>, CompressionError> {
+        let mut out = vec![0; len];
+        decoder.decode(payload, &[VolatileSlice::from(out.as_mut_slice())])?;
+        Ok(out)
+    }
+
+    fn pair(compression: Compression) -> (Box<dyn Encoder>, Box<dyn Decoder>) {
+        (
+            compression.encoder().unwrap().unwrap(),
+            compression.decoder().unwrap().unwrap(),
+        )
+    }
+
+    #[test]
+    fn a_channel_is_one_stream_that_never_ends() {
+        for compression in methods() {
+            let (mut encoder, mut decoder) = pair(compression);
+            let page = noise(1, 3);
+            let first = encode(&mut *encoder, page.clone());
+            let second = encode(&mut *encoder, page.clone());
+            assert_ne!(second[..2], first[..2], "a new stream was begun");
+            assert_eq!(decode(&mut *decoder, &first, 4096).unwrap(), page);
+            assert_eq!(decode(&mut *decoder, &second, 4096).unwrap(), page);
+            // Without what went before, the second payload means nothing.
+            assert!(decode(&mut *pair(compression).1, &second, 4096).is_err());
+        }
+    }
+
+    #[test]
+    fn a_full_packet_of_incompressible_pages_fits_its_buffer_at_every_level() {
+        for compression in all() {
+            let (mut encoder, mut decoder) = pair(compression);
+            for seed in 1..3 {
+                let pages = noise(PAGES_PER_PACKET, seed);
+                let payload = encode(&mut *encoder, pages.clone());
+                assert!(payload.len() <= MAX_COMPRESSED_LEN as usize);
+                assert_eq!(decode(&mut *decoder, &payload, pages.len()).unwrap(), pages);
+            }
+        }
+    }
+
+    #[test]
+    fn a_payload_of_more_or_fewer_pages_than_said_is_refused() {
+        for compression in methods() {
+            let pages = noise(2, 9);
+            let (mut encoder, mut decoder) = pair(compression);
+            let payload = encode(&mut *encoder, pages.clone());
+            assert!(matches!(
+                decode(&mut *decoder, &payload, 3 * 4096),
+                Err(CompressionError::Short {
+                    got: 8192,
+                    expected: 12288
+                })
+            ));
+            assert!(matches!(
+                decode(&mut *pair(compression).1, &payload, 4096),
+                Err(CompressionError::Long { expected: 4096 })
+            ));
+            assert!(matches!(
+                decode(
+                    &mut *pair(compression).1,
+                    &payload[..payload.len() / 2],
+                    8192
+                ),
+                Err(CompressionError::Short { .. })
+            ));
+        }
+    }
+
+    #[test]
+    fn a_level_beyond_the_greatest_is_none() {
+        #[cfg(feature = "zlib")]
+        assert!(crate::ZlibLevel::new(10).is_none());
+        #[cfg(feature = "zstd")]
+        assert!(crate::ZstdLevel::new(21).is_none());
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        #[test]
+        fn packets_of_any_pages_come_out_as_they_went_in(
+            packets in vec(vec((any::<u64>(), any::<bool>()), 1..8), 1..6),
+        ) {
+            for compression in methods() {
+                let (mut encoder, mut decoder) = pair(compression);
+                for packet in &packets {
+                    let mut pages: Vec<u8> = packet
+                        .iter()
+                        .flat_map(|(seed, random)| match random {
+                            true => noise(1, *seed),
+                            false => seed.to_le_bytes().repeat(512),
+                        })
+                        .collect();
+                    let slices: Vec<_> =
+                        pages.chunks_mut(4096).map(VolatileSlice::from).collect();
+                    let payload = encoder.encode(&slices).unwrap().to_vec();
+                    prop_assert_eq!(decode(&mut *decoder, &payload, pages.len()).unwrap(), pages);
+                }
+            }
+        }
+
+        #[test]
+        fn any_mutation_gives_pages_or_an_error(
+            mutations in vec((any::<prop::sample::Index>(), any::<u8>()), 1..8),
+        ) {
+            for compression in methods() {
+                let (mut encoder, mut decoder) = pair(compression);
+                let mut payload = encode(&mut *encoder, noise(3, 4));
+                for (at, value) in &mutations {
+                    let at = at.index(payload.len());
+                    payload[at] = *value;
+                }
+                if let Ok(pages) = decode(&mut *decoder, &payload, 3 * 4096) {
+                    prop_assert_eq!(pages.len(), 3 * 4096);
+                }
+            }
+        }
+    }
 }

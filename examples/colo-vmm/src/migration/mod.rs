@@ -24,7 +24,7 @@ use colo_core::driver::ColoControl;
 use colo_core::{Deadlines, FailoverHandle, MigrationPlan, OnPeerLoss};
 use migration_stream::configuration::{Configuration, MachineName};
 use migration_stream::precopy::{BoxError, Limits};
-use multifd::{Address, ChannelCount, Compression, MultifdConfig, ZstdLevel};
+use multifd::{Address, ChannelCount, Compression, MultifdConfig, ZlibLevel, ZstdLevel};
 use qmp_types::{
     InetSocketAddress, MigrationAddress, MigrationCapability, MigrationStatus, MultiFdCompression,
     QmpError, RunState, Settings, SocketAddress, Support, ZeroPageDetection,
@@ -61,7 +61,11 @@ const SUPPORT: Support = Support {
         "multifd-zstd-level",
         "zero-page-detection",
     ],
-    compression: &[MultiFdCompression::None, MultiFdCompression::Zstd],
+    compression: &[
+        MultiFdCompression::None,
+        MultiFdCompression::Zlib,
+        MultiFdCompression::Zstd,
+    ],
 };
 
 /// What the command line says about migration.
@@ -374,6 +378,9 @@ impl Migration {
         let plan = MigrationPlan::new(capabilities, parameters.multifd_channels)
             .map_err(|e| QmpError::generic(e.to_string()))?;
         let compression = match parameters.multifd_compression {
+            MultiFdCompression::Zlib => {
+                Compression::Zlib(ZlibLevel::new(parameters.multifd_zlib_level).unwrap_or_default())
+            }
             MultiFdCompression::Zstd => {
                 Compression::Zstd(ZstdLevel::new(parameters.multifd_zstd_level).unwrap_or_default())
             }
