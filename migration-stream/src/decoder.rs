@@ -139,6 +139,10 @@ pub struct DecoderConfig {
     /// Whether pages may come as differences (the capability `xbzrle`). There are no checkpoints
     /// after such a stream.
     pub xbzrle: bool,
+    /// Whether multifd channels are synchronised at the end of every RAM section and not where the
+    /// stream has MULTIFD_FLUSH (machine types up to 8.0, `multifd-flush-after-each-section`). The
+    /// decoder then reports [`RamItem::MultifdFlush`] there.
+    pub flush_each_section: bool,
 }
 
 impl DecoderConfig {
@@ -153,6 +157,7 @@ impl DecoderConfig {
             footers: true,
             max_description: Self::DEFAULT_MAX_DESCRIPTION,
             xbzrle: false,
+            flush_each_section: false,
         }
     }
 }
@@ -204,6 +209,8 @@ impl StreamDecoder {
                 footers: config.footers,
                 announced: HashMap::new(),
                 records: RecordDecoder::with_xbzrle(config.xbzrle),
+                flush_each_section: config.flush_each_section,
+                end_due: false,
                 open: Open::Nothing,
             },
         }
@@ -335,6 +342,9 @@ impl StreamDecoder {
 
     fn ram(&mut self, r: &mut Reader<'_>) -> Result<Option<Item>, DecodeError> {
         let at = r.clone();
+        if let Some(item) = self.sections.due_end() {
+            return Ok(Some(item));
+        }
         match &mut self.setup {
             Setup::Done(blocks) => {
                 let record = self.sections.records.decode(r, blocks)?;
@@ -430,6 +440,9 @@ impl CheckpointDecoder {
 
     fn attempt(&mut self, r: &mut Reader<'_>) -> Result<Item, DecodeError> {
         let at = r.clone();
+        if let Some(item) = self.sections.due_end() {
+            return Ok(item);
+        }
         if matches!(self.sections.open, Open::Ram(_)) {
             let record = self.sections.records.decode(r, &self.blocks)?;
             return self
@@ -473,6 +486,9 @@ struct Sections {
     footers: bool,
     announced: HashMap<SectionId, Body>,
     records: RecordDecoder,
+    flush_each_section: bool,
+    /// The end of the body was read, and the flush that goes before it reported.
+    end_due: bool,
     open: Open,
 }
 
@@ -550,13 +566,24 @@ impl Sections {
             Record::Zero(page) => RamItem::Zero(page),
             Record::Xbzrle { page, len } => RamItem::Xbzrle { page, len },
             Record::MultifdFlush => RamItem::MultifdFlush,
-            Record::EndOfSection => {
-                if let Open::Ram(id) = self.open {
-                    self.open = self.awaiting_footer(id);
-                }
-                RamItem::EndOfSection
+            Record::EndOfSection if self.flush_each_section => {
+                self.end_due = true;
+                RamItem::MultifdFlush
             }
+            Record::EndOfSection => return Some(self.end_of_body()),
         }))
+    }
+
+    /// The end of a body whose flush was reported.
+    fn due_end(&mut self) -> Option<Item> {
+        std::mem::take(&mut self.end_due).then(|| self.end_of_body())
+    }
+
+    fn end_of_body(&mut self) -> Item {
+        if let Open::Ram(id) = self.open {
+            self.open = self.awaiting_footer(id);
+        }
+        Item::Ram(RamItem::EndOfSection)
     }
 }
 

@@ -29,6 +29,14 @@ pub trait PageTransport: Send {
     /// As for [`PageTransport::send`].
     fn sync(&mut self, main: &mut StreamWriter) -> Result<(), TransportError>;
 
+    /// The body of a RAM section is about to end.
+    ///
+    /// # Errors
+    /// As for [`PageTransport::send`].
+    fn end_section(&mut self, _main: &mut StreamWriter) -> Result<(), TransportError> {
+        Ok(())
+    }
+
     /// Another round over guest memory begins, or a checkpoint.
     fn begin_round(&mut self) {}
 
@@ -51,6 +59,9 @@ impl<T: PageTransport + ?Sized> PageTransport for Box<T> {
     }
     fn sync(&mut self, main: &mut StreamWriter) -> Result<(), TransportError> {
         (**self).sync(main)
+    }
+    fn end_section(&mut self, main: &mut StreamWriter) -> Result<(), TransportError> {
+        (**self).end_section(main)
     }
     fn begin_round(&mut self) {
         (**self).begin_round();

@@ -254,7 +254,11 @@ type Sent = Result<SwitchedOver<InStream, Log>, SourceError>;
 
 fn send(guest: &mut Guest, channel: &FdChannel) -> Sent {
     let ram: Arc<dyn GuestRam> = Arc::clone(&guest.ram) as _;
-    send_by(guest, channel, InStream::new(ram, ZeroPageDetection::On))
+    send_by(
+        guest,
+        channel,
+        InStream::new(ram, ZeroPageDetection::Multifd),
+    )
 }
 
 fn send_by(guest: &mut Guest, channel: &FdChannel, transport: InStream) -> Sent {
@@ -385,7 +389,7 @@ fn pages_written_again_arrive_as_differences_and_no_checkpoints_follow_them() {
     guest.writes_left = 60;
     let landed = Ram::new(BLOCKS);
     let (a, b) = channels();
-    let transport = InStream::new(Arc::clone(&ram) as _, ZeroPageDetection::On)
+    let transport = InStream::new(Arc::clone(&ram) as _, ZeroPageDetection::Multifd)
         .with_xbzrle(PageCache::new(PageCache::DEFAULT_SIZE).unwrap());
     std::thread::scope(|scope| {
         let sender = scope.spawn(|| {

@@ -4,6 +4,8 @@ use std::fmt;
 use std::num::NonZeroU8;
 use std::time::Duration;
 
+use migration_stream::ram::ZeroPageDetection;
+
 use crate::packet::Method;
 
 /// How many channels there are beside the main one: 1 to 255 (QEMU's `multifd-channels`).
@@ -140,6 +142,19 @@ level! {
     ZstdLevel, 20
 }
 
+/// When the channels are synchronised with the main stream.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Flush {
+    /// Once in every round over guest memory, where the main stream has a MULTIFD_FLUSH record
+    /// (machine types since QEMU 8.1).
+    #[default]
+    EachRound,
+    /// At the end of every RAM section, without a record (machine types up to 8.0; QEMU's property
+    /// `multifd-flush-after-each-section`). The receiving side is told by
+    /// [`DecoderConfig::flush_each_section`](migration_stream::decoder::DecoderConfig).
+    EachSection,
+}
+
 /// The settings of a set of channels, the same on both sides.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MultifdConfig {
@@ -147,9 +162,11 @@ pub struct MultifdConfig {
     pub channels: ChannelCount,
     /// How pages are compressed.
     pub compression: Compression,
-    /// Sender only: the channel threads look for zero pages and send them as such (QEMU's
-    /// `zero-page-detection=multifd`). Without it every page travels with its data.
-    pub zero_page: bool,
+    /// Sender only: who looks for zero pages. A receiver before QEMU 9.0 knows none in packets:
+    /// it wants [`ZeroPageDetection::Legacy`].
+    pub zero_pages: ZeroPageDetection,
+    /// Sender only: when the channels are synchronised.
+    pub flush: Flush,
     /// The VM's UUID, all zero if it has none.
     pub uuid: [u8; 16],
     /// How long a wait without a deadline of its own goes on while no channel completes a packet.
@@ -161,7 +178,8 @@ impl Default for MultifdConfig {
         Self {
             channels: ChannelCount::default(),
             compression: Compression::None,
-            zero_page: true,
+            zero_pages: ZeroPageDetection::Multifd,
+            flush: Flush::EachRound,
             uuid: [0; 16],
             stall_limit: Duration::from_secs(30),
         }

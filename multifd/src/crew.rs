@@ -254,11 +254,7 @@ impl<T> Threads<T> {
     }
 
     /// Shuts the channels and waits until the threads are gone.
-    pub(crate) fn stop(mut self) -> Result<(), Failure> {
-        self.stop_now()
-    }
-
-    fn stop_now(&mut self) -> Result<(), Failure> {
+    pub(crate) fn stop(&mut self) -> Result<(), Failure> {
         self.crew.close();
         let deadline = Instant::now() + self.crew.limit;
         let mut state = self.crew.lock();
@@ -295,7 +291,7 @@ impl<T> Threads<T> {
 impl<T> Drop for Threads<T> {
     fn drop(&mut self) {
         // Nobody is left to hear of a thread that does not end.
-        let _ = self.stop_now();
+        let _ = self.stop();
     }
 }
 

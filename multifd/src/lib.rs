@@ -4,7 +4,7 @@
 //! up to 128 pages out of guest memory; the destination's read them into a
 //! [`PageStore`](migration_stream::PageStore). Nothing else of the migration is on the channels:
 //! at a sync point each carries one SYNC packet, and the main stream a MULTIFD_FLUSH record. The
-//! bytes are those of QEMU 9.0 to 11.1 (`migration/multifd*.c`).
+//! bytes are those of QEMU 7.2 to 11.1 (`migration/multifd*.c`).
 //!
 //! ```no_run
 //! use std::sync::Arc;
@@ -70,7 +70,7 @@ pub use channel::{RecvChannel, SendChannel};
 pub use config::ZlibLevel;
 #[cfg(feature = "zstd")]
 pub use config::ZstdLevel;
-pub use config::{ChannelCount, ChannelId, Compression, MultifdConfig};
+pub use config::{ChannelCount, ChannelId, Compression, Flush, MultifdConfig};
 pub use crew::AbortHandle;
 pub use error::{ChannelError, Part};
 pub use recv::{Joined, RecvBarrier, RecvSet};

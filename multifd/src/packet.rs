@@ -307,6 +307,9 @@ impl<'a> PacketView<'a> {
                 expected: method,
             });
         }
+        // QEMU 7.2 has the length of the packet before it in a packet without pages, of which there is
+        // one behind each SYNC packet that has pages.
+        let payload_len = if no_pages { 0 } else { payload_len };
         let (min, max) = match method {
             Method::None => (normal * PAGE_LEN, normal * PAGE_LEN),
             _ if normal == 0 => (0, 0),
@@ -645,6 +648,29 @@ mod tests {
         let view = PacketView::unfill(&buf, Method::None).unwrap();
         assert!(view.is_sync());
         assert_eq!((view.normal_pages(), view.zero_pages()), (2, 1));
+    }
+
+    #[test]
+    fn a_packet_of_qemu_7_2_without_pages_may_have_the_length_of_the_one_before_it() {
+        for flags in [0, 1] {
+            let buf = header(|b| {
+                b[11] = flags;
+                b[16..20].fill(0);
+                b[32..36].fill(0);
+            });
+            let view = PacketView::unfill(&buf, Method::Zlib).unwrap();
+            assert_eq!((view.has_pages(), view.payload_len()), (false, 0));
+        }
+    }
+
+    #[test]
+    fn a_source_may_have_fewer_pages_in_a_packet_but_not_more() {
+        let with_room = |pages: u8| header(|b| b[15] = pages);
+        for pages in [3, 64, 128] {
+            assert!(PacketView::unfill(&with_room(pages), Method::None).is_ok());
+        }
+        let e = PacketView::unfill(&with_room(129), Method::None).unwrap_err();
+        assert_eq!(e.to_string(), "packet of 129 pages, expected at most 128");
     }
 
     #[test]

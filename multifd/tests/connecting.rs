@@ -97,6 +97,48 @@ fn c2_a_multifd_hello_while_multifd_is_off_closes_that_connection_only() {
 }
 
 #[test]
+fn main_and_three_channels_are_told_apart_in_every_order_of_their_coming() {
+    let mut order = [0, 1, 2, 3];
+    let mut permutations = Vec::new();
+    permute(&mut order, 0, &mut permutations);
+    assert_eq!(permutations.len(), 24);
+    for order in permutations {
+        let door = Door::open(Some(config(3)), LIMITS);
+        let mut ends: Vec<_> = order
+            .iter()
+            .map(|id| match id {
+                3 => (*id, door.knock(b"QEVM")),
+                _ => (*id, door.knock(&hello(*id))),
+            })
+            .collect();
+        let mut incoming = door.result.join().unwrap().unwrap();
+        assert_eq!(&incoming.prefix, b"QEVM");
+        // Each connection came out where its greeting says, with nothing lost behind that.
+        for (id, end) in &mut ends {
+            end.write_all(&[*id + 0x40]).unwrap();
+        }
+        incoming.channels.push(incoming.main);
+        for (id, channel) in (0..).zip(&mut incoming.channels) {
+            let mut byte = [0];
+            assert_eq!(channel.read(&mut byte).unwrap(), 1);
+            assert_eq!(byte, [id + 0x40], "order {order:?}");
+        }
+    }
+}
+
+/// All orders of `items` from `at` on.
+fn permute(items: &mut [u8; 4], at: usize, found: &mut Vec<[u8; 4]>) {
+    if at == items.len() {
+        found.push(*items);
+    }
+    for other in at..items.len() {
+        items.swap(at, other);
+        permute(items, at + 1, found);
+        items.swap(at, other);
+    }
+}
+
+#[test]
 fn c3_connections_that_say_nothing_keep_nobody_waiting() {
     let began = Instant::now();
     let door = Door::open(Some(config(2)), LIMITS);

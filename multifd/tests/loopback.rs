@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use common::{LIMIT, PAGE, Ram};
 use migration_stream::io::{ByteSource, FdChannel};
-use migration_stream::ram::BlockId;
+use migration_stream::ram::{BlockId, ZeroPageDetection};
 use migration_stream::{PAGE_SIZE, PageBarrier, PageTransport, StreamWriter, TransportCounters};
 use multifd::incoming::{Acceptor, Incoming, Limits};
 use multifd::outgoing::{Outgoing, connect};
@@ -179,7 +179,7 @@ fn every_page_arrives_by_255_channels() {
 fn without_zero_page_detection_every_page_travels_with_its_data() {
     for compression in [Compression::None, zlib(), zstd()] {
         let config = MultifdConfig {
-            zero_page: false,
+            zero_pages: ZeroPageDetection::None,
             ..config(2, compression)
         };
         assert_eq!(migrate(&tcp(), &config).zero_pages, 0);

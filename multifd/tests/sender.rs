@@ -12,23 +12,24 @@ use std::time::{Duration, Instant};
 
 use common::{LIMIT, Ram, cause, text};
 use migration_stream::io::{ByteSink, Chunk, FdChannel};
-use migration_stream::ram::BlockId;
+use migration_stream::ram::{BlockId, ZeroPageDetection};
 use migration_stream::{PageTransport, StreamWriter};
 use multifd::packet::{HEADER_LEN, Method, PacketView};
-use multifd::{ChannelCount, ChannelError, MultifdConfig, SendChannel, SendSet};
+use multifd::{ChannelCount, ChannelError, Flush, MultifdConfig, SendChannel, SendSet};
 
 const PAGES: u64 = 4096;
 
 fn config(channels: u8) -> MultifdConfig {
     MultifdConfig {
         channels: ChannelCount::new(channels).unwrap(),
-        zero_page: false,
+        zero_pages: ZeroPageDetection::None,
         stall_limit: LIMIT,
         ..MultifdConfig::default()
     }
 }
 
 struct Sender {
+    ram: Arc<Ram>,
     set: SendSet,
     main: StreamWriter,
     peers: Vec<UnixStream>,
@@ -47,8 +48,10 @@ fn sender(config: &MultifdConfig) -> Sender {
         })
         .unzip();
     let (main, main_peer) = UnixStream::pair().unwrap();
+    let ram = Arc::new(Ram::new(&[PAGES]));
     Sender {
-        set: SendSet::start(Arc::new(Ram::new(&[PAGES])), channels, config).unwrap(),
+        set: SendSet::start(ram.clone(), channels, config).unwrap(),
+        ram,
         main: StreamWriter::new(FdChannel::new(main, LIMIT).unwrap()),
         peers,
         main_peer,
@@ -93,6 +96,56 @@ fn every_channel_carries_one_sync_packet_behind_its_pages_and_then_main_its_flus
     }
     numbers.sort_unstable();
     assert_eq!((numbers, pages), (vec![0, 1, 2, 3], 2));
+}
+
+#[test]
+fn synced_with_each_section_the_channels_are_so_at_its_end_and_main_says_nothing() {
+    let mut s = sender(&MultifdConfig {
+        flush: Flush::EachSection,
+        ..config(2)
+    });
+    s.send(2).unwrap();
+    s.sync().unwrap();
+    s.set.end_section(&mut s.main).unwrap();
+    s.set.end_section(&mut s.main).unwrap();
+    s.set.join().unwrap();
+    drop(s.main);
+    assert_eq!(s.main_peer.read(&mut [0; 8]).unwrap(), 0);
+    for mut peer in s.peers {
+        let mut bytes = Vec::new();
+        peer.read_to_end(&mut bytes).unwrap();
+        assert!(bytes.len() >= 2 * HEADER_LEN);
+        for header in bytes[bytes.len() - 2 * HEADER_LEN..].chunks(HEADER_LEN) {
+            let header = header.try_into().unwrap();
+            assert!(PacketView::unfill(header, Method::None).unwrap().is_sync());
+        }
+    }
+}
+
+#[test]
+fn legacy_zero_pages_are_records_of_the_main_stream_ahead_of_its_flush() {
+    let mut s = sender(&MultifdConfig {
+        zero_pages: ZeroPageDetection::Legacy,
+        ..config(1)
+    });
+    s.ram.fill(0, 1, 9);
+    s.send(3).unwrap();
+    s.sync().unwrap();
+    let counters = s.set.join().unwrap();
+    assert_eq!((counters.normal_pages, counters.zero_pages), (1, 2));
+    drop(s.main);
+    let mut main = Vec::new();
+    s.main_peer.read_to_end(&mut main).unwrap();
+    // The first zero page names the block, the second goes on in it.
+    let expected = b"\0\0\0\0\0\0\0\x02\x06pc.ram\0\0\0\0\0\0\0\x20\x22\0\0\0\0\0\0\0\x02\0";
+    assert_eq!(main, expected);
+    let mut bytes = Vec::new();
+    s.peers[0].read_to_end(&mut bytes).unwrap();
+    let header = bytes.first_chunk().unwrap();
+    let packet = PacketView::unfill(header, Method::None).unwrap();
+    assert_eq!((packet.normal_pages(), packet.zero_pages()), (1, 0));
+    let offsets = &mut [0; 128];
+    assert_eq!(packet.offsets(1 << 20, offsets).unwrap().0, [0x1000]);
 }
 
 #[test]

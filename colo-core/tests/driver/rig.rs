@@ -125,7 +125,7 @@ fn migrate_away(connections: Vec<FdChannel>) -> PrimaryEnd {
     let ram: Arc<dyn GuestRam> = Arc::clone(&guest.ram) as _;
     let (main, channels) = connections.split_first().unwrap();
     let transport: Box<dyn PageTransport> = match multifd(channels) {
-        None => Box::new(InStream::new(Arc::clone(&ram), ZeroPageDetection::On)),
+        None => Box::new(InStream::new(Arc::clone(&ram), ZeroPageDetection::Multifd)),
         Some(config) => {
             let channels = channels.iter().map(|c| c.share().into()).collect();
             Box::new(SendSet::start(Arc::clone(&ram), channels, &config).unwrap())

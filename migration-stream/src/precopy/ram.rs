@@ -187,6 +187,7 @@ impl<T: PageTransport, D: DirtyLog> RamSender<T, D> {
     }
 
     fn close_body(&mut self, out: &mut StreamWriter) -> Result<(), SourceError> {
+        self.transport.end_section(out)?;
         let mut bytes = bytes::BytesMut::new();
         encode_end_of_section(&mut bytes);
         section::encode_footer(self.section, &mut bytes);

@@ -16,11 +16,14 @@ use crate::{
 /// Whether pages are looked at before they are sent (QEMU's parameter `zero-page-detection`).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum ZeroPageDetection {
-    /// A page that is all zero goes as a record of 9 bytes.
-    #[default]
-    On,
     /// Every page goes with its bytes.
-    Off,
+    None,
+    /// A page that is all zero goes as a record of 9 bytes on the main stream, with multifd too.
+    Legacy,
+    /// It goes on the channel that would carry its bytes: the main stream, or with multifd one of
+    /// the channels.
+    #[default]
+    Multifd,
 }
 
 /// Sends pages as records of the main stream, straight out of guest memory. The stream's writer
@@ -100,7 +103,7 @@ impl InStream {
         };
         let blocks = self.ram.blocks();
         self.header.clear();
-        let is_zero = self.detection == ZeroPageDetection::On && xbzrle.now == [0; PAGE];
+        let is_zero = self.detection != ZeroPageDetection::None && xbzrle.now == [0; PAGE];
         match encoded {
             Some(Encoded::Unchanged) => {
                 counters.xbzrle.unchanged += 1;
@@ -167,7 +170,7 @@ impl PageTransport for InStream {
                 continue;
             }
             self.header.clear();
-            if self.detection == ZeroPageDetection::On && zero_check(&data) {
+            if self.detection != ZeroPageDetection::None && zero_check(&data) {
                 self.records
                     .zero(page, ram.blocks(), &mut self.header)
                     .map_err(TransportError::main)?;
@@ -341,7 +344,7 @@ mod tests {
         let ram = Ram::new();
         let sink = Sink::default();
         let mut main = StreamWriter::new(sink.clone());
-        let mut transport = InStream::new(ram.clone(), ZeroPageDetection::On);
+        let mut transport = InStream::new(ram.clone(), ZeroPageDetection::Multifd);
         let block = BlockId::new(0);
         transport.send(&mut main, block, 0, 299).unwrap();
         transport.sync(&mut main).unwrap();
@@ -379,7 +382,7 @@ mod tests {
     fn scattered_pages_leave_in_one_write_with_what_follows_them() {
         let sink = Sink::default();
         let mut main = StreamWriter::new(sink.clone());
-        let mut transport = InStream::new(Ram::new(), ZeroPageDetection::On);
+        let mut transport = InStream::new(Ram::new(), ZeroPageDetection::Multifd);
         for page in [1, 3, 4, 7, 9] {
             transport
                 .send(&mut main, BlockId::new(0), page * PAGE_SIZE, 1)
@@ -399,7 +402,7 @@ mod tests {
         let ram = Ram::new();
         let sink = Sink::default();
         let mut main = StreamWriter::new(sink.clone());
-        let mut transport = InStream::new(ram.clone(), ZeroPageDetection::Off);
+        let mut transport = InStream::new(ram.clone(), ZeroPageDetection::None);
         transport.send(&mut main, BlockId::new(0), 0, 2).unwrap();
         main.flush().unwrap();
         let bytes = sink.0.lock().unwrap().0.clone();
@@ -413,7 +416,7 @@ mod tests {
     fn pages_outside_of_memory_are_an_error_and_nothing_is_sent() {
         let sink = Sink::default();
         let mut main = StreamWriter::new(sink.clone());
-        let mut transport = InStream::new(Ram::new(), ZeroPageDetection::On);
+        let mut transport = InStream::new(Ram::new(), ZeroPageDetection::Multifd);
         for (block, offset) in [(0, PAGES * PAGE_SIZE), (0, u64::MAX - 4095), (1, 0)] {
             let e = transport
                 .send(&mut main, BlockId::new(block), offset, 1)

@@ -150,7 +150,7 @@ impl<S: PageStore + 'static> RecvSet<S> {
     /// the channel's own closer does not let it. The store stays with that thread.
     pub fn join(self) -> Result<Joined<S>, TransportError> {
         let Self {
-            threads,
+            mut threads,
             crew,
             store,
         } = self;

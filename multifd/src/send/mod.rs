@@ -12,19 +12,24 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
-use migration_stream::ram::{BlockId, encode_multifd_flush};
+use migration_stream::ram::{
+    BlockId, PageAddress, RecordEncoder, ZeroPageDetection, encode_multifd_flush, zero_check,
+};
 use migration_stream::{
     GuestRam, MemoryError, PAGE_SIZE, PageTransport, StreamWriter, TransportCounters,
     TransportError,
 };
 
 use crate::channel::SendChannel;
-use crate::config::MultifdConfig;
+use crate::config::{Flush, MultifdConfig};
 use crate::crew::{AbortHandle, Crew, Threads};
 use crate::error::{ChannelError, Failure};
 use crate::packet::PAGES_PER_PACKET;
 use queue::{Batch, Queue};
 use writer::{Totals, Writer};
+
+/// [`PAGE_SIZE`] as a length in memory.
+const PAGE_LEN: usize = 4096;
 
 /// The channels of an outgoing migration, a [`PageTransport`].
 ///
@@ -39,6 +44,16 @@ pub struct SendSet {
     /// Pages that wait for more of their block.
     batch: Option<Batch>,
     deadline: Option<Instant>,
+    flush: Flush,
+    /// Zero pages go on the main stream.
+    main_zero: Option<MainZero>,
+}
+
+/// What zero pages on the main stream need.
+#[derive(Debug, Default)]
+struct MainZero {
+    records: RecordEncoder,
+    pages: u64,
 }
 
 impl SendSet {
@@ -72,7 +87,8 @@ impl SendSet {
                 .encoder()
                 .map_err(|source| TransportError::channel(id, ChannelError::Setup { source }))?;
             let (ram, crew, totals) = (Arc::clone(&ram), Arc::clone(&crew), Arc::clone(&totals));
-            let (method, zero_page) = (config.compression.method(), config.zero_page);
+            let method = config.compression.method();
+            let zero_page = config.zero_pages == ZeroPageDetection::Multifd;
             threads.spawn(
                 format!("mfd-send-{id}"),
                 id,
@@ -87,6 +103,8 @@ impl SendSet {
             totals,
             batch: None,
             deadline: None,
+            flush: config.flush,
+            main_zero: (config.zero_pages == ZeroPageDetection::Legacy).then(MainZero::default),
         })
     }
 
@@ -103,13 +121,10 @@ impl SendSet {
     /// moves for the stall limit, before all is written; [`ChannelError::Stuck`].
     pub fn join(mut self) -> Result<TransportCounters, TransportError> {
         let written = self.finish_queue();
-        let Self {
-            threads, totals, ..
-        } = self;
-        let stopped = threads.stop();
+        let stopped = self.threads.stop();
         written?;
         stopped?;
-        Ok(totals.counters())
+        Ok(self.counters())
     }
 
     fn finish_queue(&mut self) -> Result<(), Failure> {
@@ -144,6 +159,46 @@ impl SendSet {
                 .unwrap_or(usize::MAX),
             used_length: found.used_length(),
         }))
+    }
+
+    /// Collects pages for the channels.
+    fn queue_pages(&mut self, block: BlockId, offset: u64, end: u64) -> Result<(), Failure> {
+        let mut offset = offset;
+        while offset < end {
+            if self.batch.as_ref().is_some_and(|b| b.block() != block) {
+                self.queue_batch()?;
+            }
+            let batch = self
+                .batch
+                .get_or_insert_with(|| self.crew.lock().empty_batch(block));
+            offset = batch.extend(offset, end);
+            if batch.offsets().len() == PAGES_PER_PACKET {
+                self.queue_batch()?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Sends the page on the main stream if it is zero; false if it is not.
+    fn send_zero(
+        &mut self,
+        main: &mut StreamWriter,
+        page: PageAddress,
+    ) -> Result<bool, TransportError> {
+        let data = self
+            .ram
+            .slice(page.block, page.offset, PAGE_LEN)
+            .map_err(TransportError::main)?;
+        let (Some(zero), true) = (&mut self.main_zero, zero_check(&data)) else {
+            return Ok(false);
+        };
+        let mut record = Vec::with_capacity(RecordEncoder::MAX_LEN);
+        zero.records
+            .zero(page, self.ram.blocks(), &mut record)
+            .map_err(TransportError::main)?;
+        zero.pages += 1;
+        main.hold(&record, None).map_err(main_stream)?;
+        Ok(true)
     }
 
     /// Hands the pages that were collected to whichever channel is free first.
@@ -204,7 +259,7 @@ impl SendSet {
 impl PageTransport for SendSet {
     fn send(
         &mut self,
-        _main: &mut StreamWriter,
+        main: &mut StreamWriter,
         block: BlockId,
         offset: u64,
         pages: u64,
@@ -212,32 +267,33 @@ impl PageTransport for SendSet {
         self.crew.check()?;
         self.check_range(block, offset, pages)
             .map_err(TransportError::main)?;
-        let mut offset = offset;
         let end = offset + pages * PAGE_SIZE;
-        while offset < end {
-            if self.batch.as_ref().is_some_and(|b| b.block() != block) {
-                self.queue_batch()?;
-            }
-            let batch = self
-                .batch
-                .get_or_insert_with(|| self.crew.lock().empty_batch(block));
-            offset = batch.extend(offset, end);
-            if batch.offsets().len() == PAGES_PER_PACKET {
-                self.queue_batch()?;
+        if self.main_zero.is_none() {
+            return Ok(self.queue_pages(block, offset, end)?);
+        }
+        for offset in (offset..end).step_by(PAGE_LEN) {
+            if !self.send_zero(main, PageAddress { block, offset })? {
+                self.queue_pages(block, offset, offset + PAGE_SIZE)?;
             }
         }
         Ok(())
     }
 
     fn sync(&mut self, main: &mut StreamWriter) -> Result<(), TransportError> {
+        if self.flush == Flush::EachSection {
+            return Ok(());
+        }
         self.sync_channels()?;
         let mut record = [0; 8];
         encode_multifd_flush(&mut record.as_mut_slice());
-        main.write_bytes(&record).map_err(|e| {
-            TransportError::main(ChannelError::Main {
-                source: Arc::new(e),
-            })
-        })
+        main.write_bytes(&record).map_err(main_stream)
+    }
+
+    fn end_section(&mut self, _main: &mut StreamWriter) -> Result<(), TransportError> {
+        if self.flush == Flush::EachSection {
+            self.sync_channels()?;
+        }
+        Ok(())
     }
 
     fn set_deadline(&mut self, deadline: Option<Instant>) {
@@ -246,8 +302,16 @@ impl PageTransport for SendSet {
     }
 
     fn counters(&self) -> TransportCounters {
-        self.totals.counters()
+        let mut counters = self.totals.counters();
+        counters.zero_pages += self.main_zero.as_ref().map_or(0, |z| z.pages);
+        counters
     }
+}
+
+fn main_stream(e: std::io::Error) -> TransportError {
+    TransportError::main(ChannelError::Main {
+        source: Arc::new(e),
+    })
 }
 
 impl fmt::Debug for SendSet {

@@ -24,10 +24,11 @@ use colo_core::driver::ColoControl;
 use colo_core::{Deadlines, FailoverHandle, MigrationPlan, OnPeerLoss};
 use migration_stream::configuration::{Configuration, MachineName};
 use migration_stream::precopy::{BoxError, Limits};
+use migration_stream::ram;
 use multifd::{Address, ChannelCount, Compression, MultifdConfig, ZlibLevel, ZstdLevel};
 use qmp_types::{
     InetSocketAddress, MigrationAddress, MigrationCapability, MigrationStatus, MultiFdCompression,
-    QmpError, RunState, Settings, SocketAddress, Support, ZeroPageDetection,
+    Parameters, QmpError, RunState, Settings, SocketAddress, Support, ZeroPageDetection,
 };
 use ram_cache::DiscardControl;
 
@@ -58,6 +59,7 @@ const SUPPORT: Support = Support {
         "x-checkpoint-delay",
         "multifd-channels",
         "multifd-compression",
+        "multifd-zlib-level",
         "multifd-zstd-level",
         "zero-page-detection",
     ],
@@ -378,11 +380,11 @@ impl Migration {
         let plan = MigrationPlan::new(capabilities, parameters.multifd_channels)
             .map_err(|e| QmpError::generic(e.to_string()))?;
         let compression = match parameters.multifd_compression {
-            MultiFdCompression::Zlib => {
-                Compression::Zlib(ZlibLevel::new(parameters.multifd_zlib_level).unwrap_or_default())
-            }
             MultiFdCompression::Zstd => {
                 Compression::Zstd(ZstdLevel::new(parameters.multifd_zstd_level).unwrap_or_default())
+            }
+            MultiFdCompression::Zlib => {
+                Compression::Zlib(ZlibLevel::new(parameters.multifd_zlib_level).unwrap_or_default())
             }
             _ => Compression::None,
         };
@@ -392,15 +394,11 @@ impl Migration {
             .map(|channels| MultifdConfig {
                 channels,
                 compression,
-                zero_page: parameters.zero_page_detection != ZeroPageDetection::None,
+                zero_pages: zero_pages(parameters),
                 stall_limit: self.options.io_limit,
                 ..MultifdConfig::default()
             });
         Ok((plan, multifd))
-    }
-
-    fn zero_pages(&self) -> bool {
-        self.settings().parameters().zero_page_detection != ZeroPageDetection::None
     }
 
     fn checkpoint_delay(&self) -> Duration {
@@ -413,6 +411,14 @@ impl std::fmt::Debug for Migration {
         f.debug_struct("Migration")
             .field("status", &self.status)
             .finish_non_exhaustive()
+    }
+}
+
+fn zero_pages(parameters: &Parameters) -> ram::ZeroPageDetection {
+    match parameters.zero_page_detection {
+        ZeroPageDetection::None => ram::ZeroPageDetection::None,
+        ZeroPageDetection::Legacy => ram::ZeroPageDetection::Legacy,
+        _ => ram::ZeroPageDetection::Multifd,
     }
 }
 

@@ -10,12 +10,12 @@ use migration_stream::precopy::{
     BoxError, Control, Progress, RamSetup, ReturnPathReader, Source, SourceConfig, SourceVm,
     SwitchedOver,
 };
-use migration_stream::ram::{InStream, ZeroPageDetection};
+use migration_stream::ram::InStream;
 use migration_stream::{DirtyLog, GuestRam, PageTransport, StreamWriter};
 use multifd::{Address, MultifdConfig, SendChannel, SendSet, outgoing};
 use qmp_types::{MigrationStatus, RunState};
 
-use super::{Cancel, Migration, colo, configuration, devices, failed};
+use super::{Cancel, Migration, colo, configuration, devices, failed, zero_pages};
 
 /// How long the peer may take to accept the connections.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -78,11 +78,7 @@ fn migrate(
             Box::new(SendSet::start(Arc::clone(&ram), channels, config)?)
         }
         None => {
-            let detection = if migration.zero_pages() {
-                ZeroPageDetection::On
-            } else {
-                ZeroPageDetection::Off
-            };
+            let detection = zero_pages(migration.settings().parameters());
             Box::new(InStream::new(Arc::clone(&ram), detection))
         }
     };
