@@ -231,7 +231,12 @@ impl Machine {
                 Err(process.failure("ended before QMP"))
             }
         })?;
-        Ok(Qemu { qmp, process, dir })
+        Ok(Qemu {
+            qmp,
+            process,
+            dir,
+            can_outlive_failure: qemu.is_since((9, 1)),
+        })
     }
 
     fn machine_args(&self) -> Result<Vec<String>> {
@@ -290,6 +295,8 @@ pub struct Qemu {
     /// The process: to kill it, and for what it said.
     pub process: Process,
     dir: TempDir,
+    /// Whether `migrate-incoming` can be told to keep the process when the migration fails.
+    can_outlive_failure: bool,
 }
 
 impl Qemu {
@@ -310,15 +317,16 @@ impl Qemu {
 
     /// Listens for an incoming migration and returns the URI to migrate to: a TCP port 0 is
     /// replaced by the one QEMU got. The process stays when the migration fails, so that its
-    /// reason can be asked for.
+    /// reason can be asked for (from QEMU 9.1 on).
     ///
     /// # Errors
     /// QEMU refuses it.
     pub fn listen(&mut self, uri: &str) -> Result<String> {
-        self.qmp.execute(
-            "migrate-incoming",
-            json!({"uri": uri, "exit-on-error": false}),
-        )?;
+        let mut arguments = json!({"uri": uri});
+        if self.can_outlive_failure {
+            arguments["exit-on-error"] = Value::from(false);
+        }
+        self.qmp.execute("migrate-incoming", arguments)?;
         if !uri.starts_with("tcp:") {
             return Ok(uri.to_owned());
         }

@@ -1,0 +1,313 @@
+//! Multifd with real QEMU at both ends: QEMU migrates to our `Target` and, with the devices it sent,
+//! our `Source` to another QEMU, by every compression, kind of zero page and way of synchronising.
+//! Memory has to be the same at all three.
+
+use std::fs;
+use std::path::Path;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+
+use migration_stream::configuration::{Configuration, MachineName};
+use migration_stream::decoder::{ConfigurationRule, DecoderConfig};
+use migration_stream::device_blob::{DeviceSection, encode_device_blob};
+use migration_stream::opaque_tail::{Tail, TailLimits};
+use migration_stream::precopy::{
+    BoxError, Control, FIRST_DEVICE_SECTION, Limits, Progress, RamSetup, ReturnPathReader, Source,
+    SourceConfig, SourceVm, Target, TargetConfig,
+};
+use migration_stream::ram::{BlockId, RamBlock, RamBlockTable, ZeroPageDetection};
+use migration_stream::section::SectionId;
+use migration_stream::{
+    DirtyLog, GuestRam, MemoryError, StreamReader, StreamWriter, TransportCounters,
+};
+use multifd::incoming::{self, Acceptor};
+use multifd::{
+    ChannelCount, Compression, Flush, Listener, MultifdConfig, RecvSet, SendSet, ZlibLevel,
+    ZstdLevel, outgoing,
+};
+use serde_json::{Value, json};
+use tests::guest::{self, Content};
+use tests::qemu::{Binary, Machine, Qemu};
+use tests::store::Memory;
+use tests::{PATIENCE, Result, harness};
+
+/// Guest memory, MiB.
+const MEMORY: u32 = 32;
+/// What the RAM block that a test's file stands behind is called.
+const RAM: &str = "ram0";
+
+const ZLIB: fn() -> Compression = || Compression::Zlib(ZlibLevel::default());
+const ZSTD: fn() -> Compression = || Compression::Zstd(ZstdLevel::default());
+const PLAIN: fn() -> Compression = || Compression::None;
+
+fn main() -> ExitCode {
+    use ZeroPageDetection::{Legacy, Multifd, None};
+    let since = |version, name, test| harness::on_each_qemu(name, version, test);
+    harness::run(
+        [
+            since((9, 0), "zero_pages_in_packets", |q| {
+                relay(q, &newest(q), 2, PLAIN(), Multifd)
+            }),
+            since((9, 0), "zero_pages_in_packets_with_zlib", |q| {
+                relay(q, &newest(q), 2, ZLIB(), Multifd)
+            }),
+            since((9, 0), "zero_pages_in_packets_with_zstd", |q| {
+                relay(q, &newest(q), 3, ZSTD(), Multifd)
+            }),
+            since((7, 2), "zero_pages_on_the_main_stream", |q| {
+                relay(q, &newest(q), 2, PLAIN(), Legacy)
+            }),
+            since((7, 2), "zero_pages_on_the_main_stream_with_zlib", |q| {
+                relay(q, &newest(q), 3, ZLIB(), Legacy)
+            }),
+            since((7, 2), "zero_pages_on_the_main_stream_with_zstd", |q| {
+                relay(q, &newest(q), 1, ZSTD(), Legacy)
+            }),
+            since((9, 0), "zero_pages_as_any_other", |q| {
+                relay(q, &newest(q), 4, PLAIN(), None)
+            }),
+            since((9, 0), "zero_pages_as_any_other_with_zlib", |q| {
+                relay(q, &newest(q), 1, ZLIB(), None)
+            }),
+            since((10, 0), "a_machine_of_8_2_syncs_each_round", |q| {
+                relay(q, "pc-q35-8.2", 2, ZLIB(), Legacy)
+            }),
+            since((10, 0), "a_machine_of_8_0_syncs_with_each_section", |q| {
+                relay(q, "pc-q35-8.0", 2, PLAIN(), Legacy)
+            }),
+            since((10, 0), "a_machine_of_8_0_with_zlib", |q| {
+                relay(q, "pc-q35-8.0", 3, ZLIB(), Legacy)
+            }),
+            since(
+                (10, 0),
+                "a_machine_of_8_0_with_zstd_and_zero_pages_in_packets",
+                |q| relay(q, "pc-q35-8.0", 2, ZSTD(), Multifd),
+            ),
+        ]
+        .into_iter()
+        .flatten(),
+    )
+}
+
+/// The newest q35 of this QEMU.
+fn newest(qemu: &Binary) -> String {
+    let (major, minor, _) = qemu.version();
+    format!("pc-q35-{major}.{minor}")
+}
+
+/// The version of QEMU whose machine `pc-q35-X.Y` is.
+fn machine_version(machine: &str) -> Result<(u32, u32)> {
+    machine
+        .strip_prefix("pc-q35-")
+        .and_then(|version| version.split_once('.'))
+        .and_then(|(major, minor)| Some((major.parse().ok()?, minor.parse().ok()?)))
+        .ok_or_else(|| format!("{machine} has no version").into())
+}
+
+/// One QEMU to us, and we to another.
+fn relay(
+    qemu: &Binary,
+    machine: &str,
+    channels: u8,
+    compression: Compression,
+    zero_pages: ZeroPageDetection,
+) -> Result<()> {
+    let is_old = machine_version(machine)? < (8, 1);
+    let config = MultifdConfig {
+        channels: ChannelCount::new(channels).unwrap_or_default(),
+        compression,
+        zero_pages,
+        flush: if is_old {
+            Flush::EachSection
+        } else {
+            Flush::EachRound
+        },
+        stall_limit: PATIENCE,
+        ..MultifdConfig::default()
+    };
+    let dir = tempfile::tempdir()?;
+    let (from, to) = (dir.path().join("from"), dir.path().join("to"));
+    guest::write_memory(&from, u64::from(MEMORY) << 20, Content::Mixed)?;
+
+    let mut source = Machine::new(machine, MEMORY).memory_in(&from).start(qemu)?;
+    configure(&mut source, qemu, &config)?;
+    let (memory, tail) = receive(&mut source, &config)?;
+    guest::compare(
+        "RAM of the source and ours",
+        &fs::read(&from)?,
+        &memory.bytes(RAM)?,
+    )?;
+
+    let mut destination = Machine::new(machine, MEMORY)
+        .memory_in(&to)
+        .incoming()
+        .start(qemu)?;
+    configure(&mut destination, qemu, &config)?;
+    let sent = send(&mut destination, machine, memory, &tail, &config)?;
+    destination.wait_migration("completed")?;
+    compare_files(&from, &to)?;
+    assert_eq!(sent.zero_pages > 0, zero_pages != ZeroPageDetection::None);
+    Ok(())
+}
+
+fn compare_files(from: &Path, to: &Path) -> Result<()> {
+    guest::compare(
+        "RAM of source and destination",
+        &fs::read(from)?,
+        &fs::read(to)?,
+    )
+}
+
+fn configure(vm: &mut Qemu, qemu: &Binary, config: &MultifdConfig) -> Result<()> {
+    vm.qmp.enable(&["return-path", "multifd"])?;
+    let compression = match config.compression {
+        Compression::Zlib(_) => "zlib",
+        Compression::Zstd(_) => "zstd",
+        _ => "none",
+    };
+    let mut parameters = json!({
+        "multifd-channels": config.channels.get(),
+        "multifd-compression": compression,
+    });
+    if qemu.is_since((9, 0)) {
+        parameters["zero-page-detection"] = Value::from(match config.zero_pages {
+            ZeroPageDetection::None => "none",
+            ZeroPageDetection::Legacy => "legacy",
+            ZeroPageDetection::Multifd => "multifd",
+        });
+    }
+    vm.qmp.set_parameters(parameters)
+}
+
+/// Takes the migration of `source`.
+fn receive(source: &mut Qemu, config: &MultifdConfig) -> Result<(Memory, Tail)> {
+    let blocks = source
+        .ram_blocks()?
+        .into_iter()
+        .map(|(name, len)| RamBlock::new(name, len))
+        .collect::<std::result::Result<Vec<_>, _>>()?;
+    let memory = Memory::new(RamBlockTable::new(blocks)?)?;
+    let listener = Listener::bind(&"tcp:127.0.0.1:0".parse()?)?;
+    let uri = listener.local_address()?.to_string();
+    let mut acceptor = Acceptor::new(listener, Some(config), incoming::Limits::default())?;
+    source.migrate(&uri)?;
+    let incoming = acceptor.accept(None)?;
+    let waker = incoming.main.share();
+    let channels = incoming.channels.into_iter().map(Into::into).collect();
+    let set = RecvSet::start(memory, channels, config, move |_| waker.shutdown())?;
+    let target_config = TargetConfig {
+        decoder: DecoderConfig {
+            flush_each_section: config.flush == Flush::EachSection,
+            ..DecoderConfig::new(ConfigurationRule::Any)
+        },
+        max_devices: 1 << 20,
+    };
+    let target = Target::new(
+        target_config,
+        StreamReader::new(incoming.main.share(), &incoming.prefix),
+        Some(Box::new(incoming.main.share())),
+        set.store(),
+    );
+    let loaded = target.load_opaque(set.store(), &mut set.barrier(), TailLimits::default());
+    let loaded = loaded.and_then(|(mut loaded, tail)| {
+        loaded.confirm()?;
+        Ok((loaded, tail))
+    });
+    let (loaded, tail) = match loaded {
+        Ok(loaded) => loaded,
+        // The channel that broke knows more than the main stream that was shut for it.
+        Err(e) => return Err(format!("{e}; channels: {:?}", set.join()?.outcome).into()),
+    };
+    assert!(loaded.received().flushes > 0);
+    source.wait_migration("completed")?;
+    let joined = set.join()?;
+    joined.outcome?;
+    Ok((joined.store, tail))
+}
+
+/// Migrates what was received to `destination`.
+fn send(
+    destination: &mut Qemu,
+    machine: &str,
+    memory: Memory,
+    tail: &Tail,
+    config: &MultifdConfig,
+) -> Result<TransportCounters> {
+    let address = destination.listen("tcp:127.0.0.1:0")?.parse()?;
+    let connected = outgoing::connect(&address, Some(config), PATIENCE, PATIENCE)?;
+    let ram: Arc<dyn GuestRam> = Arc::new(memory);
+    let channels = connected.channels.into_iter().map(Into::into).collect();
+    let transport = SendSet::start(Arc::clone(&ram), channels, config)?;
+    let source_config = SourceConfig {
+        configuration: Some(Configuration::new(MachineName::new(machine)?)),
+        switchover_start: machine_version(machine)? >= (10, 0),
+        confirm_timeout: PATIENCE,
+    };
+    let source = Source::start(
+        source_config,
+        Arc::new(Limits::new(0, Duration::from_millis(300))),
+        StreamWriter::new(connected.main.share()),
+        Some(ReturnPathReader::new(connected.main.share())),
+        RamSetup {
+            log: SomeAgain(RamBlockTable::clone(ram.blocks())),
+            ram,
+            transport,
+        },
+    )?;
+    let switched = source.run(&mut Relayed(tail))?;
+    Ok(switched.ram.counters())
+}
+
+/// Every 64th word of pages is dirty whenever it is asked for, so that there is more than a round.
+struct SomeAgain(RamBlockTable);
+
+impl DirtyLog for SomeAgain {
+    fn start(&mut self) -> std::result::Result<(), MemoryError> {
+        Ok(())
+    }
+
+    fn sync(
+        &mut self,
+        sink: &mut dyn FnMut(BlockId, u64, u64),
+    ) -> std::result::Result<(), MemoryError> {
+        for (id, block) in self.0.iter() {
+            for first in (0..block.pages() / 64 * 64).step_by(64 * 64) {
+                sink(id, first, 0xff00_ff00_0000_0001);
+            }
+        }
+        Ok(())
+    }
+
+    fn stop(&mut self) -> std::result::Result<(), MemoryError> {
+        Ok(())
+    }
+}
+
+/// The stopped guest whose devices were received.
+struct Relayed<'a>(&'a Tail);
+
+impl SourceVm for Relayed<'_> {
+    fn stop(&mut self) -> std::result::Result<(), BoxError> {
+        Ok(())
+    }
+
+    fn resume(&mut self) -> std::result::Result<(), BoxError> {
+        Ok(())
+    }
+
+    fn save_devices(&mut self, out: &mut Vec<u8>) -> std::result::Result<String, BoxError> {
+        let sections = self.0.sections().zip(FIRST_DEVICE_SECTION.0..);
+        let renumbered = sections.map(|(section, id)| {
+            let mut header = section.header;
+            header.id = SectionId(id);
+            DeviceSection { header, ..section }
+        });
+        encode_device_blob(renumbered, out);
+        Ok(String::new())
+    }
+
+    fn progress(&mut self, _: &Progress) -> Control {
+        Control::Continue
+    }
+}
