@@ -1,0 +1,328 @@
+//! How fast the memory of a stopped guest crosses: from QEMU to QEMU, from QEMU to us, from us to
+//! QEMU and from us to us, in turns on this machine, over the loopback, with the same content.
+//!
+//! A time is from the first connection to the confirmation: what QEMU's source calls its total
+//! time, and ours measures alike. The memory is fresh in each run, on both sides.
+
+mod ours;
+mod ram;
+mod report;
+
+use std::fmt;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::Duration;
+
+use ::tests::Result;
+use ::tests::guest::{Content, compare, write_memory};
+use ::tests::harness::missing_kvm;
+use ::tests::qemu::{self, Accel, Binary, Machine, Qemu};
+use clap::Parser;
+use migration_stream::opaque_tail::Tail;
+use multifd::{ChannelCount, Compression, MultifdConfig, ZstdLevel};
+use serde_json::json;
+
+use ram::Ram;
+use report::Row;
+
+/// Measures how fast a guest's memory crosses, beside QEMU.
+#[derive(Debug, Parser)]
+struct Arguments {
+    /// Runs of each case, of which the median is told.
+    #[arg(long, default_value_t = 5)]
+    runs: usize,
+    /// Guest memory, MiB.
+    #[arg(long, default_value_t = 2048)]
+    memory: u32,
+    /// Only the contents (random, mixed, zero) whose names are given.
+    #[arg(long, value_delimiter = ',')]
+    content: Vec<String>,
+    /// Only the ways (plain, multifd-1, multifd-2, multifd-4, zstd-2) whose names are given.
+    #[arg(long, value_delimiter = ',')]
+    way: Vec<String>,
+    /// Little memory and one run: a check that everything runs, and arrives.
+    #[arg(long)]
+    smoke: bool,
+    /// Where the figures go.
+    #[arg(long, default_value = "throughput.json")]
+    json: PathBuf,
+    /// Where the drawing goes.
+    #[arg(long, default_value = "throughput.svg")]
+    svg: PathBuf,
+}
+
+/// How the memory crosses.
+#[derive(Clone, Copy, Debug)]
+struct Way {
+    name: &'static str,
+    channels: u8,
+    zstd: bool,
+}
+
+const WAYS: [Way; 5] = [
+    Way {
+        name: "plain",
+        channels: 0,
+        zstd: false,
+    },
+    Way {
+        name: "multifd-1",
+        channels: 1,
+        zstd: false,
+    },
+    Way {
+        name: "multifd-2",
+        channels: 2,
+        zstd: false,
+    },
+    Way {
+        name: "multifd-4",
+        channels: 4,
+        zstd: false,
+    },
+    Way {
+        name: "zstd-2",
+        channels: 2,
+        zstd: true,
+    },
+];
+
+const CONTENTS: [(&str, Content); 3] = [
+    ("random", Content::Random),
+    ("mixed", Content::Mixed),
+    ("zero", Content::Zero),
+];
+
+impl Way {
+    fn config(self) -> Option<MultifdConfig> {
+        Some(MultifdConfig {
+            channels: ChannelCount::new(self.channels)?,
+            compression: if self.zstd {
+                Compression::Zstd(ZstdLevel::default())
+            } else {
+                Compression::None
+            },
+            ..MultifdConfig::default()
+        })
+    }
+
+    fn configure(self, vm: &mut Qemu) -> Result<()> {
+        vm.qmp.enable(&["return-path"])?;
+        // No limit: what is measured is how fast it can be.
+        vm.qmp.set_parameters(json!({"max-bandwidth": 0}))?;
+        if self.channels > 0 {
+            vm.qmp.enable(&["multifd"])?;
+            vm.qmp.set_parameters(json!({
+                "multifd-channels": self.channels,
+                "multifd-compression": if self.zstd { "zstd" } else { "none" },
+            }))?;
+        }
+        Ok(())
+    }
+}
+
+/// Who sends and who receives.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Pair {
+    QemuToQemu,
+    QemuToUs,
+    UsToQemu,
+    UsToUs,
+}
+
+const PAIRS: [Pair; 4] = [
+    Pair::QemuToQemu,
+    Pair::QemuToUs,
+    Pair::UsToQemu,
+    Pair::UsToUs,
+];
+
+impl fmt::Display for Pair {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::QemuToQemu => "QEMU to QEMU",
+            Self::QemuToUs => "QEMU to us",
+            Self::UsToQemu => "us to QEMU",
+            Self::UsToUs => "us to us",
+        })
+    }
+}
+
+fn main() -> ExitCode {
+    match measure(&Arguments::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("throughput: {e}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// The machine on both sides.
+#[derive(Debug)]
+struct Guest<'a> {
+    qemu: &'a Binary,
+    machine: String,
+    memory: u32,
+    file: &'a Path,
+    /// Whether what arrived at us is compared with the file.
+    is_checked: bool,
+}
+
+impl Guest<'_> {
+    fn accel() -> Accel {
+        if missing_kvm().is_none() {
+            Accel::Kvm
+        } else {
+            Accel::Tcg
+        }
+    }
+
+    fn source(&self, way: Way) -> Result<Qemu> {
+        let mut vm = Machine::new(&self.machine, self.memory)
+            .accel(Self::accel())
+            .memory_from(self.file)
+            .start(self.qemu)?;
+        way.configure(&mut vm)?;
+        Ok(vm)
+    }
+
+    fn destination(&self, way: Way) -> Result<Qemu> {
+        let memory = format!("memory-backend-ram,id=ram0,size={}M", self.memory);
+        let mut vm = Machine::new(&self.machine, self.memory)
+            .accel(Self::accel())
+            .args(["-object", &memory, "-machine", "memory-backend=ram0"])
+            .incoming()
+            .start(self.qemu)?;
+        way.configure(&mut vm)?;
+        Ok(vm)
+    }
+
+    fn check(&self, arrived: &Ram) -> Result<()> {
+        if self.is_checked {
+            compare(
+                "RAM that arrived",
+                &fs::read(self.file)?,
+                &arrived.content()?,
+            )?;
+        }
+        Ok(())
+    }
+
+    /// How long one migration takes.
+    fn run(&self, pair: Pair, way: Way, tail: &Tail, blocks: &[(String, u64)]) -> Result<Duration> {
+        let config = way.config();
+        match pair {
+            Pair::QemuToQemu => {
+                let mut destination = self.destination(way)?;
+                let mut source = self.source(way)?;
+                let uri = destination.listen("tcp:127.0.0.1:0")?;
+                source.migrate(&uri)?;
+                total_time(&mut source)
+            }
+            Pair::QemuToUs => {
+                let mut source = self.source(way)?;
+                let receiver = ours::Receiver::listen(Ram::fresh(blocks)?, config.clone())?;
+                source.migrate(receiver.uri())?;
+                let time = total_time(&mut source);
+                self.check(&receiver.join()?.1)?;
+                time
+            }
+            Pair::UsToQemu => {
+                let mut destination = self.destination(way)?;
+                let uri = destination.listen("tcp:127.0.0.1:0")?;
+                let ram = Ram::with_content(blocks, self.file)?;
+                let time = ours::send(&uri, &self.machine, ram, tail, config)?;
+                destination.wait_migration("completed")?;
+                Ok(time)
+            }
+            Pair::UsToUs => {
+                let receiver = ours::Receiver::listen(Ram::fresh(blocks)?, config.clone())?;
+                let ram = Ram::with_content(blocks, self.file)?;
+                let time = ours::send(receiver.uri(), &self.machine, ram, tail, config)?;
+                self.check(&receiver.join()?.1)?;
+                Ok(time)
+            }
+        }
+    }
+}
+
+fn total_time(source: &mut Qemu) -> Result<Duration> {
+    let info = source.wait_migration("completed")?;
+    let ms = info["total-time"]
+        .as_u64()
+        .ok_or_else(|| format!("no total time in {info}"))?;
+    Ok(Duration::from_millis(ms))
+}
+
+fn measure(arguments: &Arguments) -> Result<()> {
+    let (memory, runs) = if arguments.smoke {
+        (64, 1)
+    } else {
+        (arguments.memory, arguments.runs.max(1))
+    };
+    let qemu = qemu::binaries()?
+        .iter()
+        .find(|binary| binary.is_since((11, 1)))
+        .ok_or_else(|| format!("needs QEMU 11.1 or newer in {} or on PATH", qemu::VARIABLE))?;
+    let (major, minor, _) = qemu.version();
+    let dir = tempfile::tempdir()?;
+    let file = dir.path().join("memory");
+    let mut guest = Guest {
+        qemu,
+        machine: format!("pc-q35-{major}.{minor}"),
+        memory,
+        file: &file,
+        is_checked: arguments.smoke,
+    };
+    println!(
+        "{qemu}, {memory} MiB, {runs} runs of each, {:?}",
+        Guest::accel()
+    );
+    let is_wanted =
+        |wanted: &[String], name: &str| wanted.is_empty() || wanted.iter().any(|w| w == name);
+    let mut rows = Vec::new();
+    for (name, content) in CONTENTS {
+        if !is_wanted(&arguments.content, name) {
+            continue;
+        }
+        write_memory(&file, u64::from(memory) << 20, content)?;
+        let (tail, blocks) = devices(&mut guest)?;
+        for way in WAYS {
+            // A codec says most about the content that is like a guest's.
+            let is_apt = !way.zstd || content == Content::Mixed;
+            if !is_apt || !is_wanted(&arguments.way, way.name) {
+                continue;
+            }
+            let mut times = PAIRS.map(|_| Vec::new());
+            for _ in 0..runs {
+                for (pair, times) in PAIRS.into_iter().zip(&mut times) {
+                    times.push(guest.run(pair, way, &tail, &blocks)?);
+                }
+            }
+            let row = Row::new(name, way.name, memory, times);
+            println!("{row}");
+            rows.push(row);
+        }
+    }
+    report::print(&rows);
+    fs::write(&arguments.json, report::json(&qemu.to_string(), &rows))?;
+    fs::write(&arguments.svg, report::svg(&rows))?;
+    println!(
+        "{} and {} written",
+        arguments.json.display(),
+        arguments.svg.display()
+    );
+    Ok(())
+}
+
+/// The devices of the machine, as it sends them, and its blocks.
+fn devices(guest: &mut Guest<'_>) -> Result<(Tail, Vec<(String, u64)>)> {
+    let mut source = guest.source(WAYS[0])?;
+    let blocks = source.ram_blocks()?;
+    let receiver = ours::Receiver::listen(Ram::fresh(&blocks)?, None)?;
+    source.migrate(receiver.uri())?;
+    total_time(&mut source)?;
+    Ok((receiver.join()?.0, blocks))
+}

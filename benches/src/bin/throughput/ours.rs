@@ -1,0 +1,177 @@
+//! Our two ends, by the libraries' own drivers.
+
+use std::sync::Arc;
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use ::tests::{PATIENCE, Result};
+use migration_stream::configuration::{Configuration, MachineName};
+use migration_stream::decoder::{ConfigurationRule, DecoderConfig};
+use migration_stream::device_blob::{DeviceSection, encode_device_blob};
+use migration_stream::opaque_tail::{Tail, TailLimits};
+use migration_stream::precopy::{
+    BoxError, Control, FIRST_DEVICE_SECTION, Limits, Loaded, Progress, RamSetup, ReturnPathReader,
+    Source, SourceConfig, SourceVm, Target, TargetConfig, TargetError,
+};
+use migration_stream::ram::{BlockId, InStream, NoMultifd, ZeroPageDetection};
+use migration_stream::section::SectionId;
+use migration_stream::{
+    DirtyLog, GuestRam, MemoryError, PageTransport, StreamReader, StreamWriter,
+};
+use multifd::incoming::{self, Acceptor};
+use multifd::{Listener, MultifdConfig, RecvSet, SendSet, outgoing};
+
+use crate::ram::Ram;
+
+/// Sends the memory of a stopped guest with these devices; how long it took.
+pub fn send(
+    uri: &str,
+    machine: &str,
+    ram: Ram,
+    tail: &Tail,
+    config: Option<MultifdConfig>,
+) -> Result<Duration> {
+    let address = uri.parse()?;
+    let ram: Arc<dyn GuestRam> = Arc::new(ram);
+    let begun = Instant::now();
+    let connected = outgoing::connect(&address, config.as_ref(), PATIENCE, PATIENCE)?;
+    let transport: Box<dyn PageTransport> = match &config {
+        None => Box::new(InStream::new(
+            Arc::clone(&ram),
+            ZeroPageDetection::default(),
+        )),
+        Some(config) => {
+            let channels = connected.channels.into_iter().map(Into::into).collect();
+            Box::new(SendSet::start(Arc::clone(&ram), channels, config)?)
+        }
+    };
+    let source = Source::start(
+        SourceConfig {
+            configuration: Some(Configuration::new(MachineName::new(machine)?)),
+            switchover_start: true,
+            confirm_timeout: PATIENCE,
+        },
+        Arc::new(Limits::new(0, Duration::from_millis(300))),
+        StreamWriter::new(connected.main.share()),
+        Some(ReturnPathReader::new(connected.main.share())),
+        RamSetup {
+            ram,
+            log: Clean,
+            transport,
+        },
+    )?;
+    source.run(&mut Stopped(tail))?;
+    Ok(begun.elapsed())
+}
+
+/// The log of a guest that stands still.
+struct Clean;
+
+impl DirtyLog for Clean {
+    fn start(&mut self) -> std::result::Result<(), MemoryError> {
+        Ok(())
+    }
+
+    fn sync(
+        &mut self,
+        _: &mut dyn FnMut(BlockId, u64, u64),
+    ) -> std::result::Result<(), MemoryError> {
+        Ok(())
+    }
+
+    fn stop(&mut self) -> std::result::Result<(), MemoryError> {
+        Ok(())
+    }
+}
+
+/// A guest that stands still, with devices that QEMU has sent.
+struct Stopped<'a>(&'a Tail);
+
+impl SourceVm for Stopped<'_> {
+    fn stop(&mut self) -> std::result::Result<(), BoxError> {
+        Ok(())
+    }
+
+    fn resume(&mut self) -> std::result::Result<(), BoxError> {
+        Ok(())
+    }
+
+    fn save_devices(&mut self, out: &mut Vec<u8>) -> std::result::Result<String, BoxError> {
+        let sections = self.0.sections().zip(FIRST_DEVICE_SECTION.0..);
+        let renumbered = sections.map(|(section, id)| {
+            let mut header = section.header;
+            header.id = SectionId(id);
+            DeviceSection { header, ..section }
+        });
+        encode_device_blob(renumbered, out);
+        // The tail ends with its description, behind a head of five bytes and the EOF.
+        let behind = self.0.as_bytes().get(out.len() + 5..);
+        let text = String::from_utf8(behind.unwrap_or_default().to_vec())?;
+        Ok(text)
+    }
+
+    fn progress(&mut self, _: &Progress) -> Control {
+        Control::Continue
+    }
+}
+
+/// A destination of ours that waits for its source.
+#[derive(Debug)]
+pub struct Receiver {
+    uri: String,
+    thread: JoinHandle<Result<(Tail, Ram)>>,
+}
+
+impl Receiver {
+    /// Listens on a free port of the loopback.
+    pub fn listen(ram: Ram, config: Option<MultifdConfig>) -> Result<Self> {
+        let listener = Listener::bind(&"tcp:127.0.0.1:0".parse()?)?;
+        let uri = listener.local_address()?.to_string();
+        let acceptor = Acceptor::new(listener, config.as_ref(), incoming::Limits::default())?;
+        let thread = thread::spawn(move || receive(acceptor, ram, config.as_ref()));
+        Ok(Self { uri, thread })
+    }
+
+    /// Where it listens.
+    pub fn uri(&self) -> &str {
+        &self.uri
+    }
+
+    /// Waits for the end, and returns the devices and the memory.
+    pub fn join(self) -> Result<(Tail, Ram)> {
+        self.thread.join().map_err(|_| "our destination panicked")?
+    }
+}
+
+fn receive(
+    mut acceptor: Acceptor,
+    ram: Ram,
+    config: Option<&MultifdConfig>,
+) -> Result<(Tail, Ram)> {
+    let incoming = acceptor.accept(None)?;
+    let reader = StreamReader::new(incoming.main.share(), &incoming.prefix);
+    let out = Box::new(incoming.main.share());
+    let decoder = DecoderConfig::new(ConfigurationRule::Any);
+    let target_config = TargetConfig {
+        decoder,
+        max_devices: 1 << 20,
+    };
+    let limits = TailLimits::default();
+    let confirm = |(mut loaded, tail): (Loaded, Tail)| -> std::result::Result<Tail, TargetError> {
+        loaded.confirm()?;
+        Ok(tail)
+    };
+    let Some(config) = config else {
+        let target = Target::new(target_config, reader, Some(out), &ram);
+        let tail = confirm(target.load_opaque(&ram, &mut NoMultifd, limits)?)?;
+        return Ok((tail, ram));
+    };
+    let waker = incoming.main.share();
+    let channels = incoming.channels.into_iter().map(Into::into).collect();
+    let set = RecvSet::start(ram, channels, config, move |_| waker.shutdown())?;
+    let target = Target::new(target_config, reader, Some(out), set.store());
+    let tail = confirm(target.load_opaque(set.store(), &mut set.barrier(), limits)?)?;
+    let joined = set.join()?;
+    joined.outcome?;
+    Ok((tail, joined.store))
+}

@@ -1,0 +1,200 @@
+//! What was measured: as a table, as JSON, and drawn.
+
+use std::fmt::{self, Write};
+use std::time::Duration;
+
+use serde_json::json;
+
+use crate::{PAIRS, Pair};
+
+/// All that was measured of one content by one way.
+#[derive(Debug)]
+pub struct Row {
+    content: &'static str,
+    way: &'static str,
+    memory: u32,
+    /// By pair, each sorted.
+    times: [Vec<Duration>; PAIRS.len()],
+}
+
+impl Row {
+    /// The times of each pair, in any order.
+    pub fn new(
+        content: &'static str,
+        way: &'static str,
+        memory: u32,
+        mut times: [Vec<Duration>; PAIRS.len()],
+    ) -> Self {
+        times.iter_mut().for_each(|times| times.sort_unstable());
+        Self {
+            content,
+            way,
+            memory,
+            times,
+        }
+    }
+
+    /// Seconds: the median of each pair.
+    fn medians(&self) -> [f64; PAIRS.len()] {
+        self.times.each_ref().map(|times| {
+            times
+                .get(times.len() / 2)
+                .map_or(0.0, Duration::as_secs_f64)
+        })
+    }
+
+    /// Guest memory in gigabytes a second, and how often as fast as QEMU to QEMU that is.
+    fn speeds(&self) -> [(f64, f64); PAIRS.len()] {
+        let medians = self.medians();
+        let gigabytes = f64::from(self.memory) * f64::from(1 << 20) / 1e9;
+        medians.map(|time| (gigabytes / time, medians[0] / time))
+    }
+}
+
+impl fmt::Display for Row {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "| {:6} | {:9} |", self.content, self.way)?;
+        for (time, (speed, ratio)) in self.medians().into_iter().zip(self.speeds()) {
+            write!(f, " {time:6.3} s {speed:5.2} GB/s {ratio:5.2} |")?;
+        }
+        Ok(())
+    }
+}
+
+/// Prints the table: the median time, guest memory a second, and the speed beside QEMU to QEMU.
+pub fn print(rows: &[Row]) {
+    println!(
+        "\n| content | way | {} |",
+        PAIRS.map(|p| p.to_string()).join(" | ")
+    );
+    println!("|---|---|{}", "---|".repeat(PAIRS.len()));
+    for row in rows {
+        println!("{row}");
+    }
+}
+
+/// All times, in seconds.
+pub fn json(qemu: &str, rows: &[Row]) -> String {
+    let rows: Vec<_> = rows
+        .iter()
+        .map(|row| {
+            let pairs = PAIRS.into_iter().zip(&row.times).zip(row.speeds());
+            let pairs: serde_json::Map<_, _> = pairs
+                .map(|((pair, times), (speed, ratio))| {
+                    let seconds: Vec<_> = times.iter().map(Duration::as_secs_f64).collect();
+                    let figures = json!({
+                        "seconds": seconds,
+                        "median_gigabytes_per_second": speed,
+                        "ratio_to_qemu": ratio,
+                    });
+                    (pair.to_string(), figures)
+                })
+                .collect();
+            json!({"content": row.content, "way": row.way, "memory_mib": row.memory, "pairs": pairs})
+        })
+        .collect();
+    let mut text = format!("{:#}", json!({"qemu": qemu, "rows": rows}));
+    text.push('\n');
+    text
+}
+
+const BAR: f64 = 12.0;
+const WIDTH: f64 = 720.0;
+const LEFT: f64 = 130.0;
+
+fn colour(pair: Pair) -> &'static str {
+    match pair {
+        Pair::QemuToQemu => "#9aa0a6",
+        Pair::QemuToUs => "#7fb3d5",
+        Pair::UsToQemu => "#2e86c1",
+        Pair::UsToUs => "#1b4f72",
+    }
+}
+
+/// Bars of gigabytes a second, one group for each row.
+pub fn svg(rows: &[Row]) -> String {
+    let most = rows
+        .iter()
+        .flat_map(Row::speeds)
+        .map(|(speed, _)| speed)
+        .fold(f64::MIN_POSITIVE, f64::max);
+    let group = BAR * 5.0;
+    let mut y = 40.0;
+    let mut bars = String::new();
+    let mut x = LEFT;
+    for pair in PAIRS {
+        let fill = colour(pair);
+        // Writing to a string cannot fail.
+        let _ = writeln!(
+            bars,
+            r#"<rect x="{x}" y="10" width="12" height="12" fill="{fill}"/>"#
+        );
+        let _ = writeln!(bars, r#"<text x="{}" y="20">{pair}</text>"#, x + 16.0);
+        x += 130.0;
+    }
+    for row in rows {
+        let middle = y + 2.0 * BAR + 4.0;
+        let _ = writeln!(
+            bars,
+            r#"<text x="4" y="{middle}">{} {}</text>"#,
+            row.content, row.way
+        );
+        for (pair, (speed, ratio)) in PAIRS.into_iter().zip(row.speeds()) {
+            let width = (WIDTH - LEFT - 130.0) * speed / most;
+            let fill = colour(pair);
+            let _ = writeln!(
+                bars,
+                r#"<rect x="{LEFT}" y="{y}" width="{width:.1}" height="{}" fill="{fill}"/>"#,
+                BAR - 1.0
+            );
+            let _ = writeln!(
+                bars,
+                r#"<text x="{:.1}" y="{}">{speed:.2} GB/s ({ratio:.2})</text>"#,
+                LEFT + width + 4.0,
+                y + BAR - 2.0
+            );
+            y += BAR;
+        }
+        y += group - 4.0 * BAR;
+    }
+    format!(
+        "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{WIDTH}\" height=\"{y}\" \
+         font-family=\"sans-serif\" font-size=\"10\">\n\
+         <rect width=\"100%\" height=\"100%\" fill=\"white\"/>\n{bars}</svg>\n"
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn row() -> Row {
+        let seconds = |s: [u64; 3]| s.map(Duration::from_secs).to_vec();
+        let times = [[9, 2, 4], [4, 4, 4], [8, 8, 8], [1, 2, 3]].map(seconds);
+        Row::new("mixed", "plain", 1000, times)
+    }
+
+    #[test]
+    fn the_median_is_told_and_compared_with_qemus() {
+        assert_eq!(row().medians(), [4.0, 4.0, 8.0, 2.0]);
+        let ratios = row().speeds().map(|(_, ratio)| ratio);
+        assert_eq!(ratios, [1.0, 1.0, 0.5, 2.0]);
+    }
+
+    #[test]
+    fn json_and_drawing_have_every_pair() {
+        let text = json("QEMU", &[row()]);
+        let parsed: serde_json::Value = serde_json::from_str(&text).unwrap();
+        let drawing = svg(&[row()]);
+        for pair in PAIRS.map(|p| p.to_string()) {
+            assert_eq!(
+                parsed["rows"][0]["pairs"][&pair]["seconds"]
+                    .as_array()
+                    .unwrap()
+                    .len(),
+                3
+            );
+            assert!(drawing.contains(&pair));
+        }
+    }
+}
