@@ -2,8 +2,10 @@
 
 use std::sync::Arc;
 use std::time::Duration;
-use std::{fmt, io};
+use std::{error, fmt, io};
 
+use migration_stream::codec::IdStr;
+use migration_stream::section::InstanceId;
 use migration_stream::{MemoryError, TransportError};
 
 use crate::compression::CompressionError;
@@ -65,6 +67,28 @@ pub enum ChannelError {
         /// Why it was refused.
         #[source]
         source: Arc<MemoryError>,
+    },
+    /// A device refused the state that came for it.
+    #[error("loading the state of '{idstr}', instance {instance}, from packet {index}")]
+    DeviceState {
+        /// The device's name.
+        idstr: IdStr,
+        /// Its instance.
+        instance: InstanceId,
+        /// The packet's position among those of its channel, from 0 on.
+        index: u64,
+        /// Why.
+        #[source]
+        source: Arc<dyn error::Error + Send + Sync>,
+    },
+    /// Device state is not sent on channels that are compressed: no receiver takes it there.
+    #[error("device state on channels that are compressed")]
+    CompressedDeviceState,
+    /// Device state that does not fit a packet, or none at all.
+    #[error("{len} bytes of device state for one packet, expected 1 to 4294967295")]
+    DeviceStateLength {
+        /// How many.
+        len: usize,
     },
     /// The connection broke, or the peer did nothing for too long.
     #[error("{what} the {part} of packet {index}")]

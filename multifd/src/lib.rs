@@ -43,7 +43,7 @@
 //!
 //! - [`SendSet`] and [`RecvSet`]: the two ends, from connected channels.
 //! - [`incoming`] and [`outgoing`]: how to get those.
-//! - [`packet`] and [`compression`]: what is on the wire.
+//! - [`packet`], [`device_state`] and [`compression`]: what is on the wire.
 //!
 //! # Features
 //! - `zlib` (default): [`Compression::Zlib`].
@@ -55,6 +55,7 @@ mod channel;
 pub mod compression;
 mod config;
 mod crew;
+pub mod device_state;
 mod error;
 pub mod incoming;
 pub mod outgoing;

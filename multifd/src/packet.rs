@@ -20,6 +20,8 @@
 
 use byteorder::{BigEndian, ByteOrder};
 use migration_stream::PAGE_SIZE;
+use migration_stream::codec::IdStr;
+use migration_stream::section::InstanceId;
 
 use crate::config::{ChannelCount, ChannelId};
 
@@ -151,7 +153,16 @@ pub struct PacketFlags {
 
 const FLAG_SYNC: u32 = 0x01;
 const FLAG_METHOD_MASK: u32 = 0x3e;
-const FLAG_DEVICE_STATE: u32 = 0x40;
+pub(crate) const FLAG_DEVICE_STATE: u32 = 0x40;
+
+/// What kind of packet a prefix begins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PacketKind {
+    /// Pages, or a SYNC packet: a header of [`HEADER_LEN`] bytes.
+    Pages(PacketFlags),
+    /// Device state, see [`crate::device_state`].
+    DeviceState,
+}
 
 impl PacketFlags {
     const fn to_bits(self) -> u32 {
@@ -159,9 +170,6 @@ impl PacketFlags {
     }
 
     fn from_bits(bits: u32) -> Result<Self, PacketError> {
-        if bits & FLAG_DEVICE_STATE != 0 {
-            return Err(PacketError::DeviceState);
-        }
         let method = Method::ALL
             .into_iter()
             .find(|m| m.bits() == bits & FLAG_METHOD_MASK)
@@ -267,22 +275,26 @@ impl<'a> PacketView<'a> {
     /// is waited for.
     ///
     /// # Errors
-    /// [`PacketError::Magic`], [`PacketError::Version`], [`PacketError::DeviceState`] and
-    /// [`PacketError::Flags`].
-    pub fn check_prefix(prefix: &[u8; PREFIX_LEN]) -> Result<PacketFlags, PacketError> {
+    /// [`PacketError::Magic`], [`PacketError::Version`] and [`PacketError::Flags`].
+    pub fn check_prefix(prefix: &[u8; PREFIX_LEN]) -> Result<PacketKind, PacketError> {
         check_magic_and_version(prefix)?;
-        PacketFlags::from_bits(BigEndian::read_u32(&prefix[8..12]))
+        match BigEndian::read_u32(&prefix[8..12]) {
+            FLAG_DEVICE_STATE => Ok(PacketKind::DeviceState),
+            bits => PacketFlags::from_bits(bits).map(PacketKind::Pages),
+        }
     }
 
     /// The header in `buf`, of a channel that is compressed by `method`.
     ///
     /// # Errors
-    /// As [`PacketView::check_prefix`], and [`PacketError::Pages`], [`PacketError::Counts`],
+    /// As [`PacketView::check_prefix`], and [`PacketError::DeviceState`], [`PacketError::Pages`], [`PacketError::Counts`],
     /// [`PacketError::Method`] and [`PacketError::PayloadLength`].
     pub fn unfill(buf: &'a [u8; HEADER_LEN], method: Method) -> Result<Self, PacketError> {
         let mut prefix = [0; PREFIX_LEN];
         prefix.copy_from_slice(&buf[..PREFIX_LEN]);
-        let flags = Self::check_prefix(&prefix)?;
+        let PacketKind::Pages(flags) = Self::check_prefix(&prefix)? else {
+            return Err(PacketError::DeviceState);
+        };
         let allocated = BigEndian::read_u32(&buf[12..16]);
         let normal = BigEndian::read_u32(&buf[16..20]);
         let payload_len = BigEndian::read_u32(&buf[20..24]);
@@ -461,9 +473,36 @@ pub enum PacketError {
         /// The flags.
         flags: u32,
     },
-    /// A packet of device state (VFIO), which is not supported.
-    #[error("packets of device state are not supported")]
+    /// A packet of device state (VFIO), where none is taken.
+    #[error("packet of device state, which is not expected here")]
     DeviceState,
+    /// A packet of device state whose device's name is empty, too long or not UTF-8.
+    #[error("packet of device state without the name of a device")]
+    DeviceName,
+    /// A packet of device state without any.
+    #[error("packet of device state of '{idstr}' is empty")]
+    EmptyDeviceState {
+        /// The device.
+        idstr: IdStr,
+    },
+    /// Device state for a device that this VM does not have.
+    #[error("packet of device state for '{idstr}', instance {instance}, which is not there")]
+    UnknownDevice {
+        /// The device's name.
+        idstr: IdStr,
+        /// Its instance.
+        instance: InstanceId,
+    },
+    /// More device state in one packet than the device takes.
+    #[error("packet of {got} bytes of device state of '{idstr}', expected at most {max}")]
+    DeviceStateLength {
+        /// The device.
+        idstr: IdStr,
+        /// Length of the payload, bytes.
+        got: u32,
+        /// The most it takes, bytes.
+        max: u32,
+    },
     /// Compressed in another way than configured; it is not negotiated.
     #[error("packet is compressed by {got:?}, expected {expected:?}")]
     Method {
@@ -716,13 +755,21 @@ mod tests {
     }
 
     #[test]
-    fn c19_a_device_state_packet_is_refused_by_its_first_twelve_bytes() {
+    fn device_state_is_told_by_the_first_twelve_bytes_and_never_comes_with_anything_else() {
         let mut prefix = [0; PREFIX_LEN];
         prefix.copy_from_slice(b"\x11\x22\x33\x44\0\0\0\x01\0\0\0\x40");
         assert_eq!(
             PacketView::check_prefix(&prefix),
-            Err(PacketError::DeviceState)
+            Ok(PacketKind::DeviceState)
         );
+        for flags in [0x41, 0x42, 0xc0] {
+            prefix[11] = flags;
+            let flags = flags.into();
+            assert_eq!(
+                PacketView::check_prefix(&prefix),
+                Err(PacketError::Flags { flags })
+            );
+        }
     }
 
     #[test]

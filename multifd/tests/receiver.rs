@@ -5,13 +5,19 @@ mod common;
 
 use std::io::Read;
 use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{LIMIT, PAGE, Receiver, cause, receiver, text, write};
+use common::{LIMIT, PAGE, Ram, Receiver, cause, receiver, text, write};
 use migration_stream::PageBarrier;
+use migration_stream::codec::IdStr;
+use migration_stream::io::FdChannel;
+use migration_stream::section::InstanceId;
+use multifd::device_state::{DeviceId, DeviceStateHeader, DeviceStateSink};
 use multifd::packet::{HEADER_LEN, Method, PacketError, PacketFlags, PacketHeader};
-use multifd::{ChannelCount, ChannelError, Compression, MultifdConfig, Part, ZstdLevel};
+use multifd::{ChannelCount, ChannelError, Compression, MultifdConfig, Part, RecvSet, ZstdLevel};
 
 const PAGES: [u64; 1] = [64];
 
@@ -343,6 +349,105 @@ fn c7_a_payload_length_that_contradicts_the_pages_is_an_error() {
         packet_error(&bytes),
         PacketError::PayloadLength { got: 4095, .. }
     ));
+}
+
+/// One device, of at most 3 MB a packet.
+#[derive(Default)]
+struct Device(Mutex<Vec<Vec<u8>>>);
+
+const DEVICE_MAX: u32 = 3_000_000;
+
+fn vfio() -> DeviceId {
+    DeviceId {
+        idstr: IdStr::new("vfio").unwrap(),
+        instance: InstanceId(7),
+    }
+}
+
+impl DeviceStateSink for Device {
+    fn max_len(&self, device: &DeviceId) -> Option<u32> {
+        (*device == vfio()).then_some(DEVICE_MAX)
+    }
+
+    fn load(
+        &self,
+        _: &DeviceId,
+        payload: Vec<u8>,
+    ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+        if payload == b"bad" {
+            return Err("checksum".into());
+        }
+        self.0.lock().unwrap().push(payload);
+        Ok(())
+    }
+}
+
+fn device_packet(device: DeviceId, payload: &[u8]) -> Vec<u8> {
+    let payload_len = u32::try_from(payload.len()).unwrap();
+    let header = DeviceStateHeader {
+        device,
+        payload_len,
+    };
+    [&header.encode(), payload].concat()
+}
+
+fn start_with_device(config: &MultifdConfig) -> (RecvSet<Ram>, UnixStream, Arc<Device>) {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let channels = vec![FdChannel::new(ours, LIMIT).unwrap().into()];
+    let device = Arc::new(Device::default());
+    let store = Ram::new(&PAGES);
+    let set = RecvSet::start_with_device_state(store, device.clone(), channels, config, |_| {});
+    (set.unwrap(), theirs, device)
+}
+
+#[test]
+fn device_state_goes_to_its_device_and_pages_behind_it_to_memory() {
+    let (set, peer, device) = start_with_device(&config(1));
+    let long: Vec<u8> = (0..DEVICE_MAX).map(|i| i.to_le_bytes()[1]).collect();
+    for payload in [b"short".as_slice(), &long, &[1; 1344], b"x"] {
+        write(&peer, &device_packet(vfio(), payload));
+        write(&peer, &pages(&[0x1000]));
+    }
+    write(&peer, &sync());
+    set.barrier().flush().unwrap();
+    let loaded = device.0.lock().unwrap();
+    assert_eq!(*loaded, [b"short".as_slice(), &long, &[1; 1344], b"x"]);
+    assert_eq!(set.store().page(0, 1), [0xaa; PAGE]);
+}
+
+#[test]
+fn device_state_that_nobody_takes_is_an_error_that_says_why() {
+    let other = DeviceId {
+        instance: InstanceId(8),
+        ..vfio()
+    };
+    // Refused by its header: that the payload does not come changes nothing.
+    let too_long = DeviceStateHeader {
+        device: vfio(),
+        payload_len: DEVICE_MAX + 1,
+    };
+    let cases = [
+        (device_packet(other, b"x"), "instance 8, which is not there"),
+        (too_long.encode().to_vec(), "expected at most 3000000"),
+        (device_packet(vfio(), b""), "is empty"),
+        (device_packet(vfio(), b"bad"), "checksum"),
+    ];
+    for (bytes, expected) in cases {
+        let (set, peer, device) = start_with_device(&config(1));
+        write(&peer, &bytes);
+        let e = text(&set.barrier().flush().unwrap_err());
+        assert!(e.contains(expected), "{e}");
+        assert!(device.0.lock().unwrap().is_empty());
+    }
+    let compression = Compression::Zstd(ZstdLevel::default());
+    let config = MultifdConfig {
+        compression,
+        ..config(1)
+    };
+    let (set, peer, _) = start_with_device(&config);
+    write(&peer, &device_packet(vfio(), b"x"));
+    let e = text(&set.barrier().flush().unwrap_err());
+    assert!(e.contains("not expected here"), "{e}");
 }
 
 #[test]

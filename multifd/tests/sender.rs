@@ -11,9 +11,12 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use common::{LIMIT, Ram, cause, text};
+use migration_stream::codec::IdStr;
 use migration_stream::io::{ByteSink, Chunk, FdChannel};
 use migration_stream::ram::{BlockId, ZeroPageDetection};
+use migration_stream::section::InstanceId;
 use migration_stream::{PageTransport, StreamWriter};
+use multifd::device_state::{DeviceId, DeviceStateHeader};
 use multifd::packet::{HEADER_LEN, Method, PacketView};
 use multifd::{ChannelCount, ChannelError, Flush, MultifdConfig, SendChannel, SendSet};
 
@@ -146,6 +149,34 @@ fn legacy_zero_pages_are_records_of_the_main_stream_ahead_of_its_flush() {
     assert_eq!((packet.normal_pages(), packet.zero_pages()), (1, 0));
     let offsets = &mut [0; 128];
     assert_eq!(packet.offsets(1 << 20, offsets).unwrap().0, [0x1000]);
+}
+
+#[test]
+fn device_state_leaves_in_one_packet_ahead_of_the_next_sync() {
+    let device = DeviceId {
+        idstr: IdStr::new("vfio").unwrap(),
+        instance: InstanceId(2),
+    };
+    let mut s = sender(&config(1));
+    s.set.send_device_state(device.clone(), vec![9; 5]).unwrap();
+    s.sync().unwrap();
+    let e = s.set.send_device_state(device.clone(), Vec::new());
+    assert!(matches!(
+        cause(&e.unwrap_err()),
+        (None, ChannelError::DeviceStateLength { len: 0 })
+    ));
+    s.set.join().unwrap();
+    let mut bytes = Vec::new();
+    s.peers[0].read_to_end(&mut bytes).unwrap();
+    let (header, behind) = bytes.split_first_chunk().unwrap();
+    let payload_len = 5;
+    let expected = DeviceStateHeader {
+        device,
+        payload_len,
+    };
+    assert_eq!(DeviceStateHeader::decode(header).unwrap(), expected);
+    assert_eq!(behind[..5], [9; 5]);
+    assert_eq!(behind.len(), 5 + HEADER_LEN);
 }
 
 #[test]

@@ -17,8 +17,9 @@ use std::time::Instant;
 use migration_stream::{PageBarrier, PageStore, TransportError};
 
 use crate::channel::RecvChannel;
-use crate::config::MultifdConfig;
+use crate::config::{Compression, MultifdConfig};
 use crate::crew::{AbortHandle, Crew, Threads};
+use crate::device_state::DeviceStateSink;
 use crate::error::{ChannelError, Failure};
 use crate::patience::lock;
 use reader::Reader;
@@ -84,7 +85,7 @@ pub struct Joined<S> {
 
 impl<S: PageStore + 'static> RecvSet<S> {
     /// Starts the threads of `channels`, whose handshakes were received, in the order of their
-    /// ids. `on_error` is called once, from a channel's thread, when the first channel fails and
+    /// ids. Device state on them is an error. `on_error` is called once, from a channel's thread, when the first channel fails and
     /// all channels have been shut: it should wake whoever reads the main stream, for example by
     /// shutting that. A failed flush, and an abort, do not call it: their caller knows.
     ///
@@ -97,6 +98,32 @@ impl<S: PageStore + 'static> RecvSet<S> {
         config: &MultifdConfig,
         on_error: impl FnOnce(&TransportError) + Send + 'static,
     ) -> Result<Self, TransportError> {
+        Self::begin(store, None, channels, config, Box::new(on_error))
+    }
+
+    /// As [`RecvSet::start`], for a VM with devices that send state on the channels. `devices` is
+    /// asked on channels that are not compressed; on others device state stays an error.
+    ///
+    /// # Errors
+    /// As for [`RecvSet::start`].
+    pub fn start_with_device_state(
+        store: S,
+        devices: Arc<dyn DeviceStateSink>,
+        channels: Vec<RecvChannel>,
+        config: &MultifdConfig,
+        on_error: impl FnOnce(&TransportError) + Send + 'static,
+    ) -> Result<Self, TransportError> {
+        let devices = (config.compression == Compression::None).then_some(devices);
+        Self::begin(store, devices, channels, config, Box::new(on_error))
+    }
+
+    fn begin(
+        store: S,
+        devices: Option<Arc<dyn DeviceStateSink>>,
+        channels: Vec<RecvChannel>,
+        config: &MultifdConfig,
+        on_error: OnError,
+    ) -> Result<Self, TransportError> {
         let count = config.channels.get();
         if channels.len() != usize::from(count) {
             let got = channels.len();
@@ -106,7 +133,7 @@ impl<S: PageStore + 'static> RecvSet<S> {
             }));
         }
         let store = Arc::new(store);
-        let on_error: Arc<Mutex<Option<OnError>>> = Arc::new(Mutex::new(Some(Box::new(on_error))));
+        let on_error: Arc<Mutex<Option<OnError>>> = Arc::new(Mutex::new(Some(on_error)));
         let (sources, closers): (Vec<_>, Vec<_>) =
             channels.into_iter().map(|c| (c.source, c.close)).unzip();
         let crew = Arc::new(Crew::new(
@@ -122,11 +149,11 @@ impl<S: PageStore + 'static> RecvSet<S> {
                 .map_err(|source| TransportError::channel(id, ChannelError::Setup { source }))?;
             let method = config.compression.method();
             let (store, crew) = (Arc::clone(&store), Arc::clone(&crew));
-            let on_error = Arc::clone(&on_error);
+            let (on_error, devices) = (Arc::clone(&on_error), devices.clone());
             threads.spawn(
                 format!("mfd-recv-{id}"),
                 id,
-                move || Reader::new(&*store, source, decoder, method, id).run(&crew),
+                move || Reader::new(&*store, devices, source, decoder, method, id).run(&crew),
                 move |crew| {
                     let hook = lock(&on_error).take();
                     if let (Some(hook), Some(failure)) = (hook, crew.lock().failure()) {

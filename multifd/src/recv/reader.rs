@@ -11,9 +11,11 @@ use vm_memory::VolatileSlice;
 use super::rendezvous::Rendezvous;
 use crate::compression::Decoder;
 use crate::crew::Crew;
+use crate::device_state::{DEVICE_STATE_HEADER_LEN, DeviceStateHeader, DeviceStateSink};
 use crate::error::{ChannelError, Part};
 use crate::packet::{
-    HEADER_LEN, MAX_COMPRESSED_LEN, Method, PAGES_PER_PACKET, PREFIX_LEN, PacketError, PacketView,
+    HEADER_LEN, MAX_COMPRESSED_LEN, Method, PAGES_PER_PACKET, PREFIX_LEN, PacketError, PacketKind,
+    PacketView,
 };
 use crate::runs::runs;
 
@@ -22,6 +24,7 @@ const AS_LONG_AS_IT_LASTS: Duration = Duration::from_secs(100 * 365 * 24 * 3600)
 
 pub(super) struct Reader<'a, S> {
     store: &'a S,
+    devices: Option<Arc<dyn DeviceStateSink>>,
     source: Box<dyn ByteSource>,
     decoder: Option<Box<dyn Decoder>>,
     method: Method,
@@ -40,6 +43,9 @@ pub(super) struct Reader<'a, S> {
     idle_until: Option<Instant>,
 }
 
+/// Bytes of device state for which memory is taken at a time.
+const DEVICE_STATE_STEP: usize = 1 << 20;
+
 /// What a packet leaves to be done.
 enum After {
     Next,
@@ -49,6 +55,7 @@ enum After {
 impl<'a, S: PageStore> Reader<'a, S> {
     pub(super) fn new(
         store: &'a S,
+        devices: Option<Arc<dyn DeviceStateSink>>,
         source: Box<dyn ByteSource>,
         decoder: Option<Box<dyn Decoder>>,
         method: Method,
@@ -61,6 +68,7 @@ impl<'a, S: PageStore> Reader<'a, S> {
         };
         Self {
             store,
+            devices,
             source,
             decoder,
             method,
@@ -82,9 +90,12 @@ impl<'a, S: PageStore> Reader<'a, S> {
     }
 
     fn packets(&mut self, crew: &Crew<Rendezvous>) -> Result<(), ChannelError> {
-        while self.read_header()? {
+        while let Some(kind) = self.read_header()? {
             crew.begin_packet(self.id)?;
-            let after = self.take_packet()?;
+            let after = match kind {
+                PacketKind::Pages(_) => self.take_packet()?,
+                PacketKind::DeviceState => self.take_device_state()?,
+            };
             self.index += 1;
             match after {
                 After::Next => crew.end_packet(self.id),
@@ -94,16 +105,25 @@ impl<'a, S: PageStore> Reader<'a, S> {
         Ok(())
     }
 
-    /// Completes the next header; false when the channel ends before it.
-    fn read_header(&mut self) -> Result<bool, ChannelError> {
-        let mut checked = false;
+    /// Completes the next header; none when the channel ends before it.
+    fn read_header(&mut self) -> Result<Option<PacketKind>, ChannelError> {
+        let mut kind = None;
         loop {
-            if !checked && let Some(prefix) = self.header[..self.have].first_chunk::<PREFIX_LEN>() {
-                PacketView::check_prefix(prefix).map_err(|e| self.bad(e))?;
-                checked = true;
+            if kind.is_none()
+                && let Some(prefix) = self.header[..self.have].first_chunk::<PREFIX_LEN>()
+            {
+                let found = PacketView::check_prefix(prefix).map_err(|e| self.bad(e))?;
+                if found == PacketKind::DeviceState && self.devices.is_none() {
+                    return Err(self.bad(PacketError::DeviceState));
+                }
+                kind = Some(found);
             }
-            if self.have == HEADER_LEN {
-                return Ok(true);
+            let wanted = match kind {
+                Some(PacketKind::DeviceState) => DEVICE_STATE_HEADER_LEN,
+                _ => HEADER_LEN,
+            };
+            if self.have >= wanted {
+                return Ok(kind);
             }
             self.source.set_read_deadline(if self.have == 0 {
                 self.idle_until
@@ -111,8 +131,8 @@ impl<'a, S: PageStore> Reader<'a, S> {
                 None
             });
             match self.source.read(&mut self.header[self.have..]) {
-                Ok(0) if self.have == 0 => return Ok(false),
-                Ok(0) => return Err(self.eof(Part::Header, self.have, HEADER_LEN)),
+                Ok(0) if self.have == 0 => return Ok(None),
+                Ok(0) => return Err(self.eof(Part::Header, self.have, wanted)),
                 Ok(n) => self.have = (self.have + n).min(HEADER_LEN),
                 Err(e) => return Err(self.broken(Part::Header, e)),
             }
@@ -164,6 +184,61 @@ impl<'a, S: PageStore> Reader<'a, S> {
             self.store.zero(block, offset, len).map_err(refused)?;
         }
         Ok(after)
+    }
+
+    /// Takes a packet of device state. Of it, and of the header behind it, something may be there
+    /// already behind its own header.
+    fn take_device_state(&mut self) -> Result<After, ChannelError> {
+        let Some(header) = self.header.first_chunk() else {
+            return Ok(After::Next);
+        };
+        let header = DeviceStateHeader::decode(header).map_err(|e| self.bad(e))?;
+        let device = header.device;
+        let max = self.devices.as_ref().and_then(|d| d.max_len(&device));
+        let refused = match max {
+            None => Some(PacketError::UnknownDevice {
+                idstr: device.idstr.clone(),
+                instance: device.instance,
+            }),
+            Some(max) if header.payload_len > max => Some(PacketError::DeviceStateLength {
+                idstr: device.idstr.clone(),
+                got: header.payload_len,
+                max,
+            }),
+            Some(_) => None,
+        };
+        if let Some(refused) = refused {
+            return Err(self.bad(refused));
+        }
+        let len = header.payload_len as usize;
+        let here = len.min(self.have - DEVICE_STATE_HEADER_LEN);
+        let end = DEVICE_STATE_HEADER_LEN + here;
+        let mut payload = self.header[DEVICE_STATE_HEADER_LEN..end].to_vec();
+        self.header.copy_within(end..self.have, 0);
+        self.have -= end;
+        self.source.set_read_deadline(None);
+        while payload.len() < len {
+            // Memory follows what has come, not what was said.
+            let got = payload.len();
+            payload.resize(len.min(got + DEVICE_STATE_STEP), 0);
+            match self.source.read(&mut payload[got..]) {
+                Ok(0) => return Err(self.eof(Part::Payload, got, len)),
+                Ok(n) => payload.truncate(got + n),
+                Err(e) => return Err(self.broken(Part::Payload, e)),
+            }
+        }
+        let index = self.index;
+        if let Some(devices) = &self.devices {
+            devices
+                .load(&device, payload)
+                .map_err(|source| ChannelError::DeviceState {
+                    idstr: device.idstr,
+                    instance: device.instance,
+                    index,
+                    source: source.into(),
+                })?;
+        }
+        Ok(After::Next)
     }
 
     /// The block called `name` and its length, without a search if it is that of the last packet.

@@ -21,11 +21,12 @@ use migration_stream::{
 };
 
 use crate::channel::SendChannel;
-use crate::config::{Flush, MultifdConfig};
+use crate::config::{Compression, Flush, MultifdConfig};
 use crate::crew::{AbortHandle, Crew, Threads};
+use crate::device_state::{DeviceId, DeviceStateHeader};
 use crate::error::{ChannelError, Failure};
 use crate::packet::PAGES_PER_PACKET;
-use queue::{Batch, Queue};
+use queue::{Batch, DeviceState, Queue, Work};
 use writer::{Totals, Writer};
 
 /// [`PAGE_SIZE`] as a length in memory.
@@ -45,6 +46,7 @@ pub struct SendSet {
     batch: Option<Batch>,
     deadline: Option<Instant>,
     flush: Flush,
+    is_compressed: bool,
     /// Zero pages go on the main stream.
     main_zero: Option<MainZero>,
 }
@@ -104,6 +106,7 @@ impl SendSet {
             batch: None,
             deadline: None,
             flush: config.flush,
+            is_compressed: config.compression != Compression::None,
             main_zero: (config.zero_pages == ZeroPageDetection::Legacy).then(MainZero::default),
         })
     }
@@ -125,6 +128,33 @@ impl SendSet {
         written?;
         stopped?;
         Ok(self.counters())
+    }
+
+    /// Sends state of a device on whichever channel is free, in one packet. It is in no order with
+    /// others, and is there after the next synchronisation. Only a destination that has the
+    /// device, and takes its state on the channels (QEMU 10.0 and later), can be sent any.
+    ///
+    /// # Errors
+    /// The first error of a channel; [`ChannelError::CompressedDeviceState`] and
+    /// [`ChannelError::DeviceStateLength`], without harm to the channels.
+    pub fn send_device_state(
+        &mut self,
+        device: DeviceId,
+        payload: Vec<u8>,
+    ) -> Result<(), TransportError> {
+        self.crew.check()?;
+        if self.is_compressed {
+            return Err(TransportError::main(ChannelError::CompressedDeviceState));
+        }
+        let len = payload.len();
+        let payload_len = u32::try_from(len).ok().filter(|len| *len > 0);
+        let payload_len = payload_len
+            .ok_or_else(|| TransportError::main(ChannelError::DeviceStateLength { len }))?;
+        let header = DeviceStateHeader {
+            device,
+            payload_len,
+        };
+        Ok(self.queue(Work::DeviceState(DeviceState { header, payload }))?)
     }
 
     fn finish_queue(&mut self) -> Result<(), Failure> {
@@ -203,15 +233,20 @@ impl SendSet {
 
     /// Hands the pages that were collected to whichever channel is free first.
     fn queue_batch(&mut self) -> Result<(), Failure> {
-        let Some(batch) = self.batch.take() else {
-            return Ok(());
-        };
+        match self.batch.take() {
+            Some(batch) => self.queue(Work::Pages(batch)),
+            None => Ok(()),
+        }
+    }
+
+    /// Hands out what one packet is made of.
+    fn queue(&mut self, work: Work) -> Result<(), Failure> {
         let mut state = self.crew.lock();
         let mut patience = self.crew.patience(self.deadline, &state);
         loop {
             state.check()?;
             if state.has_room() {
-                state.push(batch);
+                state.push(work);
                 self.crew.for_channels.notify_one();
                 return Ok(());
             }

@@ -9,6 +9,7 @@ use migration_stream::ram::BlockId;
 
 use crate::config::ChannelCount;
 use crate::crew::Crew;
+use crate::device_state::DeviceStateHeader;
 use crate::packet::PAGES_PER_PACKET;
 
 /// Packets queued per channel: one more than it writes, so that it never waits for the next.
@@ -41,10 +42,24 @@ impl Batch {
     }
 }
 
+/// One packet of a device's state.
+#[derive(Debug)]
+pub(super) struct DeviceState {
+    pub(super) header: DeviceStateHeader,
+    pub(super) payload: Vec<u8>,
+}
+
+/// What one packet is made of.
+#[derive(Debug)]
+pub(super) enum Work {
+    Pages(Batch),
+    DeviceState(DeviceState),
+}
+
 #[derive(Debug)]
 pub(super) struct Queue {
     channels: usize,
-    batches: VecDeque<Batch>,
+    work: VecDeque<Work>,
     /// Batches to be used again.
     spare: Vec<Batch>,
     /// How many sync points there were. A channel owes SYNC packets up to this number.
@@ -62,7 +77,7 @@ impl Queue {
         let channels = usize::from(channels.get());
         Self {
             channels,
-            batches: VecDeque::with_capacity(channels * DEPTH),
+            work: VecDeque::with_capacity(channels * DEPTH),
             spare: Vec::new(),
             syncs: 0,
             synced: channels,
@@ -72,11 +87,11 @@ impl Queue {
     }
 
     pub(super) fn has_room(&self) -> bool {
-        self.batches.len() < self.channels * DEPTH
+        self.work.len() < self.channels * DEPTH
     }
 
-    pub(super) fn push(&mut self, batch: Batch) {
-        self.batches.push_back(batch);
+    pub(super) fn push(&mut self, work: Work) {
+        self.work.push_back(work);
     }
 
     /// An empty batch for pages of `block`.
@@ -109,6 +124,8 @@ impl Queue {
 pub(super) enum Job {
     /// It writes these pages.
     Pages(Batch),
+    /// It writes this state of a device.
+    DeviceState(DeviceState),
     /// It writes a SYNC packet.
     Sync,
     /// It ends.
@@ -126,8 +143,10 @@ impl Crew<Queue> {
             if state.is_over() {
                 return (Job::End, deadline);
             }
-            if let Some(batch) = state.batches.pop_front() {
-                return (Job::Pages(batch), deadline);
+            match state.work.pop_front() {
+                Some(Work::Pages(batch)) => return (Job::Pages(batch), deadline),
+                Some(Work::DeviceState(state)) => return (Job::DeviceState(state), deadline),
+                None => {}
             }
             if syncs < state.syncs {
                 return (Job::Sync, deadline);
@@ -147,6 +166,12 @@ impl Crew<Queue> {
         let mut state = self.lock();
         state.spare.push(batch);
         state.progress += 1;
+        self.for_owner.notify_all();
+    }
+
+    /// A channel has written the state of a device.
+    pub(super) fn wrote_device_state(&self) {
+        self.lock().progress += 1;
         self.for_owner.notify_all();
     }
 

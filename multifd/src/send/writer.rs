@@ -8,7 +8,7 @@ use migration_stream::ram::zero_check;
 use migration_stream::{GuestRam, MemoryError, PAGE_SIZE, TransportCounters};
 use vm_memory::VolatileSlice;
 
-use super::queue::{Batch, Job, Queue};
+use super::queue::{Batch, DeviceState, Job, Queue};
 use crate::compression::Encoder;
 use crate::crew::Crew;
 use crate::error::{ChannelError, Part};
@@ -89,6 +89,10 @@ impl<'a> Writer<'a> {
                     self.write_pages(&batch)?;
                     crew.wrote_pages(batch);
                 }
+                Job::DeviceState(state) => {
+                    self.write_device_state(&state)?;
+                    crew.wrote_device_state();
+                }
                 Job::Sync => {
                     self.write_sync()?;
                     syncs += 1;
@@ -155,6 +159,19 @@ impl<'a> Writer<'a> {
         add(&self.totals.normal_pages, self.normal.len());
         add(&self.totals.zero_pages, self.zero.len());
         add(&self.totals.bytes, HEADER_LEN + payload_len);
+        Ok(())
+    }
+
+    fn write_device_state(&mut self, state: &DeviceState) -> Result<(), ChannelError> {
+        let header = state.header.encode();
+        self.sink
+            .write_all(&[Chunk::Bytes(&header), Chunk::Bytes(&state.payload)])
+            .map_err(|e| write_failed(self.index, Part::Payload, e))?;
+        self.index += 1;
+        self.totals.bytes.fetch_add(
+            (header.len() + state.payload.len()) as u64,
+            Ordering::Relaxed,
+        );
         Ok(())
     }
 
