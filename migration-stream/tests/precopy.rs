@@ -13,8 +13,9 @@ use migration_stream::io::{ByteSource, FdChannel};
 use migration_stream::opaque_tail::TailLimits;
 use migration_stream::precopy::{
     Body, BoxError, Control, FIRST_DEVICE_SECTION, Limits, Loaded, Progress, RamSetup,
-    ReturnPathReader, Source, SourceConfig, SourceError, SourceVm, SwitchedOver, Target,
-    TargetConfig, TargetError, TargetVm,
+    ReturnPathReader, Source, SourceConfig, SourceError, SourceEvent, SourceStatus, SourceVm,
+    SwitchedOver, SwitchoverAcks, Target, TargetConfig, TargetError, TargetVm, Throttle,
+    ThrottleConfig, ThrottleMeans,
 };
 use migration_stream::ram::{
     BlockId, InStream, NoMultifd, RamBlock, RamBlockTable, ZeroPageDetection,
@@ -119,7 +120,7 @@ impl PageStore for Ram {
 }
 
 /// The pages a test's guest has written, and whether they are being logged.
-#[derive(Clone, Default)]
+#[derive(Clone, Debug, Default)]
 struct Log(Arc<Mutex<(bool, Writes)>>);
 
 /// Block and page of each.
@@ -156,6 +157,12 @@ struct Guest {
     passes: u64,
     /// The downtime that is still good enough to switch over.
     downtime: Duration,
+    /// What to do in the pause before the switch-over, last first.
+    paused: Vec<Control>,
+    events: Vec<SourceEvent>,
+    uuid: Option<[u8; 16]>,
+    /// When this has ended the guest is switched over, whatever is left.
+    until: Option<std::thread::JoinHandle<()>>,
 }
 
 impl Guest {
@@ -168,6 +175,10 @@ impl Guest {
             control: Control::Continue,
             passes: 0,
             downtime: Duration::from_millis(300),
+            paused: Vec::new(),
+            events: Vec::new(),
+            uuid: None,
+            until: None,
         }
     }
 
@@ -205,13 +216,23 @@ impl SourceVm for Guest {
         Ok(r#"{"page_size": 4096, "devices": [{"name": "thing", "instance_id": 3, "version": 1, "fields": [{"name": "data", "type": "buffer", "size": 100}]}]}"#.into())
     }
     fn progress(&mut self, progress: &Progress) -> Control {
+        if progress.status == SourceStatus::PreSwitchover {
+            assert!(!self.running, "the guest stands still in the pause");
+            return self.paused.pop().unwrap();
+        }
         self.passes = progress.pass;
         if self.writes_left > 0 {
             self.writes_left -= 1;
             // Pages that were written before among them.
             self.write(self.writes_left % 20 * 3);
         }
+        if self.until.as_ref().is_some_and(|u| u.is_finished()) {
+            return Control::SwitchOver;
+        }
         self.control
+    }
+    fn event(&mut self, event: SourceEvent) {
+        self.events.push(event);
     }
 }
 
@@ -262,10 +283,21 @@ fn send(guest: &mut Guest, channel: &FdChannel) -> Sent {
 }
 
 fn send_by(guest: &mut Guest, channel: &FdChannel, transport: InStream) -> Sent {
+    begin(guest, channel, transport)?.run(guest)
+}
+
+fn begin(
+    guest: &Guest,
+    channel: &FdChannel,
+    transport: InStream,
+) -> Result<Source<InStream, Log>, SourceError> {
     let ram: Arc<dyn GuestRam> = Arc::clone(&guest.ram) as _;
     Source::start(
         SourceConfig {
-            configuration: Some(configuration("test")),
+            configuration: Some(Configuration {
+                uuid: guest.uuid,
+                ..configuration("test")
+            }),
             switchover_start: true,
             confirm_timeout: LIMIT,
         },
@@ -277,8 +309,7 @@ fn send_by(guest: &mut Guest, channel: &FdChannel, transport: InStream) -> Sent 
             log: guest.log.clone(),
             transport,
         },
-    )?
-    .run(guest)
+    )
 }
 
 fn target(channel: &FdChannel, ram: &Ram) -> Target {
@@ -519,4 +550,230 @@ fn a_source_that_dies_in_the_middle_is_an_error_that_says_where() {
         matches!(error, TargetError::Stream { offset: 0, .. }),
         "{error}"
     );
+}
+
+type Begun = Source<InStream, Log>;
+
+/// Runs a migration between a source and a target that were made otherwise than by default.
+fn between(
+    guest: &mut Guest,
+    source: impl FnOnce(Begun) -> Result<Begun, SourceError> + Send,
+    target: impl FnOnce(Target) -> Target,
+) -> (Sent, Result<Loaded, TargetError>) {
+    let landed = Ram::new(BLOCKS);
+    let (a, b) = channels();
+    let mut devices = Devices {
+        loaded: 0,
+        refuse: false,
+    };
+    let ram = Arc::clone(&guest.ram);
+    let (sent, received) = std::thread::scope(|scope| {
+        let sender = scope.spawn(|| {
+            let transport = InStream::new(Arc::clone(&guest.ram) as _, ZeroPageDetection::On);
+            let sent = source(begin(guest, &a, transport)?)?.run(guest);
+            if sent.is_err() {
+                a.shutdown();
+            }
+            sent
+        });
+        let received = target(self::target(&b, &landed))
+            .load(&*landed, &mut NoMultifd, &mut devices)
+            .and_then(|mut loaded| loaded.confirm().map(|()| loaded));
+        if received.is_err() {
+            b.shutdown();
+        }
+        (sender.join().unwrap(), received)
+    });
+    if received.is_ok() {
+        ram.assert_equals(&landed);
+    }
+    (sent, received)
+}
+
+#[test]
+fn a_pause_before_the_switchover_lasts_until_the_vmm_ends_it() {
+    use SourceEvent::Status;
+    let (_, mut guest) = source();
+    guest.paused = vec![Control::SwitchOver, Control::Continue, Control::Continue];
+    let (sent, received) = between(&mut guest, |s| Ok(s.pausing_before_switchover()), |t| t);
+    assert_eq!(sent.unwrap().progress.status, SourceStatus::Device);
+    received.unwrap();
+    assert!(guest.paused.is_empty() && !guest.running);
+    let statuses: Vec<_> = guest
+        .events
+        .iter()
+        .filter(|e| matches!(e, Status(_)))
+        .copied()
+        .collect();
+    assert_eq!(
+        statuses,
+        [
+            SourceStatus::Active,
+            SourceStatus::PreSwitchover,
+            SourceStatus::Device
+        ]
+        .map(Status)
+    );
+    let passes = guest.events.iter().filter_map(|e| match e {
+        SourceEvent::Pass(pass) => Some(*pass),
+        _ => None,
+    });
+    assert!(passes.eq(2..=guest.passes.max(2)));
+}
+
+#[test]
+fn a_migration_cancelled_in_the_pause_leaves_the_guest_running() {
+    let (_, mut guest) = source();
+    guest.paused = vec![Control::Cancel, Control::Continue];
+    let (sent, received) = between(&mut guest, |s| Ok(s.pausing_before_switchover()), |t| t);
+    assert!(matches!(sent, Err(SourceError::Cancelled)));
+    received.unwrap_err();
+    assert!(guest.running);
+    let device = SourceEvent::Status(SourceStatus::Device);
+    assert!(!guest.events.contains(&device), "nothing was switched over");
+}
+
+#[test]
+fn a_destination_lost_in_the_pause_ends_it() {
+    let (_, mut guest) = source();
+    guest.paused = vec![Control::Continue; 10_000];
+    let (a, b) = channels();
+    let drain = std::thread::spawn(move || {
+        let mut b = b;
+        let mut buf = [0; 4096];
+        // Takes everything until nothing comes any more.
+        while b.read(&mut buf).is_ok_and(|n| n > 0) {}
+        b.shutdown();
+    });
+    let transport = InStream::new(Arc::clone(&guest.ram) as _, ZeroPageDetection::On);
+    let error = begin(&guest, &a, transport)
+        .unwrap()
+        .pausing_before_switchover()
+        .run(&mut guest)
+        .unwrap_err();
+    assert!(
+        matches!(
+            error,
+            SourceError::Unconfirmed | SourceError::Stream(_) | SourceError::ReturnPath(_)
+        ),
+        "{error}"
+    );
+    assert!(guest.running);
+    drain.join().unwrap();
+}
+
+#[test]
+fn the_guest_stops_only_when_every_device_has_acknowledged() {
+    let legacy = || SwitchoverAcks::one_for_all(2);
+    let each = || SwitchoverAcks::each(2);
+    for (acks, expected) in [
+        (legacy(), 1),
+        (each(), 2),
+        (SwitchoverAcks::one_for_all(0), 1),
+        (SwitchoverAcks::each(0), 0),
+    ] {
+        let (_, mut guest) = source();
+        let acks = Arc::new(acks);
+        let devices = Arc::clone(&acks);
+        let ready = std::thread::spawn(move || {
+            let mut count = 0;
+            // Later than all memory is sent.
+            std::thread::sleep(Duration::from_millis(150));
+            while devices.device_is_ready() {
+                count += 1;
+            }
+            count
+        });
+        let (sent, received) = between(
+            &mut guest,
+            |s| s.awaiting_switchover_acks(expected),
+            |t| t.acknowledging(acks),
+        );
+        received.unwrap();
+        let elapsed = sent.unwrap().progress.elapsed;
+        let devices = ready.join().unwrap();
+        assert!(devices == 0 || elapsed >= Duration::from_millis(150));
+    }
+}
+
+#[test]
+fn acknowledgements_too_few_or_too_many_fail_the_migration_and_the_guest_goes_on() {
+    for (sent, expected) in [(0, 1), (1, 2), (2, 1)] {
+        let (_, mut guest) = source();
+        let acks = SwitchoverAcks::each(sent);
+        while acks.device_is_ready() {}
+        let (sent, received) = between(
+            &mut guest,
+            |s| s.awaiting_switchover_acks(expected),
+            |t| t.acknowledging(Arc::new(acks)),
+        );
+        let error = sent.unwrap_err();
+        assert!(
+            matches!(
+                error,
+                SourceError::SwitchoverAckMissing { missing: 1, .. }
+                    | SourceError::SurplusSwitchoverAck { expected: 1 }
+            ),
+            "{error}"
+        );
+        received.unwrap_err();
+        assert!(guest.running);
+    }
+}
+
+#[test]
+fn a_uuid_that_the_source_wants_compared_is_known_where_this_side_has_none() {
+    for uuid in [None, Some([7; 16])] {
+        let (_, mut guest) = source();
+        guest.uuid = uuid;
+        let (sent, received) = between(&mut guest, Ok, |t| t);
+        sent.unwrap();
+        assert_eq!(received.unwrap().source_uuid(), uuid);
+    }
+}
+
+#[derive(Clone, Default)]
+struct Vcpus(Arc<Mutex<Vec<u8>>>);
+
+impl Throttle for Vcpus {
+    fn set(&mut self, percentage: u8) {
+        self.0.lock().unwrap().push(percentage);
+    }
+    fn set_dirty_limit(&mut self, limit: Option<std::num::NonZeroU64>) {
+        panic!("auto-converge limits no pages: {limit:?}");
+    }
+}
+
+#[test]
+fn a_guest_that_writes_faster_than_the_link_is_slowed_down_and_let_go_at_the_switchover() {
+    let (_, mut guest) = source();
+    guest.writes_left = 1 << 40;
+    guest.downtime = Duration::ZERO;
+    let vcpus = Vcpus::default();
+    let throttle = Box::new(vcpus.clone());
+    let config = ThrottleConfig {
+        trigger_threshold: 1,
+        means: ThrottleMeans::AutoConverge {
+            initial: 99,
+            increment: 1,
+            max: 99,
+            tailslow: false,
+        },
+    };
+    let seen = vcpus.clone();
+    // The guest is switched over once it is slowed down.
+    let watch = std::thread::spawn(move || {
+        while seen.0.lock().unwrap().is_empty() {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    });
+    guest.until = Some(watch);
+    let (sent, received) = between(
+        &mut guest,
+        |s| Ok(s.throttling_by(config, throttle).unwrap()),
+        |t| t,
+    );
+    received.unwrap();
+    assert_eq!(sent.unwrap().progress.throttle, 0);
+    assert_eq!(*vcpus.0.lock().unwrap(), [99, 0]);
 }

@@ -42,6 +42,23 @@ pub enum SourceError {
         /// Why it failed.
         source: BoxError,
     },
+    /// More acknowledgements of the switch-over than devices that give one.
+    #[error("switchover-ack came more than the expected {expected} times")]
+    SurplusSwitchoverAck {
+        /// How many were expected.
+        expected: u32,
+    },
+    /// The destination's devices are not ready for the switch-over.
+    #[error("{missing} of {expected} switchover-ack messages did not come in time")]
+    SwitchoverAckMissing {
+        /// How many are missing.
+        missing: u32,
+        /// How many were expected.
+        expected: u32,
+    },
+    /// Acknowledgements are expected where none can arrive.
+    #[error("switchover-ack without a return path")]
+    SwitchoverAckWithoutReturnPath,
     /// The VMM asked for it.
     #[error("the migration was cancelled")]
     Cancelled,

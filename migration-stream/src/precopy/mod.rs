@@ -28,13 +28,18 @@ mod pending;
 mod ram;
 mod return_path;
 mod source;
+mod switchover_ack;
 mod target;
+mod throttle;
 
 pub use error::{BoxError, SourceError, TargetError};
 pub use limits::Limits;
 pub use ram::{RamSender, RamSetup};
 pub use return_path::ReturnPathReader;
 pub use source::{
-    Control, FIRST_DEVICE_SECTION, Progress, Source, SourceConfig, SourceVm, SwitchedOver,
+    Control, FIRST_DEVICE_SECTION, Progress, Source, SourceConfig, SourceEvent, SourceStatus,
+    SourceVm, SwitchedOver,
 };
+pub use switchover_ack::SwitchoverAcks;
 pub use target::{Body, CheckpointReceiver, Loaded, Received, Target, TargetConfig, TargetVm};
+pub use throttle::{Throttle, ThrottleConfig, ThrottleConfigError, ThrottleMeans};

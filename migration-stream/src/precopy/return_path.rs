@@ -14,6 +14,7 @@ pub struct ReturnPathReader {
     source: Box<dyn ByteSource>,
     partial: Vec<u8>,
     offset: u64,
+    acks: u32,
 }
 
 impl ReturnPathReader {
@@ -24,6 +25,7 @@ impl ReturnPathReader {
             source: Box::new(source),
             partial: Vec::new(),
             offset: 0,
+            acks: 0,
         }
     }
 
@@ -35,7 +37,8 @@ impl ReturnPathReader {
     pub fn check_progress(&mut self) -> Result<(), SourceError> {
         while let Some(message) = self.try_next()? {
             match message {
-                Message::Pong(_) | Message::SwitchoverAck => {}
+                Message::Pong(_) => {}
+                Message::SwitchoverAck => self.acks = self.acks.saturating_add(1),
                 Message::Shut { status: 0 } => return Err(SourceError::Unconfirmed),
                 Message::Shut { status } => return Err(SourceError::Refused { status }),
                 other => return Err(unexpected(&other)),
@@ -54,13 +57,20 @@ impl ReturnPathReader {
             match self.next() {
                 Ok(Message::Shut { status: 0 }) => break Ok(()),
                 Ok(Message::Shut { status }) => break Err(SourceError::Refused { status }),
-                Ok(Message::Pong(_) | Message::SwitchoverAck) => {}
+                Ok(Message::Pong(_)) => {}
+                Ok(Message::SwitchoverAck) => self.acks = self.acks.saturating_add(1),
                 Ok(other) => break Err(unexpected(&other)),
                 Err(e) => break Err(e),
             }
         };
         self.source.set_read_deadline(None);
         result
+    }
+
+    /// How many SWITCHOVER_ACK messages have come.
+    #[must_use]
+    pub const fn switchover_acks(&self) -> u32 {
+        self.acks
     }
 
     /// The channel, to be read from behind the last message.

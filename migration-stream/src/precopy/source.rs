@@ -10,6 +10,7 @@ use super::error::{BoxError, SourceError};
 use super::limits::{Bandwidth, Limits, RateWindow};
 use super::ram::{Budget, RamSender, RamSetup};
 use super::return_path::ReturnPathReader;
+use super::throttle::{Throttle, ThrottleConfig, ThrottleConfigError, Throttling};
 use crate::command::Command;
 use crate::configuration::Configuration;
 use crate::section::SectionId;
@@ -23,6 +24,8 @@ pub const FIRST_DEVICE_SECTION: SectionId = SectionId(2);
 const PING: u32 = 1;
 /// A PART ends after this long, so that the log, the return path and cancellation are looked at.
 const PART_TIME: Duration = Duration::from_millis(50);
+/// How often a stopped guest's VMM is asked whether to go on.
+const PAUSE_POLL: Duration = Duration::from_millis(10);
 
 /// What a source asks of its VMM.
 pub trait SourceVm {
@@ -46,8 +49,38 @@ pub trait SourceVm {
     /// The VMM's; the migration then fails and the guest runs on.
     fn save_devices(&mut self, out: &mut Vec<u8>) -> Result<String, BoxError>;
 
-    /// Called between steps, at least every 50 ms while the guest runs.
+    /// Called between steps, at least every 50 ms while the guest runs; and while it is paused
+    /// before the switch-over ([`SourceStatus::PreSwitchover`]), where [`Control::Continue`] goes on
+    /// waiting and [`Control::SwitchOver`] ends the pause (`migrate-continue`).
     fn progress(&mut self, progress: &Progress) -> Control;
+
+    /// Something that an observer may want to hear of (the capability `events`). Nobody needs to.
+    fn event(&mut self, event: SourceEvent) {
+        let _ = event;
+    }
+}
+
+/// Where a migration is, as `query-migrate` calls it. What comes before is `setup`, what comes after
+/// is the result of [`Source::run`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SourceStatus {
+    /// Memory is sent while the guest runs: `active`.
+    Active,
+    /// The guest stands still until the VMM lets the switch-over go on: `pre-switchover`.
+    PreSwitchover,
+    /// The rest of memory and the devices are sent: `device`.
+    Device,
+}
+
+/// What happens in a migration.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum SourceEvent {
+    /// The status is another one (event `MIGRATION`).
+    Status(SourceStatus),
+    /// A round over guest memory has ended and this one begins, 2 the first time (event
+    /// `MIGRATION_PASS`, QEMU 11.1).
+    Pass(u64),
 }
 
 /// What to do next.
@@ -64,6 +97,8 @@ pub enum Control {
 /// How far a migration is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Progress {
+    /// Where the migration is.
+    pub status: SourceStatus,
     /// Rounds over guest memory so far, from 1; QEMU's dirty-sync-count.
     pub pass: u64,
     /// Bytes of guest memory still to be sent, as far as the dirty log was read.
@@ -78,6 +113,8 @@ pub struct Progress {
     pub dirty_pages_rate: u64,
     /// Bytes a second while sending, 0 before the first measurement.
     pub bandwidth: u64,
+    /// How much of their time the vCPUs lose (`cpu-throttle-percentage`), percent.
+    pub throttle: u8,
     /// How long the guest would stand still if it were switched over now.
     pub expected_downtime: Option<Duration>,
     /// Since the migration began.
@@ -108,6 +145,18 @@ pub struct Source<T, D: DirtyLog> {
     pass: u64,
     round: Round,
     dirty_pages_rate: u64,
+    status: SourceStatus,
+    pauses: bool,
+    throttling: Option<Throttling>,
+    acks: Option<Acks>,
+}
+
+/// The acknowledgements that the switch-over waits for.
+#[derive(Debug)]
+struct Acks {
+    expected: u32,
+    /// Since when only they are missing.
+    waiting: Option<Instant>,
 }
 
 /// The current round over guest memory.
@@ -175,7 +224,52 @@ impl<T: PageTransport, D: DirtyLog> Source<T, D> {
             pass: 1,
             round,
             dirty_pages_rate: 0,
+            status: SourceStatus::Active,
+            pauses: false,
+            throttling: None,
+            acks: None,
         })
+    }
+
+    /// Waits with the guest stopped until the VMM lets the switch-over go on (the capability
+    /// `pause-before-switchover`; see [`SourceVm::progress`]).
+    #[must_use]
+    pub const fn pausing_before_switchover(mut self) -> Self {
+        self.pauses = true;
+        self
+    }
+
+    /// Slows the guest down while it writes too much (the capability `auto-converge` or
+    /// `dirty-limit`).
+    ///
+    /// # Errors
+    /// A parameter is out of range.
+    pub fn throttling_by(
+        mut self,
+        config: ThrottleConfig,
+        throttle: Box<dyn Throttle>,
+    ) -> Result<Self, ThrottleConfigError> {
+        let sent = self.ram.bytes(&self.out);
+        self.throttling = Some(Throttling::new(config, throttle, sent)?);
+        Ok(self)
+    }
+
+    /// Does not stop the guest before `expected` SWITCHOVER_ACK messages have come (the capability
+    /// `switchover-ack`): one from a destination that counts its devices (machine types before QEMU
+    /// 11.1), else one for each device that wants to acknowledge. Memory goes on being sent while
+    /// they are missing, for [`SourceConfig::confirm_timeout`] at most.
+    ///
+    /// # Errors
+    /// There is no return path on which they could come.
+    pub fn awaiting_switchover_acks(mut self, expected: u32) -> Result<Self, SourceError> {
+        if self.return_path.is_none() {
+            return Err(SourceError::SwitchoverAckWithoutReturnPath);
+        }
+        self.acks = Some(Acks {
+            expected,
+            waiting: None,
+        });
+        Ok(self)
     }
 
     /// Runs the migration to its end: iterates until what is left fits the downtime limit at the
@@ -184,7 +278,9 @@ impl<T: PageTransport, D: DirtyLog> Source<T, D> {
     /// # Errors
     /// Whatever made it fail; the guest then runs on here.
     pub fn run(mut self, vm: &mut impl SourceVm) -> Result<SwitchedOver<T, D>, SourceError> {
+        vm.event(SourceEvent::Status(self.status));
         self.iterate(vm)?;
+        self.throttling = None;
         let stopped = Instant::now();
         vm.stop().map_err(|source| SourceError::Vm {
             what: "stopping the guest",
@@ -201,16 +297,16 @@ impl<T: PageTransport, D: DirtyLog> Source<T, D> {
 
     fn iterate(&mut self, vm: &mut impl SourceVm) -> Result<(), SourceError> {
         loop {
-            match vm.progress(&self.progress()) {
-                Control::Continue => {}
-                Control::SwitchOver => return Ok(()),
+            let control = vm.progress(&self.progress());
+            self.check_return_path()?;
+            match control {
+                Control::SwitchOver if self.is_acknowledged()? => return Ok(()),
+                Control::Continue | Control::SwitchOver => {}
                 Control::Cancel => return Err(SourceError::Cancelled),
-            }
-            if let Some(return_path) = &mut self.return_path {
-                return_path.check_progress()?;
             }
             if self.ram.pending_pages() == 0 {
                 self.next_round()?;
+                vm.event(SourceEvent::Pass(self.pass));
                 let left = self.ram.pending_pages() * PAGE_SIZE;
                 // Before the first measurement there is nothing to estimate with, but an idle guest
                 // has nothing left to send either.
@@ -220,16 +316,78 @@ impl<T: PageTransport, D: DirtyLog> Source<T, D> {
                         .time_for(left)
                         .is_some_and(|t| t <= self.limits.downtime())
                 {
-                    return Ok(());
+                    if self.is_acknowledged()? {
+                        return Ok(());
+                    }
+                    if left == 0 {
+                        std::thread::sleep(PART_TIME);
+                    }
                 }
             }
             self.part()?;
         }
     }
 
+    fn check_return_path(&mut self) -> Result<(), SourceError> {
+        if let Some(return_path) = &mut self.return_path {
+            return_path.check_progress()?;
+        }
+        self.check_surplus()
+    }
+
+    /// No more acknowledgements than devices that give one.
+    fn check_surplus(&self) -> Result<(), SourceError> {
+        match (&self.acks, &self.return_path) {
+            (Some(Acks { expected, .. }), Some(return_path))
+                if return_path.switchover_acks() > *expected =>
+            {
+                Err(SourceError::SurplusSwitchoverAck {
+                    expected: *expected,
+                })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Whether all acknowledgements that the switch-over needs have come.
+    fn is_acknowledged(&mut self) -> Result<bool, SourceError> {
+        let (Some(acks), Some(return_path)) = (&mut self.acks, &self.return_path) else {
+            return Ok(true);
+        };
+        let missing = acks.expected.saturating_sub(return_path.switchover_acks());
+        let since = *acks.waiting.get_or_insert_with(Instant::now);
+        if missing > 0 && since.elapsed() >= self.config.confirm_timeout {
+            let expected = acks.expected;
+            return Err(SourceError::SwitchoverAckMissing { missing, expected });
+        }
+        Ok(missing == 0)
+    }
+
+    /// Waits, with the guest stopped, for the VMM.
+    fn pause(&mut self, vm: &mut impl SourceVm) -> Result<(), SourceError> {
+        self.set_status(SourceStatus::PreSwitchover, vm);
+        loop {
+            match vm.progress(&self.progress()) {
+                Control::Continue => {}
+                Control::SwitchOver => return Ok(()),
+                Control::Cancel => return Err(SourceError::Cancelled),
+            }
+            self.check_return_path()?;
+            std::thread::sleep(PAUSE_POLL);
+        }
+    }
+
+    fn set_status(&mut self, status: SourceStatus, vm: &mut impl SourceVm) {
+        self.status = status;
+        vm.event(SourceEvent::Status(status));
+    }
+
     /// All that was known to be dirty has been sent: reads the log again.
     fn next_round(&mut self) -> Result<(), SourceError> {
         let dirtied = self.ram.sync_dirty()?;
+        if let Some(throttling) = &mut self.throttling {
+            throttling.synced(dirtied * PAGE_SIZE, self.ram.bytes(&self.out));
+        }
         let elapsed = self.round.begun.elapsed().max(Duration::from_micros(1));
         self.dirty_pages_rate = (u128::from(dirtied) * 1_000_000 / elapsed.as_micros())
             .try_into()
@@ -274,6 +432,10 @@ impl<T: PageTransport, D: DirtyLog> Source<T, D> {
         vm: &mut impl SourceVm,
         stopped: Instant,
     ) -> Result<SwitchedOver<T, D>, SourceError> {
+        if self.pauses {
+            self.pause(vm)?;
+        }
+        self.set_status(SourceStatus::Device, vm);
         let mut devices = Vec::new();
         let description = vm
             .save_devices(&mut devices)
@@ -301,6 +463,7 @@ impl<T: PageTransport, D: DirtyLog> Source<T, D> {
         if let Some(return_path) = &mut self.return_path {
             return_path.wait_for_shut(Instant::now() + self.config.confirm_timeout)?;
         }
+        self.check_surplus()?;
         Ok(SwitchedOver {
             progress: self.progress(),
             downtime: stopped.elapsed(),
@@ -315,6 +478,7 @@ impl<T: PageTransport, D: DirtyLog> Source<T, D> {
     pub fn progress(&self) -> Progress {
         let remaining = self.ram.pending_pages() * PAGE_SIZE;
         Progress {
+            status: self.status,
             pass: self.pass,
             remaining,
             total: self.ram.ram().blocks().total_bytes(),
@@ -322,6 +486,7 @@ impl<T: PageTransport, D: DirtyLog> Source<T, D> {
             counters: self.ram.counters(),
             dirty_pages_rate: self.dirty_pages_rate,
             bandwidth: self.bandwidth.get().unwrap_or(0),
+            throttle: self.throttling.as_ref().map_or(0, Throttling::percentage),
             expected_downtime: self.bandwidth.time_for(remaining),
             elapsed: self.begun.elapsed(),
         }

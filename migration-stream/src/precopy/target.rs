@@ -1,6 +1,7 @@
 //! The target of a live migration: pages into the store, devices to the VMM, answers on the return
 //! path; and what a COLO secondary goes on with after it.
 
+use std::sync::Arc;
 use std::time::Instant;
 use std::{fmt, io};
 
@@ -8,6 +9,7 @@ use bytes::BytesMut;
 use vm_memory::VolatileSlice;
 
 use super::error::{BoxError, TargetError};
+use super::switchover_ack::SwitchoverAcks;
 use crate::codec::Reader;
 use crate::command::Command;
 use crate::decoder::{
@@ -76,6 +78,7 @@ pub struct Received {
 pub struct Target {
     config: TargetConfig,
     decoder: StreamDecoder,
+    uuid: Option<[u8; 16]>,
     ram_section: Option<SectionId>,
     link: Link,
     received: Received,
@@ -87,6 +90,8 @@ struct Link {
     return_path: Option<Box<dyn ByteSink>>,
     /// The source has asked for the return path.
     open: bool,
+    /// The devices that acknowledge the switch-over, and for how many of them it was done.
+    acks: Option<(Arc<SwitchoverAcks>, u32)>,
 }
 
 /// Where pages go.
@@ -108,6 +113,7 @@ enum Devices<'a> {
 #[derive(Debug)]
 pub struct Loaded {
     decoder: StreamDecoder,
+    uuid: Option<[u8; 16]>,
     link: Link,
     received: Received,
 }
@@ -125,14 +131,23 @@ impl Target {
         Self {
             decoder: StreamDecoder::new(config.decoder.clone(), Some(store.blocks().clone())),
             config,
+            uuid: None,
             ram_section: None,
             link: Link {
                 reader,
                 return_path,
                 open: false,
+                acks: None,
             },
             received: Received::default(),
         }
+    }
+
+    /// Acknowledges the switch-over for `devices` (the capability `switchover-ack`).
+    #[must_use]
+    pub fn acknowledging(mut self, devices: Arc<SwitchoverAcks>) -> Self {
+        self.link.acks = Some((devices, 0));
+        self
     }
 
     /// Loads the stream to its end: pages into `store`, devices through `vm`.
@@ -181,6 +196,7 @@ impl Target {
                 self.received.bytes = self.link.reader.offset();
                 let Self {
                     decoder,
+                    uuid,
                     link,
                     received,
                     ..
@@ -188,6 +204,7 @@ impl Target {
                 Ok((
                     Loaded {
                         decoder,
+                        uuid,
                         link,
                         received,
                     },
@@ -210,6 +227,7 @@ impl Target {
     ) -> Result<Option<Tail>, TargetError> {
         let mut tail = None;
         loop {
+            self.link.acknowledge()?;
             let offset = self.link.reader.offset();
             let mut r = Reader::new(self.link.reader.buffered(), offset);
             match self.decoder.next(&mut r)? {
@@ -222,7 +240,8 @@ impl Target {
                     let consumed = r.consumed();
                     self.link.reader.consume(consumed);
                     match item {
-                        Item::Header | Item::Configuration(_) | Item::Footer(_) => {}
+                        Item::Header | Item::Footer(_) => {}
+                        Item::Configuration(configuration) => self.uuid = configuration.uuid,
                         Item::Command(command) => self.link.command(&command, offset)?,
                         Item::Section(header) => {
                             let limit = self.config.max_devices;
@@ -282,6 +301,18 @@ impl Link {
             message.encode(&mut bytes);
             out.write_all(&[Chunk::Bytes(&bytes)])
                 .map_err(TargetError::ReturnPath)?;
+        }
+        Ok(())
+    }
+
+    /// Sends the acknowledgements that are due.
+    fn acknowledge(&mut self) -> Result<(), TargetError> {
+        while let Some((devices, sent)) = &mut self.acks
+            && self.open
+            && *sent < devices.owed()
+        {
+            *sent += 1;
+            self.send(&ReturnPathMessage::SwitchoverAck)?;
         }
         Ok(())
     }
@@ -437,6 +468,14 @@ impl Loaded {
         self.received
     }
 
+    /// The UUID of the source's VM, if it wants it compared. Another one than this side's own was
+    /// refused; where this side's configuration has none, nothing was compared, and whoever cares
+    /// should hear of it.
+    #[must_use]
+    pub const fn source_uuid(&self) -> Option<[u8; 16]> {
+        self.uuid
+    }
+
     /// Tells the source that everything is loaded, if it has opened a return path. From here on the
     /// guest belongs to this side.
     ///
@@ -465,6 +504,7 @@ impl Loaded {
         let link = Link {
             return_path: None,
             open: false,
+            acks: None,
             reader: self.link.reader,
         };
         let out = out.ok_or(missing("a return path"))?;

@@ -40,6 +40,17 @@ pub struct XbzrleCounters {
 }
 
 impl XbzrleCounters {
+    /// How many of the pages written again were not in the cache, 0 to 1.
+    #[must_use]
+    #[allow(clippy::cast_precision_loss)] // a figure for people
+    pub fn cache_miss_rate(&self) -> f64 {
+        let all = self.pages + self.unchanged + self.overflow + self.cache_miss;
+        if all == 0 {
+            return 0.0;
+        }
+        self.cache_miss as f64 / all as f64
+    }
+
     /// How many times smaller the encoded pages are than the pages were; 0 before the first.
     #[must_use]
     #[allow(clippy::cast_precision_loss)] // a figure for people
