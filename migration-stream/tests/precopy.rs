@@ -569,7 +569,8 @@ fn between(
     let ram = Arc::clone(&guest.ram);
     let (sent, received) = std::thread::scope(|scope| {
         let sender = scope.spawn(|| {
-            let transport = InStream::new(Arc::clone(&guest.ram) as _, ZeroPageDetection::On);
+            let transport =
+                InStream::new(Arc::clone(&guest.ram) as _, ZeroPageDetection::default());
             let sent = source(begin(guest, &a, transport)?)?.run(guest);
             if sent.is_err() {
                 a.shutdown();
@@ -645,7 +646,7 @@ fn a_destination_lost_in_the_pause_ends_it() {
         while b.read(&mut buf).is_ok_and(|n| n > 0) {}
         b.shutdown();
     });
-    let transport = InStream::new(Arc::clone(&guest.ram) as _, ZeroPageDetection::On);
+    let transport = InStream::new(Arc::clone(&guest.ram) as _, ZeroPageDetection::default());
     let error = begin(&guest, &a, transport)
         .unwrap()
         .pausing_before_switchover()
@@ -728,7 +729,7 @@ fn a_uuid_that_the_source_wants_compared_is_known_where_this_side_has_none() {
         guest.uuid = uuid;
         let (sent, received) = between(&mut guest, Ok, |t| t);
         sent.unwrap();
-        assert_eq!(received.unwrap().source_uuid(), uuid);
+        assert_eq!(received.unwrap().configuration().unwrap().uuid, uuid);
     }
 }
 

@@ -12,6 +12,7 @@ use super::error::{BoxError, TargetError};
 use super::switchover_ack::SwitchoverAcks;
 use crate::codec::Reader;
 use crate::command::Command;
+use crate::configuration::Configuration;
 use crate::decoder::{
     CheckpointDecoder, DecoderConfig, Item, MAX_ITEM_LEN, RamItem, Step, StreamDecoder,
 };
@@ -78,7 +79,7 @@ pub struct Received {
 pub struct Target {
     config: TargetConfig,
     decoder: StreamDecoder,
-    uuid: Option<[u8; 16]>,
+    configuration: Option<Configuration>,
     ram_section: Option<SectionId>,
     link: Link,
     received: Received,
@@ -113,7 +114,7 @@ enum Devices<'a> {
 #[derive(Debug)]
 pub struct Loaded {
     decoder: StreamDecoder,
-    uuid: Option<[u8; 16]>,
+    configuration: Option<Configuration>,
     link: Link,
     received: Received,
 }
@@ -131,7 +132,7 @@ impl Target {
         Self {
             decoder: StreamDecoder::new(config.decoder.clone(), Some(store.blocks().clone())),
             config,
-            uuid: None,
+            configuration: None,
             ram_section: None,
             link: Link {
                 reader,
@@ -196,7 +197,7 @@ impl Target {
                 self.received.bytes = self.link.reader.offset();
                 let Self {
                     decoder,
-                    uuid,
+                    configuration,
                     link,
                     received,
                     ..
@@ -204,7 +205,7 @@ impl Target {
                 Ok((
                     Loaded {
                         decoder,
-                        uuid,
+                        configuration,
                         link,
                         received,
                     },
@@ -241,7 +242,7 @@ impl Target {
                     self.link.reader.consume(consumed);
                     match item {
                         Item::Header | Item::Footer(_) => {}
-                        Item::Configuration(configuration) => self.uuid = configuration.uuid,
+                        Item::Configuration(received) => self.configuration = Some(received),
                         Item::Command(command) => self.link.command(&command, offset)?,
                         Item::Section(header) => {
                             let limit = self.config.max_devices;
@@ -468,12 +469,11 @@ impl Loaded {
         self.received
     }
 
-    /// The UUID of the source's VM, if it wants it compared. Another one than this side's own was
-    /// refused; where this side's configuration has none, nothing was compared, and whoever cares
-    /// should hear of it.
+    /// The source's configuration, if the stream has one. Where it has a UUID and this side's has
+    /// none, nothing was compared, and whoever cares should hear of it.
     #[must_use]
-    pub const fn source_uuid(&self) -> Option<[u8; 16]> {
-        self.uuid
+    pub const fn configuration(&self) -> Option<&Configuration> {
+        self.configuration.as_ref()
     }
 
     /// Tells the source that everything is loaded, if it has opened a return path. From here on the
