@@ -183,7 +183,13 @@ impl Guest {
     }
 
     fn write(&mut self, page: u64) {
-        self.ram.write(0, page, 0xfeed_0000 + self.writes_left);
+        let clears = self.writes_left.is_multiple_of(7);
+        let value = if clears {
+            0
+        } else {
+            0xfeed_0000 + self.writes_left
+        };
+        self.ram.write(0, page, value);
         self.log.0.lock().unwrap().1.push((0, page));
     }
 }
@@ -444,6 +450,35 @@ fn pages_written_again_arrive_as_differences_and_no_checkpoints_follow_them() {
         assert!(error.to_string().contains("xbzrle"), "{error}");
     });
     ram.assert_equals(&landed);
+}
+
+#[test]
+fn a_cache_smaller_than_what_the_guest_writes_costs_differences_and_never_memory() {
+    for pages in [1, 2, 16] {
+        let (ram, mut guest) = source();
+        guest.writes_left = 150;
+        guest.downtime = Duration::ZERO;
+        let landed = Ram::new(BLOCKS);
+        let (a, b) = channels();
+        let transport = InStream::new(Arc::clone(&ram) as _, ZeroPageDetection::default())
+            .with_xbzrle(PageCache::new(pages * PAGE_SIZE).unwrap());
+        let mut devices = Devices {
+            loaded: 0,
+            refuse: false,
+        };
+        let sent = std::thread::scope(|scope| {
+            let sender = scope.spawn(|| send_by(&mut guest, &a, transport).unwrap());
+            let target = target_with(&b, &landed, true);
+            let mut loaded = target.load(&*landed, &mut NoMultifd, &mut devices).unwrap();
+            loaded.confirm().unwrap();
+            sender.join().unwrap().progress.counters.xbzrle
+        });
+        assert!(
+            sent.cache_miss > 0 && sent.cache_miss_rate() > 0.0,
+            "{sent:?}"
+        );
+        ram.assert_equals(&landed);
+    }
 }
 
 #[test]
