@@ -18,6 +18,12 @@ pub trait Device: Send {
     /// The state that travels.
     type State: VmState + Send + 'static;
 
+    /// Whether the device has a section in the stream at all. If not, nothing of it is saved, and
+    /// a stream that has none for it leaves it as it is after a reset.
+    fn is_needed(&self) -> bool {
+        true
+    }
+
     /// Takes a snapshot.
     ///
     /// # Errors
@@ -52,6 +58,11 @@ pub trait Device: Send {
 /// panic has poisoned is an error.
 impl<D: Device> Device for Arc<Mutex<D>> {
     type State = D::State;
+
+    /// A device whose lock is poisoned is needed: saving it then says what is wrong.
+    fn is_needed(&self) -> bool {
+        self.lock().map_or(true, |device| device.is_needed())
+    }
 
     fn save(&mut self) -> Result<Self::State, DeviceError> {
         self.lock().map_err(|_| PoisonedLock)?.save()

@@ -95,6 +95,24 @@ pub enum LoadError {
         /// The limit.
         limit: usize,
     },
+    /// A byte that says whether a pointer is NULL says something else.
+    #[error("{at}: unexpected ptr marker: {marker}")]
+    PointerMarker {
+        /// Where.
+        at: Location,
+        /// The byte.
+        marker: u8,
+    },
+    /// A value that is not the receiver's.
+    #[error("{at}: {found} received, {expected} expected")]
+    NotEqual {
+        /// Where.
+        at: Location,
+        /// The value received.
+        found: String,
+        /// The receiver's.
+        expected: String,
+    },
     /// Bytes are left over after a body that was said to be whole.
     #[error("{at}: {extra} bytes too many")]
     Trailing {
@@ -136,6 +154,22 @@ pub enum SaveError {
         len: usize,
         /// What the counting field says.
         count: i128,
+    },
+    /// The description cannot be written in the form of this version.
+    #[error("'{name}' cannot be written at version {version}")]
+    Version {
+        /// The description's name.
+        name: &'static str,
+        /// The version wanted.
+        version: u32,
+    },
+    /// The description's `pre_save` refused.
+    #[error("pre-save of '{name}' failed: {what}")]
+    PreSave {
+        /// The description's name.
+        name: &'static str,
+        /// What it said.
+        what: String,
     },
     /// The list is longer than the description allows.
     #[error("field '{field}' has {len} elements, at most {max} are allowed")]

@@ -23,6 +23,13 @@ pub trait Field: Sized {
     /// The type, for the description of a stream.
     fn field_type() -> FieldType;
 
+    /// Bytes of the value, of an array those of one element; 0 if they vary. Only for the
+    /// description as declared.
+    #[must_use]
+    fn size() -> usize {
+        0
+    }
+
     /// Writes the value.
     fn save(&self, out: &mut Writer);
 
@@ -64,6 +71,9 @@ macro_rules! integer {
             fn field_type() -> FieldType {
                 FieldType { name: $name, elements: None }
             }
+            fn size() -> usize {
+                size_of::<Self>()
+            }
             fn save(&self, out: &mut Writer) {
                 out.put(&self.to_be_bytes());
             }
@@ -100,6 +110,10 @@ impl Field for i8 {
         }
     }
 
+    fn size() -> usize {
+        1
+    }
+
     fn save(&self, out: &mut Writer) {
         out.put(&self.to_be_bytes());
     }
@@ -115,6 +129,10 @@ impl Field for u8 {
             name: "uint8",
             elements: None,
         }
+    }
+
+    fn size() -> usize {
+        1
     }
 
     fn save(&self, out: &mut Writer) {
@@ -151,6 +169,10 @@ impl Field for bool {
         }
     }
 
+    fn size() -> usize {
+        1
+    }
+
     fn save(&self, out: &mut Writer) {
         out.put(&[u8::from(*self)]);
     }
@@ -166,14 +188,41 @@ impl<T: Field, const N: usize> Field for [T; N] {
         T::slice_type(N)
     }
 
+    fn size() -> usize {
+        match T::slice_type(N).elements {
+            Some(_) => T::size(),
+            None => T::size().saturating_mul(N),
+        }
+    }
+
     fn save(&self, out: &mut Writer) {
         T::save_slice(self, out);
     }
 
     fn load(input: &mut Reader<'_>) -> Result<Self, LoadError> {
         let items = T::load_vec(N, input)?;
-        items
-            .try_into()
-            .map_err(|items: Vec<T>| input.invalid(format_args!("{} of {N} elements", items.len())))
+        input.array(items)
+    }
+}
+
+/// Eight bytes, big endian.
+impl Field for f64 {
+    fn field_type() -> FieldType {
+        FieldType {
+            name: "float64",
+            elements: None,
+        }
+    }
+
+    fn size() -> usize {
+        size_of::<Self>()
+    }
+
+    fn save(&self, out: &mut Writer) {
+        self.to_bits().save(out);
+    }
+
+    fn load(input: &mut Reader<'_>) -> Result<Self, LoadError> {
+        u64::load(input).map(Self::from_bits)
     }
 }

@@ -65,6 +65,11 @@ impl JsonWriter {
         let _ = write!(self.text, "{}", value.into());
     }
 
+    /// `true` or `false`.
+    pub(crate) fn boolean(&mut self, value: bool) {
+        self.text.push_str(if value { "true" } else { "false" });
+    }
+
     /// The text of all that was written.
     pub(crate) fn finish(self) -> String {
         self.text

@@ -77,6 +77,8 @@ mod field;
 mod json;
 mod nested;
 mod reader;
+mod schema;
+mod spec;
 mod state;
 mod tree;
 pub mod types;
@@ -87,13 +89,15 @@ pub use device::{Device, DeviceError, PoisonedLock};
 pub use error::{LoadError, Location, SaveError};
 pub use field::{Field, FieldType};
 pub use nested::Nested;
-pub use reader::{Reader, SubsectionHeader};
+pub use reader::{Reader, SubsectionHeader, TreeKey};
+pub use schema::{Dump, Schema, SchemaBuilder};
+pub use spec::FieldSpec;
 pub use state::{VmState, from_bytes, is_subsection_name, to_bytes, to_bytes_described};
 pub use tree::{
     DeviceStep, DeviceTree, Parsed, Priority, ResetDone, SavedSection, Staged, StagedSection,
     TreeError,
 };
-pub use types::{Bitmap, Timer, Unused};
+pub use types::{Bitmap, Bits, ByteArray, Capability, CpuDouble, Timer, Unused};
 pub use vmdesc::{Description, Vmdesc};
 #[cfg(feature = "derive")]
 pub use vmstate_derive::VmState;
@@ -101,6 +105,31 @@ pub use writer::Writer;
 
 /// The byte before a subsection.
 pub(crate) const SUBSECTION: u8 = 0x05;
+
+/// The byte of a pointer that is NULL in an array of pointers.
+pub(crate) const NULL_POINTER: u8 = b'0';
+/// The byte before the element of a pointer that is not, where every pointer has one.
+pub(crate) const VALID_POINTER: u8 = b'1';
+
+/// A count of whatever integer type, for the derive; one that 128 bits cannot say is no count.
+#[doc(hidden)]
+pub fn count(n: impl TryInto<i128>) -> i128 {
+    n.try_into().unwrap_or(-1)
+}
+
+/// Whether a part lies within an array, for the derive.
+#[doc(hidden)]
+#[must_use]
+pub const fn is_part(start: usize, end: usize, len: usize) -> bool {
+    start <= end && end <= len
+}
+
+/// The length of a part, for the derive.
+#[doc(hidden)]
+#[must_use]
+pub const fn part_len(start: usize, end: usize) -> usize {
+    end.saturating_sub(start)
+}
 
 /// Compiles and runs the example of the README.
 #[cfg(all(doctest, feature = "derive"))]

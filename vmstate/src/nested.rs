@@ -1,44 +1,68 @@
 //! Descriptions as fields of other descriptions.
 
-use crate::{LoadError, Reader, VmState, Writer};
+use crate::{FieldSpec, LoadError, Reader, SchemaBuilder, VmState, Writer};
 
-/// A description, or an array of descriptions, as a field: no name or version on the wire, each
-/// followed by its own subsections. It is there for every [`VmState`]; there is no need to
-/// implement it.
+/// A description, or an array of descriptions in one or two dimensions, as a field: no name or
+/// version on the wire, each followed by its own subsections. It is there for every [`VmState`];
+/// there is no need to implement it.
 #[diagnostic::on_unimplemented(
     message = "`{Self}` is neither a `VmState` nor an array of such",
     note = "a plain field goes without `#[vmstate(nested)]`"
 )]
 pub trait Nested: Sized {
     /// Writes the field.
-    fn save_nested(&self, name: &'static str, out: &mut Writer);
+    fn save_nested(&self, spec: FieldSpec, out: &mut Writer);
 
     /// Reads the field, at the version that this program has.
     ///
     /// # Errors
     /// [`VmState::load`]'s.
     fn load_nested(input: &mut Reader<'_>) -> Result<Self, LoadError>;
+
+    /// Takes down the field as declared.
+    fn describe_nested(spec: FieldSpec, since: u32, schema: &mut SchemaBuilder);
 }
 
 impl<T: VmState> Nested for T {
-    fn save_nested(&self, name: &'static str, out: &mut Writer) {
-        out.nested_one(name, self);
+    fn save_nested(&self, spec: FieldSpec, out: &mut Writer) {
+        out.structures(spec, [self]);
     }
 
     fn load_nested(input: &mut Reader<'_>) -> Result<Self, LoadError> {
         T::load(input, T::VERSION)
     }
+
+    fn describe_nested(spec: FieldSpec, since: u32, schema: &mut SchemaBuilder) {
+        schema.structures::<T>(spec, since, 1, true);
+    }
 }
 
 impl<T: VmState, const N: usize> Nested for [T; N] {
-    fn save_nested(&self, name: &'static str, out: &mut Writer) {
-        out.nested_slice(name, self);
+    fn save_nested(&self, spec: FieldSpec, out: &mut Writer) {
+        out.structures(spec, self);
     }
 
     fn load_nested(input: &mut Reader<'_>) -> Result<Self, LoadError> {
         let items = input.elements(N, |input| T::load(input, T::VERSION))?;
-        items
-            .try_into()
-            .map_err(|items: Vec<T>| input.invalid(format_args!("{} of {N} elements", items.len())))
+        input.array(items)
+    }
+
+    fn describe_nested(spec: FieldSpec, since: u32, schema: &mut SchemaBuilder) {
+        schema.structures::<T>(spec, since, N, true);
+    }
+}
+
+impl<T: VmState, const N: usize, const M: usize> Nested for [[T; N]; M] {
+    fn save_nested(&self, spec: FieldSpec, out: &mut Writer) {
+        out.structures(spec, self.iter().flatten());
+    }
+
+    fn load_nested(input: &mut Reader<'_>) -> Result<Self, LoadError> {
+        let rows = input.elements(M, <[T; N]>::load_nested)?;
+        input.array(rows)
+    }
+
+    fn describe_nested(spec: FieldSpec, since: u32, schema: &mut SchemaBuilder) {
+        schema.structures::<T>(spec, since, N.saturating_mul(M), true);
     }
 }

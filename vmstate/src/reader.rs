@@ -1,11 +1,15 @@
 //! Where state is read from.
 
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::fmt;
 use std::fmt::Write as _;
+use std::ops::Range;
 
 use crate::field::Field;
 use crate::nested::Nested;
-use crate::{LoadError, Location, VmState};
+use crate::types::Bits;
+use crate::{LoadError, Location, VmState, Writer};
 
 /// One step on the way to the thing that is being read.
 #[derive(Debug, Clone)]
@@ -134,6 +138,194 @@ impl<'a> Reader<'a> {
             let count = input.check_count(count, max)?;
             input.elements(count, |input| T::load(input, T::VERSION))
         })
+    }
+
+    /// Reads elements `range` of an array; the others get their default.
+    ///
+    /// # Errors
+    /// [`Field::load`]'s.
+    pub fn part<T: Field + Default + Copy, const N: usize>(
+        &mut self,
+        name: &'static str,
+        range: Range<usize>,
+    ) -> Result<[T; N], LoadError> {
+        self.within(Step::Field(name), |input| {
+            let mut array = [T::default(); N];
+            let Some(part) = array.get_mut(range) else {
+                return Err(input.invalid("the part lies beyond the array"));
+            };
+            let items = T::load_vec(part.len(), input)?;
+            for (slot, item) in part.iter_mut().zip(items) {
+                *slot = item;
+            }
+            Ok(array)
+        })
+    }
+
+    /// Reads a description in the form of `version`, whatever the current one is.
+    ///
+    /// # Errors
+    /// As for [`Reader::description`].
+    pub fn nested_at<T: VmState>(
+        &mut self,
+        name: &'static str,
+        version: u32,
+    ) -> Result<T, LoadError> {
+        self.within(Step::Field(name), |input| input.description(version))
+    }
+
+    /// Reads an array of pointers to descriptions. With `present`, only those that it says are
+    /// NULL have a marker; without, every one has.
+    ///
+    /// # Errors
+    /// `count` is negative or more than `max`, a marker is none; [`VmState::load`]'s.
+    pub fn pointers<T: VmState>(
+        &mut self,
+        name: &'static str,
+        count: i128,
+        max: usize,
+        present: Option<&dyn Fn(usize) -> bool>,
+    ) -> Result<Vec<Option<T>>, LoadError> {
+        self.within(Step::Field(name), |input| {
+            let count = input.check_count(count, max)?;
+            let mut index = 0;
+            input.elements(count, |input| {
+                let i = index;
+                index += 1;
+                let is_there = match present {
+                    Some(present) if present(i) => true,
+                    _ => {
+                        let at = input.location();
+                        match input.take_array()? {
+                            [crate::NULL_POINTER] => false,
+                            [crate::VALID_POINTER] if present.is_none() => true,
+                            [marker] => return Err(LoadError::PointerMarker { at, marker }),
+                        }
+                    }
+                };
+                is_there.then(|| T::load(input, T::VERSION)).transpose()
+            })
+        })
+    }
+
+    /// Reads a list whose elements have a byte 1 before them, up to a byte 0 (QEMU's QTAILQ and
+    /// QLIST).
+    ///
+    /// # Errors
+    /// There are more than `max` elements; [`VmState::load`]'s.
+    pub fn queue<T: VmState>(
+        &mut self,
+        name: &'static str,
+        max: usize,
+    ) -> Result<Vec<T>, LoadError> {
+        self.within(Step::Field(name), |input| {
+            let mut items = Vec::new();
+            while input.has_next()? {
+                let index = items.len();
+                input.check_count(index as i128 + 1, max)?;
+                items.push(input.within(Step::Index(index), |input| T::load(input, T::VERSION))?);
+            }
+            Ok(items)
+        })
+    }
+
+    /// Reads a sorted tree: a be32 count, for each node a byte 1, key and value, then a byte 0
+    /// (QEMU's GTree).
+    ///
+    /// # Errors
+    /// There are more than `max` nodes, others than the count says, or a key is there twice;
+    /// [`VmState::load`]'s.
+    pub fn tree<K: TreeKey + Ord, V: VmState>(
+        &mut self,
+        name: &'static str,
+        max: usize,
+    ) -> Result<BTreeMap<K, V>, LoadError> {
+        self.within(Step::Field(name), |input| {
+            let count = u32::load(input)?;
+            let count = input.check_count(count.into(), max)?;
+            let mut tree = BTreeMap::new();
+            while input.has_next()? {
+                let index = tree.len();
+                if index == count {
+                    return Err(input.inconsistent_tree(count));
+                }
+                input.within(Step::Index(index), |input| {
+                    let key = K::load_key(input)?;
+                    match tree.entry(key) {
+                        Entry::Vacant(slot) => {
+                            slot.insert(V::load(input, V::VERSION)?);
+                            Ok(())
+                        }
+                        Entry::Occupied(_) => Err(input.invalid("a key that was there before")),
+                    }
+                })?;
+            }
+            if tree.len() == count {
+                Ok(tree)
+            } else {
+                Err(input.inconsistent_tree(count))
+            }
+        })
+    }
+
+    /// Reads `count` bits.
+    ///
+    /// # Errors
+    /// `count` is negative or more than `max`, or the bits are not all there.
+    pub fn bits(&mut self, name: &'static str, count: i128, max: usize) -> Result<Bits, LoadError> {
+        self.within(Step::Field(name), |input| {
+            let count = input.check_count(count, max)?;
+            Bits::load(count, input)
+        })
+    }
+
+    /// Checks that a value which was read is the receiver's.
+    ///
+    /// # Errors
+    /// It is not.
+    pub fn equal<T: PartialEq + fmt::Debug>(
+        &mut self,
+        name: &'static str,
+        found: &T,
+        expected: &T,
+    ) -> Result<(), LoadError> {
+        if found == expected {
+            return Ok(());
+        }
+        self.within(Step::Field(name), |input| {
+            Err(LoadError::NotEqual {
+                at: input.location(),
+                found: format!("{found:?}"),
+                expected: format!("{expected:?}"),
+            })
+        })
+    }
+
+    /// The items of a list that has the length of an array.
+    ///
+    /// # Errors
+    /// It has not.
+    pub fn array<T, const N: usize>(&self, items: Vec<T>) -> Result<[T; N], LoadError> {
+        items
+            .try_into()
+            .map_err(|items: Vec<T>| self.invalid(format_args!("{} of {N} elements", items.len())))
+    }
+
+    /// Reads the byte before an element of a list, or behind the last.
+    fn has_next(&mut self) -> Result<bool, LoadError> {
+        match self.take_array()? {
+            [0] => Ok(false),
+            [1] => Ok(true),
+            [other] => Err(self.invalid(format_args!(
+                "{other:#04x}, expected 1 before an element or 0 behind the last"
+            ))),
+        }
+    }
+
+    fn inconsistent_tree(&self, count: usize) -> LoadError {
+        self.invalid(format_args!(
+            "the tree has not the {count} nodes it should have"
+        ))
     }
 
     /// Reads the subsections that follow the fields of `T`. Each header is offered to `take`,
@@ -283,7 +475,7 @@ impl<'a> Reader<'a> {
         loaded
     }
 
-    fn check_count(&self, count: i128, max: usize) -> Result<usize, LoadError> {
+    pub(crate) fn check_count(&self, count: i128, max: usize) -> Result<usize, LoadError> {
         usize::try_from(count)
             .ok()
             .filter(|n| *n <= max)
@@ -366,5 +558,38 @@ impl<'a> Reader<'a> {
             path,
             offset: self.at,
         }
+    }
+}
+
+/// The key of a node in a tree ([`Reader::tree`]): a [`VmState`], or `u64` for what QEMU calls a
+/// direct key.
+pub trait TreeKey: Sized {
+    /// Writes the key.
+    fn save_key(&self, out: &mut Writer);
+
+    /// Reads a key.
+    ///
+    /// # Errors
+    /// [`VmState::load`]'s.
+    fn load_key(input: &mut Reader<'_>) -> Result<Self, LoadError>;
+}
+
+impl TreeKey for u64 {
+    fn save_key(&self, out: &mut Writer) {
+        self.save(out);
+    }
+
+    fn load_key(input: &mut Reader<'_>) -> Result<Self, LoadError> {
+        Self::load(input)
+    }
+}
+
+impl<T: VmState> TreeKey for T {
+    fn save_key(&self, out: &mut Writer) {
+        out.description(self);
+    }
+
+    fn load_key(input: &mut Reader<'_>) -> Result<Self, LoadError> {
+        T::load(input, T::VERSION)
     }
 }

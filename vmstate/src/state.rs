@@ -1,6 +1,6 @@
 //! The description of a piece of state.
 
-use crate::{Description, LoadError, Reader, SaveError, Writer};
+use crate::{Description, LoadError, Reader, SaveError, SchemaBuilder, Writer};
 
 /// State with a name and a version: what QEMU calls a `VMStateDescription`.
 ///
@@ -17,16 +17,32 @@ use crate::{Description, LoadError, Reader, SaveError, Writer};
 /// | `version = 3` | [`VERSION`](Self::VERSION) |
 /// | `minimum_version = 2` | [`MINIMUM_VERSION`](Self::MINIMUM_VERSION); without it, `version` |
 /// | `validate = Serial::check` | `fn(&Serial) -> Result<(), impl Display>`, called when all is read |
+/// | `pre_save = Serial::prepare` | `fn(&Serial) -> Result<Serial, impl Display>`: what is written instead |
+/// | `pre_load = Serial::accept` | `fn(u32) -> Result<(), impl Display>`, called with the stream's version before anything is read |
+/// | `post_load = Serial::complete` | `fn(&mut Serial, u32) -> Result<(), impl Display>`, called with the stream's version when all is read, before `validate` |
 ///
 /// On fields; a field without attributes is a [`Field`](crate::Field):
 ///
 /// | attribute | meaning |
 /// |---|---|
+/// | `name = "env.regs"` | the name in the self-description, if it is not the Rust one; equal ones get a number |
+/// | `info = "int32 le"` | what the self-description calls the type |
 /// | `nested` | the type is a [`VmState`], or an array of such: its fields and subsections stand here, at the version that both sides have |
 /// | `since = 3` | streams of older versions do not have the field |
 /// | `exists = "*mode == 1"` | there are bytes only if this is true; a false one must not depend on what is not sent |
 /// | `default = "expr"` | the value of a field that was not there; without it, `Default::default()` |
+/// | `equal = expr` | a value other than this is refused |
+/// | `nested, version = 2` | a [`VmState`] at that version, whatever its current one is |
+/// | `nested, tmp` | a [`VmState`] that stands for other members; differs in the self-description only |
+/// | `array` | bytes are described as elements rather than a buffer |
+/// | `part = 0..16` | of an array `[T; N]`: only these elements travel, the others get their default |
 /// | `len = "count"`, `max = 16` | of a `Vec<T>`: its length is in the earlier field `count`, and is at most `max`. Saving it with another length is an error. `T` is a [`Field`](crate::Field), or with `nested` a [`VmState`] |
+/// | `len = expr`, `max = 16` | the same with a length that is worked out; wide enough that it cannot overflow. A number needs no `max` |
+/// | `bits = count`, `max = 1024` | of [`Bits`](crate::Bits): as `len`, in bits |
+/// | `pointers` | of `[Option<T>; N]`, or of a `Vec<Option<T>>` with `len` and `max`: before each a byte that says whether it is `None`. `T` is a [`VmState`] |
+/// | `pointers = closure` | the older form, in which only `None` has that byte: `Fn(usize) -> bool` says of an index whether the element is there |
+/// | `queue`, `max = 16` | of a `Vec<T>`: before each a byte 1, behind the last a byte 0. `T` is a [`VmState`] |
+/// | `tree`, `max = 16` | of a `BTreeMap<K, V>`: a count and nodes. `K` is `u64` or a [`VmState`], `V` a [`VmState`] |
 /// | `subsection` | of an `Option<T>`: `T` follows the fields when it is `Some`; its name must begin with this one's |
 /// | `skip` | not on the wire |
 ///
@@ -100,6 +116,19 @@ pub trait VmState: Sized {
     /// Writes the fields and then the needed subsections.
     fn save(&self, out: &mut Writer);
 
+    /// Writes what a sender of `version` would, for a field with `#[vmstate(nested, version = ..)]`.
+    /// Without an implementation only the current version can be written.
+    fn save_at(&self, out: &mut Writer, version: u32) {
+        if version == Self::VERSION {
+            self.save(out);
+        } else {
+            out.fail(SaveError::Version {
+                name: Self::NAME,
+                version,
+            });
+        }
+    }
+
     /// Reads what a sender of `version` wrote. The caller has checked that `version` lies within
     /// [`MINIMUM_VERSION`](Self::MINIMUM_VERSION) and [`VERSION`](Self::VERSION), as
     /// [`Reader::description`] does.
@@ -107,6 +136,12 @@ pub trait VmState: Sized {
     /// # Errors
     /// The bytes are not such state, or end too early.
     fn load(input: &mut Reader<'_>, version: u32) -> Result<Self, LoadError>;
+
+    /// Names the fields and subsections as declared, for a [`Dump`](crate::Dump). Without an
+    /// implementation the description has none to tell.
+    fn describe(schema: &mut SchemaBuilder) {
+        let _ = schema;
+    }
 }
 
 /// The bytes of `state`, at its current version.

@@ -65,8 +65,8 @@ pub struct StagedSection {
 /// The new state of every device of a tree, checked by each of them and ready to be installed.
 pub struct Staged {
     tree: TreeId,
-    /// In the order in which the devices were registered.
-    states: Vec<AnyState>,
+    /// In the order in which the devices were registered; `None` for those that need none.
+    states: Vec<Option<AnyState>>,
 }
 
 /// The new state of every device of a tree, all of which have been reset for it.
@@ -95,7 +95,17 @@ struct Entry {
     idstr: String,
     instance_id: u32,
     priority: Priority,
+    phase: Phase,
     device: Box<dyn AnyDevice>,
+}
+
+/// When a section is sent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    /// When the migration is set up, before RAM.
+    Setup,
+    /// When the VM has stopped.
+    Stopped,
 }
 
 /// Identifies a tree and the devices registered in it: it changes with each one.
@@ -134,7 +144,32 @@ impl DeviceTree {
         priority: Priority,
         device: impl Device + 'static,
     ) -> Result<(), TreeError> {
-        let idstr = idstr.into();
+        self.add(idstr.into(), instance_id, priority, Phase::Stopped, device)
+    }
+
+    /// Adds a device that [`save_early`](Self::save_early) saves when the migration is set up
+    /// (QEMU's `early_setup`), and not the others when the VM has stopped.
+    ///
+    /// # Errors
+    /// As for [`register`](Self::register).
+    pub fn register_early(
+        &mut self,
+        idstr: impl Into<String>,
+        instance_id: u32,
+        priority: Priority,
+        device: impl Device + 'static,
+    ) -> Result<(), TreeError> {
+        self.add(idstr.into(), instance_id, priority, Phase::Setup, device)
+    }
+
+    fn add(
+        &mut self,
+        idstr: String,
+        instance_id: u32,
+        priority: Priority,
+        phase: Phase,
+        device: impl Device + 'static,
+    ) -> Result<(), TreeError> {
         if idstr.is_empty() || idstr.len() > 255 || idstr.contains('\0') {
             return Err(TreeError::Name { idstr });
         }
@@ -150,6 +185,7 @@ impl DeviceTree {
             idstr,
             instance_id,
             priority,
+            phase,
             device: Box::new(Erased(device)),
         });
         // States staged before know nothing of this device.
@@ -169,12 +205,30 @@ impl DeviceTree {
         self.entries.is_empty()
     }
 
-    /// Saves every device, in section order.
+    /// Saves the devices that are to be sent when the migration is set up, in section order.
+    ///
+    /// # Errors
+    /// The first device that could not be saved.
+    pub fn save_early(&mut self) -> Result<Vec<SavedSection>, TreeError> {
+        let saved = self.save_with(Phase::Setup, Writer::new)?;
+        Ok(saved.into_iter().map(|(section, _)| section).collect())
+    }
+
+    /// As [`save_early`](Self::save_early), and notes what the sections consist of: give it to
+    /// [`Vmdesc::after`] of the later ones.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn save_early_described(&mut self) -> Result<(Vec<SavedSection>, Vmdesc), TreeError> {
+        self.save_described(Phase::Setup)
+    }
+
+    /// Saves every device that is needed and was not registered for the set-up, in section order.
     ///
     /// # Errors
     /// The first device that could not be saved.
     pub fn save_all(&mut self) -> Result<Vec<SavedSection>, TreeError> {
-        let saved = self.save_with(Writer::new)?;
+        let saved = self.save_with(Phase::Stopped, Writer::new)?;
         Ok(saved.into_iter().map(|(section, _)| section).collect())
     }
 
@@ -183,9 +237,13 @@ impl DeviceTree {
     /// # Errors
     /// As there.
     pub fn save_all_described(&mut self) -> Result<(Vec<SavedSection>, Vmdesc), TreeError> {
+        self.save_described(Phase::Stopped)
+    }
+
+    fn save_described(&mut self, phase: Phase) -> Result<(Vec<SavedSection>, Vmdesc), TreeError> {
         let mut devices = Vec::new();
         let mut sections = Vec::new();
-        for (section, description) in self.save_with(Writer::describing)? {
+        for (section, description) in self.save_with(phase, Writer::describing)? {
             devices.extend(description.map(|description| DeviceDescription {
                 idstr: section.idstr.clone(),
                 instance_id: section.instance_id,
@@ -198,11 +256,15 @@ impl DeviceTree {
 
     fn save_with(
         &mut self,
+        phase: Phase,
         writer: fn() -> Writer,
     ) -> Result<Vec<(SavedSection, Option<Description>)>, TreeError> {
         let mut saved = Vec::with_capacity(self.order.len());
         for &i in &self.order {
             let entry = &mut self.entries[i];
+            if entry.phase != phase || !entry.device.is_needed() {
+                continue;
+            }
             let mut out = writer();
             let description = entry
                 .device
@@ -265,7 +327,7 @@ impl DeviceTree {
     /// Puts parsed sections together, and asks every device whether it could take its own.
     ///
     /// # Errors
-    /// A device has no section or two, refuses its state, or a section was parsed by another tree
+    /// A device that is needed has no section, one has two or refuses its state, or a section was parsed by another tree
     /// (or by this one when it had fewer devices). Nothing has been changed then.
     pub fn stage(&self, sections: Vec<StagedSection>) -> Result<Staged, TreeError> {
         let mut slots: Vec<Option<AnyState>> = Vec::new();
@@ -289,15 +351,20 @@ impl DeviceTree {
         }
         let mut states = Vec::with_capacity(slots.len());
         for (entry, slot) in self.entries.iter().zip(slots) {
-            let state = slot.ok_or_else(|| TreeError::Missing {
-                idstr: entry.idstr.clone(),
-                instance_id: entry.instance_id,
-            })?;
-            entry
-                .device
-                .check(&*state)
-                .map_err(|source| entry.failed(DeviceStep::Check, source))?;
-            states.push(state);
+            match &slot {
+                Some(state) => entry
+                    .device
+                    .check(&**state)
+                    .map_err(|source| entry.failed(DeviceStep::Check, source))?,
+                None if entry.device.is_needed() => {
+                    return Err(TreeError::Missing {
+                        idstr: entry.idstr.clone(),
+                        instance_id: entry.instance_id,
+                    });
+                }
+                None => {}
+            }
+            states.push(slot);
         }
         Ok(Staged {
             tree: self.id,
@@ -334,17 +401,16 @@ impl DeviceTree {
         if staged.tree != self.id {
             return Err(TreeError::Foreign);
         }
-        let mut states: Vec<Option<AnyState>> = staged.states.into_iter().map(Some).collect();
+        let mut states = staged.states;
         for &i in &self.order {
             let entry = &mut self.entries[i];
-            let state = states
-                .get_mut(i)
-                .and_then(Option::take)
-                .ok_or(TreeError::Foreign)?;
-            entry
-                .device
-                .install(state)
-                .map_err(|source| entry.failed(DeviceStep::Install, source))?;
+            let slot = states.get_mut(i).ok_or(TreeError::Foreign)?;
+            if let Some(state) = slot.take() {
+                entry
+                    .device
+                    .install(state)
+                    .map_err(|source| entry.failed(DeviceStep::Install, source))?;
+            }
         }
         Ok(())
     }
@@ -413,6 +479,7 @@ impl Entry {
 /// A device without the type of its state.
 trait AnyDevice: Send {
     fn version(&self) -> u32;
+    fn is_needed(&self) -> bool;
     fn save(&mut self, out: &mut Writer) -> Result<Option<Description>, DeviceError>;
     fn parse(&self, input: &mut Reader<'_>, version: u32) -> Result<AnyState, LoadError>;
     fn check(&self, state: &dyn Any) -> Result<(), DeviceError>;
@@ -425,6 +492,10 @@ struct Erased<D>(D);
 impl<D: Device> AnyDevice for Erased<D> {
     fn version(&self) -> u32 {
         D::State::VERSION
+    }
+
+    fn is_needed(&self) -> bool {
+        self.0.is_needed()
     }
 
     fn save(&mut self, out: &mut Writer) -> Result<Option<Description>, DeviceError> {

@@ -5,6 +5,7 @@
 
 use crate::field::FieldType;
 use crate::json::JsonWriter;
+use crate::spec::FieldSpec;
 
 /// The self-description of a stream: its text goes into the VMDESCRIPTION section after the end of
 /// the stream.
@@ -26,6 +27,14 @@ impl Vmdesc {
     #[must_use]
     pub fn with_configuration(mut self, configuration: Description) -> Self {
         self.configuration = Some(configuration);
+        self
+    }
+
+    /// Puts the sections of `early` before these: what was sent when the migration was set up.
+    #[must_use]
+    pub fn after(mut self, early: Self) -> Self {
+        let later = std::mem::replace(&mut self.devices, early.devices);
+        self.devices.extend(later);
         self
     }
 
@@ -92,91 +101,123 @@ impl Description {
     }
 }
 
-/// What was written for one field, or for one element of an array whose elements differ.
+/// What was written for one field, or for some elements of an array.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct FieldDescription {
     name: &'static str,
     type_name: &'static str,
-    array_len: Option<usize>,
-    index: Option<usize>,
-    structure: Option<Description>,
+    /// How many elements this stands for, all alike.
+    array_len: usize,
+    structure: Structure,
     /// Bytes of one element.
     size: usize,
+}
+
+/// The description inside a field.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Structure {
+    None,
+    /// A member `struct` of the field.
+    Member(Description),
+    /// Its members are the field's own: so QEMU describes what it writes by a type of its own.
+    Inline(Description),
 }
 
 impl FieldDescription {
     fn object(&self, json: &mut JsonWriter) {
         json.object(|json| {
             json.key("name").string(self.name);
-            if let Some(len) = self.array_len {
-                json.key("array_len").number(as_u64(len));
-            }
-            if let Some(index) = self.index {
-                json.key("index").number(as_u64(index));
+            if self.array_len > 1 {
+                json.key("array_len").number(as_u64(self.array_len));
             }
             json.key("type").string(self.type_name);
-            if let Some(structure) = &self.structure {
-                json.key("struct").object(|json| structure.members(json));
+            match &self.structure {
+                Structure::None => {}
+                Structure::Member(description) => {
+                    json.key("struct").object(|json| description.members(json))
+                }
+                Structure::Inline(description) => description.members(json),
             }
             json.key("size").number(as_u64(self.size));
         });
     }
 
-    /// A plain field of `bytes` bytes in all; none for a list without elements.
+    /// A plain field of `bytes` bytes in all: nothing for a list without elements, one entry for
+    /// elements that are alike, else one for each.
     pub(crate) fn of_plain(
-        name: &'static str,
+        spec: FieldSpec,
         field_type: FieldType,
         bytes: usize,
-    ) -> Option<Self> {
-        let size = match field_type.elements {
-            Some(n) => bytes.checked_div(n)?,
-            None => bytes,
+    ) -> impl Iterator<Item = Self> {
+        let described = spec.described(field_type, bytes);
+        let elements = described.elements.unwrap_or(1);
+        let (entries, array_len) = match elements {
+            0 => (0, 0),
+            n if spec.is_tested() => (n, 1),
+            n => (1, n),
         };
-        Some(Self {
-            name,
-            type_name: field_type.name,
-            array_len: field_type.elements,
-            index: None,
-            structure: None,
-            size,
-        })
+        let entry = Self {
+            name: spec.name(),
+            type_name: described.name,
+            array_len,
+            structure: Structure::None,
+            size: bytes.checked_div(elements).unwrap_or(0),
+        };
+        std::iter::repeat_n(entry, entries)
     }
 
-    pub(crate) const fn of_struct(name: &'static str, structure: Description, size: usize) -> Self {
+    /// The marker of a pointer.
+    pub(crate) const fn of_marker(spec: FieldSpec) -> Self {
         Self {
-            name,
+            name: spec.name(),
+            type_name: "ptr-marker",
+            array_len: 1,
+            structure: Structure::None,
+            size: 1,
+        }
+    }
+
+    pub(crate) const fn of_struct(spec: FieldSpec, structure: Description, size: usize) -> Self {
+        Self {
+            name: spec.name(),
             type_name: "struct",
-            array_len: None,
-            index: None,
-            structure: Some(structure),
+            array_len: 1,
+            structure: Structure::Member(structure),
             size,
         }
     }
 
-    /// An array of descriptions: one entry for all if they are alike, else one for each.
-    pub(crate) fn of_structs(
-        name: &'static str,
-        mut written: Vec<(Description, usize)>,
-    ) -> Vec<Self> {
-        let len = written.len();
-        if written.windows(2).all(|pair| pair[0] == pair[1]) {
-            return written
-                .pop()
-                .map(|(structure, size)| Self {
-                    array_len: Some(len),
-                    ..Self::of_struct(name, structure, size)
-                })
-                .into_iter()
-                .collect();
+    /// A field that writes descriptions under a type of its own, of which the last one is told.
+    pub(crate) fn of_inline(
+        spec: FieldSpec,
+        type_name: &'static str,
+        structure: Option<Description>,
+        size: usize,
+    ) -> Self {
+        Self {
+            name: spec.name(),
+            type_name,
+            array_len: 1,
+            structure: structure.map_or(Structure::None, Structure::Inline),
+            size,
         }
-        written
-            .into_iter()
-            .enumerate()
-            .map(|(index, (structure, size))| Self {
-                index: Some(index),
-                ..Self::of_struct(name, structure, size)
-            })
-            .collect()
+    }
+
+    /// Puts runs of equal entries together, as QEMU does where a description allows for it.
+    pub(crate) fn compressed(entries: Vec<Self>) -> Vec<Self> {
+        let mut runs: Vec<Self> = Vec::new();
+        for entry in entries {
+            match runs.last_mut() {
+                Some(run)
+                    if (run.size, run.type_name) == (entry.size, entry.type_name)
+                        && run.structure == entry.structure =>
+                {
+                    run.array_len += 1;
+                }
+                _ => runs.push(entry),
+            }
+        }
+        runs
     }
 }
 

@@ -1,7 +1,14 @@
 //! Where state is written.
 
+use std::collections::BTreeMap;
+use std::ops::Range;
+
 use crate::field::{Field, FieldType};
 use crate::nested::Nested;
+use crate::reader::TreeKey;
+use crate::schema::Schema;
+use crate::spec::FieldSpec;
+use crate::types::Bits;
 use crate::vmdesc::{Description, FieldDescription};
 use crate::{SaveError, VmState};
 
@@ -34,44 +41,178 @@ impl Writer {
     /// Writes a whole description, and returns what it consisted of if this is a
     /// [`describing`](Self::describing) writer.
     pub fn description<T: VmState>(&mut self, state: &T) -> Option<Description> {
+        self.description_at(state, T::VERSION)
+    }
+
+    fn description_at<T: VmState>(&mut self, state: &T, version: u32) -> Option<Description> {
         if let Some(open) = &mut self.open {
-            open.push(Description::new(T::NAME, T::VERSION));
+            open.push(Description::new(T::NAME, version));
         }
-        state.save(self);
+        state.save_at(self, version);
         self.open.as_mut().and_then(Vec::pop)
     }
 
     /// Writes a plain field.
-    pub fn field<T: Field>(&mut self, name: &'static str, value: &T) {
+    pub fn field<T: Field>(&mut self, spec: impl Into<FieldSpec>, value: &T) {
         let start = self.bytes.len();
         value.save(self);
-        self.note(name, T::field_type(), start);
+        self.note(spec.into(), T::field_type(), start);
     }
 
     /// Writes a field that is a description of its own, or an array of such.
-    pub fn nested<T: Nested>(&mut self, name: &'static str, value: &T) {
-        value.save_nested(name, self);
+    pub fn nested<T: Nested>(&mut self, spec: impl Into<FieldSpec>, value: &T) {
+        value.save_nested(spec.into(), self);
     }
 
     /// Writes a list of plain elements that an earlier field counted.
-    pub fn list<T: Field>(&mut self, name: &'static str, items: &[T], count: i128, max: usize) {
-        if self.check_count(name, items.len(), count, max) {
-            let start = self.bytes.len();
-            T::save_slice(items, self);
-            self.note(name, T::slice_type(items.len()), start);
+    pub fn list<T: Field>(
+        &mut self,
+        spec: impl Into<FieldSpec>,
+        items: &[T],
+        count: i128,
+        max: usize,
+    ) {
+        let spec = spec.into();
+        if self.check_count(spec.name(), items.len(), count, max) {
+            self.elements(spec, items);
         }
     }
 
     /// Writes a list of descriptions that an earlier field counted.
     pub fn nested_list<T: VmState>(
         &mut self,
-        name: &'static str,
+        spec: impl Into<FieldSpec>,
         items: &[T],
         count: i128,
         max: usize,
     ) {
-        if self.check_count(name, items.len(), count, max) {
-            self.nested_slice(name, items);
+        let spec = spec.into();
+        if self.check_count(spec.name(), items.len(), count, max) {
+            self.structures(spec, items);
+        }
+    }
+
+    /// Writes elements `range` of an array.
+    pub fn part<T: Field, const N: usize>(
+        &mut self,
+        spec: impl Into<FieldSpec>,
+        array: &[T; N],
+        range: Range<usize>,
+    ) {
+        let spec = spec.into();
+        match array.get(range.clone()) {
+            Some(part) => self.elements(spec, part),
+            None => self.fail(SaveError::TooMany {
+                field: spec.name(),
+                len: range.end,
+                max: N,
+            }),
+        }
+    }
+
+    /// Writes a description in the form of `version`, whatever the current one is.
+    pub fn nested_at<T: VmState>(&mut self, spec: impl Into<FieldSpec>, value: &T, version: u32) {
+        let start = self.bytes.len();
+        let description = self.description_at(value, version);
+        self.note_inline(spec.into(), "vstruct", description, start);
+    }
+
+    /// Writes a description that stands for other members of the state (QEMU's `tmp`).
+    pub fn nested_tmp<T: VmState>(&mut self, spec: impl Into<FieldSpec>, value: &T) {
+        let start = self.bytes.len();
+        let description = self.description(value);
+        self.note_inline(spec.into(), "tmp", description, start);
+    }
+
+    /// Writes an array of pointers to descriptions: with `markers` each behind a byte that says
+    /// whether it is NULL, without only NULL ones have that byte.
+    pub fn pointers<T: VmState>(
+        &mut self,
+        spec: impl Into<FieldSpec>,
+        items: &[Option<T>],
+        count: i128,
+        max: usize,
+        markers: bool,
+    ) {
+        let spec = spec.into();
+        if !self.check_count(spec.name(), items.len(), count, max) {
+            return;
+        }
+        let mut entries = Vec::new();
+        for item in items {
+            if item.is_none() || markers {
+                self.bytes.push(match item {
+                    None => crate::NULL_POINTER,
+                    Some(_) => crate::VALID_POINTER,
+                });
+                entries.push(FieldDescription::of_marker(spec));
+            }
+            if let Some(item) = item {
+                entries.extend(self.structure(spec, item));
+            }
+        }
+        let is_compressed = !markers && self.compresses::<T>(spec);
+        self.note_entries(entries, is_compressed);
+    }
+
+    /// Writes a list whose elements have a byte 1 before them, and a byte 0 behind the last. Its
+    /// type is described as QEMU's `qtailq`, unless `spec` has another.
+    pub fn queue<T: VmState>(&mut self, spec: impl Into<FieldSpec>, items: &[T], max: usize) {
+        let spec = spec.into();
+        if !self.check_max(spec.name(), items.len(), max) {
+            return;
+        }
+        let start = self.bytes.len();
+        let mut last = None;
+        for item in items {
+            self.bytes.push(1);
+            last = self.description(item);
+        }
+        self.bytes.push(0);
+        self.note_inline(spec, "qtailq", last, start);
+    }
+
+    /// Writes a sorted tree: a be32 count, for each node a byte 1, key and value, then a byte 0.
+    pub fn tree<K: TreeKey, V: VmState>(
+        &mut self,
+        spec: impl Into<FieldSpec>,
+        tree: &BTreeMap<K, V>,
+        max: usize,
+    ) {
+        let spec = spec.into();
+        if !self.check_max(spec.name(), tree.len(), max) {
+            return;
+        }
+        let Ok(count) = u32::try_from(tree.len()) else {
+            return self.fail(SaveError::TooMany {
+                field: spec.name(),
+                len: tree.len(),
+                max: usize::try_from(u32::MAX).unwrap_or(usize::MAX),
+            });
+        };
+        let start = self.bytes.len();
+        count.save(self);
+        let mut last = None;
+        for (key, value) in tree {
+            self.bytes.push(1);
+            key.save_key(self);
+            last = self.description(value);
+        }
+        self.bytes.push(0);
+        self.note_inline(spec, "gtree", last, start);
+    }
+
+    /// Writes bits that an earlier field counted.
+    pub fn bits(&mut self, spec: impl Into<FieldSpec>, bits: &Bits, count: i128, max: usize) {
+        let spec = spec.into();
+        if self.check_count(spec.name(), bits.bits().len(), count, max) {
+            let start = self.bytes.len();
+            bits.save(self);
+            let field_type = FieldType {
+                name: "bitmap",
+                elements: None,
+            };
+            self.note(spec, field_type, start);
         }
     }
 
@@ -130,38 +271,39 @@ impl Writer {
     }
 
     /// Writes descriptions back to back as one field.
-    pub(crate) fn nested_slice<T: VmState>(&mut self, name: &'static str, items: &[T]) {
-        let mut written = Vec::new();
+    pub(crate) fn structures<'a, T: VmState + 'a>(
+        &mut self,
+        spec: FieldSpec,
+        items: impl IntoIterator<Item = &'a T>,
+    ) {
+        let mut entries = Vec::new();
         for item in items {
-            let start = self.bytes.len();
-            if let Some(description) = self.description(item) {
-                written.push((description, self.bytes.len() - start));
-            }
+            entries.extend(self.structure(spec, item));
         }
-        if let Some(parent) = self.innermost() {
-            parent
-                .fields
-                .extend(FieldDescription::of_structs(name, written));
-        }
+        let is_compressed = self.compresses::<T>(spec);
+        self.note_entries(entries, is_compressed);
     }
 
-    /// Writes one description as a field.
-    pub(crate) fn nested_one<T: VmState>(&mut self, name: &'static str, item: &T) {
+    fn structure<T: VmState>(&mut self, spec: FieldSpec, item: &T) -> Option<FieldDescription> {
         let start = self.bytes.len();
-        let description = self.description(item);
+        let description = self.description(item)?;
         let size = self.bytes.len() - start;
-        if let (Some(parent), Some(description)) = (self.innermost(), description) {
-            parent
-                .fields
-                .push(FieldDescription::of_struct(name, description, size));
-        }
+        Some(FieldDescription::of_struct(spec, description, size))
     }
 
-    fn check_count(&mut self, field: &'static str, len: usize, count: i128, max: usize) -> bool {
-        if usize::try_from(count) != Ok(len) {
-            self.fail(SaveError::Count { field, len, count });
-            return false;
-        }
+    /// Whether elements that are alike are described once: that is up to the declaration, so that
+    /// the description does not depend on what is in the state.
+    fn compresses<T: VmState>(&self, spec: FieldSpec) -> bool {
+        self.open.is_some() && !spec.is_tested() && Schema::of::<T>().compresses()
+    }
+
+    fn elements<T: Field>(&mut self, spec: FieldSpec, items: &[T]) {
+        let start = self.bytes.len();
+        T::save_slice(items, self);
+        self.note(spec, T::slice_type(items.len()), start);
+    }
+
+    fn check_max(&mut self, field: &'static str, len: usize, max: usize) -> bool {
         if len > max {
             self.fail(SaveError::TooMany { field, len, max });
             return false;
@@ -169,12 +311,53 @@ impl Writer {
         true
     }
 
-    fn note(&mut self, name: &'static str, field_type: FieldType, start: usize) {
+    fn check_count(&mut self, field: &'static str, len: usize, count: i128, max: usize) -> bool {
+        if usize::try_from(count) != Ok(len) {
+            self.fail(SaveError::Count { field, len, count });
+            return false;
+        }
+        self.check_max(field, len, max)
+    }
+
+    fn note(&mut self, spec: FieldSpec, field_type: FieldType, start: usize) {
         let bytes = self.bytes.len() - start;
         if let Some(parent) = self.innermost() {
             parent
                 .fields
-                .extend(FieldDescription::of_plain(name, field_type, bytes));
+                .extend(FieldDescription::of_plain(spec, field_type, bytes));
+        }
+    }
+
+    fn note_inline(
+        &mut self,
+        spec: FieldSpec,
+        type_name: &'static str,
+        description: Option<Description>,
+        start: usize,
+    ) {
+        let size = self.bytes.len() - start;
+        if let Some(parent) = self.innermost() {
+            let field_type = FieldType {
+                name: type_name,
+                elements: None,
+            };
+            let type_name = spec.described(field_type, size).name;
+            parent.fields.push(FieldDescription::of_inline(
+                spec,
+                type_name,
+                description,
+                size,
+            ));
+        }
+    }
+
+    fn note_entries(&mut self, entries: Vec<FieldDescription>, is_compressed: bool) {
+        if let Some(parent) = self.innermost() {
+            parent.fields.extend(if is_compressed {
+                FieldDescription::compressed(entries)
+            } else {
+                entries
+            });
         }
     }
 

@@ -3,9 +3,9 @@
 use proc_macro2::{Span, TokenStream};
 use quote::{format_ident, quote, quote_spanned};
 use syn::spanned::Spanned as _;
-use syn::{Data, DeriveInput, Error, Expr, Fields, Ident, Result};
+use syn::{Data, DeriveInput, Error, Expr, Fields, Ident, Path, Result};
 
-use crate::attributes::{Container, Encoding, Kind, Member};
+use crate::attributes::{Container, Count, Encoding, Kind, Member, Wire};
 
 pub(crate) fn expand(input: &DeriveInput) -> Result<TokenStream> {
     let Data::Struct(data) = &input.data else {
@@ -39,11 +39,13 @@ pub(crate) fn expand(input: &DeriveInput) -> Result<TokenStream> {
         minimum_version,
         ..
     } = &container;
-    let subsection_checks = members
+    let checks = members
         .iter()
-        .filter_map(|member| subsection_check(member, &container));
-    let save = save(&members);
-    let load = load(&members, &container);
+        .filter_map(|member| check(member, &container));
+    let wire_names = wire_names(&members);
+    let save = save(&members, &wire_names, &container);
+    let load = load(&members, &wire_names, &container);
+    let describe = describe(&members, &wire_names);
     Ok(quote! {
         #[automatically_derived]
         impl #impl_generics ::vmstate::VmState for #ident #ty_generics #where_clause {
@@ -52,31 +54,47 @@ pub(crate) fn expand(input: &DeriveInput) -> Result<TokenStream> {
             const MINIMUM_VERSION: u32 = #minimum_version;
             #save
             #load
+            #describe
         }
-        #(#subsection_checks)*
+        #(#checks)*
     })
+}
+
+/// Fields of one name are told apart by a number, as in QEMU's descriptions.
+fn wire_names(members: &[Member<'_>]) -> Vec<String> {
+    let names: Vec<String> = members
+        .iter()
+        .map(|member| match member.kind {
+            Kind::Wire(_) => member.name(),
+            _ => String::new(),
+        })
+        .collect();
+    names
+        .iter()
+        .enumerate()
+        .map(|(i, name)| {
+            let is_same = |other: &&String| *other == name;
+            if name.is_empty() || names.iter().filter(is_same).count() == 1 {
+                name.clone()
+            } else {
+                format!("{name}[{}]", names[..i].iter().filter(is_same).count())
+            }
+        })
+        .collect()
 }
 
 /// `len` must name an earlier field that is on the wire.
 fn check_len(member: &Member<'_>, earlier: &[Member<'_>]) -> Result<()> {
-    let Kind::Wire {
-        encoding: Encoding::List { len, .. },
-        ..
-    } = &member.kind
-    else {
+    let Some(len) = count_of(member).and_then(Count::field) else {
         return Ok(());
     };
     let counts = |m: &Member<'_>| {
         m.ident == len
-            && matches!(
-                m.kind,
-                Kind::Wire {
-                    encoding: Encoding::Plain,
-                    ..
-                }
-            )
+            && matches!(&m.kind, Kind::Wire(wire) if matches!(wire.encoding, Encoding::Plain))
     };
-    if earlier.iter().any(counts) {
+    // An array of pointers may have a constant for its length.
+    let is_fixed = matches!(member.ty, syn::Type::Array(_));
+    if is_fixed || earlier.iter().any(counts) {
         Ok(())
     } else {
         Err(Error::new(
@@ -86,72 +104,161 @@ fn check_len(member: &Member<'_>, earlier: &[Member<'_>]) -> Result<()> {
     }
 }
 
-fn save(members: &[Member<'_>]) -> TokenStream {
+fn count_of<'a>(member: &'a Member<'_>) -> Option<&'a Count> {
+    let Kind::Wire(wire) = &member.kind else {
+        return None;
+    };
+    match &wire.encoding {
+        Encoding::List { count, .. } | Encoding::Bits { count } => Some(count),
+        Encoding::Pointers { count, .. } => Some(count),
+        _ => None,
+    }
+}
+
+/// What is said of the field besides its bytes.
+fn spec(name: &str, wire: &Wire<'_>) -> TokenStream {
+    let info = wire.info.as_ref().map(|info| quote!(.info(#info)));
+    let tested = wire.exists.as_ref().map(|_| quote!(.tested()));
+    let equal = wire.equal.as_ref().map(|_| quote!(.equal()));
+    let array = wire.array.then(|| quote!(.array()));
+    if info.is_none() && tested.is_none() && equal.is_none() && array.is_none() {
+        return quote!(#name);
+    }
+    quote!(::vmstate::FieldSpec::new(#name) #info #tested #equal #array)
+}
+
+fn save(members: &[Member<'_>], names: &[String], container: &Container) -> TokenStream {
     let out = Ident::new("out", Span::mixed_site());
-    let version = quote!(<Self as ::vmstate::VmState>::VERSION);
+    let this = Ident::new("this", Span::mixed_site());
+    let prepared = Ident::new("prepared", Span::mixed_site());
+    let what = Ident::new("what", Span::mixed_site());
+    let version = Ident::new("version", Span::mixed_site());
+    let version_tokens = quote!(#version);
     let mut fields = TokenStream::new();
     let mut subsections = TokenStream::new();
-    for (i, member) in members.iter().enumerate() {
-        let (ident, name) = (member.ident, member.name());
+    for (i, (member, name)) in members.iter().zip(names).enumerate() {
+        let ident = member.ident;
         let span = member.ty.span();
+        let earlier =
+            |expr: &Expr| with_earlier(expr, &members[..i], &version_tokens, |m| quote!(&#this.#m));
+        let count = |count: &Count| match count.field() {
+            Some(field) if !matches!(member.ty, syn::Type::Array(_)) => {
+                quote!(::core::primitive::i128::from(#this.#field))
+            }
+            _ => {
+                let len = earlier(&count.len);
+                quote!(::vmstate::count(#len))
+            }
+        };
         match &member.kind {
             Kind::Skip => {}
             Kind::Subsection(_) => subsections.extend(quote_spanned! {span=>
-                #out.subsection(self.#ident.as_ref());
+                #out.subsection(#this.#ident.as_ref());
             }),
-            Kind::Wire {
-                encoding, exists, ..
-            } => {
-                let write = match encoding {
-                    Encoding::Plain => quote_spanned!(span=> #out.field(#name, &self.#ident);),
-                    Encoding::Nested => quote_spanned!(span=> #out.nested(#name, &self.#ident);),
+            Kind::Wire(wire) => {
+                let spec = spec(name, wire);
+                let write = match &wire.encoding {
+                    Encoding::Plain => quote_spanned!(span=> #out.field(#spec, &#this.#ident);),
+                    Encoding::Nested => quote_spanned!(span=> #out.nested(#spec, &#this.#ident);),
+                    Encoding::NestedAt(version) => {
+                        quote_spanned!(span=> #out.nested_at(#spec, &#this.#ident, #version);)
+                    }
+                    Encoding::Tmp => {
+                        quote_spanned!(span=> #out.nested_tmp(#spec, &#this.#ident);)
+                    }
                     Encoding::List {
-                        nested, len, max, ..
+                        nested, count: n, ..
                     } => {
-                        let method = list_method(*nested);
+                        let (method, max, n) = (list_method(*nested), &n.max, count(n));
+                        quote_spanned!(span=> #out.#method(#spec, &#this.#ident, #n, #max);)
+                    }
+                    Encoding::Part { range, .. } => {
+                        quote_spanned!(span=> #out.part(#spec, &#this.#ident, #range);)
+                    }
+                    Encoding::Pointers {
+                        count: n, present, ..
+                    } => {
+                        let (max, markers, n) = (&n.max, present.is_none(), count(n));
                         quote_spanned! {span=>
-                            #out.#method(
-                                #name,
-                                &self.#ident,
-                                ::core::primitive::i128::from(self.#len),
-                                #max,
-                            );
+                            #out.pointers(#spec, &#this.#ident, #n, #max, #markers);
                         }
                     }
-                };
-                fields.extend(match exists {
-                    None => write,
-                    Some(exists) => {
-                        let exists =
-                            with_earlier(exists, &members[..i], &version, |m| quote!(&self.#m));
-                        quote!(if #exists { #write })
+                    Encoding::Queue { max, .. } => {
+                        quote_spanned!(span=> #out.queue(#spec, &#this.#ident, #max);)
                     }
+                    Encoding::Tree { max } => {
+                        quote_spanned!(span=> #out.tree(#spec, &#this.#ident, #max);)
+                    }
+                    Encoding::Bits { count: n } => {
+                        let (max, n) = (&n.max, count(n));
+                        quote_spanned!(span=> #out.bits(#spec, &#this.#ident, #n, #max);)
+                    }
+                };
+                fields.extend(match condition(wire, &version, earlier) {
+                    None => write,
+                    Some(condition) => quote!(if #condition { #write }),
                 });
             }
         }
     }
+    let prepare = match &container.pre_save {
+        None => quote!(let #this = self;),
+        Some(path) => quote_spanned! {path.span()=>
+            let #prepared: Self = match #path(self) {
+                ::core::result::Result::Ok(#prepared) => #prepared,
+                ::core::result::Result::Err(#what) => {
+                    return #out.fail(::vmstate::SaveError::PreSave {
+                        name: <Self as ::vmstate::VmState>::NAME,
+                        what: ::std::string::ToString::to_string(&#what),
+                    });
+                }
+            };
+            let #this = &#prepared;
+        },
+    };
     quote! {
         fn save(&self, #out: &mut ::vmstate::Writer) {
-            let _ = &#out;
+            ::vmstate::VmState::save_at(self, #out, <Self as ::vmstate::VmState>::VERSION);
+        }
+
+        fn save_at(&self, #out: &mut ::vmstate::Writer, #version: ::core::primitive::u32) {
+            #prepare
+            let _ = (&#out, &#this, &#version);
             #fields
             #subsections
         }
     }
 }
 
-fn load(members: &[Member<'_>], container: &Container) -> TokenStream {
+/// Whether a field is there, `None` if it always is.
+fn condition(
+    wire: &Wire<'_>,
+    version: &Ident,
+    earlier: impl Fn(&Expr) -> TokenStream,
+) -> Option<TokenStream> {
+    let since = wire.since.map(|since| quote!(#version >= #since));
+    let exists = wire.exists.as_ref().map(earlier);
+    match (since, exists) {
+        (None, None) => None,
+        (Some(one), None) | (None, Some(one)) => Some(one),
+        (Some(since), Some(exists)) => Some(quote!(#since && #exists)),
+    }
+}
+
+fn load(members: &[Member<'_>], names: &[String], container: &Container) -> TokenStream {
     let input = Ident::new("input", Span::mixed_site());
     let version = Ident::new("version", Span::mixed_site());
     let state = Ident::new("state", Span::mixed_site());
     let header = Ident::new("header", Span::mixed_site());
+    let what = Ident::new("what", Span::mixed_site());
     let version_tokens = quote!(#version);
 
     let mut fields = TokenStream::new();
     let mut slots = TokenStream::new();
     let mut found = Vec::new();
     let mut values = Vec::new();
-    for (i, member) in members.iter().enumerate() {
-        let (ident, ty, name) = (member.ident, member.ty, member.name());
+    for (i, (member, name)) in members.iter().zip(names).enumerate() {
+        let (ident, ty) = (member.ident, member.ty);
         let span = ty.span();
         let local = local_name(ident);
         values.push(quote!(#ident: #local));
@@ -165,6 +272,16 @@ fn load(members: &[Member<'_>], container: &Container) -> TokenStream {
             || quote_spanned!(span=> ::core::default::Default::default()),
             earlier,
         );
+        let count = |count: &Count| match count.field() {
+            Some(field) if !matches!(ty, syn::Type::Array(_)) => {
+                let field = local_name(field);
+                quote!(::core::primitive::i128::from(#field))
+            }
+            _ => {
+                let len = earlier(&count.len);
+                quote!(::vmstate::count(#len))
+            }
+        };
         match &member.kind {
             Kind::Skip => fields.extend(quote!(let #local: #ty = #default;)),
             Kind::Subsection(inner) => {
@@ -173,39 +290,72 @@ fn load(members: &[Member<'_>], container: &Container) -> TokenStream {
                 });
                 found.push(quote!(#input.subsection(#header, &mut #local)?));
             }
-            Kind::Wire {
-                encoding,
-                since,
-                exists,
-            } => {
-                let read = match encoding {
+            Kind::Wire(wire) => {
+                let read = match &wire.encoding {
                     Encoding::Plain => quote_spanned!(span=> #input.field::<#ty>(#name)?),
-                    Encoding::Nested => quote_spanned!(span=> #input.nested::<#ty>(#name)?),
+                    Encoding::Nested | Encoding::Tmp => {
+                        quote_spanned!(span=> #input.nested::<#ty>(#name)?)
+                    }
+                    Encoding::NestedAt(version) => {
+                        quote_spanned!(span=> #input.nested_at::<#ty>(#name, #version)?)
+                    }
                     Encoding::List {
                         nested,
                         element,
-                        len,
-                        max,
+                        count: n,
                     } => {
-                        let method = list_method(*nested);
-                        let len = local_name(len);
-                        quote_spanned! {span=>
-                            #input.#method::<#element>(
-                                #name,
-                                ::core::primitive::i128::from(#len),
-                                #max,
-                            )?
+                        let (method, max, n) = (list_method(*nested), &n.max, count(n));
+                        quote_spanned!(span=> #input.#method::<#element>(#name, #n, #max)?)
+                    }
+                    Encoding::Part { range, .. } => {
+                        quote_spanned!(span=> #input.part(#name, #range)?)
+                    }
+                    Encoding::Pointers {
+                        element,
+                        array,
+                        count: n,
+                        present,
+                    } => {
+                        let (max, n) = (&n.max, count(n));
+                        let present = match present {
+                            None => quote!(::core::option::Option::None),
+                            Some(present) => {
+                                let present = earlier(present);
+                                quote!(::core::option::Option::Some(&#present))
+                            }
+                        };
+                        let read = quote_spanned! {span=>
+                            #input.pointers::<#element>(#name, #n, #max, #present)?
+                        };
+                        match array {
+                            None => read,
+                            Some(_) => quote_spanned! {span=> {
+                                let items = #read;
+                                #input.array(items)?
+                            }},
                         }
                     }
+                    Encoding::Queue { element, max } => {
+                        quote_spanned!(span=> #input.queue::<#element>(#name, #max)?)
+                    }
+                    Encoding::Tree { max } => quote_spanned!(span=> #input.tree(#name, #max)?),
+                    Encoding::Bits { count: n } => {
+                        let (max, n) = (&n.max, count(n));
+                        quote_spanned!(span=> #input.bits(#name, #n, #max)?)
+                    }
                 };
-                let since = since.map(|since| quote!(#version >= #since));
-                let exists = exists.as_deref().map(earlier);
-                let condition = match (since, exists) {
-                    (None, None) => None,
-                    (Some(one), None) | (None, Some(one)) => Some(one),
-                    (Some(since), Some(exists)) => Some(quote!(#since && #exists)),
+                let read = match &wire.equal {
+                    None => read,
+                    Some(equal) => {
+                        let equal = earlier(equal);
+                        quote! {{
+                            let found: #ty = #read;
+                            #input.equal::<#ty>(#name, &found, &#equal)?;
+                            found
+                        }}
+                    }
                 };
-                fields.extend(match condition {
+                fields.extend(match condition(wire, &version, earlier) {
                     None => quote!(let #local: #ty = #read;),
                     Some(condition) => {
                         quote!(let #local: #ty = if #condition { #read } else { #default };)
@@ -219,25 +369,83 @@ fn load(members: &[Member<'_>], container: &Container) -> TokenStream {
     } else {
         quote!(|#input, #header| ::core::result::Result::Ok(#(#found)||*))
     };
-    let validate = container.validate.as_ref().map(|path| {
-        quote_spanned! {path.span()=>
-            if let ::core::result::Result::Err(what) = #path(&#state) {
-                return ::core::result::Result::Err(#input.invalid(what));
+    let hook = |path: &Option<Path>, arguments: TokenStream| {
+        path.as_ref().map(|path| {
+            quote_spanned! {path.span()=>
+                if let ::core::result::Result::Err(#what) = #path(#arguments) {
+                    return ::core::result::Result::Err(#input.invalid(#what));
+                }
             }
-        }
-    });
+        })
+    };
+    let pre_load = hook(&container.pre_load, quote!(#version));
+    let post_load = hook(&container.post_load, quote!(&mut #state, #version));
+    let validate = hook(&container.validate, quote!(&#state));
+    let mutable = post_load.as_ref().map(|_| quote!(mut));
     quote! {
         fn load(
             #input: &mut ::vmstate::Reader<'_>,
             #version: u32,
         ) -> ::core::result::Result<Self, ::vmstate::LoadError> {
             let _ = #version;
+            #pre_load
             #fields
             #slots
             #input.subsections::<Self>(#found)?;
-            let #state = Self { #(#values),* };
+            let #mutable #state = Self { #(#values),* };
+            #post_load
             #validate
             ::core::result::Result::Ok(#state)
+        }
+    }
+}
+
+fn describe(members: &[Member<'_>], names: &[String]) -> TokenStream {
+    let schema = Ident::new("schema", Span::mixed_site());
+    let parts = members.iter().zip(names).map(|(member, name)| {
+        let ty = member.ty;
+        let span = ty.span();
+        match &member.kind {
+            Kind::Skip => TokenStream::new(),
+            Kind::Subsection(inner) => quote_spanned!(span=> #schema.subsection::<#inner>();),
+            Kind::Wire(wire) => {
+                let (spec, since) = (spec(name, wire), wire.since.unwrap_or(0));
+                match &wire.encoding {
+                    Encoding::Plain => {
+                        quote_spanned!(span=> #schema.field::<#ty>(#spec, #since);)
+                    }
+                    Encoding::Nested | Encoding::NestedAt(_) | Encoding::Tmp => {
+                        quote_spanned!(span=> #schema.nested::<#ty>(#spec, #since);)
+                    }
+                    Encoding::List {
+                        nested, element, ..
+                    } => {
+                        let method = list_method(*nested);
+                        quote_spanned!(span=> #schema.#method::<#element>(#spec, #since);)
+                    }
+                    Encoding::Part { element, range, .. } => {
+                        let (start, end) = (&range.start, &range.end);
+                        quote_spanned! {span=>
+                            #schema.field::<[#element; ::vmstate::part_len(#start, #end)]>(#spec, #since);
+                        }
+                    }
+                    Encoding::Pointers { element, .. } => {
+                        quote_spanned!(span=> #schema.pointers::<#element>(#spec, #since);)
+                    }
+                    Encoding::Queue { element, .. } => {
+                        quote_spanned!(span=> #schema.nested_list::<#element>(#spec, #since);)
+                    }
+                    Encoding::Tree { .. } | Encoding::Bits { .. } => {
+                        quote_spanned!(span=> #schema.variable(#spec, #since);)
+                    }
+                }
+            }
+        }
+    });
+    quote! {
+        fn describe(#schema: &mut ::vmstate::SchemaBuilder) {
+            let _ = &#schema;
+            #(#parts)*
         }
     }
 }
@@ -251,7 +459,7 @@ fn with_earlier(
 ) -> TokenStream {
     let visible = earlier
         .iter()
-        .filter(|member| matches!(member.kind, Kind::Wire { .. }))
+        .filter(|member| matches!(member.kind, Kind::Wire(_)))
         .map(|member| member.ident);
     let values = visible.clone().map(value);
     let version_name = Ident::new("version", Span::call_site());
@@ -277,22 +485,36 @@ fn list_method(nested: bool) -> Ident {
     )
 }
 
-/// A subsection's name must begin with its parent's, or no receiver would look for it here.
-fn subsection_check(member: &Member<'_>, container: &Container) -> Option<TokenStream> {
-    let Kind::Subsection(inner) = &member.kind else {
-        return None;
-    };
-    let (parent, field) = (&container.name, member.name());
-    let message = format!(
-        "the name of subsection '{field}' must be longer than its parent's, '{}', and begin with it",
-        parent.value()
-    );
-    Some(quote_spanned! {inner.span()=>
-        const _: () = ::core::assert!(
-            ::vmstate::is_subsection_name(<#inner as ::vmstate::VmState>::NAME, #parent),
-            #message
-        );
-    })
+/// What can be checked only when the program is compiled: a subsection's name must begin with its
+/// parent's, or no receiver would look for it here, and a part must lie within its array.
+fn check(member: &Member<'_>, container: &Container) -> Option<TokenStream> {
+    match &member.kind {
+        Kind::Subsection(inner) => {
+            let (parent, field) = (&container.name, member.name());
+            let message = format!(
+                "the name of subsection '{field}' must be longer than its parent's, '{}', and \
+                 begin with it",
+                parent.value()
+            );
+            Some(quote_spanned! {inner.span()=>
+                const _: () = ::core::assert!(
+                    ::vmstate::is_subsection_name(<#inner as ::vmstate::VmState>::NAME, #parent),
+                    #message
+                );
+            })
+        }
+        Kind::Wire(wire) => {
+            let Encoding::Part { len, range, .. } = &wire.encoding else {
+                return None;
+            };
+            let (start, end) = (&range.start, &range.end);
+            let message = format!("the part lies beyond the array '{}'", member.name());
+            Some(quote_spanned! {range.span()=>
+                const _: () = ::core::assert!(::vmstate::is_part(#start, #end, #len), #message);
+            })
+        }
+        Kind::Skip => None,
+    }
 }
 
 #[cfg(test)]
@@ -349,7 +571,8 @@ mod tests {
             ),
             (
                 parse_quote! { #[vmstate(name = "d", version = 1, size = 2)] struct D {} },
-                "unknown attribute, expected name, version, minimum_version or validate",
+                "unknown attribute, expected name, version, minimum_version, validate, pre_save, \
+                 pre_load or post_load",
             ),
         ] {
             assert_eq!(error(&input), said);
@@ -396,8 +619,41 @@ mod tests {
                 "len and max are for a Vec<T>",
             ),
             (
+                quote!(#[vmstate(queue)] f: Vec<X>),
+                "a list needs max = ..: its length comes from the other side",
+            ),
+            (
+                quote!(#[vmstate(tree, len = count, max = 4)] f: BTreeMap<u64, X>),
+                "a queue or tree says itself where it ends, len is for others",
+            ),
+            (
+                quote!(#[vmstate(nested, queue, max = 4)] f: Vec<X>),
+                "bits, nested, part, pointers, queue and tree go one at a time",
+            ),
+            (
+                quote!(#[vmstate(tmp)] f: X),
+                "version and tmp go together with nested",
+            ),
+            (
+                quote!(#[vmstate(pointers)] f: [X; 4]),
+                "pointers is for [Option<T>; N], or for Vec<Option<T>> with len and max",
+            ),
+            (
+                quote!(#[vmstate(part = 0..=4)] f: [u8; 8]),
+                "part is a range such as 0..16",
+            ),
+            (
+                quote!(#[vmstate(part = 0..4)] f: Vec<u8>),
+                "part is for an array [T; N], without len",
+            ),
+            (
+                quote!(#[vmstate(bits = count)] f: Bits),
+                "len needs max = ..: the count comes from the other side and must have a bound",
+            ),
+            (
                 quote!(#[vmstate(sinse = 3)] f: u8),
-                "unknown attribute, expected since, default, exists, nested, len, max, skip or \
+                "unknown attribute, expected name, info, since, default, exists, equal, nested, \
+                 version, tmp, array, len, max, part, bits, pointers, queue, tree, skip or \
                  subsection",
             ),
         ] {
