@@ -19,6 +19,10 @@ use crate::section::SectionType;
 const PAGE_BITS: &str = "configuration/target-page-bits";
 const CAPABILITIES: &str = "configuration/capabilities";
 const UUID: &str = "configuration/uuid";
+/// The capability that leaves shared blocks where they are.
+pub const IGNORE_SHARED: &str = "x-ignore-shared";
+/// The capability that gives every page its place in a file.
+pub const MAPPED_RAM: &str = "mapped-ram";
 const SUBSECTION_VERSION: u32 = 1;
 
 /// A machine type, such as `pc-q35-11.1`: 1 to [`MachineName::MAX_LEN`] bytes of UTF-8 without NUL.
@@ -86,6 +90,19 @@ impl Configuration {
             capabilities: BTreeSet::new(),
             uuid: None,
         }
+    }
+
+    /// The same with `capability` on; one whose name is none changes nothing.
+    #[must_use]
+    pub fn with(mut self, capability: &str) -> Self {
+        self.capabilities.extend(IdStr::new(capability));
+        self
+    }
+
+    /// Whether `capability` is on.
+    #[must_use]
+    pub fn has(&self, capability: &str) -> bool {
+        self.capabilities.iter().any(|c| c.as_str() == capability)
     }
 
     /// Appends the section, type byte included.

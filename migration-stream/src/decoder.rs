@@ -18,10 +18,12 @@
 //! |---|---|
 //! | [`RamItem::Xbzrle`] | `len` bytes |
 //! | [`RamItem::Page`] | [`PAGE_SIZE`](crate::PAGE_SIZE) bytes |
+//! | [`RamItem::MappedBlock`] | what the file has up to the [end of the area](MappedArea::end) |
 //! | [`Item::VmDescription`] | `len` bytes |
 //! | [`Item::Section`], [`Item::Continuation`] of anything but RAM | the section's body, whose length only its handler knows |
 //!
-//! and calls `next` again with the bytes after that.
+//! and calls `next` again with the bytes after that. The offsets of a stream with `mapped-ram` are
+//! those in its file, wherever in it the stream begins.
 //!
 //! A COLO checkpoint's RAM is read by a [`CheckpointDecoder`], which is what a [`StreamDecoder`]
 //! becomes. It has no way to set RAM up: that this cannot happen once COLO was entered is not a
@@ -34,9 +36,10 @@ use crate::command::Command;
 use crate::configuration::{Configuration, ConfigurationError};
 use crate::error::{Cause, DecodeError};
 use crate::header;
+use crate::mapped_ram::MappedArea;
 use crate::ram::{
-    PageAddress, RAM_IDSTR, RAM_VERSION, RamBlockTable, RamError, Record, RecordDecoder,
-    SetupDecoder, check_announced,
+    BlockId, PageAddress, RAM_IDSTR, RAM_VERSION, RamBlockTable, RamError, Record, RecordDecoder,
+    SetupDecoder, SetupFields, check_announced, find_announced,
 };
 use crate::section::{
     Announcement, Continuation, InstanceId, SectionError, SectionHeader, SectionId, SectionType,
@@ -86,6 +89,14 @@ pub enum Item {
 pub enum RamItem {
     /// The blocks as the source has them, in its order; they are those of this side.
     BlockList(RamBlockTable),
+    /// With `mapped-ram`, once for each block, before the list: its pages are in this area of the
+    /// file, and the stream goes on [behind it](MappedArea::end).
+    MappedBlock {
+        /// The block, of this side's table; of the announced one where there is none.
+        block: BlockId,
+        /// Where its pages are.
+        area: MappedArea,
+    },
     /// A page, whose bytes follow.
     Page(PageAddress),
     /// A page that is all zero.
@@ -168,6 +179,7 @@ pub struct StreamDecoder {
     configuration: ConfigurationRule,
     max_description: u32,
     phase: Phase,
+    fields: SetupFields,
     setup: Setup,
     sections: Sections,
 }
@@ -204,6 +216,7 @@ impl StreamDecoder {
             configuration: config.configuration,
             max_description: config.max_description,
             phase: Phase::Header,
+            fields: SetupFields::default(),
             setup: Setup::Wanted(blocks),
             sections: Sections {
                 footers: config.footers,
@@ -266,6 +279,10 @@ impl StreamDecoder {
                     ConfigurationRule::Any | ConfigurationRule::Absent => Configuration::decode(r)?,
                 };
                 self.phase = Phase::Sections;
+                self.fields = SetupFields::of(&configuration);
+                if self.fields.mapped_ram {
+                    self.sections.records.refuse_pages();
+                }
                 Ok(Some(Item::Configuration(configuration)))
             }
             Phase::Sections => self.section_loop(r),
@@ -355,7 +372,7 @@ impl StreamDecoder {
             }
             Setup::Wanted(local) => {
                 // Nothing but the list is valid here, so that no block need be known yet.
-                let list = SetupDecoder::begin(r)?;
+                let list = SetupDecoder::begin(r, self.fields)?;
                 self.setup = Setup::Listing {
                     list,
                     local: local.take(),
@@ -364,7 +381,17 @@ impl StreamDecoder {
             }
             Setup::Listing { list, local } => {
                 if !list.is_complete() {
-                    return list.entry(r).map(|()| None);
+                    let entry = list.entry(r)?;
+                    let block = match local {
+                        Some(local) => {
+                            find_announced(local, entry.block).map_err(|e| at.error(e))?
+                        }
+                        None => entry.index,
+                    };
+                    return Ok(entry.area.map(|area| {
+                        // Nothing but the blocks that both sides share has no area.
+                        Item::Ram(RamItem::MappedBlock { block, area })
+                    }));
                 }
                 let announced = list.finish().map_err(|e| at.error(e))?;
                 if let Some(local) = local {

@@ -30,6 +30,7 @@
 //! | [`header`], [`configuration`], [`section`], [`command`], [`return_path`] | one thing on the wire each |
 //! | [`ram`] | blocks, the block list, page records, the transport of pages in the stream |
 //! | [`device_blob`], [`opaque_tail`], [`vmdesc`] | device sections: known, unknown, described |
+//! | [`mapped_ram`] | files in which every page has its place |
 //! | [`xbzrle`] | pages as differences to what was sent before |
 //! | [`io`] | channels: two traits, and their implementation over a file descriptor |
 //! | [`codec`] | the reader and the names that the others share |
@@ -50,6 +51,7 @@ pub mod device_blob;
 mod error;
 pub mod header;
 pub mod io;
+pub mod mapped_ram;
 mod memory;
 pub mod opaque_tail;
 pub mod precopy;

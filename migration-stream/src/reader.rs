@@ -1,11 +1,12 @@
 //! The reading side of a main stream: a small buffer for headers, and a way past it for pages.
 
+use std::sync::Arc;
 use std::time::Instant;
 use std::{fmt, io};
 
 use vm_memory::VolatileSlice;
 
-use crate::io::ByteSource;
+use crate::io::{ByteSource, FileChannel, PositionedFile};
 
 /// Room for headers, commands and device sections, and for what comes along with a page.
 const CAPACITY: usize = 64 << 10;
@@ -39,6 +40,25 @@ impl StreamReader {
             end: prefix.len(),
             offset: 0,
         }
+    }
+
+    /// A stream that begins at byte `offset` of a file, and whose offsets are those in the file.
+    #[must_use]
+    pub fn from_file(file: Arc<dyn PositionedFile>, offset: u64) -> Self {
+        Self {
+            offset,
+            ..Self::new(FileChannel::new(file, offset), b"")
+        }
+    }
+
+    /// Goes on at byte `offset` of the file that the stream is read from.
+    ///
+    /// # Errors
+    /// [`io::ErrorKind::Unsupported`] where it is no file.
+    pub fn seek(&mut self, offset: u64) -> io::Result<()> {
+        self.source.seek(offset)?;
+        (self.start, self.end, self.offset) = (0, 0, offset);
+        Ok(())
     }
 
     /// What was read and not consumed yet.

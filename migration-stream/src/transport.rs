@@ -3,9 +3,10 @@
 use std::error;
 use std::time::Instant;
 
-use crate::StreamWriter;
-use crate::ram::BlockId;
+use crate::mapped_ram::{MappedArea, MappedPages};
+use crate::ram::{BlockId, RamError};
 use crate::xbzrle::XbzrleCounters;
+use crate::{PageStore, StreamWriter};
 
 /// How pages leave. One transport serves precopy and every COLO checkpoint after it.
 pub trait PageTransport: Send {
@@ -95,6 +96,21 @@ pub trait PageBarrier: Send {
     /// # Errors
     /// A channel broke or is late; for a stream without multifd, that the record came at all.
     fn flush(&mut self) -> Result<(), TransportError>;
+
+    /// Loads the pages of a block of a stream with `mapped-ram`, and returns when all are in the
+    /// store.
+    ///
+    /// # Errors
+    /// The file's, the store's; without a file that there is none.
+    fn load_mapped(
+        &mut self,
+        block: BlockId,
+        area: &MappedArea,
+        store: &dyn PageStore,
+    ) -> Result<MappedPages, TransportError> {
+        let _ = (block, area, store);
+        Err(TransportError::main(RamError::NoFile))
+    }
 
     /// As [`PageTransport::set_deadline`].
     fn set_deadline(&mut self, deadline: Option<Instant>);

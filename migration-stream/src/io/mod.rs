@@ -9,8 +9,12 @@ use vm_memory::VolatileSlice;
 
 #[cfg(feature = "fd")]
 mod fd;
+mod file;
+#[cfg(feature = "fd")]
+mod positioned;
 #[cfg(feature = "fd")]
 pub use fd::FdChannel;
+pub use file::{FileChannel, PositionedFile};
 
 /// What became ready in [`ByteSource::wait`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -90,6 +94,15 @@ pub trait ByteSource: Send {
     /// No read may wait longer than until `deadline`; `None`: the transport's own limit.
     fn set_read_deadline(&mut self, deadline: Option<Instant>);
 
+    /// What is read next comes from byte `offset` of the file that this is.
+    ///
+    /// # Errors
+    /// [`io::ErrorKind::Unsupported`]: it is no file.
+    fn seek(&mut self, offset: u64) -> io::Result<()> {
+        let _ = offset;
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
     /// As [`ByteSource::read_scatter`] into plain bytes only.
     ///
     /// # Errors
@@ -124,5 +137,8 @@ impl<T: ByteSource + ?Sized> ByteSource for Box<T> {
     }
     fn set_read_deadline(&mut self, deadline: Option<Instant>) {
         (**self).set_read_deadline(deadline);
+    }
+    fn seek(&mut self, offset: u64) -> io::Result<()> {
+        (**self).seek(offset)
     }
 }

@@ -3,6 +3,7 @@
 use bitvec::order::Lsb0;
 use bitvec::vec::BitVec;
 
+use crate::PAGE_SIZE;
 use crate::ram::{BlockId, RamBlockTable};
 
 /// A run of pages of one block.
@@ -28,14 +29,18 @@ pub struct PendingPages {
 }
 
 impl PendingPages {
-    /// Every page of every block: what a migration begins with.
+    /// Every page of every block that is migrated: what a migration begins with.
     #[must_use]
     pub fn all(table: &RamBlockTable) -> Self {
         let blocks: Vec<_> = table
             .iter()
-            .map(|(_, b)| BitVec::repeat(true, usize::try_from(b.pages()).unwrap_or(usize::MAX)))
+            .map(|(id, b)| {
+                // Where nothing is pending nothing becomes so: the map of an ignored block is empty.
+                let pages = if table.is_ignored(id) { 0 } else { b.pages() };
+                BitVec::repeat(true, usize::try_from(pages).unwrap_or(usize::MAX))
+            })
             .collect();
-        let count = table.iter().map(|(_, b)| b.pages()).sum();
+        let count = table.migrated_bytes() / PAGE_SIZE;
         Self {
             blocks,
             count,
@@ -195,6 +200,20 @@ mod tests {
         assert_eq!(pages.len(), 199);
         assert!(pages.is_sorted());
         assert_eq!(pending.count(), 0);
+    }
+
+    #[test]
+    fn pages_of_an_ignored_block_are_never_pending() {
+        let blocks = vec![
+            RamBlock::new("shared", 70 * PAGE_SIZE).unwrap().shared(),
+            RamBlock::new("own", 3 * PAGE_SIZE).unwrap(),
+        ];
+        let blocks = RamBlockTable::new(blocks).unwrap();
+        assert_eq!(PendingPages::all(&blocks).count(), 73);
+        let mut pending = PendingPages::all(&blocks.ignoring_shared());
+        assert_eq!(pending.count(), 3);
+        assert_eq!(pending.or_word(BlockId::new(0), 0, u64::MAX), 0);
+        assert_eq!(drain(&mut pending, 1000), [(1, 0), (1, 1), (1, 2)]);
     }
 
     #[test]

@@ -12,7 +12,7 @@ use super::ram::{Budget, RamSender, RamSetup};
 use super::return_path::ReturnPathReader;
 use super::throttle::{Throttle, ThrottleConfig, ThrottleConfigError, Throttling};
 use crate::command::Command;
-use crate::configuration::Configuration;
+use crate::configuration::{Configuration, IGNORE_SHARED};
 use crate::section::SectionId;
 use crate::{DirtyLog, PAGE_SIZE, PageTransport, StreamWriter, TransportCounters, header, section};
 
@@ -124,7 +124,8 @@ pub struct Progress {
 /// What does not change during a migration.
 #[derive(Clone, Debug)]
 pub struct SourceConfig {
-    /// The configuration section, `None` for a stream without one.
+    /// The configuration section, `None` for a stream without one. `x-ignore-shared` is put
+    /// into it where the block table says so.
     pub configuration: Option<Configuration>,
     /// Whether SWITCHOVER_START announces the final phase (machine types of QEMU 10.0 on).
     pub switchover_start: bool,
@@ -199,6 +200,10 @@ impl<T: PageTransport, D: DirtyLog> Source<T, D> {
         let mut bytes = BytesMut::new();
         header::encode(&mut bytes);
         if let Some(configuration) = &config.configuration {
+            let mut configuration = configuration.clone();
+            if setup.ram.blocks().ignores_shared() {
+                configuration = configuration.with(IGNORE_SHARED);
+            }
             configuration.encode(&mut bytes);
         }
         if return_path.is_some() {
@@ -481,7 +486,7 @@ impl<T: PageTransport, D: DirtyLog> Source<T, D> {
             status: self.status,
             pass: self.pass,
             remaining,
-            total: self.ram.ram().blocks().total_bytes(),
+            total: self.ram.ram().blocks().migrated_bytes(),
             transferred: self.ram.bytes(&self.out),
             counters: self.ram.counters(),
             dirty_pages_rate: self.dirty_pages_rate,

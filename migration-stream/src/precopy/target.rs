@@ -393,6 +393,14 @@ impl Link {
     ) -> Result<(), TargetError> {
         match item {
             RamItem::BlockList(_) | RamItem::EndOfSection => {}
+            RamItem::MappedBlock { block, area } => {
+                if !pages.store.blocks().is_ignored(block) {
+                    let loaded = pages.barrier.load_mapped(block, &area, pages.store)?;
+                    received.normal_pages += loaded.normal;
+                    received.zero_pages += loaded.zero;
+                }
+                self.reader.seek(area.end()).map_err(|e| self.broken(e))?;
+            }
             RamItem::Page(PageAddress { block, offset }) => {
                 let page: VolatileSlice<'_> = pages.store.prepare(block, offset, PAGE_LEN)?;
                 let read = self.reader.read_payload(&page);

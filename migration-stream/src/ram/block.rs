@@ -27,6 +27,8 @@ impl BlockId {
 pub struct RamBlock {
     name: String,
     used_length: u64,
+    address: u64,
+    is_shared: bool,
 }
 
 impl RamBlock {
@@ -43,7 +45,27 @@ impl RamBlock {
         if used_length == 0 || !used_length.is_multiple_of(PAGE_SIZE) {
             return Err(RamBlockError::Length { name, used_length });
         }
-        Ok(Self { name, used_length })
+        Ok(Self {
+            name,
+            used_length,
+            address: 0,
+            is_shared: false,
+        })
+    }
+
+    /// The same block at this guest physical address, 0 without it. Only the capability
+    /// `x-ignore-shared` announces it.
+    #[must_use]
+    pub const fn at(mut self, address: u64) -> Self {
+        self.address = address;
+        self
+    }
+
+    /// The same block in memory that the other side maps too (a file, `share=on`).
+    #[must_use]
+    pub const fn shared(mut self) -> Self {
+        self.is_shared = true;
+        self
     }
 
     /// The name that identifies the block on both sides.
@@ -56,6 +78,12 @@ impl RamBlock {
     #[must_use]
     pub const fn used_length(&self) -> u64 {
         self.used_length
+    }
+
+    /// Where the guest has it, for blocks that are announced with it.
+    #[must_use]
+    pub const fn address(&self) -> u64 {
+        self.address
     }
 
     /// Number of pages.
@@ -73,6 +101,7 @@ impl RamBlock {
 pub struct RamBlockTable {
     blocks: Vec<RamBlock>,
     total: u64,
+    ignores_shared: bool,
 }
 
 impl RamBlockTable {
@@ -101,7 +130,32 @@ impl RamBlockTable {
                 .filter(|t| *t <= i64::MAX.unsigned_abs())
                 .ok_or(RamBlockError::Total)?;
         }
-        Ok(Self { blocks, total })
+        Ok(Self {
+            blocks,
+            total,
+            ignores_shared: false,
+        })
+    }
+
+    /// The same blocks, of which the [shared](RamBlock::shared) ones are announced, with the
+    /// addresses of all, but their pages stay where they are (the capability `x-ignore-shared`,
+    /// which both sides have to have).
+    #[must_use]
+    pub const fn ignoring_shared(mut self) -> Self {
+        self.ignores_shared = true;
+        self
+    }
+
+    /// Whether it is a table [ignoring shared blocks](Self::ignoring_shared).
+    #[must_use]
+    pub const fn ignores_shared(&self) -> bool {
+        self.ignores_shared
+    }
+
+    /// Whether the pages of a block stay where they are.
+    #[must_use]
+    pub fn is_ignored(&self, id: BlockId) -> bool {
+        self.ignores_shared && self.get(id).is_some_and(|b| b.is_shared)
     }
 
     /// The block with this id, `None` for an id of another table.
@@ -132,6 +186,13 @@ impl RamBlockTable {
     #[must_use]
     pub const fn total_bytes(&self) -> u64 {
         self.total
+    }
+
+    /// As [`RamBlockTable::total_bytes`], without the blocks whose pages stay where they are.
+    #[must_use]
+    pub fn migrated_bytes(&self) -> u64 {
+        let migrated = self.iter().filter(|(id, _)| !self.is_ignored(*id));
+        migrated.map(|(_, b)| b.used_length).sum()
     }
 
     /// Number of blocks.

@@ -1,6 +1,7 @@
 //! What can be wrong with a RAM section's body.
 
 use super::RamBlockError;
+use crate::mapped_ram::LayoutError;
 
 /// What is wrong with a RAM section's body.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -115,7 +116,54 @@ pub enum RamError {
         /// The block.
         name: String,
     },
+    /// Only one side leaves shared blocks alone (the capability `x-ignore-shared`).
+    #[error("the source {}, this side {}", ignoring(*.received), ignoring(!*.received))]
+    IgnoreShared {
+        /// Whether it is the source.
+        received: bool,
+    },
+    /// A block that both sides share is somewhere else in the guest.
+    #[error("shared ram block '{name}' at {received:#x}, expected at {local:#x}")]
+    Address {
+        /// The block.
+        name: String,
+        /// Its guest physical address at the source.
+        received: u64,
+        /// Its guest physical address here.
+        local: u64,
+    },
+    /// A page of a block that both sides share and none sends.
+    #[error("page of the shared ram block '{name}', which is not migrated")]
+    IgnoredBlock {
+        /// The block.
+        name: String,
+    },
+    /// A block's place in a mapped-ram file is not sound.
+    #[error("ram block '{name}'")]
+    MappedRam {
+        /// The block.
+        name: String,
+        /// What is wrong.
+        source: LayoutError,
+    },
+    /// A page record where pages have their places in the file.
+    #[error("ram record with flags {flags:#x} in a stream with mapped-ram")]
+    RecordInMappedRam {
+        /// The record's flags.
+        flags: u64,
+    },
+    /// A stream with mapped-ram where there is no file to take the pages from.
+    #[error("mapped-ram, but not read from a file")]
+    NoFile,
     /// The list is no valid block table.
     #[error(transparent)]
     Block(#[from] RamBlockError),
+}
+
+fn ignoring(ignores: bool) -> &'static str {
+    if ignores {
+        "ignores shared ram blocks"
+    } else {
+        "migrates them all"
+    }
 }

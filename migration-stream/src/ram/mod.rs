@@ -12,7 +12,8 @@ pub use error::RamError;
 pub use record::{
     PageAddress, Record, RecordDecoder, RecordEncoder, encode_end_of_section, encode_multifd_flush,
 };
-pub use setup::{SetupDecoder, check_announced, encode_setup_list};
+pub(crate) use setup::find_announced;
+pub use setup::{SetupDecoder, SetupEntry, SetupFields, check_announced, encode_setup_list};
 pub use transport::{InStream, NoMultifd, ZeroPageDetection};
 pub use zero::zero_check;
 

@@ -63,16 +63,14 @@ pub enum Record {
 pub struct RecordDecoder {
     last_block: Option<BlockId>,
     xbzrle: bool,
+    mapped_ram: bool,
 }
 
 impl RecordDecoder {
     /// For a channel on which no block was named yet.
     #[must_use]
     pub const fn new() -> Self {
-        Self {
-            last_block: None,
-            xbzrle: false,
-        }
+        Self::with_xbzrle(false)
     }
 
     /// The same, which with `xbzrle` takes encoded pages too (the capability `xbzrle`).
@@ -81,7 +79,13 @@ impl RecordDecoder {
         Self {
             last_block: None,
             xbzrle,
+            mapped_ram: false,
         }
+    }
+
+    /// From here on there are no pages: they have their places in the file (`mapped-ram`).
+    pub(crate) const fn refuse_pages(&mut self) {
+        self.mapped_ram = true;
     }
 
     /// Whether encoded pages are taken.
@@ -104,6 +108,9 @@ impl RecordDecoder {
         let (offset, flags) = (word & !FLAGS, word & FLAGS);
         match flags {
             FLAG_MEM_SIZE => Ok(Record::MemSize { total: offset }),
+            _ if self.mapped_ram && flags != FLAG_EOS => {
+                Err(at.error(RamError::RecordInMappedRam { flags }))
+            }
             FLAG_EOS | FLAG_MULTIFD_FLUSH if offset != 0 => {
                 Err(at.error(RamError::UnexpectedOffset { flags, offset }))
             }
@@ -149,8 +156,14 @@ impl RecordDecoder {
                 .ok_or_else(|| at.error(RamError::NothingToContinue));
         }
         let name = r.counted()?;
-        if let Some(block) = blocks.find(name) {
-            return Ok(block);
+        match blocks.find(name) {
+            Some(block) if blocks.is_ignored(block) => {
+                return Err(at.error(RamError::IgnoredBlock {
+                    name: String::from_utf8_lossy(name).into_owned(),
+                }));
+            }
+            Some(block) => return Ok(block),
+            None => {}
         }
         Err(at.error(RamError::UnknownBlock {
             name: String::from_utf8_lossy(name).into_owned(),

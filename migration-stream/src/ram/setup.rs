@@ -4,42 +4,83 @@
 //! be64 total | 0x004  { counted idstr  be64 used length }  until the lengths sum up to the total
 //! ```
 //!
-//! The optional fields of postcopy (block page size), `x-ignore-shared` (guest physical address)
-//! and `mapped-ram` (header) are absent: those capabilities are not offered.
+//! Two capabilities, which the configuration section names, put more into each entry, in this order:
+//! `x-ignore-shared` the block's guest physical address (be64), `mapped-ram` the places of its pages
+//! in the file ([`MappedArea`]). The block page size of postcopy is absent.
 
 use bytes::BufMut;
 
 use super::record::{FLAG_MEM_SIZE, FLAGS};
-use super::{RamBlock, RamBlockTable, RamError};
+use super::{BlockId, RamBlock, RamBlockTable, RamError};
 use crate::codec::{IdStr, Reader, put_counted};
+use crate::configuration::{Configuration, IGNORE_SHARED, MAPPED_RAM};
 use crate::error::DecodeError;
+use crate::mapped_ram::{HEADER_LEN, LayoutError, MappedArea};
 
-/// Appends the block list.
+/// Which optional fields the entries of a block list have.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SetupFields {
+    /// The guest physical address (the capability `x-ignore-shared`).
+    pub address: bool,
+    /// The places of the pages in the file (the capability `mapped-ram`).
+    pub mapped_ram: bool,
+}
+
+impl SetupFields {
+    /// Those of a stream with this configuration section: QEMU names there both capabilities that
+    /// change the block list.
+    #[must_use]
+    pub fn of(configuration: &Configuration) -> Self {
+        Self {
+            address: configuration.has(IGNORE_SHARED),
+            mapped_ram: configuration.has(MAPPED_RAM),
+        }
+    }
+}
+
+/// Appends the block list; with addresses if the table is one
+/// [ignoring shared blocks](RamBlockTable::ignoring_shared), and without `mapped-ram`.
 pub fn encode_setup_list(blocks: &RamBlockTable, out: &mut impl BufMut) {
     // Every length is a multiple of the page size, so that the flag's bit is free.
     out.put_u64(blocks.total_bytes() | FLAG_MEM_SIZE);
     for (_, block) in blocks.iter() {
         put_counted(out, block.name());
         out.put_u64(block.used_length());
+        if blocks.ignores_shared() {
+            out.put_u64(block.address());
+        }
     }
+}
+
+/// An entry that was read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SetupEntry<'a> {
+    /// Its position in the list.
+    pub index: BlockId,
+    /// The block.
+    pub block: &'a RamBlock,
+    /// Where its pages are, with `mapped-ram` and unless it is a block that both sides share.
+    pub area: Option<MappedArea>,
 }
 
 /// Decodes a block list entry by entry, so that no more than one entry need be there at a time.
 #[derive(Clone, Debug)]
 pub struct SetupDecoder {
     remaining: u64,
+    fields: SetupFields,
     blocks: Vec<RamBlock>,
 }
 
 impl SetupDecoder {
     /// The longest entry, bytes.
-    pub const MAX_ENTRY_LEN: usize = 1 + IdStr::MAX_LEN + 8;
+    pub const MAX_ENTRY_LEN: usize = 1 + IdStr::MAX_LEN + 8 + 8 + HEADER_LEN;
 
     /// For the entries after a size record of `total` bytes.
     #[must_use]
-    pub const fn new(total: u64) -> Self {
+    pub const fn new(total: u64, fields: SetupFields) -> Self {
         Self {
             remaining: total,
+            fields,
             blocks: Vec::new(),
         }
     }
@@ -49,10 +90,10 @@ impl SetupDecoder {
     ///
     /// # Errors
     /// [`RamError::SetupMissing`] for any other record, or the bytes end before it does.
-    pub fn begin(r: &mut Reader<'_>) -> Result<Self, DecodeError> {
+    pub fn begin(r: &mut Reader<'_>, fields: SetupFields) -> Result<Self, DecodeError> {
         let at = r.clone();
         match r.be64()? {
-            word if word & FLAGS == FLAG_MEM_SIZE => Ok(Self::new(word & !FLAGS)),
+            word if word & FLAGS == FLAG_MEM_SIZE => Ok(Self::new(word & !FLAGS, fields)),
             word => Err(at.error(RamError::SetupMissing {
                 flags: word & FLAGS,
             })),
@@ -65,16 +106,25 @@ impl SetupDecoder {
         self.remaining == 0
     }
 
-    /// Reads one entry.
+    /// Reads one entry. Where it has an area the list goes on [behind that](MappedArea::end), and
+    /// the reader's offset has to be the one in the file.
     ///
     /// # Errors
     /// [`RamError`], or the bytes end before the entry does; then nothing has changed.
-    pub fn entry(&mut self, r: &mut Reader<'_>) -> Result<(), DecodeError> {
+    pub fn entry(&mut self, r: &mut Reader<'_>) -> Result<SetupEntry<'_>, DecodeError> {
         let at = r.clone();
         let name = r.idstr()?;
         let used_length = r.be64()?;
-        let block =
+        let mut block =
             RamBlock::new(name.as_str(), used_length).map_err(|e| at.error(RamError::Block(e)))?;
+        if self.fields.address {
+            block = block.at(r.be64()?);
+        }
+        let area = if self.fields.mapped_ram {
+            self.area(&block, r)?
+        } else {
+            None
+        };
         if self.blocks.len() == RamBlockTable::MAX_BLOCKS {
             return Err(at.error(RamError::Block(super::RamBlockError::Count {
                 count: self.blocks.len() + 1,
@@ -87,8 +137,36 @@ impl SetupDecoder {
                 remaining: self.remaining,
             })
         })?;
+        if self.fields.mapped_ram && self.fields.address && area.is_none() {
+            block = block.shared();
+        }
+        #[allow(clippy::cast_possible_truncation)] // fewer than MAX_BLOCKS
+        let index = BlockId::new(self.blocks.len() as u32);
         self.blocks.push(block);
-        Ok(())
+        // Just pushed.
+        let block = self.blocks.last();
+        let block = block.ok_or_else(|| at.error(RamError::NotSetUp))?;
+        Ok(SetupEntry { index, block, area })
+    }
+
+    /// The place of `block`'s pages; `None` for a block that both sides share, which has none.
+    fn area(
+        &self,
+        block: &RamBlock,
+        r: &mut Reader<'_>,
+    ) -> Result<Option<MappedArea>, DecodeError> {
+        let at = r.clone();
+        let bytes = r.array::<HEADER_LEN>()?;
+        let area = MappedArea::decode(&bytes, r.offset(), block.used_length());
+        match area {
+            Err(LayoutError::NoArea) if self.fields.address => Ok(None),
+            other => other.map(Some).map_err(|source| {
+                at.error(RamError::MappedRam {
+                    name: block.name().to_owned(),
+                    source,
+                })
+            }),
+        }
     }
 
     /// The announced blocks, in the order announced. To be called when the list
@@ -97,35 +175,27 @@ impl SetupDecoder {
     /// # Errors
     /// The list is empty or names a block twice.
     pub fn finish(&mut self) -> Result<RamBlockTable, RamError> {
-        Ok(RamBlockTable::new(std::mem::take(&mut self.blocks))?)
+        let table = RamBlockTable::new(std::mem::take(&mut self.blocks))?;
+        Ok(if self.fields.address {
+            table.ignoring_shared()
+        } else {
+            table
+        })
     }
 }
 
 /// Whether the blocks `announced` by a source are those of this side: the same names with the same
-/// lengths, in any order.
+/// lengths, in any order, and what is shared at the same address.
 ///
 /// # Errors
 /// The first difference.
 pub fn check_announced(local: &RamBlockTable, announced: &RamBlockTable) -> Result<(), RamError> {
+    let received = announced.ignores_shared();
+    if local.ignores_shared() != received {
+        return Err(RamError::IgnoreShared { received });
+    }
     for (_, block) in announced.iter() {
-        let here = local
-            .find(block.name().as_bytes())
-            .and_then(|id| local.get(id));
-        match here {
-            None => {
-                return Err(RamError::UnknownBlock {
-                    name: block.name().to_owned(),
-                });
-            }
-            Some(here) if here.used_length() != block.used_length() => {
-                return Err(RamError::BlockLength {
-                    name: block.name().to_owned(),
-                    received: block.used_length(),
-                    local: here.used_length(),
-                });
-            }
-            Some(_) => {}
-        }
+        find_announced(local, block)?;
     }
     match local
         .iter()
@@ -136,6 +206,33 @@ pub fn check_announced(local: &RamBlockTable, announced: &RamBlockTable) -> Resu
             name: block.name().to_owned(),
         }),
     }
+}
+
+/// Which block of this side an announced one is.
+///
+/// # Errors
+/// There is none, or it is another in length or, where it is shared, in address.
+pub(crate) fn find_announced(local: &RamBlockTable, block: &RamBlock) -> Result<BlockId, RamError> {
+    let name = || block.name().to_owned();
+    let id = local.find(block.name().as_bytes());
+    let (id, here) = id
+        .and_then(|id| Some((id, local.get(id)?)))
+        .ok_or_else(|| RamError::UnknownBlock { name: name() })?;
+    if here.used_length() != block.used_length() {
+        return Err(RamError::BlockLength {
+            name: name(),
+            received: block.used_length(),
+            local: here.used_length(),
+        });
+    }
+    if local.is_ignored(id) && here.address() != block.address() {
+        return Err(RamError::Address {
+            name: name(),
+            received: block.address(),
+            local: here.address(),
+        });
+    }
+    Ok(id)
 }
 
 #[cfg(test)]
@@ -162,7 +259,7 @@ mod tests {
             b"\0\0\0\0\x04\x0c\x20\x04\x06pc.ram\0\0\0\0\x04\0\0\0\x03vga\0\0\0\0\0\x0c\x20\0"
         );
         let mut r = Reader::new(&out[8..], 0);
-        let mut decoder = SetupDecoder::new(0x040c_2000);
+        let mut decoder = SetupDecoder::new(0x040c_2000, SetupFields::default());
         while !decoder.is_complete() {
             decoder.entry(&mut r).unwrap();
         }
@@ -173,7 +270,7 @@ mod tests {
     #[test]
     fn c18_a_total_smaller_than_its_blocks_is_refused_instead_of_wrapping() {
         let entry = b"\x03vga\0\0\0\0\0\0\x20\0";
-        let mut decoder = SetupDecoder::new(0x1000);
+        let mut decoder = SetupDecoder::new(0x1000, SetupFields::default());
         let e = decoder.entry(&mut Reader::new(entry, 0x40)).unwrap_err();
         assert_eq!(
             e.to_string(),
@@ -184,7 +281,7 @@ mod tests {
 
     #[test]
     fn c18_a_list_that_never_reaches_its_total_is_bounded() {
-        let mut decoder = SetupDecoder::new(!0xfff);
+        let mut decoder = SetupDecoder::new(!0xfff, SetupFields::default());
         let mut result = Ok(());
         let mut entries = 0;
         while result.is_ok() {
@@ -192,7 +289,7 @@ mod tests {
             let mut out = Vec::new();
             put_counted(&mut out, &name);
             out.put_u64(0x1000);
-            result = decoder.entry(&mut Reader::new(&out, 0));
+            result = decoder.entry(&mut Reader::new(&out, 0)).map(drop);
             entries += 1;
         }
         assert_eq!(entries, RamBlockTable::MAX_BLOCKS + 1);
@@ -200,7 +297,7 @@ mod tests {
 
     #[test]
     fn c18_a_block_of_no_length_is_refused() {
-        let mut decoder = SetupDecoder::new(0x1000);
+        let mut decoder = SetupDecoder::new(0x1000, SetupFields::default());
         assert!(
             decoder
                 .entry(&mut Reader::new(b"\x03vga\0\0\0\0\0\0\0\0", 0))
@@ -224,6 +321,43 @@ mod tests {
         assert_eq!(
             check(&[("pc.ram", 0x0200_0000)]),
             Err(RamError::BlockMissing { name: "vga".into() })
+        );
+    }
+
+    #[test]
+    fn a_list_of_shared_blocks_has_addresses_that_are_compared() {
+        let blocks = |address| {
+            let block = RamBlock::new("pc.ram", 0x2000).unwrap().shared();
+            RamBlockTable::new(vec![block.at(address)])
+                .unwrap()
+                .ignoring_shared()
+        };
+        let mut out = Vec::new();
+        encode_setup_list(&blocks(0x1000), &mut out);
+        assert_eq!(
+            out,
+            b"\0\0\0\0\0\0\x20\x04\x06pc.ram\0\0\0\0\0\0\x20\0\0\0\0\0\0\0\x10\0"
+        );
+        let fields = SetupFields {
+            address: true,
+            mapped_ram: false,
+        };
+        let mut r = Reader::new(&out, 0);
+        let mut decoder = SetupDecoder::begin(&mut r, fields).unwrap();
+        decoder.entry(&mut r).unwrap();
+        let announced = decoder.finish().unwrap();
+        assert_eq!(check_announced(&blocks(0x1000), &announced), Ok(()));
+        assert_eq!(
+            check_announced(&blocks(0), &announced),
+            Err(RamError::Address {
+                name: "pc.ram".into(),
+                received: 0x1000,
+                local: 0
+            })
+        );
+        assert_eq!(
+            check_announced(&table(&[("pc.ram", 0x2000)]), &announced),
+            Err(RamError::IgnoreShared { received: true })
         );
     }
 }

@@ -79,6 +79,8 @@ pub fn bytes_of(items: &[Item], payloads: &mut impl Iterator<Item = Vec<u8>>) ->
                 encode_setup_list(list, &mut out);
                 blocks = Some(list);
             }
+            // What is read from a file cannot be one piece of bytes.
+            Item::Ram(RamItem::MappedBlock { .. }) => panic!("{item:?}"),
             Item::Ram(RamItem::Page(page)) => {
                 records.page(*page, blocks.unwrap(), &mut out).unwrap();
             }

@@ -69,6 +69,7 @@ impl Whole {
                 Item::Ram(RamItem::BlockList(blocks)) => {
                     ram::encode_setup_list(blocks, &mut out);
                 }
+                Item::Ram(RamItem::MappedBlock { .. }) => return Err("a mapped block".into()),
                 Item::Ram(RamItem::Page(page)) => records.page(*page, &self.blocks, &mut out)?,
                 Item::Ram(RamItem::Zero(page)) => records.zero(*page, &self.blocks, &mut out)?,
                 Item::Ram(RamItem::Xbzrle { page, len }) => {

@@ -1,0 +1,93 @@
+//! [`PositionedFile`] for the standard library's files. `unsafe` is for reads and writes of guest
+//! memory, which has no Rust reference to pass to the standard library.
+#![allow(unsafe_code)]
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
+
+use vm_memory::VolatileSlice;
+
+use super::PositionedFile;
+
+impl PositionedFile for File {
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<usize> {
+        retry(|| FileExt::read_at(self, buf, offset))
+    }
+
+    fn write_at(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        self.write_all_at(bytes, offset)
+    }
+
+    fn read_guest(&self, offset: u64, guest: &VolatileSlice<'_>) -> io::Result<()> {
+        whole(guest, offset, |rest, at| {
+            // SAFETY: the guard's pointer is valid for writes of `rest.len()` bytes for as long as
+            // the slice is borrowed, which is for the call; the kernel writes no further.
+            let n = unsafe {
+                libc::pread(
+                    self.as_raw_fd(),
+                    rest.ptr_guard_mut().as_ptr().cast(),
+                    rest.len(),
+                    at,
+                )
+            };
+            match usize::try_from(n) {
+                Ok(0) => Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(n) => Ok(n),
+                Err(_) => Err(io::Error::last_os_error()),
+            }
+        })
+    }
+
+    fn write_guest(&self, offset: u64, guest: &VolatileSlice<'_>) -> io::Result<()> {
+        whole(guest, offset, |rest, at| {
+            // SAFETY: the guard's pointer is valid for reads of `rest.len()` bytes for as long as
+            // the slice is borrowed, which is for the call.
+            let n = unsafe {
+                libc::pwrite(
+                    self.as_raw_fd(),
+                    rest.ptr_guard().as_ptr().cast(),
+                    rest.len(),
+                    at,
+                )
+            };
+            match usize::try_from(n) {
+                Ok(0) => Err(io::ErrorKind::WriteZero.into()),
+                Ok(n) => Ok(n),
+                Err(_) => Err(io::Error::last_os_error()),
+            }
+        })
+    }
+
+    fn size(&self) -> io::Result<u64> {
+        self.metadata().map(|m| m.len())
+    }
+}
+
+/// Calls `part` until it has moved all of `guest`.
+fn whole(
+    guest: &VolatileSlice<'_>,
+    offset: u64,
+    part: impl Fn(&VolatileSlice<'_>, libc::off_t) -> io::Result<usize>,
+) -> io::Result<()> {
+    let mut done = 0;
+    while done < guest.len() {
+        let rest = guest.offset(done).map_err(io::Error::other)?;
+        let at = offset
+            .checked_add(done as u64)
+            .and_then(|at| libc::off_t::try_from(at).ok())
+            .ok_or(io::ErrorKind::FileTooLarge)?;
+        done += retry(|| part(&rest, at))?;
+    }
+    Ok(())
+}
+
+fn retry(mut call: impl FnMut() -> io::Result<usize>) -> io::Result<usize> {
+    loop {
+        match call() {
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            other => return other,
+        }
+    }
+}
