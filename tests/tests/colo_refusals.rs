@@ -138,8 +138,8 @@ fn parameters() -> Result<()> {
             ["multifd-channels", "uint8_t"],
         ),
         (
-            json!({"multifd-compression": "zlib"}),
-            ["multifd-compression", "zlib"],
+            json!({"multifd-compression": "qpl"}),
+            ["multifd-compression", "qpl"],
         ),
         (
             json!({"multifd-compression": "none", "multifd-zstd-level": 21}),

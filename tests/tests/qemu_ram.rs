@@ -16,7 +16,7 @@ use multifd::{ChannelCount, Compression, Listener, MultifdConfig, RecvSet, ZlibL
 use serde_json::json;
 use tempfile::TempDir;
 use tests::guest::{self, Content, Dirtier};
-use tests::qemu::{Binary, Machine, Qemu};
+use tests::qemu::{Accel, Binary, Machine, Qemu};
 use tests::store::Memory;
 use tests::{Result, harness};
 
@@ -94,6 +94,13 @@ fn stopped_guest(qemu: &Binary, how: How) -> Result<()> {
 }
 
 fn running_guest(qemu: &Binary, how: How) -> Result<()> {
+    // Under TCG, QEMU 7.2 misses pages that the guest dirties while they are sent: no target gets
+    // them.
+    let accel = if qemu.is_since((10, 0)) {
+        Accel::Tcg
+    } else {
+        Accel::Kvm
+    };
     for machine in ["pc", "microvm"] {
         let files = Files::new()?;
         let guest = Dirtier {
@@ -102,6 +109,7 @@ fn running_guest(qemu: &Binary, how: How) -> Result<()> {
         };
         guest.write_disk(&files.disk)?;
         let mut source = Machine::new(machine, MEMORY)
+            .accel(accel)
             .boot(&files.disk)
             .memory_in(&files.memory)
             .running()
@@ -121,7 +129,7 @@ fn running_guest(qemu: &Binary, how: How) -> Result<()> {
         source.migrate(&destination.uri)?;
         source
             .qmp
-            .wait_event_if("MIGRATION_PASS", |d| d["pass"] == 3)?;
+            .wait_event_if("MIGRATION_PASS", |d| d["pass"] == 2)?;
         source
             .qmp
             .set_parameters(json!({"max-bandwidth": 0, "downtime-limit": 2000}))?;
