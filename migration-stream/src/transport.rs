@@ -86,6 +86,9 @@ pub struct TransportCounters {
     pub channel_bytes: u64,
     /// Pages sent as differences.
     pub xbzrle: XbzrleCounters,
+    /// Synchronisations of a channel before which the kernel copied pages that were to be sent
+    /// without (`dirty-sync-missed-zero-copy`).
+    pub missed_zero_copy: u64,
 }
 
 /// What waits for the pages of other channels on the receiving side.

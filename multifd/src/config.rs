@@ -167,6 +167,9 @@ pub struct MultifdConfig {
     pub zero_pages: ZeroPageDetection,
     /// Sender only: when the channels are synchronised.
     pub flush: Flush,
+    /// Sender only: pages are not copied on their way into the kernel (`MSG_ZEROCOPY`, QEMU's
+    /// `zero-copy-send`). Needs TCP, no compression, and memory that the process may lock.
+    pub zero_copy: bool,
     /// The VM's UUID, all zero if it has none.
     pub uuid: [u8; 16],
     /// How long a wait without a deadline of its own goes on while no channel completes a packet.
@@ -180,6 +183,7 @@ impl Default for MultifdConfig {
             compression: Compression::None,
             zero_pages: ZeroPageDetection::Multifd,
             flush: Flush::EachRound,
+            zero_copy: false,
             uuid: [0; 16],
             stall_limit: Duration::from_secs(30),
         }

@@ -59,6 +59,16 @@ pub enum ChannelError {
         #[source]
         source: CompressionError,
     },
+    /// The channel cannot send without copying.
+    #[error("setting up zero-copy send")]
+    ZeroCopy {
+        /// Why.
+        #[source]
+        source: Arc<io::Error>,
+    },
+    /// Compressed pages are not sent out of guest memory.
+    #[error("zero-copy send of pages that are compressed")]
+    CompressedZeroCopy,
     /// Guest memory, or the store, refused a range.
     #[error("{what}")]
     Memory {

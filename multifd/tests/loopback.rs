@@ -187,6 +187,45 @@ fn without_zero_page_detection_every_page_travels_with_its_data() {
 }
 
 #[test]
+fn every_page_arrives_without_being_copied_on_its_way_out() {
+    for channels in [1, 3] {
+        let zero_copy = MultifdConfig {
+            zero_copy: true,
+            ..config(channels, Compression::None)
+        };
+        let counters = migrate(&tcp(), &zero_copy);
+        // Loopback has no wire that could be waited for: the kernel copies for the receiver.
+        assert!(counters.missed_zero_copy > 0, "{counters:?}");
+        assert!(counters.normal_pages > 466, "{counters:?}");
+    }
+}
+
+#[test]
+fn what_cannot_be_sent_without_a_copy_is_refused() {
+    let start = |address: &Address, compression| {
+        let config = MultifdConfig {
+            zero_copy: true,
+            ..config(2, compression)
+        };
+        let (outgoing, _incoming) = connections(address, &config);
+        let channels = outgoing.channels.into_iter().map(Into::into).collect();
+        SendSet::start(Arc::new(Ram::new(&PAGES)), channels, &config).unwrap_err()
+    };
+    let compressed = start(&tcp(), zstd());
+    assert!(matches!(
+        common::cause(&compressed),
+        (None, multifd::ChannelError::CompressedZeroCopy)
+    ));
+    let dir = tempfile::tempdir().unwrap();
+    let unix = start(&Address::Unix(dir.path().join("socket")), Compression::None);
+    assert!(matches!(
+        common::cause(&unix),
+        (Some(0), multifd::ChannelError::ZeroCopy { .. })
+    ));
+    assert!(common::text(&unix).contains("needs a TCP connection"));
+}
+
+#[test]
 fn a_page_that_became_zero_is_zero_at_the_other_side() {
     let mut m = Migration::start(&tcp(), &config(2, zstd()));
     m.ram.fill(0, 5, 0);

@@ -12,12 +12,14 @@ use std::time::{Duration, Instant};
 
 use vm_memory::VolatileSlice;
 
+use super::zero_copy::ZeroCopy;
 use super::{ByteSink, ByteSource, Chunk, Readiness};
 
 /// The kernel takes at most this many pieces in one call (`UIO_MAXIOV`).
 const MAX_IOVECS: usize = 1024;
 
-/// One direction, or both, of a connection. Clones share the connection, not the deadlines.
+/// One direction, or both, of a connection. Clones share the connection, not the deadlines; one of
+/// them may send without copying.
 #[derive(Debug)]
 pub struct FdChannel {
     fd: Arc<OwnedFd>,
@@ -25,6 +27,7 @@ pub struct FdChannel {
     limit: Duration,
     read_deadline: Option<Instant>,
     write_deadline: Option<Instant>,
+    zero_copy: Option<ZeroCopy>,
 }
 
 impl FdChannel {
@@ -57,6 +60,7 @@ impl FdChannel {
             limit,
             read_deadline: None,
             write_deadline: None,
+            zero_copy: None,
         })
     }
 
@@ -69,6 +73,7 @@ impl FdChannel {
             limit: self.limit,
             read_deadline: None,
             write_deadline: None,
+            zero_copy: None,
         }
     }
 
@@ -79,8 +84,12 @@ impl FdChannel {
         unsafe { libc::shutdown(self.fd.as_raw_fd(), libc::SHUT_RDWR) };
     }
 
+    fn until(&self, deadline: Option<Instant>) -> Instant {
+        deadline.unwrap_or_else(|| Instant::now() + self.limit)
+    }
+
     fn wait_for(&self, events: libc::c_short, deadline: Option<Instant>) -> io::Result<()> {
-        let until = deadline.unwrap_or_else(|| Instant::now() + self.limit);
+        let until = self.until(deadline);
         if poll(
             &mut [pollfd(self.fd.as_raw_fd(), events), pollfd(-1, 0)],
             Some(until),
@@ -112,8 +121,8 @@ impl FdChannel {
         usize::try_from(n).map_err(|_| io::Error::last_os_error())
     }
 
-    /// One non-blocking gather write.
-    fn writev(&self, iovecs: &mut [libc::iovec]) -> io::Result<usize> {
+    /// One non-blocking gather write; `flags` are a socket's.
+    fn writev(&self, iovecs: &mut [libc::iovec], flags: libc::c_int) -> io::Result<usize> {
         let n = if self.is_socket {
             // SAFETY: an all-zero msghdr is valid: no address, no control data.
             let mut msg: libc::msghdr = unsafe { std::mem::zeroed() };
@@ -121,7 +130,13 @@ impl FdChannel {
             msg.msg_iovlen = iovecs.len();
             // MSG_NOSIGNAL: a library must not let SIGPIPE end its process.
             // SAFETY: `msg` and the iovecs live for the call; sendmsg only reads the memory.
-            unsafe { libc::sendmsg(self.fd.as_raw_fd(), &raw const msg, libc::MSG_NOSIGNAL) }
+            unsafe {
+                libc::sendmsg(
+                    self.fd.as_raw_fd(),
+                    &raw const msg,
+                    libc::MSG_NOSIGNAL | flags,
+                )
+            }
         } else {
             // SAFETY: as above.
             unsafe {
@@ -144,6 +159,51 @@ impl AsFd for FdChannel {
 
 impl ByteSink for FdChannel {
     fn write_all(&mut self, chunks: &[Chunk<'_>]) -> io::Result<()> {
+        if self.zero_copy.is_none() {
+            return self.write_gathered(chunks, 0);
+        }
+        // Our own bytes are copied: their buffer is used again at once.
+        let is_guest = |chunk: &Chunk<'_>| matches!(chunk, Chunk::Guest(_));
+        let mut parts = chunks
+            .chunk_by(|a, b| is_guest(a) == is_guest(b))
+            .peekable();
+        while let Some(part) = parts.next() {
+            let more = if parts.peek().is_some() {
+                libc::MSG_MORE
+            } else {
+                0
+            };
+            let zero_copy = if part.first().is_some_and(is_guest) {
+                libc::MSG_ZEROCOPY
+            } else {
+                0
+            };
+            self.write_gathered(part, more | zero_copy)?;
+        }
+        Ok(())
+    }
+
+    fn enable_zero_copy(&mut self) -> io::Result<()> {
+        self.zero_copy = Some(ZeroCopy::enable(self.fd.as_fd())?);
+        Ok(())
+    }
+
+    fn finish_zero_copy(&mut self) -> io::Result<u64> {
+        let until = self.until(self.write_deadline);
+        match &mut self.zero_copy {
+            Some(zero_copy) => zero_copy.finish(self.fd.as_fd(), until),
+            None => Ok(0),
+        }
+    }
+
+    fn set_write_deadline(&mut self, deadline: Option<Instant>) {
+        self.write_deadline = deadline;
+    }
+}
+
+impl FdChannel {
+    /// Writes all of it, with `flags` to a socket.
+    fn write_gathered(&mut self, chunks: &[Chunk<'_>], flags: libc::c_int) -> io::Result<()> {
         // Without a deadline the limit counts from the last progress, with one it is absolute.
         for batch in chunks.chunks(MAX_IOVECS) {
             // Our mappings are plain memory: a guard only hands out the pointer, and the slice
@@ -158,13 +218,31 @@ impl ByteSink for FdChannel {
             let mut rest = iovecs.as_mut_slice();
             skip(&mut rest, 0);
             while !rest.is_empty() {
-                match self.writev(rest) {
+                match self.writev(rest, flags) {
                     Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
-                    Ok(n) => skip(&mut rest, n),
+                    Ok(n) => {
+                        skip(&mut rest, n);
+                        if let (Some(zero_copy), true) =
+                            (&mut self.zero_copy, flags & libc::MSG_ZEROCOPY != 0)
+                        {
+                            zero_copy.sent();
+                        }
+                    }
                     Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                        // Reports that nobody takes would end every wait at once.
+                        if let Some(zero_copy) = &mut self.zero_copy {
+                            zero_copy.reap(self.fd.as_fd())?;
+                        }
                         self.wait_for(libc::POLLOUT, self.write_deadline)?;
                     }
                     Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                    Err(e) if e.raw_os_error() == Some(libc::ENOBUFS) => {
+                        let until = self.until(self.write_deadline);
+                        match &mut self.zero_copy {
+                            Some(zero_copy) => zero_copy.make_room(self.fd.as_fd(), until)?,
+                            None => return Err(e),
+                        }
+                    }
                     Err(e) => return Err(e),
                 }
             }
@@ -172,12 +250,6 @@ impl ByteSink for FdChannel {
         Ok(())
     }
 
-    fn set_write_deadline(&mut self, deadline: Option<Instant>) {
-        self.write_deadline = deadline;
-    }
-}
-
-impl FdChannel {
     fn read_once(&self, guest: &[VolatileSlice<'_>], buf: &mut [u8]) -> io::Result<usize> {
         if guest.is_empty() {
             return self.readv(&[iovec(buf.as_mut_ptr(), buf.len())]);
@@ -273,7 +345,7 @@ const fn c_int_len(len: usize) -> libc::c_int {
     len as libc::c_int
 }
 
-const fn pollfd(fd: RawFd, events: libc::c_short) -> libc::pollfd {
+pub(super) const fn pollfd(fd: RawFd, events: libc::c_short) -> libc::pollfd {
     libc::pollfd {
         fd,
         events,
@@ -282,7 +354,7 @@ const fn pollfd(fd: RawFd, events: libc::c_short) -> libc::pollfd {
 }
 
 /// Waits for one of `fds`; false when the deadline passed first.
-fn poll(fds: &mut [libc::pollfd; 2], deadline: Option<Instant>) -> io::Result<bool> {
+pub(super) fn poll(fds: &mut [libc::pollfd; 2], deadline: Option<Instant>) -> io::Result<bool> {
     loop {
         let timeout = match deadline {
             None => -1,

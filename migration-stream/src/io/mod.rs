@@ -13,6 +13,8 @@ mod file;
 #[cfg(feature = "fd")]
 mod positioned;
 #[cfg(feature = "fd")]
+mod zero_copy;
+#[cfg(feature = "fd")]
 pub use fd::FdChannel;
 pub use file::{FileChannel, PositionedFile};
 
@@ -63,6 +65,24 @@ pub trait ByteSink: Send {
 
     /// No write may take longer than until `deadline`; `None`: the transport's own limit.
     fn set_write_deadline(&mut self, deadline: Option<Instant>);
+
+    /// Lets the kernel read guest memory when it transmits it, instead of copying it before
+    /// [`ByteSink::write_all`] returns. What is sent is what the memory holds then.
+    ///
+    /// # Errors
+    /// [`io::ErrorKind::Unsupported`]: the transport cannot.
+    fn enable_zero_copy(&mut self) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    /// Waits until the kernel reads no guest memory any more, and returns how many of the sends
+    /// since the last call it copied after all.
+    ///
+    /// # Errors
+    /// [`io::ErrorKind::TimedOut`] when the deadline passes; whatever the transport reports.
+    fn finish_zero_copy(&mut self) -> io::Result<u64> {
+        Ok(0)
+    }
 }
 
 /// The incoming direction of a channel.
@@ -118,6 +138,12 @@ impl<T: ByteSink + ?Sized> ByteSink for Box<T> {
     }
     fn set_write_deadline(&mut self, deadline: Option<Instant>) {
         (**self).set_write_deadline(deadline);
+    }
+    fn enable_zero_copy(&mut self) -> io::Result<()> {
+        (**self).enable_zero_copy()
+    }
+    fn finish_zero_copy(&mut self) -> io::Result<u64> {
+        (**self).finish_zero_copy()
     }
 }
 

@@ -62,7 +62,8 @@ impl SendSet {
     /// Starts the threads of `channels`, whose handshakes are sent, in the order of their ids.
     ///
     /// # Errors
-    /// [`ChannelError::ChannelCount`], [`ChannelError::Setup`] and [`ChannelError::Spawn`].
+    /// [`ChannelError::ChannelCount`], [`ChannelError::Setup`] and [`ChannelError::Spawn`];
+    /// [`ChannelError::ZeroCopy`] and [`ChannelError::CompressedZeroCopy`].
     pub fn start(
         ram: Arc<dyn GuestRam>,
         channels: Vec<SendChannel>,
@@ -74,8 +75,20 @@ impl SendSet {
                 expected: config.channels.get(),
             }));
         }
-        let (sinks, closers): (Vec<_>, Vec<_>) =
+        let is_compressed = config.compression != Compression::None;
+        if config.zero_copy && is_compressed {
+            return Err(TransportError::main(ChannelError::CompressedZeroCopy));
+        }
+        let (mut sinks, closers): (Vec<_>, Vec<_>) =
             channels.into_iter().map(|c| (c.sink, c.close)).unzip();
+        if config.zero_copy {
+            for (id, sink) in config.channels.ids().zip(&mut sinks) {
+                sink.enable_zero_copy().map_err(|e| {
+                    let source = Arc::new(e);
+                    TransportError::channel(id.get(), ChannelError::ZeroCopy { source })
+                })?;
+            }
+        }
         let crew = Arc::new(Crew::new(
             Queue::new(config.channels),
             closers,
@@ -106,7 +119,7 @@ impl SendSet {
             batch: None,
             deadline: None,
             flush: config.flush,
-            is_compressed: config.compression != Compression::None,
+            is_compressed,
             main_zero: (config.zero_pages == ZeroPageDetection::Legacy).then(MainZero::default),
         })
     }

@@ -26,6 +26,7 @@ pub(super) struct Totals {
     normal_pages: AtomicU64,
     zero_pages: AtomicU64,
     bytes: AtomicU64,
+    missed_zero_copy: AtomicU64,
 }
 
 impl Totals {
@@ -34,6 +35,7 @@ impl Totals {
             normal_pages: self.normal_pages.load(Ordering::Relaxed),
             zero_pages: self.zero_pages.load(Ordering::Relaxed),
             channel_bytes: self.bytes.load(Ordering::Relaxed),
+            missed_zero_copy: self.missed_zero_copy.load(Ordering::Relaxed),
             ..TransportCounters::default()
         }
     }
@@ -184,6 +186,15 @@ impl<'a> Writer<'a> {
             .write_all(&[Chunk::Bytes(&self.header)])
             .map_err(|e| write_failed(index, Part::Header, e))?;
         self.index += 1;
+        // Newer content of a page may leave on another channel from here on: nothing may read it
+        // for what was sent before.
+        let copied = self
+            .sink
+            .finish_zero_copy()
+            .map_err(|e| write_failed(index, Part::Header, e))?;
+        if copied > 0 {
+            self.totals.missed_zero_copy.fetch_add(1, Ordering::Relaxed);
+        }
         self.totals
             .bytes
             .fetch_add(HEADER_LEN as u64, Ordering::Relaxed);
