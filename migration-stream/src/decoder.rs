@@ -229,6 +229,11 @@ impl StreamDecoder {
         }
     }
 
+    /// From here on as [`DecoderConfig::flush_each_section`] says.
+    pub(crate) const fn flush_each_section(&mut self) {
+        self.sections.flush_each_section = true;
+    }
+
     /// The blocks that the addresses of pages refer to: those given, or else those announced.
     #[must_use]
     pub const fn blocks(&self) -> Option<&RamBlockTable> {

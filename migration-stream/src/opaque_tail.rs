@@ -11,12 +11,15 @@
 
 use std::ops::Range;
 
+use bytes::BufMut;
+
 use crate::codec::{IdStr, Reader};
 use crate::decoder::{DecoderConfig, MAX_SECTIONS};
-use crate::device_blob::DeviceSection;
+use crate::device_blob::{DeviceSection, encode_device_blob};
 use crate::error::DecodeError;
 use crate::section::{
-    Announcement, InstanceId, SectionHeader, SectionId, SectionType, decode_footer, encode_footer,
+    Announcement, InstanceId, SectionError, SectionHeader, SectionId, SectionType, decode_footer,
+    encode_footer,
 };
 use crate::vmdesc::{DescriptionError, DeviceDescription, VmDescription};
 
@@ -101,7 +104,7 @@ impl OpaqueTail {
         self.find_ends()?;
         // The earliest end first: what is behind it is not ours.
         while let Some(json) = self.take_candidate() {
-            let end = json.end;
+            let (start, end) = (json.start, json.end);
             match self.split(json) {
                 Ok((sections, description)) => {
                     let mut bytes = std::mem::take(&mut self.bytes);
@@ -111,6 +114,7 @@ impl OpaqueTail {
                         tail: Tail {
                             bytes,
                             sections,
+                            json: start,
                             description,
                         },
                     });
@@ -190,6 +194,8 @@ impl OpaqueTail {
 pub struct Tail {
     bytes: Vec<u8>,
     sections: Vec<RawSection>,
+    /// Where the description's text begins.
+    json: usize,
     description: VmDescription,
 }
 
@@ -200,6 +206,51 @@ struct RawSection {
 }
 
 impl Tail {
+    /// Reads a tail that was kept ([`Tail::as_bytes`]).
+    ///
+    /// # Errors
+    /// It is none, or not all of it is.
+    pub fn decode(bytes: &[u8], limits: TailLimits) -> Result<Self, TailError> {
+        let mut r = Reader::new(bytes, 0);
+        let at = r.clone();
+        let found = r.u8()?;
+        if found != SectionType::Full.byte() {
+            return Err(at.error(SectionError::UnexpectedType { found }).into());
+        }
+        let header = SectionHeader::decode(Announcement::Full, &mut r)?;
+        let mut tail = OpaqueTail::beginning_with(&header, limits);
+        match tail.feed(r.rest())? {
+            Fed::Complete { consumed, tail } if consumed == r.rest().len() => Ok(tail),
+            Fed::Complete { consumed, .. } => Err(TailError::NotDescribed {
+                offset: r.consumed() + consumed,
+                len: r.rest().len() - consumed,
+            }),
+            Fed::NeedMore => Err(tail
+                .rejected
+                .take()
+                .unwrap_or(TailError::Incomplete { len: bytes.len() })),
+        }
+    }
+
+    /// Appends the device sections and EOF as a source sends them that numbers its sections from
+    /// `first` on.
+    pub fn encode_sections(&self, first: SectionId, out: &mut impl BufMut) {
+        let sections = self.sections().zip(first.0..).map(|(section, id)| {
+            let mut header = section.header;
+            header.id = SectionId(id);
+            DeviceSection { header, ..section }
+        });
+        encode_device_blob(sections, out);
+    }
+
+    /// The description as it was sent.
+    #[must_use]
+    pub fn description_text(&self) -> &str {
+        let json = self.bytes.get(self.json..).unwrap_or_default();
+        // It was parsed as JSON, which is nothing but UTF-8.
+        std::str::from_utf8(json).unwrap_or_default()
+    }
+
     /// All of it, from the first section's type byte to the description's last byte.
     #[must_use]
     pub fn as_bytes(&self) -> &[u8] {
@@ -332,6 +383,12 @@ pub enum TailError {
         /// Why the last thing that looked like its end was none.
         #[source]
         rejected: Option<Box<TailError>>,
+    },
+    /// The bytes are over before the tail is.
+    #[error("the stream's tail does not end within the {len} bytes there are")]
+    Incomplete {
+        /// How many there are.
+        len: usize,
     },
     /// Too many things in it look like its end.
     #[error("the stream's tail has more than {max} false ends")]

@@ -5,11 +5,13 @@ use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use bytes::BytesMut;
 use migration_stream::codec::IdStr;
+use migration_stream::command::Command;
 use migration_stream::configuration::{Configuration, MachineName};
 use migration_stream::decoder::{ConfigurationRule, DecoderConfig};
 use migration_stream::device_blob::{DeviceSection, encode_device_blob};
-use migration_stream::io::{ByteSource, FdChannel};
+use migration_stream::io::{ByteSink, ByteSource, Chunk, FdChannel};
 use migration_stream::opaque_tail::TailLimits;
 use migration_stream::precopy::{
     Body, BoxError, Control, FIRST_DEVICE_SECTION, Limits, Loaded, Progress, RamSetup,
@@ -20,16 +22,17 @@ use migration_stream::precopy::{
 use migration_stream::ram::{
     BlockId, InStream, NoMultifd, RamBlock, RamBlockTable, ZeroPageDetection,
 };
-use migration_stream::section::{Announcement, InstanceId, SectionHeader};
+use migration_stream::section::{Announcement, InstanceId, SectionHeader, encode_eof};
 use migration_stream::xbzrle::PageCache;
 use migration_stream::{
-    DirtyLog, GuestRam, MemoryError, PAGE_SIZE, PageStore, StreamReader, StreamWriter,
+    DirtyLog, GuestRam, MemoryError, PAGE_SIZE, PageStore, StreamReader, StreamWriter, header,
 };
 use vm_memory::{Bytes, MmapRegion, VolatileMemory, VolatileSlice};
 
 const LIMIT: Duration = Duration::from_millis(500);
 
 /// Blocks of memory, as source and as target.
+#[derive(Debug)]
 struct Ram {
     table: RamBlockTable,
     regions: Vec<MmapRegion>,
@@ -377,6 +380,68 @@ fn a_guest_that_writes_arrives_with_its_last_write_and_its_devices() {
     assert!(guest.log.0.lock().unwrap().0, "the log goes on for COLO");
     drop(sent);
     assert!(!guest.log.0.lock().unwrap().0);
+}
+
+/// Takes what `channel` brings without knowing its blocks or its devices.
+fn learn(channel: &FdChannel) -> Result<(Arc<Ram>, Loaded), TargetError> {
+    let config = TargetConfig {
+        decoder: DecoderConfig::new(ConfigurationRule::Any),
+        max_devices: 1 << 20,
+    };
+    let reader = StreamReader::new(channel.share(), b"");
+    let (target, blocks) =
+        Target::from_announcement(config, reader, Some(Box::new(channel.share())))?;
+    assert!(target.has_return_path());
+    assert_eq!(target.configuration(), Some(&configuration("test")));
+    let blocks: Vec<_> = blocks.iter().map(|(_, b)| (b.name(), b.pages())).collect();
+    let ram = Ram::new(&blocks);
+    let (loaded, tail) = target.load_opaque(&*ram, &mut NoMultifd, TailLimits::default())?;
+    assert_eq!(tail.sections().len(), 1);
+    Ok((ram, loaded))
+}
+
+#[test]
+fn a_target_that_knows_no_blocks_learns_them_and_takes_everything() {
+    let (ram, mut guest) = source();
+    let (a, b) = channels();
+    let (sent, landed) = std::thread::scope(|scope| {
+        let sender = scope.spawn(|| send(&mut guest, &a));
+        let (landed, mut loaded) = learn(&b).unwrap();
+        loaded.confirm().unwrap();
+        (sender.join().unwrap(), landed)
+    });
+    sent.unwrap();
+    assert!(!guest.running);
+    ram.assert_equals(&landed);
+}
+
+#[test]
+fn a_guest_that_is_refused_after_it_was_loaded_runs_on_at_its_source() {
+    let (_, mut guest) = source();
+    let (a, b) = channels();
+    let sent = std::thread::scope(|scope| {
+        let sender = scope.spawn(|| send(&mut guest, &a));
+        learn(&b).unwrap().1.refuse();
+        sender.join().unwrap()
+    });
+    assert!(matches!(sent, Err(SourceError::Refused { status: 1 })));
+    assert!(guest.running);
+}
+
+#[test]
+fn a_stream_without_ram_announces_nothing_and_its_source_is_told() {
+    let (mut a, b) = channels();
+    let mut stream = BytesMut::new();
+    header::encode(&mut stream);
+    configuration("test").encode(&mut stream);
+    Command::OpenReturnPath.encode(&mut stream);
+    encode_eof(&mut stream);
+    a.write_all(&[Chunk::Bytes(&stream)]).unwrap();
+    let error = learn(&b).unwrap_err();
+    assert!(matches!(error, TargetError::Missing { .. }), "{error}");
+    let mut answer = [0; 8];
+    assert_eq!(a.read(&mut answer).unwrap(), 8);
+    assert_eq!(answer, [0, 1, 0, 4, 0, 0, 0, 1]);
 }
 
 #[test]

@@ -4,7 +4,7 @@
 
 use migration_stream::codec::Reader;
 use migration_stream::opaque_tail::{Fed, OpaqueTail, Tail, TailError, TailLimits};
-use migration_stream::section::{Announcement, InstanceId, SectionHeader, encode_eof};
+use migration_stream::section::{Announcement, InstanceId, SectionHeader, SectionId, encode_eof};
 
 const Q35: &[u8] = include_bytes!("data/q35-11.1.3.tail");
 const MICROVM: &[u8] = include_bytes!("data/microvm-11.1.3.tail");
@@ -61,6 +61,35 @@ fn the_devices_are_those_of_the_machine() {
     let timer = timer.unwrap();
     assert_eq!((timer.header.version, timer.body.len()), (2, 24));
     assert_eq!(timer.header.instance, InstanceId(0));
+}
+
+#[test]
+fn a_tail_that_was_kept_is_read_again_and_nothing_else_is() {
+    for bytes in [Q35, MICROVM] {
+        let tail = Tail::decode(bytes, TailLimits::default()).unwrap();
+        assert_eq!(tail.as_bytes(), bytes);
+        let text = tail.description_text();
+        assert!(text.starts_with('{') && bytes.ends_with(text.as_bytes()));
+        let mut again = Vec::new();
+        let first = tail.sections().next().unwrap().header.id;
+        tail.encode_sections(first, &mut again);
+        assert_eq!(again[..100], bytes[..100]);
+        assert_eq!(again.len() + 5 + text.len(), bytes.len());
+        let mut ids = Vec::new();
+        tail.encode_sections(SectionId(2), &mut ids);
+        assert_eq!((again.len(), &ids[..5]), (ids.len(), &[4, 0, 0, 0, 2][..]));
+    }
+    let refused = |bytes: &[u8]| Tail::decode(bytes, TailLimits::default()).unwrap_err();
+    assert!(matches!(refused(b""), TailError::Frame(_)));
+    assert!(matches!(refused(b"\x01"), TailError::Frame(_)));
+    let short = refused(&Q35[..Q35.len() - 1]);
+    assert!(matches!(short, TailError::Incomplete { .. }), "{short}");
+    let long = refused(&[MICROVM, b"\0"].concat());
+    let at = MICROVM.len();
+    assert!(
+        matches!(long, TailError::NotDescribed { offset, len: 1 } if offset == at),
+        "{long}"
+    );
 }
 
 #[test]

@@ -10,14 +10,12 @@ use std::time::Duration;
 
 use migration_stream::configuration::{Configuration, MachineName};
 use migration_stream::decoder::{ConfigurationRule, DecoderConfig};
-use migration_stream::device_blob::{DeviceSection, encode_device_blob};
 use migration_stream::opaque_tail::{Tail, TailLimits};
 use migration_stream::precopy::{
     BoxError, Control, FIRST_DEVICE_SECTION, Limits, Progress, RamSetup, ReturnPathReader, Source,
     SourceConfig, SourceVm, Target, TargetConfig,
 };
 use migration_stream::ram::{BlockId, RamBlock, RamBlockTable, ZeroPageDetection};
-use migration_stream::section::SectionId;
 use migration_stream::{
     DirtyLog, GuestRam, MemoryError, StreamReader, StreamWriter, TransportCounters,
 };
@@ -317,14 +315,8 @@ impl SourceVm for Relayed<'_> {
     }
 
     fn save_devices(&mut self, out: &mut Vec<u8>) -> std::result::Result<String, BoxError> {
-        let sections = self.0.sections().zip(FIRST_DEVICE_SECTION.0..);
-        let renumbered = sections.map(|(section, id)| {
-            let mut header = section.header;
-            header.id = SectionId(id);
-            DeviceSection { header, ..section }
-        });
-        encode_device_blob(renumbered, out);
-        Ok(String::new())
+        self.0.encode_sections(FIRST_DEVICE_SECTION, out);
+        Ok(self.0.description_text().to_owned())
     }
 
     fn progress(&mut self, _: &Progress) -> Control {

@@ -9,7 +9,6 @@ use std::time::Duration;
 
 use migration_stream::configuration::Configuration;
 use migration_stream::decoder::{ConfigurationRule, DecoderConfig};
-use migration_stream::device_blob::{DeviceSection, encode_device_blob};
 use migration_stream::opaque_tail::{Tail, TailLimits};
 use migration_stream::precopy::{
     BoxError, Control, FIRST_DEVICE_SECTION, Limits, Progress, RamSetup, ReturnPathReader, Source,
@@ -18,7 +17,6 @@ use migration_stream::precopy::{
 use migration_stream::ram::{
     BlockId, InStream, NoMultifd, RamBlock, RamBlockTable, ZeroPageDetection,
 };
-use migration_stream::section::SectionId;
 use migration_stream::xbzrle::PageCache;
 use migration_stream::{
     DirtyLog, GuestRam, MemoryError, PAGE_SIZE, StreamReader, StreamWriter, TransportCounters,
@@ -335,14 +333,8 @@ impl SourceVm for Relayed<'_> {
     }
 
     fn save_devices(&mut self, out: &mut Vec<u8>) -> std::result::Result<String, BoxError> {
-        let sections = self.tail.sections().zip(FIRST_DEVICE_SECTION.0..);
-        let renumbered = sections.map(|(section, id)| {
-            let mut header = section.header;
-            header.id = SectionId(id);
-            DeviceSection { header, ..section }
-        });
-        encode_device_blob(renumbered, out);
-        Ok(String::new())
+        self.tail.encode_sections(FIRST_DEVICE_SECTION, out);
+        Ok(self.tail.description_text().to_owned())
     }
 
     fn progress(&mut self, progress: &Progress) -> Control {

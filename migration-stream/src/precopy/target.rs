@@ -17,8 +17,9 @@ use crate::decoder::{
     CheckpointDecoder, DecoderConfig, Item, MAX_ITEM_LEN, RamItem, Step, StreamDecoder,
 };
 use crate::io::{ByteSink, Chunk};
+use crate::mapped_ram::MappedArea;
 use crate::opaque_tail::{Fed, OpaqueTail, Tail, TailLimits};
-use crate::ram::{PageAddress, RAM_IDSTR, RamError};
+use crate::ram::{BlockId, PageAddress, RAM_IDSTR, RamBlockTable, RamError};
 use crate::return_path::ReturnPathMessage;
 use crate::section::{SectionHeader, SectionId};
 use crate::xbzrle::{Run, Runs};
@@ -81,6 +82,8 @@ pub struct Target {
     decoder: StreamDecoder,
     configuration: Option<Configuration>,
     ram_section: Option<SectionId>,
+    /// Areas of a file that were announced before there was memory for them.
+    mapped: Vec<(BlockId, MappedArea)>,
     link: Link,
     received: Received,
 }
@@ -129,11 +132,43 @@ impl Target {
         return_path: Option<Box<dyn ByteSink>>,
         store: &dyn PageStore,
     ) -> Self {
+        Self::with_blocks(config, reader, return_path, Some(store.blocks().clone()))
+    }
+
+    /// A target that does not know the source's memory beforehand: reads the stream as far as the
+    /// list of its blocks, and returns that. The store that [`Target::load`] is given has to have
+    /// these blocks in this order. How much memory they may take up is the caller's to judge: only
+    /// their number is bounded.
+    ///
+    /// # Errors
+    /// Whatever is wrong with the stream; the source is told by a SHUT message if it can be.
+    pub fn from_announcement(
+        config: TargetConfig,
+        reader: StreamReader,
+        return_path: Option<Box<dyn ByteSink>>,
+    ) -> Result<(Self, RamBlockTable), TargetError> {
+        let mut target = Self::with_blocks(config, reader, return_path, None);
+        match target.announcement() {
+            Ok(blocks) => Ok((target, blocks)),
+            Err(error) => {
+                target.link.refuse();
+                Err(error)
+            }
+        }
+    }
+
+    fn with_blocks(
+        config: TargetConfig,
+        reader: StreamReader,
+        return_path: Option<Box<dyn ByteSink>>,
+        blocks: Option<RamBlockTable>,
+    ) -> Self {
         Self {
-            decoder: StreamDecoder::new(config.decoder.clone(), Some(store.blocks().clone())),
+            decoder: StreamDecoder::new(config.decoder.clone(), blocks),
             config,
             configuration: None,
             ram_section: None,
+            mapped: Vec::new(),
             link: Link {
                 reader,
                 return_path,
@@ -142,6 +177,26 @@ impl Target {
             },
             received: Received::default(),
         }
+    }
+
+    /// The source's configuration, once it was read.
+    #[must_use]
+    pub const fn configuration(&self) -> Option<&Configuration> {
+        self.configuration.as_ref()
+    }
+
+    /// Whether the source waits for [`Loaded::confirm`]: it has opened a return path.
+    #[must_use]
+    pub const fn has_return_path(&self) -> bool {
+        self.link.open
+    }
+
+    /// Synchronises multifd channels as [`DecoderConfig::flush_each_section`] says. For those who
+    /// learn the machine type from the stream.
+    #[must_use]
+    pub const fn flushing_each_section(mut self) -> Self {
+        self.decoder.flush_each_section();
+        self
     }
 
     /// Acknowledges the switch-over for `devices` (the capability `switchover-ack`).
@@ -213,9 +268,48 @@ impl Target {
                 ))
             }
             Err(error) => {
-                // The load has failed already: that the source cannot be told changes nothing.
-                let _ = self.link.send(&ReturnPathMessage::Shut { status: 1 });
+                self.link.refuse();
                 Err(error)
+            }
+        }
+    }
+
+    /// The next item, and where it began.
+    fn item(&mut self) -> Result<(Item, u64), TargetError> {
+        loop {
+            self.link.acknowledge()?;
+            let offset = self.link.reader.offset();
+            let mut r = Reader::new(self.link.reader.buffered(), offset);
+            let step = self.decoder.next(&mut r)?;
+            let consumed = r.consumed();
+            self.link.reader.consume(consumed);
+            match step {
+                Step::NeedMore { .. } => self.link.fill(MAX_ITEM_LEN)?,
+                Step::Item(item) => return Ok((item, offset)),
+            }
+        }
+    }
+
+    /// Everything up to the block list.
+    fn announcement(&mut self) -> Result<RamBlockTable, TargetError> {
+        loop {
+            let (item, offset) = self.item()?;
+            match item {
+                Item::Configuration(received) => self.configuration = Some(received),
+                Item::Command(command) => self.link.command(&command, offset)?,
+                Item::Section(header) if header.idstr.as_str() == RAM_IDSTR => {
+                    self.ram_section = Some(header.id);
+                }
+                Item::Ram(RamItem::MappedBlock { block, area }) => {
+                    self.link.seek(area.end())?;
+                    self.mapped.push((block, area));
+                }
+                Item::Ram(RamItem::BlockList(blocks)) => return Ok(blocks),
+                Item::Section(_) | Item::Eof | Item::VmDescription { .. } => {
+                    let what = "the blocks of ram before anything else";
+                    return Err(TargetError::Missing { what, offset });
+                }
+                Item::Header | Item::Footer(_) | Item::Continuation { .. } | Item::Ram(_) => {}
             }
         }
     }
@@ -226,50 +320,40 @@ impl Target {
         pages: &mut Pages<'_>,
         devices: &mut Devices<'_>,
     ) -> Result<Option<Tail>, TargetError> {
+        for (block, area) in std::mem::take(&mut self.mapped) {
+            pages.load_mapped(block, &area, &mut self.received)?;
+        }
         let mut tail = None;
         loop {
-            self.link.acknowledge()?;
-            let offset = self.link.reader.offset();
-            let mut r = Reader::new(self.link.reader.buffered(), offset);
-            match self.decoder.next(&mut r)? {
-                Step::NeedMore { .. } => {
-                    let consumed = r.consumed();
-                    self.link.reader.consume(consumed);
-                    self.link.fill(MAX_ITEM_LEN)?;
-                }
-                Step::Item(item) => {
-                    let consumed = r.consumed();
-                    self.link.reader.consume(consumed);
-                    match item {
-                        Item::Header | Item::Footer(_) => {}
-                        Item::Configuration(received) => self.configuration = Some(received),
-                        Item::Command(command) => self.link.command(&command, offset)?,
-                        Item::Section(header) => {
-                            let limit = self.config.max_devices;
-                            match devices {
-                                _ if header.idstr.as_str() == RAM_IDSTR => {
-                                    self.ram_section = Some(header.id);
-                                }
-                                Devices::Known(vm) => self.link.device(*vm, &header, limit)?,
-                                Devices::Opaque(limits) => {
-                                    tail = Some(self.link.tail(&header, *limits)?);
-                                    break;
-                                }
-                            }
+            let (item, offset) = self.item()?;
+            match item {
+                Item::Header | Item::Footer(_) => {}
+                Item::Configuration(received) => self.configuration = Some(received),
+                Item::Command(command) => self.link.command(&command, offset)?,
+                Item::Section(header) => {
+                    let limit = self.config.max_devices;
+                    match devices {
+                        _ if header.idstr.as_str() == RAM_IDSTR => {
+                            self.ram_section = Some(header.id);
                         }
-                        Item::Continuation { kind: _, id } => {
-                            if self.ram_section != Some(id) {
-                                return Err(TargetError::IterableDevice { id, offset });
-                            }
-                        }
-                        Item::Ram(item) => self.link.ram(item, pages, &mut self.received)?,
-                        // The description follows.
-                        Item::Eof => {}
-                        Item::VmDescription { len } => {
-                            self.link.skip(len as usize)?;
+                        Devices::Known(vm) => self.link.device(*vm, &header, limit)?,
+                        Devices::Opaque(limits) => {
+                            tail = Some(self.link.tail(&header, *limits)?);
                             break;
                         }
                     }
+                }
+                Item::Continuation { kind: _, id } => {
+                    if self.ram_section != Some(id) {
+                        return Err(TargetError::IterableDevice { id, offset });
+                    }
+                }
+                Item::Ram(item) => self.link.ram(item, pages, &mut self.received)?,
+                // The description follows.
+                Item::Eof => {}
+                Item::VmDescription { len } => {
+                    self.link.skip(len as usize)?;
+                    break;
                 }
             }
         }
@@ -284,7 +368,32 @@ impl Target {
     }
 }
 
+impl Pages<'_> {
+    fn load_mapped(
+        &mut self,
+        block: BlockId,
+        area: &MappedArea,
+        received: &mut Received,
+    ) -> Result<(), TargetError> {
+        if !self.store.blocks().is_ignored(block) {
+            let loaded = self.barrier.load_mapped(block, area, self.store)?;
+            received.normal_pages += loaded.normal;
+            received.zero_pages += loaded.zero;
+        }
+        Ok(())
+    }
+}
+
 impl Link {
+    fn seek(&mut self, offset: u64) -> Result<(), TargetError> {
+        self.reader.seek(offset).map_err(|e| self.broken(e))
+    }
+
+    /// The migration has failed already: that the source cannot be told changes nothing.
+    fn refuse(&mut self) {
+        let _ = self.send(&ReturnPathMessage::Shut { status: 1 });
+    }
+
     fn fill(&mut self, limit: usize) -> Result<(), TargetError> {
         self.reader.fill(limit).map_err(|e| self.broken(e))
     }
@@ -394,12 +503,8 @@ impl Link {
         match item {
             RamItem::BlockList(_) | RamItem::EndOfSection => {}
             RamItem::MappedBlock { block, area } => {
-                if !pages.store.blocks().is_ignored(block) {
-                    let loaded = pages.barrier.load_mapped(block, &area, pages.store)?;
-                    received.normal_pages += loaded.normal;
-                    received.zero_pages += loaded.zero;
-                }
-                self.reader.seek(area.end()).map_err(|e| self.broken(e))?;
+                pages.load_mapped(block, &area, received)?;
+                self.seek(area.end())?;
             }
             RamItem::Page(PageAddress { block, offset }) => {
                 let page: VolatileSlice<'_> = pages.store.prepare(block, offset, PAGE_LEN)?;
@@ -491,6 +596,11 @@ impl Loaded {
     /// The return path's.
     pub fn confirm(&mut self) -> Result<(), TargetError> {
         self.link.send(&ReturnPathMessage::Shut { status: 0 })
+    }
+
+    /// Gives the guest back to the source, where it runs on: this side cannot keep it after all.
+    pub fn refuse(mut self) {
+        self.link.refuse();
     }
 
     /// What a COLO secondary goes on with: the same stream, which from here on carries checkpoints
