@@ -124,10 +124,7 @@ impl Capabilities {
             } else if supported.contains(&change.capability) {
                 new.0 |= bit;
             } else {
-                return Err(QmpError::generic(format!(
-                    "Capability '{}' is not supported by this VMM",
-                    change.capability
-                )));
+                return Err(QmpError::generic(not_supported(change.capability)));
             }
         }
         new.check()?;
@@ -197,6 +194,20 @@ impl Capabilities {
             return refuse("Capability 'x-colo' is not compatible with capability 'xbzrle'");
         }
         Ok(())
+    }
+}
+
+/// QEMU's text where it may lack the capability, else ours.
+fn not_supported(capability: MigrationCapability) -> String {
+    match capability {
+        MigrationCapability::BackgroundSnapshot => {
+            "Background-snapshot is not supported by host kernel".to_owned()
+        }
+        MigrationCapability::DirtyLimit => {
+            "dirty-limit requires KVM with accelerator property 'dirty-ring-size' set".to_owned()
+        }
+        MigrationCapability::PostcopyRam => "Postcopy is not supported: not by this VMM".to_owned(),
+        other => format!("Capability '{other}' is not supported by this VMM"),
     }
 }
 
@@ -305,7 +316,7 @@ mod tests {
                 .apply(&changes, &supported)
                 .unwrap_err()
                 .desc,
-            "Capability 'postcopy-ram' is not supported by this VMM"
+            "Postcopy is not supported: not by this VMM"
         );
         changes[0].state = false;
         assert_eq!(

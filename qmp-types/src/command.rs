@@ -6,6 +6,7 @@ use serde_json::{Map, Value, json};
 use crate::address::{MigrationAddress, MigrationChannel, MigrationChannelType, main_address};
 use crate::capability::MigrationCapabilityStatus;
 use crate::error::QmpError;
+use crate::migration::MigrationStatus;
 use crate::parameters::MigrateSetParameters;
 use crate::visit::Members;
 use crate::yank::YankInstance;
@@ -35,6 +36,8 @@ qapi_enum! {
         MigrateIncoming = "migrate-incoming",
         /// Give the migration up.
         MigrateCancel = "migrate_cancel",
+        /// End the pause before the switch-over.
+        MigrateContinue = "migrate-continue",
         /// Switch capabilities.
         MigrateSetCapabilities = "migrate-set-capabilities",
         /// Which are on.
@@ -134,6 +137,11 @@ pub enum Command {
     MigrateIncoming(MigrateIncoming),
     /// `migrate_cancel`. No error when there is nothing to cancel.
     MigrateCancel,
+    /// `migrate-continue`.
+    MigrateContinue {
+        /// Where the client takes the migration to be: the server refuses it anywhere else.
+        state: MigrationStatus,
+    },
     /// `migrate-set-capabilities`.
     MigrateSetCapabilities {
         /// What to switch on and off.
@@ -200,6 +208,9 @@ impl Command {
                 }));
             }
             CommandKind::MigrateCancel => Self::MigrateCancel,
+            CommandKind::MigrateContinue => Self::MigrateContinue {
+                state: members.take("state")?,
+            },
             CommandKind::MigrateSetCapabilities => Self::MigrateSetCapabilities {
                 capabilities: members.take("capabilities")?,
             },
@@ -236,6 +247,7 @@ impl Command {
             Self::Migrate(_) => CommandKind::Migrate,
             Self::MigrateIncoming(_) => CommandKind::MigrateIncoming,
             Self::MigrateCancel => CommandKind::MigrateCancel,
+            Self::MigrateContinue { .. } => CommandKind::MigrateContinue,
             Self::MigrateSetCapabilities { .. } => CommandKind::MigrateSetCapabilities,
             Self::QueryMigrateCapabilities => CommandKind::QueryMigrateCapabilities,
             Self::MigrateSetParameters(_) => CommandKind::MigrateSetParameters,
@@ -268,6 +280,7 @@ impl Command {
                 }
                 Some(arguments)
             }
+            Self::MigrateContinue { state } => Some(json!({ "state": state })),
             Self::MigrateSetCapabilities { capabilities } => {
                 Some(json!({ "capabilities": capabilities }))
             }

@@ -148,6 +148,12 @@ impl QmpError {
         Self::generic("COLO checkpoint in progress")
     }
 
+    /// A `migrate-continue` for another moment of the migration.
+    #[must_use]
+    pub fn unexpected_migration_state(now: &str) -> Self {
+        Self::generic(format!("Migration not in expected state: {now}"))
+    }
+
     /// `cont` while the source hands over.
     #[must_use]
     pub fn migration_not_finalized() -> Self {

@@ -93,8 +93,23 @@ fn capabilities() -> Result<()> {
     };
     let text = refused(&[("bogus", true)])?;
     says(&text, &["GenericError", "does not accept value 'bogus'"]);
-    says(&refused(&[("postcopy-ram", true)])?, &["postcopy-ram"]);
-    says(&refused(&[("xbzrle", true)])?, &["xbzrle"]);
+    says(
+        &refused(&[("postcopy-ram", true)])?,
+        &["Postcopy is not supported"],
+    );
+    says(
+        &refused(&[("dirty-limit", true)])?,
+        &["dirty-limit requires KVM with accelerator property 'dirty-ring-size' set"],
+    );
+    says(&refused(&[("mapped-ram", true)])?, &["mapped-ram"]);
+    says(
+        &refused(&[("return-path", true), ("x-colo", true), ("xbzrle", true)])?,
+        &["Capability 'x-colo' is not compatible with capability 'xbzrle'"],
+    );
+    says(
+        &refused(&[("zero-copy-send", true)])?,
+        &["Zero copy only available for non-compressed non-TLS multifd migration"],
+    );
     let text = refused(&[("x-colo", true)])?;
     says(
         &text,
@@ -147,8 +162,8 @@ fn parameters() -> Result<()> {
         ),
         (json!({"downtime-limit": 2_000_001}), ["downtime", "2000"]),
         (
-            json!({"xbzrle-cache-size": 1 << 20}),
-            ["xbzrle-cache-size", "support"],
+            json!({"max-postcopy-bandwidth": 1 << 20}),
+            ["max-postcopy-bandwidth", "support"],
         ),
         (json!({"bogus": 1}), ["bogus", "unexpected"]),
     ] {

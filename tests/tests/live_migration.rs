@@ -32,6 +32,14 @@ fn main() -> ExitCode {
         kvm("running_guest_goes_on_without_return_path", || {
             running(&guest(), PLAIN, &[])
         }),
+        kvm("running_guest_goes_on_as_differences", as_differences),
+        kvm("running_guest_goes_on_without_a_copy", without_a_copy),
+        kvm("guest_waits_before_the_switch_over_for_continue", pause),
+        kvm(
+            "guest_that_waits_before_the_switch_over_runs_on_when_it_is_cancelled",
+            cancelled_pause,
+        ),
+        kvm("uuids_are_compared_where_that_is_asked_for", uuids),
         kvm("running_guest_of_two_vcpus_goes_on", || {
             running(
                 &guest().args(["--vcpus", "2"]),
@@ -88,6 +96,126 @@ fn running(guest: &ColoVmm, connection: Connection, capabilities: &[&str]) -> Re
     assert_eq!(pair.secondary.status()?, "running");
     pair.secondary.wait_lines(ENCORE)?;
     seamless(&pair)
+}
+
+fn as_differences() -> Result<()> {
+    // Few pages, again and again: they stay in the cache.
+    let guest = ColoVmm::new("colo-vmm").dirty_pages(100);
+    let mut pair = Pair::start(&guest, PLAIN, &["return-path", "xbzrle"])?;
+    // Not before there were rounds in which pages are known.
+    pair.primary
+        .qmp
+        .set_parameters(json!({"max-bandwidth": 2 << 20, "downtime-limit": 0}))?;
+    pair.migrate(PLAIN)?;
+    pair.primary
+        .qmp
+        .wait_event_if("MIGRATION_PASS", |d| d["pass"] == 4)?;
+    pair.primary
+        .qmp
+        .set_parameters(json!({"max-bandwidth": 0, "downtime-limit": 2000}))?;
+    let migration = pair.primary.wait_migration("completed")?;
+    let xbzrle = &migration["xbzrle-cache"];
+    assert!(xbzrle["pages"].as_u64() > Some(0), "{migration}");
+    pair.secondary.wait_migration("completed")?;
+    pair.secondary.wait_lines(ENCORE)?;
+    seamless(&pair)
+}
+
+fn without_a_copy() -> Result<()> {
+    let connection = Connection::channels(2);
+    let mut pair = Pair::start(&guest(), connection, &["return-path", "zero-copy-send"])?;
+    pair.migrate(connection)?;
+    let migration = pair.primary.wait_migration("completed")?;
+    // Over loopback the kernel copies after all, and says so.
+    let missed = &migration["ram"]["dirty-sync-missed-zero-copy"];
+    assert!(missed.as_u64() > Some(0), "{migration}");
+    pair.secondary.wait_migration("completed")?;
+    pair.secondary.wait_lines(ENCORE)?;
+    seamless(&pair)
+}
+
+const PAUSE: &[&str] = &["return-path", "pause-before-switchover"];
+
+/// Stands still before the switch-over, and says so.
+fn paused_before_switch_over() -> Result<Pair> {
+    let mut pair = Pair::start(&guest(), PLAIN, PAUSE)?;
+    let go_on = |state: &str| json!({"state": state});
+    let refusal = pair
+        .primary
+        .qmp
+        .refused("migrate-continue", go_on("pre-switchover"))?;
+    assert_eq!(refusal.desc, "Migration not in expected state: none");
+    pair.migrate(PLAIN)?;
+    pair.primary.wait_migration("pre-switchover")?;
+    assert_eq!(pair.primary.status()?, "finish-migrate");
+    let refusal = pair
+        .primary
+        .qmp
+        .refused("migrate-continue", go_on("device"))?;
+    assert_eq!(
+        refusal.desc,
+        "Migration not in expected state: pre-switchover"
+    );
+    Ok(pair)
+}
+
+fn pause() -> Result<()> {
+    let mut pair = paused_before_switch_over()?;
+    pair.primary
+        .qmp
+        .execute("migrate-continue", json!({"state": "pre-switchover"}))?;
+    pair.primary.wait_migration("completed")?;
+    pair.secondary.wait_migration("completed")?;
+    pair.secondary.wait_lines(ENCORE)?;
+    seamless(&pair)
+}
+
+fn cancelled_pause() -> Result<()> {
+    let mut pair = paused_before_switch_over()?;
+    pair.primary.qmp.execute("migrate_cancel", Value::Null)?;
+    pair.primary.wait_migration("cancelled")?;
+    assert_eq!(pair.primary.status()?, "running");
+    let before = pair.primary.output()?.len();
+    pair.primary.wait_lines(ENCORE)?;
+    assert!(pair.primary.output()?.len() > before);
+    check_count(0, &pair.primary.output()?)?;
+    Ok(())
+}
+
+const ONE: [&str; 2] = ["--uuid", "00112233-4455-6677-8899-aabbccddeeff"];
+const OTHER: [&str; 2] = ["--uuid", "00112233-4455-6677-8899-aabbccddee00"];
+
+fn uuids() -> Result<()> {
+    for (theirs, validated, arrives) in [
+        (ONE, true, true),
+        (OTHER, true, false),
+        (OTHER, false, true),
+    ] {
+        let mut source = guest().args(ONE).start()?;
+        let mut target = guest().args(theirs).incoming().start()?;
+        for vmm in [&mut source, &mut target] {
+            vmm.qmp.enable(&["return-path"])?;
+            if validated {
+                vmm.qmp.enable(&["validate-uuid"])?;
+            }
+        }
+        source.wait_lines(ENCORE)?;
+        let uri = target.listen()?;
+        source
+            .qmp
+            .set_parameters(json!({"max-bandwidth": 0, "downtime-limit": 2000}))?;
+        source.migrate(&uri)?;
+        if arrives {
+            source.wait_migration("completed")?;
+            target.wait_migration("completed")?;
+        } else {
+            let reason = target.wait_failure()?;
+            assert!(reason.contains("uuid"), "{reason}");
+            source.wait_failure()?;
+            assert_eq!(source.status()?, "running");
+        }
+    }
+    Ok(())
 }
 
 /// The target goes on with the byte after the source's last one.

@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use clap::{Args, Parser, Subcommand};
 use colo_core::{Deadlines, OnPeerLoss};
 use qmp_types::{MigrationAddress, RunState, SessionConfig};
+use uuid::Uuid;
 
 use crate::console::Console;
 use crate::demo::{self, DemoArgs};
@@ -118,6 +119,10 @@ struct RunArgs {
     /// At most one of the two sides may take over by itself.
     #[arg(long, default_value = "wait", value_name = "wait|take-over")]
     on_peer_loss: PeerLossArg,
+    /// The VM's UUID. Both sides must have the same where multifd channels or the capability
+    /// `validate-uuid` compare it.
+    #[arg(long)]
+    uuid: Option<Uuid>,
     /// How long the other side may be silent when it owes an answer, ms. For the primary's next
     /// checkpoint the secondary waits at least three times its own `x-checkpoint-delay`.
     #[arg(long, value_name = "MS")]
@@ -174,6 +179,7 @@ impl RunArgs {
                 idle: t,
             }),
             io_limit: timeout.unwrap_or(defaults.io_limit),
+            uuid: self.uuid,
         }
     }
 }

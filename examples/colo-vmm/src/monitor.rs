@@ -30,6 +30,7 @@ pub const COMMANDS: &[CommandKind] = &[
     CommandKind::Migrate,
     CommandKind::MigrateIncoming,
     CommandKind::MigrateCancel,
+    CommandKind::MigrateContinue,
     CommandKind::MigrateSetCapabilities,
     CommandKind::QueryMigrateCapabilities,
     CommandKind::MigrateSetParameters,
@@ -160,6 +161,10 @@ impl Operator for Monitor {
                 .and_then(|()| done()),
             Command::MigrateCancel => {
                 migration.cancel();
+                done()
+            }
+            Command::MigrateContinue { state } => {
+                migration.go_on(state)?;
                 done()
             }
             Command::MigrateSetCapabilities { capabilities } => {

@@ -16,7 +16,7 @@ use qmp_types::{MigrationStatus, RunState};
 use ram_cache::{CacheBlockSpec, FlushPool};
 use vmstate::StagedSection;
 
-use super::{Cancel, MAX_DEVICE_SECTION, Migration, colo, configuration, failed};
+use super::{Cancel, MAX_DEVICE_SECTION, Migration, colo, failed};
 use crate::memory::Memory;
 
 /// What `migrate-incoming` has made before it returns.
@@ -170,9 +170,12 @@ fn load<S: PageStore + 'static>(
             })?)
         }
     };
-    let rule = ConfigurationRule::Matching(configuration()?);
+    let rule = ConfigurationRule::Matching(migration.configuration(true)?);
     let config = TargetConfig {
-        decoder: DecoderConfig::new(rule),
+        decoder: DecoderConfig {
+            xbzrle: plan.xbzrle(),
+            ..DecoderConfig::new(rule)
+        },
         max_devices: MAX_DEVICE_SECTION,
     };
     let reader = StreamReader::new(main.share(), &prefix);

@@ -31,6 +31,7 @@ use qmp_types::{
     Parameters, QmpError, RunState, Settings, SocketAddress, Support, ZeroPageDetection,
 };
 use ram_cache::DiscardControl;
+use uuid::Uuid;
 
 use self::connections::Connections;
 use self::global_state::GlobalState;
@@ -48,10 +49,16 @@ const MAX_DEVICE_SECTION: usize = 16 << 20;
 /// What this VMM can do of what QMP knows.
 const SUPPORT: Support = Support {
     capabilities: &[
+        MigrationCapability::Xbzrle,
         MigrationCapability::Events,
         MigrationCapability::XColo,
+        // Memory is released in postcopy only, as in QEMU.
+        MigrationCapability::ReleaseRam,
         MigrationCapability::ReturnPath,
+        MigrationCapability::PauseBeforeSwitchover,
         MigrationCapability::Multifd,
+        MigrationCapability::ValidateUuid,
+        MigrationCapability::ZeroCopySend,
     ],
     parameters: &[
         "max-bandwidth",
@@ -62,6 +69,7 @@ const SUPPORT: Support = Support {
         "multifd-zlib-level",
         "multifd-zstd-level",
         "zero-page-detection",
+        "xbzrle-cache-size",
     ],
     compression: &[
         MultiFdCompression::None,
@@ -81,6 +89,8 @@ pub struct MigrationOptions {
     pub deadlines: Deadlines,
     /// How long a connection may be silent, or be in the making, outside COLO.
     pub io_limit: Duration,
+    /// The VM's UUID.
+    pub uuid: Option<Uuid>,
 }
 
 impl Default for MigrationOptions {
@@ -90,6 +100,7 @@ impl Default for MigrationOptions {
             on_peer_loss: OnPeerLoss::default(),
             deadlines: Deadlines::default(),
             io_limit: Duration::from_secs(30),
+            uuid: None,
         }
     }
 }
@@ -133,9 +144,11 @@ struct Job {
     colo: Option<ColoControl>,
 }
 
-/// Gives a migration up.
+/// What an operator wants of a migration that is on its way.
 struct Cancel {
     requested: AtomicBool,
+    /// The pause before the switch-over is to end.
+    go_on: AtomicBool,
     /// Wakes who waits for connections: dropped or written, it can be read.
     wake: Mutex<Option<PipeWriter>>,
     woken: PipeReader,
@@ -146,6 +159,7 @@ impl Cancel {
         let (woken, wake) = io::pipe()?;
         Ok(Arc::new(Self {
             requested: AtomicBool::new(false),
+            go_on: AtomicBool::new(false),
             wake: Mutex::new(Some(wake)),
             woken,
         }))
@@ -332,6 +346,22 @@ impl Migration {
         }
     }
 
+    /// `migrate-continue`: ends the pause before the switch-over.
+    ///
+    /// # Errors
+    /// The migration is not at `state`.
+    pub fn go_on(&self, state: MigrationStatus) -> Result<(), QmpError> {
+        let cancel = lock(&self.job).cancel.clone();
+        let now = self.status.get().unwrap_or(MigrationStatus::None);
+        if now != state {
+            return Err(QmpError::unexpected_migration_state(now.name()));
+        }
+        if let (MigrationStatus::PreSwitchover, Some(cancel)) = (now, cancel) {
+            cancel.go_on.store(true, Ordering::Release);
+        }
+        Ok(())
+    }
+
     /// The process ends: leaves COLO, gives a migration up, and waits for its thread.
     pub fn end(&self) {
         let (thread, colo) = {
@@ -395,10 +425,25 @@ impl Migration {
                 channels,
                 compression,
                 zero_pages: zero_pages(parameters),
+                zero_copy: settings.has(MigrationCapability::ZeroCopySend),
+                uuid: self.options.uuid.map_or([0; 16], Uuid::into_bytes),
                 stall_limit: self.options.io_limit,
                 ..MultifdConfig::default()
             });
         Ok((plan, multifd))
+    }
+
+    /// The configuration section of this VM's streams. With its UUID as a target, which compares
+    /// it with one that comes; as a source only where that is asked for.
+    fn configuration(&self, with_uuid: bool) -> Result<Configuration, BoxError> {
+        Ok(Configuration {
+            uuid: self
+                .options
+                .uuid
+                .filter(|_| with_uuid)
+                .map(Uuid::into_bytes),
+            ..Configuration::new(MachineName::new(MACHINE)?)
+        })
     }
 
     fn checkpoint_delay(&self) -> Duration {
@@ -420,11 +465,6 @@ fn zero_pages(parameters: &Parameters) -> ram::ZeroPageDetection {
         ZeroPageDetection::Legacy => ram::ZeroPageDetection::Legacy,
         _ => ram::ZeroPageDetection::Multifd,
     }
-}
-
-/// The configuration section of this VMM's streams.
-fn configuration() -> Result<Configuration, BoxError> {
-    Ok(Configuration::new(MachineName::new(MACHINE)?))
 }
 
 fn limits(settings: &Settings) -> Limits {

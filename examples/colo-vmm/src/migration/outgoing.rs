@@ -1,21 +1,23 @@
 //! The source: connect, migrate, and go on as the COLO primary.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use colo_core::driver::{PrimaryLink, run_primary};
 use colo_core::{MigrationPlan, Role};
 use migration_stream::io::FdChannel;
 use migration_stream::precopy::{
-    BoxError, Control, Progress, RamSetup, ReturnPathReader, Source, SourceConfig, SourceVm,
-    SwitchedOver,
+    BoxError, Control, Progress, RamSetup, ReturnPathReader, Source, SourceConfig, SourceEvent,
+    SourceStatus, SourceVm, SwitchedOver,
 };
 use migration_stream::ram::InStream;
+use migration_stream::xbzrle::PageCache;
 use migration_stream::{DirtyLog, GuestRam, PageTransport, StreamWriter};
 use multifd::{Address, MultifdConfig, SendChannel, SendSet, outgoing};
-use qmp_types::{MigrationStatus, RunState};
+use qmp_types::{MigrationCapability, MigrationStatus, RunState};
 
-use super::{Cancel, Migration, colo, configuration, devices, failed, zero_pages};
+use super::{Cancel, Migration, colo, devices, failed, zero_pages};
 
 /// How long the peer may take to accept the connections.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -79,14 +81,27 @@ fn migrate(
         }
         None => {
             let detection = zero_pages(migration.settings().parameters());
-            Box::new(InStream::new(Arc::clone(&ram), detection))
+            let pages = InStream::new(Arc::clone(&ram), detection);
+            if plan.xbzrle() {
+                let size = migration.settings().parameters().xbzrle_cache_size;
+                Box::new(pages.with_xbzrle(PageCache::new(size)?))
+            } else {
+                Box::new(pages)
+            }
         }
     };
     let main: FdChannel = connected.main;
     migration.status.set(MigrationStatus::Active);
-    let source = Source::start(
+    let (validates_uuid, pauses) = {
+        let settings = migration.settings();
+        (
+            settings.has(MigrationCapability::ValidateUuid),
+            settings.has(MigrationCapability::PauseBeforeSwitchover),
+        )
+    };
+    let mut source = Source::start(
         SourceConfig {
-            configuration: Some(configuration()?),
+            configuration: Some(migration.configuration(validates_uuid)?),
             switchover_start: true,
             confirm_timeout: limit,
         },
@@ -100,6 +115,9 @@ fn migrate(
             transport,
         },
     )?;
+    if pauses {
+        source = source.pausing_before_switchover();
+    }
     let switched = source.run(vm)?;
     migration.status.progress(&switched.progress);
     migration.status.downtime(switched.downtime);
@@ -135,7 +153,6 @@ impl SourceVm for SourceSide<'_> {
         self.before = vm.state();
         self.ran = vm.stop(RunState::FinishMigrate)?;
         self.migration.global_state.set(self.before);
-        self.migration.status.set(MigrationStatus::Device);
         Ok(())
     }
 
@@ -158,8 +175,22 @@ impl SourceVm for SourceSide<'_> {
         self.migration.status.progress(progress);
         if self.cancel.is_requested() {
             Control::Cancel
+        } else if progress.status == SourceStatus::PreSwitchover
+            && self.cancel.go_on.load(Ordering::Acquire)
+        {
+            Control::SwitchOver
         } else {
             Control::Continue
+        }
+    }
+
+    fn event(&mut self, event: SourceEvent) {
+        if let SourceEvent::Status(status) = event {
+            self.migration.status.set(match status {
+                SourceStatus::Active => MigrationStatus::Active,
+                SourceStatus::PreSwitchover => MigrationStatus::PreSwitchover,
+                SourceStatus::Device => MigrationStatus::Device,
+            });
         }
     }
 }

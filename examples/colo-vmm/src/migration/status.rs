@@ -5,7 +5,9 @@ use std::time::{Duration, Instant};
 
 use migration_stream::PAGE_SIZE;
 use migration_stream::precopy::Progress;
-use qmp_types::{Event, MigrationInfo, MigrationRamInfo, MigrationStatus, SocketAddress};
+use qmp_types::{
+    Event, MigrationInfo, MigrationRamInfo, MigrationStatus, SocketAddress, XbzrleCacheInfo,
+};
 
 use crate::operator::EventBus;
 
@@ -126,6 +128,7 @@ impl Status {
         MigrationInfo {
             status: inner.status,
             ram: inner.progress.as_ref().map(ram),
+            xbzrle_cache: inner.progress.as_ref().and_then(xbzrle),
             remaining: inner.progress.map(|p| p.remaining),
             total_time: inner.progress.and(inner.total.or(running)).map(ms),
             expected_downtime: inner.progress.and_then(|p| p.expected_downtime).map(ms),
@@ -141,6 +144,20 @@ impl Status {
         // Plain values, whole at every moment.
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Only where differences were sent.
+fn xbzrle(progress: &Progress) -> Option<XbzrleCacheInfo> {
+    let counters = progress.counters.xbzrle;
+    (counters.cache_size > 0).then(|| XbzrleCacheInfo {
+        cache_size: counters.cache_size,
+        bytes: counters.bytes,
+        pages: counters.pages,
+        cache_miss: counters.cache_miss,
+        cache_miss_rate: counters.cache_miss_rate(),
+        encoding_rate: counters.encoding_rate(),
+        overflow: counters.overflow,
+    })
 }
 
 fn ram(progress: &Progress) -> MigrationRamInfo {
@@ -164,6 +181,7 @@ fn ram(progress: &Progress) -> MigrationRamInfo {
         #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // as above
         pages_per_second: rate as u64,
         precopy_bytes: progress.transferred,
+        dirty_sync_missed_zero_copy: counters.missed_zero_copy,
         ..MigrationRamInfo::default()
     }
 }
