@@ -1,0 +1,321 @@
+//! The command line.
+
+use std::error::Error;
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use clap::{Parser, ValueEnum};
+use indicatif::{HumanBytes, ProgressBar};
+use migration_stream::ram::ZeroPageDetection;
+use multifd::{ChannelCount, Compression, ZlibLevel, ZstdLevel};
+
+use crate::Channels;
+use crate::endpoint::Endpoint;
+use crate::incoming::{Incoming, IncomingConfig};
+use crate::machine::MachineVersion;
+use crate::outgoing::OutgoingConfig;
+use crate::progress::{Progress, Stage};
+use crate::relay::{Origin, Relay, Report};
+
+/// How often what is shown is brought up to date.
+const TICK: Duration = Duration::from_millis(100);
+
+/// Takes a guest from one QEMU, keeps it, and gives it to another by another transport.
+///
+/// Addresses are tcp:HOST:PORT, unix:PATH or file:PATH, as QEMU's `migrate` has them. The source's
+/// guest is let go of when it is in its store, or without one when the destination has it.
+#[derive(Debug, Parser)]
+#[command(version)]
+pub struct Cli {
+    /// Listen here for a source, or read this file (plain or with mapped-ram; `,offset=N` says where
+    /// in it the stream begins).
+    #[arg(long, value_name = "ADDRESS")]
+    incoming: Option<Endpoint>,
+    /// Give the guest to the destination that listens here, or write it to this file.
+    #[arg(long, value_name = "ADDRESS", required_unless_present = "store")]
+    outgoing: Option<Endpoint>,
+    /// Keep the guest in this directory; without --incoming, take it from there.
+    #[arg(long, value_name = "DIR", required_unless_present = "incoming")]
+    store: Option<PathBuf>,
+    /// Remove the store once the destination has the guest.
+    #[arg(long, requires = "store", requires = "outgoing")]
+    remove_store: bool,
+    /// The source has multifd with this many channels.
+    #[arg(long, value_name = "N", value_parser = channel_count)]
+    in_multifd: Option<ChannelCount>,
+    /// The compression of the source's channels.
+    #[arg(
+        long,
+        value_name = "METHOD",
+        default_value = "none",
+        requires = "in_multifd"
+    )]
+    in_compression: Method,
+    /// The source has xbzrle.
+    #[arg(long)]
+    in_xbzrle: bool,
+    /// The destination has multifd with this many channels.
+    #[arg(long, value_name = "N", value_parser = channel_count)]
+    out_multifd: Option<ChannelCount>,
+    /// The compression of the destination's channels.
+    #[arg(
+        long,
+        value_name = "METHOD",
+        default_value = "none",
+        requires = "out_multifd"
+    )]
+    out_compression: Method,
+    /// How hard to compress: zlib 0 to 9, zstd 0 to 20.
+    #[arg(long, value_name = "LEVEL", default_value_t = 1)]
+    out_level: u8,
+    /// Who looks for zero pages; destinations before QEMU 9.0 want legacy.
+    #[arg(long, value_name = "WHO", default_value = "legacy")]
+    out_zero_pages: ZeroPages,
+    /// Send no more than this, MiB a second; 0: as much as there can be.
+    #[arg(long, value_name = "MIB", default_value_t = 0)]
+    max_bandwidth: u64,
+    /// The version of a machine type whose name has none (microvm), such as 7.2.
+    #[arg(long, value_name = "X.Y")]
+    machine_version: Option<MachineVersion>,
+    /// The guest's UUID, if it has one and its channels say so.
+    #[arg(long, value_name = "UUID")]
+    uuid: Option<Uuid>,
+    /// How much memory the guest may have, MiB [default: what this machine has].
+    #[arg(long, value_name = "MIB")]
+    max_memory: Option<u64>,
+    /// Take a guest from a source without return path, which does not wait to hear that the guest
+    /// is safe: if anything fails afterwards, the guest is lost.
+    #[arg(long)]
+    without_return_path: bool,
+    /// How long the other side may be silent, seconds.
+    #[arg(long, value_name = "SECONDS", default_value_t = 30)]
+    timeout: u64,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Method {
+    None,
+    Zlib,
+    Zstd,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum ZeroPages {
+    /// The channels' threads.
+    Multifd,
+    /// The main thread.
+    Legacy,
+    /// Nobody.
+    None,
+}
+
+impl From<ZeroPages> for ZeroPageDetection {
+    fn from(who: ZeroPages) -> Self {
+        match who {
+            ZeroPages::Multifd => Self::Multifd,
+            ZeroPages::Legacy => Self::Legacy,
+            ZeroPages::None => Self::None,
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Uuid([u8; 16]);
+
+impl FromStr for Uuid {
+    type Err = String;
+
+    fn from_str(s: &str) -> Result<Self, String> {
+        let digits: String = s.split('-').collect();
+        u128::from_str_radix(&digits, 16)
+            .ok()
+            .filter(|_| digits.len() == 32)
+            .map(|n| Self(n.to_be_bytes()))
+            .ok_or_else(|| format!("'{s}' is no UUID"))
+    }
+}
+
+fn channel_count(s: &str) -> Result<ChannelCount, String> {
+    s.parse()
+        .ok()
+        .and_then(ChannelCount::new)
+        .ok_or_else(|| "expected 1 to 255 channels".into())
+}
+
+impl Method {
+    fn at(self, level: u8) -> Result<Compression, String> {
+        match self {
+            Self::None => Some(Compression::None),
+            Self::Zlib => ZlibLevel::new(level).map(Compression::Zlib),
+            Self::Zstd => ZstdLevel::new(level).map(Compression::Zstd),
+        }
+        .ok_or_else(|| format!("there is no level {level} of this compression"))
+    }
+}
+
+impl Cli {
+    /// Does what it says.
+    ///
+    /// # Errors
+    /// Whatever went wrong, for people.
+    pub fn run(self) -> Result<(), Box<dyn Error>> {
+        let progress = Arc::<Progress>::default();
+        let relay = self.relay()?;
+        if let Origin::Source(incoming) = &relay.from
+            && let Some(address) = incoming.address()
+        {
+            println!("listening on {address}");
+        }
+        let is_over = AtomicBool::new(false);
+        let report = thread::scope(|scope| {
+            let line = scope.spawn(|| show(&progress, &is_over));
+            let report = relay.run(&progress);
+            is_over.store(true, Ordering::Release);
+            line.thread().unpark();
+            report
+        })?;
+        print(&report);
+        Ok(())
+    }
+
+    fn relay(self) -> Result<Relay, Box<dyn Error>> {
+        let timeout = Duration::from_secs(self.timeout);
+        let uuid = self.uuid.map_or([0; 16], |uuid| uuid.0);
+        let max_memory = self
+            .max_memory
+            .map_or_else(memory_of_this_machine, |mib| mib.saturating_mul(1 << 20));
+        let channels = |count: Option<ChannelCount>, compression| {
+            count.map(|count| Channels { count, compression })
+        };
+        let out_compression = self.out_compression.at(self.out_level)?;
+        let from = match self.incoming {
+            None => Origin::Store { max_memory },
+            Some(from) => Origin::Source(Box::new(Incoming::open(IncomingConfig {
+                from,
+                channels: channels(self.in_multifd, self.in_compression.at(1)?),
+                xbzrle: self.in_xbzrle,
+                machine_version: self.machine_version,
+                uuid,
+                max_memory,
+                without_return_path: self.without_return_path,
+                timeout,
+            })?)),
+        };
+        let to = self.outgoing.map(|to| OutgoingConfig {
+            to,
+            channels: channels(self.out_multifd, out_compression),
+            zero_pages: self.out_zero_pages.into(),
+            max_bandwidth: self.max_bandwidth.saturating_mul(1 << 20),
+            machine_version: self.machine_version,
+            uuid,
+            timeout,
+        });
+        Ok(Relay {
+            from,
+            store: self.store,
+            to,
+            remove_store: self.remove_store,
+        })
+    }
+}
+
+fn memory_of_this_machine() -> u64 {
+    let info = rustix::system::sysinfo();
+    info.totalram.saturating_mul(info.mem_unit.into())
+}
+
+/// Shows on stderr what is going on, if that is a terminal.
+fn show(progress: &Progress, is_over: &AtomicBool) {
+    let bar = ProgressBar::new_spinner();
+    while !is_over.load(Ordering::Acquire) {
+        let moved = |what: &str, flow: &crate::progress::Flow| {
+            let memory = (flow.pages() + flow.zero_pages()) * migration_stream::PAGE_SIZE;
+            format!(
+                "{what}: {} of pages in {}, the guest has {}",
+                HumanBytes(memory),
+                HumanBytes(flow.bytes()),
+                HumanBytes(progress.memory())
+            )
+        };
+        bar.set_message(match progress.stage() {
+            Stage::Waiting => "waiting for the source".to_owned(),
+            Stage::Receiving => moved("receiving", &progress.incoming),
+            Stage::Storing => "writing the store".to_owned(),
+            Stage::Loading => "reading the store".to_owned(),
+            Stage::Sending => moved("sending", &progress.outgoing),
+        });
+        bar.tick();
+        thread::park_timeout(TICK);
+    }
+    bar.finish_and_clear();
+}
+
+fn print(report: &Report) {
+    if let Some(received) = &report.received {
+        println!("received: {received}");
+    }
+    if let Some(sent) = &report.sent {
+        println!("sent: {sent}");
+    }
+}
+
+/// An error and its causes, on one line.
+#[must_use]
+pub fn chain(error: &dyn Error) -> String {
+    let causes = std::iter::successors(Some(error), |&error| error.source());
+    let mut said: Vec<String> = Vec::new();
+    for cause in causes.map(ToString::to_string) {
+        if said.last() != Some(&cause) {
+            said.push(cause);
+        }
+    }
+    said.join(": ")
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_options_fit_each_other() {
+        Cli::command().debug_assert();
+        let accepts = |args: &str| Cli::try_parse_from(args.split(' ')).is_ok();
+        assert!(accepts("relay --incoming tcp::1 --outgoing unix:x"));
+        assert!(accepts("relay --incoming file:x --store d"));
+        assert!(accepts("relay --store d --outgoing file:x"));
+        assert!(!accepts("relay --incoming tcp::1"));
+        assert!(!accepts("relay --outgoing tcp::1"));
+        assert!(!accepts("relay --store d --remove-store"));
+        assert!(!accepts("relay --incoming exec:x --store d"));
+        assert!(!accepts(
+            "relay --incoming tcp::1 --store d --in-compression zstd"
+        ));
+        assert!(!accepts("relay --incoming tcp::1 --store d --in-multifd 0"));
+    }
+
+    #[test]
+    fn a_level_is_one_of_its_compression() {
+        assert!(Method::Zlib.at(9).is_ok());
+        assert!(Method::Zlib.at(10).is_err());
+        assert!(Method::Zstd.at(20).is_ok());
+        assert!(Method::Zstd.at(21).is_err());
+    }
+
+    #[test]
+    fn a_uuid_is_read_as_qemu_writes_it() {
+        let uuid: Uuid = "00112233-4455-6677-8899-aabbccddeeff".parse().unwrap();
+        assert_eq!(uuid.0[..4], [0, 0x11, 0x22, 0x33]);
+        assert!("0011".parse::<Uuid>().is_err());
+        assert!(
+            "+0112233-4455-6677-8899-aabbccddeef"
+                .parse::<Uuid>()
+                .is_err()
+        );
+    }
+}

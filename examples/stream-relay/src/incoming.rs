@@ -1,0 +1,372 @@
+//! A guest from a QEMU, or from a file that one wrote.
+
+use std::fs::{self, File};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use std::{fmt, io};
+
+use migration_stream::configuration::Configuration;
+use migration_stream::decoder::{ConfigurationRule, DecoderConfig};
+use migration_stream::io::{ByteSink, FdChannel, PositionedFile};
+use migration_stream::mapped_ram::FileReader;
+use migration_stream::opaque_tail::{Tail, TailLimits};
+use migration_stream::precopy::{Loaded, Target, TargetConfig, TargetError};
+use migration_stream::ram::NoMultifd;
+use migration_stream::{PageBarrier, StreamReader, TransportError};
+use multifd::incoming::{Acceptor, Limits};
+use multifd::{Address, AddressError, Listener, MultifdConfig, RecvChannel, RecvSet};
+
+use crate::Channels;
+use crate::counted::Counted;
+use crate::endpoint::Endpoint;
+use crate::guest::{Guest, version};
+use crate::machine::MachineVersion;
+use crate::memory::{HoldError, Memory};
+use crate::progress::{Figures, Progress, Stage};
+
+/// Where a guest comes from, and how.
+#[derive(Clone, Debug)]
+pub struct IncomingConfig {
+    /// The socket to listen at, or the file.
+    pub from: Endpoint,
+    /// Multifd's channels (the capability `multifd`). A file written by channels needs none.
+    pub channels: Option<Channels>,
+    /// Pages may come as differences (the capability `xbzrle`).
+    pub xbzrle: bool,
+    /// The version of a machine type whose name has none.
+    pub machine_version: Option<MachineVersion>,
+    /// The UUID with which the source's channels introduce themselves, zero if it has none.
+    pub uuid: [u8; 16],
+    /// How much memory the guest may have, bytes.
+    pub max_memory: u64,
+    /// Takes a guest from a source that does not wait to hear that it was taken.
+    pub without_return_path: bool,
+    /// How long a read or write may wait for the source.
+    pub timeout: Duration,
+}
+
+/// A relay that waits for a guest.
+#[derive(Debug)]
+pub struct Incoming {
+    config: IncomingConfig,
+    origin: Origin,
+}
+
+enum Origin {
+    Socket {
+        acceptor: Box<Acceptor>,
+        address: Address,
+        _path: Option<SocketPath>,
+    },
+    File(Arc<dyn PositionedFile>, u64),
+}
+
+impl fmt::Debug for Origin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Socket { address, .. } => f.debug_tuple("Socket").field(address).finish(),
+            Self::File(_, offset) => f.debug_tuple("File").field(offset).finish(),
+        }
+    }
+}
+
+/// A guest that was taken over. Its source stands still until [`Received::confirm`], if it has
+/// opened a return path; dropping this gives the guest back to it.
+#[derive(Debug)]
+pub struct Received {
+    /// The guest.
+    pub guest: Guest,
+    /// What taking it cost.
+    pub figures: Figures,
+    loaded: Loaded,
+    waits: bool,
+}
+
+impl Incoming {
+    /// Listens, or opens the file.
+    ///
+    /// # Errors
+    /// Neither can be done.
+    pub fn open(config: IncomingConfig) -> Result<Self, IncomingError> {
+        let origin = match &config.from {
+            Endpoint::Socket(address) => {
+                let listener = Listener::bind(address)?;
+                let address = listener.local_address().map_err(IncomingError::Listener)?;
+                let path = match &address {
+                    Address::Unix(path) => Some(SocketPath(path.clone())),
+                    Address::Tcp { .. } => None,
+                };
+                let limits = Limits {
+                    channel: config.timeout,
+                    ..Limits::default()
+                };
+                let multifd = config.channels.map(|c| config.multifd(c));
+                let acceptor = Acceptor::new(listener, multifd.as_ref(), limits)?;
+                Origin::Socket {
+                    acceptor: Box::new(acceptor),
+                    address,
+                    _path: path,
+                }
+            }
+            Endpoint::File { .. } if config.channels.is_some() => {
+                return Err(IncomingError::ChannelsOfFile);
+            }
+            Endpoint::File { path, offset } => {
+                let failed = |source| IncomingError::File {
+                    path: path.clone(),
+                    source,
+                };
+                Origin::File(Arc::new(File::open(path).map_err(failed)?), *offset)
+            }
+        };
+        Ok(Self { config, origin })
+    }
+
+    /// Where the source is to migrate to, with the port that the system chose if none was asked for;
+    /// `None` for a file.
+    #[must_use]
+    pub const fn address(&self) -> Option<&Address> {
+        match &self.origin {
+            Origin::Socket { address, .. } => Some(address),
+            Origin::File(..) => None,
+        }
+    }
+
+    /// Waits for the source, without limit until it has connected, and takes its guest.
+    ///
+    /// # Errors
+    /// [`IncomingError`]. The guest runs on at its source then.
+    pub fn receive(self, progress: &Arc<Progress>) -> Result<Received, IncomingError> {
+        let Self { config, origin } = self;
+        let (mut acceptor, path) = match origin {
+            Origin::Socket {
+                acceptor, _path, ..
+            } => (acceptor, _path),
+            Origin::File(file, offset) => {
+                let file: Arc<dyn PositionedFile> =
+                    Arc::new(Counted::new(file, Arc::clone(progress)));
+                let reader = StreamReader::from_file(Arc::clone(&file), offset);
+                return config.take(reader, None, Pages::File(file), progress);
+            }
+        };
+        let connected = acceptor.accept(None)?;
+        // Nobody else is let in.
+        drop((acceptor, path));
+        let main = connected.main;
+        let reader = StreamReader::new(
+            Counted::new(main.share(), Arc::clone(progress)),
+            &connected.prefix,
+        );
+        progress.incoming.add_bytes(connected.prefix.len());
+        let pages = match config.channels {
+            None => Pages::Stream,
+            Some(channels) => Pages::Channels {
+                multifd: Box::new(config.multifd(channels)),
+                channels: connected.channels,
+                main: main.share(),
+            },
+        };
+        config.take(reader, Some(Box::new(main)), pages, progress)
+    }
+}
+
+impl IncomingConfig {
+    fn multifd(&self, channels: Channels) -> MultifdConfig {
+        MultifdConfig {
+            channels: channels.count,
+            compression: channels.compression,
+            uuid: self.uuid,
+            stall_limit: self.timeout,
+            ..MultifdConfig::default()
+        }
+    }
+
+    fn take(
+        &self,
+        reader: StreamReader,
+        return_path: Option<Box<dyn ByteSink>>,
+        pages: Pages,
+        progress: &Arc<Progress>,
+    ) -> Result<Received, IncomingError> {
+        let begun = Instant::now();
+        progress.begin(Stage::Receiving);
+        let is_socket = return_path.is_some();
+        let target_config = TargetConfig {
+            decoder: DecoderConfig {
+                xbzrle: self.xbzrle,
+                ..DecoderConfig::new(ConfigurationRule::Any)
+            },
+            max_devices: TailLimits::default().len,
+        };
+        let (mut target, blocks) = Target::from_announcement(target_config, reader, return_path)?;
+        if blocks.ignores_shared() {
+            return Err(IncomingError::SharedMemory);
+        }
+        if is_socket && !target.has_return_path() && !self.without_return_path {
+            return Err(IncomingError::NoReturnPath);
+        }
+        let configuration = target.configuration().cloned();
+        let configuration = configuration.ok_or(IncomingError::NoConfiguration)?;
+        let memory = Memory::new(blocks, self.max_memory, Arc::clone(progress))?;
+        if matches!(pages, Pages::Channels { .. })
+            && version(&configuration, self.machine_version).flushes_each_section()
+        {
+            target = target.flushing_each_section();
+        }
+        let waits = target.has_return_path();
+        let (memory, loaded, devices) = pages.load(target, memory, progress)?;
+        Ok(Received {
+            guest: guest(memory, configuration, devices),
+            figures: progress.incoming.figures(begun.elapsed()),
+            loaded,
+            waits,
+        })
+    }
+}
+
+fn guest(memory: Memory, configuration: Configuration, devices: Tail) -> Guest {
+    Guest {
+        memory: Arc::new(memory),
+        configuration,
+        devices,
+    }
+}
+
+/// Which way pages come.
+enum Pages {
+    Stream,
+    Channels {
+        multifd: Box<MultifdConfig>,
+        channels: Vec<FdChannel>,
+        /// To be ended when a channel breaks.
+        main: FdChannel,
+    },
+    File(Arc<dyn PositionedFile>),
+}
+
+impl Pages {
+    fn load(
+        self,
+        target: Target,
+        memory: Memory,
+        progress: &Arc<Progress>,
+    ) -> Result<(Memory, Loaded, Tail), IncomingError> {
+        let load = |memory: &Memory, barrier: &mut dyn PageBarrier| {
+            target.load_opaque(memory, barrier, TailLimits::default())
+        };
+        match self {
+            Self::Stream => {
+                let (loaded, tail) = load(&memory, &mut NoMultifd)?;
+                Ok((memory, loaded, tail))
+            }
+            Self::File(file) => {
+                let (loaded, tail) = load(&memory, &mut FileReader::new(file))?;
+                Ok((memory, loaded, tail))
+            }
+            Self::Channels {
+                multifd,
+                channels,
+                main,
+            } => {
+                let channels = channels.into_iter().map(|channel| {
+                    let closer = channel.share();
+                    let counted = Counted::new(channel, Arc::clone(progress));
+                    RecvChannel::new(counted, move || closer.shutdown())
+                });
+                let set = RecvSet::start(memory, channels.collect(), &multifd, move |_| {
+                    main.shutdown();
+                })
+                .map_err(IncomingError::Channels)?;
+                let loaded = load(set.store(), &mut set.barrier());
+                // Everything has landed, and idle channels are not waited at while the guest is held.
+                let joined = set.join().map_err(IncomingError::Channels)?;
+                // The channel that broke knows more than the main stream that was ended for it.
+                joined.outcome.map_err(IncomingError::Channels)?;
+                let (loaded, tail) = loaded?;
+                Ok((joined.store, loaded, tail))
+            }
+        }
+    }
+}
+
+impl Received {
+    /// Whether the source stands still until it hears.
+    #[must_use]
+    pub const fn is_awaited(&self) -> bool {
+        self.waits
+    }
+
+    /// Tells the source that the guest is safe: it lets go of it.
+    ///
+    /// # Errors
+    /// It cannot be told.
+    pub fn confirm(mut self) -> Result<(), TargetError> {
+        self.loaded.confirm()
+    }
+
+    /// Gives the guest back to the source, where it runs on.
+    pub fn refuse(self) {
+        self.loaded.refuse();
+    }
+}
+
+/// A unix socket's name, which goes when nobody listens any more.
+struct SocketPath(PathBuf);
+
+impl Drop for SocketPath {
+    fn drop(&mut self) {
+        // Somebody may have removed it already.
+        let _ = fs::remove_file(&self.0);
+    }
+}
+
+/// Why a guest could not be taken. It runs on at its source.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum IncomingError {
+    /// Nobody can listen there.
+    #[error(transparent)]
+    Address(#[from] AddressError),
+    /// The listening socket's address cannot be had.
+    #[error("the listening socket's address")]
+    Listener(#[source] io::Error),
+    /// The source's connections did not come.
+    #[error("connections of the source")]
+    Accept(#[from] multifd::incoming::IncomingError),
+    /// The file cannot be opened.
+    #[error("opening {}", .path.display())]
+    File {
+        /// Its path.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// Channels were asked for where there can be none.
+    #[error("a file has no multifd channels: what they wrote is read without them")]
+    ChannelsOfFile,
+    /// The stream is not sound, or broke.
+    #[error("the incoming stream")]
+    Stream(#[from] TargetError),
+    /// Multifd's channels.
+    #[error("the incoming channels")]
+    Channels(#[source] TransportError),
+    /// It cannot be held.
+    #[error("holding the guest")]
+    Hold(#[from] HoldError),
+    /// The stream has no configuration section.
+    #[error("the stream does not say of which machine type the guest is")]
+    NoConfiguration,
+    /// Part of memory is not in the stream.
+    #[error(
+        "the source leaves shared memory out of the stream (x-ignore-shared), and there is no \
+         other way to it"
+    )]
+    SharedMemory,
+    /// The source would let go of the guest before it is safe.
+    #[error(
+        "the source has opened no return path, on which it would wait to hear that the guest is \
+         safe (its capability return-path)"
+    )]
+    NoReturnPath,
+}

@@ -1,0 +1,41 @@
+//! A relay for migration streams: takes a guest from a QEMU, holds it, and gives it to another one or
+//! to a file, by another transport than it came by.
+//!
+//! ```text
+//! Incoming ──> Guest (memory, configuration, devices as they are) ──> outgoing::send
+//!                 └──────────── store (a directory) ────────────┘
+//! ```
+//!
+//! It knows no device and no machine: the blocks of memory are those that the source announces, and
+//! device sections pass through as bytes, told apart by the description at the stream's end.
+//!
+//! | module | what |
+//! |---|---|
+//! | [`relay`] | the order of things: when the source hears that it may let go |
+//! | [`incoming`], [`outgoing`] | a guest from a source, a guest to a destination |
+//! | [`guest`], [`memory`] | what is held |
+//! | [`store`] | what is kept in a directory |
+//! | [`endpoint`], [`machine`], [`progress`] | addresses, versions, figures |
+//! | [`cli`] | the program |
+#![forbid(unsafe_code)]
+
+pub mod cli;
+mod counted;
+pub mod endpoint;
+pub mod guest;
+pub mod incoming;
+pub mod machine;
+pub mod memory;
+pub mod outgoing;
+pub mod progress;
+pub mod relay;
+pub mod store;
+
+/// How the multifd channels of one side are set up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Channels {
+    /// How many.
+    pub count: multifd::ChannelCount,
+    /// How they compress.
+    pub compression: multifd::Compression,
+}

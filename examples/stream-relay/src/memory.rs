@@ -1,0 +1,226 @@
+//! The memory of a guest whose blocks are known only when its source announces them.
+
+use std::sync::Arc;
+
+use migration_stream::ram::{BlockId, RamBlockTable, zero_check};
+use migration_stream::{GuestRam, MemoryError, PAGE_SIZE, PageStore};
+use vm_memory::{MmapRegion, VolatileMemory, VolatileSlice};
+
+use crate::progress::Progress;
+
+/// For pages that become zero again.
+static ZEROS: [u8; 4096] = [0; 4096];
+
+/// Anonymous memory for each block. A page that is zero takes nothing up, however often it is read:
+/// a file in memory would be given a page of its own by the first look at it.
+#[derive(Debug)]
+pub struct Memory {
+    blocks: RamBlockTable,
+    regions: Vec<MmapRegion>,
+    progress: Arc<Progress>,
+}
+
+impl Memory {
+    /// Address space for `blocks`; what arrives in it counts as incoming.
+    ///
+    /// # Errors
+    /// [`HoldError`]: the guest is larger than `limit` bytes, or than the address space.
+    pub fn new(
+        blocks: RamBlockTable,
+        limit: u64,
+        progress: Arc<Progress>,
+    ) -> Result<Self, HoldError> {
+        let total = blocks.total_bytes();
+        if total > limit {
+            return Err(HoldError::TooLarge { total, limit });
+        }
+        progress.set_memory(total);
+        let regions = blocks.iter().map(|(_, block)| {
+            let failed = |source: BoxError| HoldError::Map {
+                name: block.name().to_owned(),
+                length: block.used_length(),
+                source,
+            };
+            let length = usize::try_from(block.used_length()).map_err(|e| failed(e.into()))?;
+            MmapRegion::new(length).map_err(|e| failed(e.into()))
+        });
+        Ok(Self {
+            regions: regions.collect::<Result<_, _>>()?,
+            blocks,
+            progress,
+        })
+    }
+
+    /// The blocks.
+    #[must_use]
+    pub const fn blocks(&self) -> &RamBlockTable {
+        &self.blocks
+    }
+
+    fn range(
+        &self,
+        block: BlockId,
+        offset: u64,
+        len: usize,
+    ) -> Result<VolatileSlice<'_>, MemoryError> {
+        let (known, region) = self
+            .blocks
+            .get(block)
+            .zip(self.regions.get(block.index()))
+            .ok_or(MemoryError::NoBlock(block))?;
+        usize::try_from(offset)
+            .ok()
+            .and_then(|offset| region.get_slice(offset, len).ok())
+            .ok_or_else(|| MemoryError::OutOfBlock {
+                name: known.name().to_owned(),
+                offset,
+                len,
+                used_length: known.used_length(),
+            })
+    }
+}
+
+impl GuestRam for Memory {
+    fn blocks(&self) -> &RamBlockTable {
+        &self.blocks
+    }
+
+    fn slice(
+        &self,
+        block: BlockId,
+        offset: u64,
+        len: usize,
+    ) -> Result<VolatileSlice<'_>, MemoryError> {
+        self.range(block, offset, len)
+    }
+}
+
+impl PageStore for Memory {
+    fn blocks(&self) -> &RamBlockTable {
+        &self.blocks
+    }
+
+    fn prepare(
+        &self,
+        block: BlockId,
+        offset: u64,
+        len: usize,
+    ) -> Result<VolatileSlice<'_>, MemoryError> {
+        self.range(block, offset, len)
+    }
+
+    fn landed(&self, block: BlockId, offset: u64, len: usize) -> Result<(), MemoryError> {
+        self.range(block, offset, len)?;
+        self.progress.incoming.add_pages(len as u64 / PAGE_SIZE);
+        Ok(())
+    }
+
+    fn zero(&self, block: BlockId, offset: u64, len: usize) -> Result<(), MemoryError> {
+        let all = self.range(block, offset, len)?;
+        let mut done = 0;
+        while let Some(left) = len.checked_sub(done).filter(|left| *left > 0) {
+            let page = all.subslice(done, left.min(ZEROS.len()));
+            let page = page.map_err(|source| MemoryError::Backend {
+                what: "clearing guest memory",
+                source: Box::new(source),
+            })?;
+            if !zero_check(&page) {
+                page.copy_from(&ZEROS);
+            }
+            done += page.len();
+        }
+        self.progress
+            .incoming
+            .add_zero_pages(len as u64 / PAGE_SIZE);
+        Ok(())
+    }
+}
+
+type BoxError = Box<dyn std::error::Error + Send + Sync>;
+
+/// Why a guest cannot be held.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum HoldError {
+    /// It is larger than it may be.
+    #[error("the guest has {total} bytes of memory, more than the {limit} that may be held")]
+    TooLarge {
+        /// Its size, bytes.
+        total: u64,
+        /// The limit, bytes.
+        limit: u64,
+    },
+    /// The system has no room for it.
+    #[error("no memory for ram block '{name}' of {length:#x} bytes")]
+    Map {
+        /// The block.
+        name: String,
+        /// Its length, bytes.
+        length: u64,
+        /// The system's reason.
+        source: BoxError,
+    },
+}
+
+#[cfg(test)]
+mod tests {
+    use migration_stream::ram::RamBlock;
+
+    use super::*;
+
+    fn blocks() -> RamBlockTable {
+        RamBlockTable::new(vec![
+            RamBlock::new("pc.ram", 4 * PAGE_SIZE).unwrap(),
+            RamBlock::new("rom", PAGE_SIZE).unwrap(),
+        ])
+        .unwrap()
+    }
+
+    #[test]
+    fn what_landed_is_there_until_it_is_cleared_and_is_counted() {
+        let progress = Arc::<Progress>::default();
+        let memory = Memory::new(blocks(), u64::MAX, Arc::clone(&progress)).unwrap();
+        assert_eq!(progress.memory(), 5 * PAGE_SIZE);
+        let id = BlockId::new(0);
+        let pages = memory.prepare(id, PAGE_SIZE, 2 * 4096).unwrap();
+        pages.copy_from(&[7_u8; 2 * 4096]);
+        memory.landed(id, PAGE_SIZE, 2 * 4096).unwrap();
+        memory.zero(id, 2 * PAGE_SIZE, 2 * 4096).unwrap();
+        let all = memory.slice(id, 0, 4 * 4096).unwrap();
+        let is_zero: Vec<_> = (0..4)
+            .map(|page| zero_check(&all.subslice(page * 4096, 4096).unwrap()))
+            .collect();
+        assert_eq!(is_zero, [true, false, true, true]);
+        assert_eq!(progress.incoming.pages(), 2);
+        assert_eq!(progress.incoming.zero_pages(), 2);
+    }
+
+    #[test]
+    fn a_range_outside_of_its_block_is_refused() {
+        let memory = Memory::new(blocks(), u64::MAX, Arc::default()).unwrap();
+        for (block, offset, len) in [(1, PAGE_SIZE, 1), (0, u64::MAX, 2), (0, 1, 4 * 4096)] {
+            let id = BlockId::new(block);
+            assert!(memory.prepare(id, offset, len).is_err());
+            assert!(memory.landed(id, offset, len).is_err());
+            assert!(memory.zero(id, offset, len).is_err());
+        }
+        assert!(matches!(
+            memory.slice(BlockId::new(2), 0, 1),
+            Err(MemoryError::NoBlock(_))
+        ));
+    }
+
+    #[test]
+    fn a_guest_larger_than_the_limit_is_refused_before_memory_is_taken() {
+        let huge = RamBlock::new("pc.ram", 1 << 62).unwrap();
+        let huge = RamBlockTable::new(vec![huge]).unwrap();
+        assert!(matches!(
+            Memory::new(huge.clone(), 1 << 40, Arc::default()),
+            Err(HoldError::TooLarge { limit, .. }) if limit == 1 << 40
+        ));
+        assert!(matches!(
+            Memory::new(huge, u64::MAX, Arc::default()),
+            Err(HoldError::Map { .. })
+        ));
+    }
+}

@@ -1,0 +1,275 @@
+//! A guest to a QEMU, or into a file that one can load.
+
+use std::fs::File;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use migration_stream::configuration::MAPPED_RAM;
+use migration_stream::io::{FileChannel, PositionedFile};
+use migration_stream::precopy::{
+    BoxError, Control, FIRST_DEVICE_SECTION, Limits, RamSetup, ReturnPathReader, Source,
+    SourceConfig, SourceError, SourceVm,
+};
+use migration_stream::ram::{BlockId, InStream, ZeroPageDetection};
+use migration_stream::{
+    DirtyLog, GuestRam, MemoryError, PageTransport, StreamWriter, TransportError,
+};
+use multifd::outgoing::{self, ConnectError};
+use multifd::{Flush, MultifdConfig, SendSet};
+use tempfile::NamedTempFile;
+
+use crate::Channels;
+use crate::endpoint::Endpoint;
+use crate::guest::Guest;
+use crate::machine::MachineVersion;
+use crate::progress::{Figures, Progress, Stage};
+
+/// Where a guest goes, and how.
+#[derive(Clone, Debug)]
+pub struct OutgoingConfig {
+    /// The destination, or the file.
+    pub to: Endpoint,
+    /// Multifd's channels (the capability `multifd`).
+    pub channels: Option<Channels>,
+    /// Who looks for zero pages. Destinations before QEMU 9.0 want [`ZeroPageDetection::Legacy`].
+    pub zero_pages: ZeroPageDetection,
+    /// Bytes a second on all channels together, 0 for as many as there can be.
+    pub max_bandwidth: u64,
+    /// The version of a machine type whose name has none.
+    pub machine_version: Option<MachineVersion>,
+    /// The UUID with which channels introduce themselves, zero if the guest has none.
+    pub uuid: [u8; 16],
+    /// How long a connection, a read or a write may wait for the destination, and how long it may
+    /// take to confirm the guest once everything was sent.
+    pub timeout: Duration,
+}
+
+impl OutgoingConfig {
+    /// Whether this can be done at all, for those who would rather know before they take a guest.
+    ///
+    /// # Errors
+    /// [`OutgoingError::ChannelsOfFile`], [`OutgoingError::Offset`], [`OutgoingError::Exists`].
+    pub fn check(&self) -> Result<(), OutgoingError> {
+        match &self.to {
+            Endpoint::Socket(_) => Ok(()),
+            Endpoint::File { .. } if self.channels.is_some() => Err(OutgoingError::ChannelsOfFile),
+            Endpoint::File { offset: 1.., .. } => Err(OutgoingError::Offset),
+            Endpoint::File { path, .. } if path.exists() => {
+                Err(OutgoingError::Exists { path: path.clone() })
+            }
+            Endpoint::File { .. } => Ok(()),
+        }
+    }
+}
+
+/// Gives the guest away. When it returns a destination has confirmed that it has everything, or a
+/// file is on disk under its name.
+///
+/// # Errors
+/// [`OutgoingError`]: the destination has no guest that it could run, or did not say that it has.
+pub fn send(
+    guest: &Guest,
+    config: &OutgoingConfig,
+    progress: &Progress,
+) -> Result<Figures, OutgoingError> {
+    config.check()?;
+    progress.begin(Stage::Sending);
+    progress.set_memory(guest.memory.blocks().total_bytes());
+    let begun = Instant::now();
+    match &config.to {
+        Endpoint::Socket(address) => {
+            let multifd = config.channels.map(|channels| MultifdConfig {
+                channels: channels.count,
+                compression: channels.compression,
+                zero_pages: config.zero_pages,
+                flush: if guest
+                    .machine_version(config.machine_version)
+                    .flushes_each_section()
+                {
+                    Flush::EachSection
+                } else {
+                    Flush::EachRound
+                },
+                uuid: config.uuid,
+                stall_limit: config.timeout,
+                ..MultifdConfig::default()
+            });
+            let connected =
+                outgoing::connect(address, multifd.as_ref(), config.timeout, config.timeout)?;
+            let main = connected.main;
+            let out = StreamWriter::new(main.share());
+            let return_path = Some(ReturnPathReader::new(main));
+            match multifd {
+                None => guest.migrate(config, out, return_path, guest.in_stream(config), progress),
+                Some(multifd) => {
+                    let ram: Arc<dyn GuestRam> = Arc::clone(&guest.memory) as _;
+                    let channels = connected.channels.into_iter().map(Into::into).collect();
+                    let set =
+                        SendSet::start(ram, channels, &multifd).map_err(OutgoingError::Channels)?;
+                    guest.migrate(config, out, return_path, set, progress)
+                }
+            }?;
+        }
+        Endpoint::File { path, .. } => {
+            let failed = |source| OutgoingError::File {
+                path: path.clone(),
+                source,
+            };
+            let dir = parent(path);
+            let temporary = NamedTempFile::new_in(dir).map_err(failed)?;
+            let file: Arc<dyn PositionedFile> =
+                Arc::new(temporary.as_file().try_clone().map_err(failed)?);
+            let out = StreamWriter::new(FileChannel::new(file, 0));
+            guest.migrate(config, out, None, guest.in_stream(config), progress)?;
+            temporary.as_file().sync_all().map_err(failed)?;
+            temporary
+                .persist_noclobber(path)
+                .map_err(|e| failed(e.error))?;
+            sync_directory(dir).map_err(failed)?;
+        }
+    }
+    Ok(progress.outgoing.figures(begun.elapsed()))
+}
+
+/// The directory in which `path` lies.
+pub(crate) fn parent(path: &Path) -> &Path {
+    match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    }
+}
+
+/// Names in a directory are on disk only when the directory is.
+pub(crate) fn sync_directory(path: &Path) -> io::Result<()> {
+    File::open(path)?.sync_all()
+}
+
+impl Guest {
+    fn in_stream(&self, config: &OutgoingConfig) -> InStream {
+        InStream::new(Arc::clone(&self.memory) as _, config.zero_pages)
+    }
+
+    fn migrate<T: PageTransport>(
+        &self,
+        config: &OutgoingConfig,
+        out: StreamWriter,
+        return_path: Option<ReturnPathReader>,
+        transport: T,
+        progress: &Progress,
+    ) -> Result<(), OutgoingError> {
+        // Where pages are in a file is between its writer and its reader.
+        let mut configuration = self.configuration.clone();
+        configuration
+            .capabilities
+            .retain(|c| c.as_str() != MAPPED_RAM);
+        let source = Source::start(
+            SourceConfig {
+                configuration: Some(configuration),
+                switchover_start: self
+                    .machine_version(config.machine_version)
+                    .sends_switchover_start(),
+                confirm_timeout: config.timeout,
+            },
+            Arc::new(Limits::new(config.max_bandwidth, Duration::ZERO)),
+            out,
+            return_path,
+            RamSetup {
+                ram: Arc::clone(&self.memory) as _,
+                log: Still,
+                transport,
+            },
+        )?;
+        let mut held = Held {
+            guest: self,
+            progress,
+        };
+        let switched = source.run(&mut held)?;
+        held.progress(&switched.progress);
+        Ok(())
+    }
+}
+
+/// The guest stands still: nothing becomes dirty.
+struct Still;
+
+impl DirtyLog for Still {
+    fn start(&mut self) -> Result<(), MemoryError> {
+        Ok(())
+    }
+
+    fn sync(&mut self, _: &mut dyn FnMut(BlockId, u64, u64)) -> Result<(), MemoryError> {
+        Ok(())
+    }
+
+    fn stop(&mut self) -> Result<(), MemoryError> {
+        Ok(())
+    }
+}
+
+/// A guest as the VM of a source.
+struct Held<'a> {
+    guest: &'a Guest,
+    progress: &'a Progress,
+}
+
+impl SourceVm for Held<'_> {
+    fn stop(&mut self) -> Result<(), BoxError> {
+        Ok(())
+    }
+
+    fn resume(&mut self) -> Result<(), BoxError> {
+        Ok(())
+    }
+
+    fn save_devices(&mut self, out: &mut Vec<u8>) -> Result<String, BoxError> {
+        let devices = &self.guest.devices;
+        devices.encode_sections(FIRST_DEVICE_SECTION, out);
+        Ok(devices.description_text().to_owned())
+    }
+
+    fn progress(&mut self, progress: &migration_stream::precopy::Progress) -> Control {
+        self.progress.outgoing.set(
+            progress.transferred,
+            progress.counters.normal_pages,
+            progress.counters.zero_pages,
+        );
+        Control::Continue
+    }
+}
+
+/// Why a guest could not be given away.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum OutgoingError {
+    /// No connection to the destination.
+    #[error(transparent)]
+    Connect(#[from] ConnectError),
+    /// Multifd's channels.
+    #[error("the outgoing channels")]
+    Channels(#[source] TransportError),
+    /// The stream broke, or the destination refused it.
+    #[error("the outgoing stream")]
+    Stream(#[from] SourceError),
+    /// Channels were asked for where there can be none.
+    #[error("a file that is written as a stream has no multifd channels")]
+    ChannelsOfFile,
+    /// An offset was asked for.
+    #[error("a file is written from its beginning: no offset")]
+    Offset,
+    /// There is a file already.
+    #[error("{} is there already", .path.display())]
+    Exists {
+        /// Its path.
+        path: PathBuf,
+    },
+    /// The file cannot be written.
+    #[error("writing {}", .path.display())]
+    File {
+        /// Its path.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+}
