@@ -99,59 +99,174 @@ impl Dirtier {
     /// # Errors
     /// The file system's.
     pub fn write_disk(&self, path: &Path) -> Result<()> {
-        /// SeaBIOS boots no AHCI or virtio disk that is as small as one sector.
-        const DISK_BYTES: u64 = 1 << 20;
-        let mut file = File::create(path)?;
-        file.write_all(&self.boot_sector())?;
-        file.set_len(DISK_BYTES)?;
-        Ok(())
+        write_disk(path, &self.boot_sector())
     }
 
     /// The 512 bytes.
     #[must_use]
     pub fn boot_sector(&self) -> [u8; 512] {
-        const GDT: usize = 0x80;
-        const GDT_POINTER: usize = 0x98;
-        const PROTECTED: u8 = 0x20;
-        let at = |offset: usize| (usize::from(BOOT_ADDRESS) + offset).to_le_bytes();
         let (start, pages) = (self.start.to_le_bytes(), self.pages.to_le_bytes());
-
-        let mut sector = [0; 512];
-        let mut put = |offset: usize, bytes: &[u8]| {
-            sector[offset..offset + bytes.len()].copy_from_slice(bytes);
-        };
-        // Real mode: to flat 32-bit protected mode.
-        let [low, high, ..] = at(GDT_POINTER);
-        put(0x00, &[0xfa]); // cli
-        put(0x01, &[0x31, 0xc0, 0x8e, 0xd8]); // xor ax, ax; mov ds, ax
-        put(0x05, &[0x0f, 0x01, 0x16, low, high]); // lgdt [gdt_pointer]
-        put(0x0a, &[0x0f, 0x20, 0xc0, 0x0c, 0x01, 0x0f, 0x22, 0xc0]); // cr0 |= PE
-        let [low, high, ..] = at(usize::from(PROTECTED));
-        put(0x12, &[0xea, low, high, 0x08, 0x00]); // jmp 0x08:protected
-        // Protected mode.
-        put(0x20, &[0x66, 0xb8, 0x10, 0x00]); // mov ax, 0x10
-        put(0x24, &[0x8e, 0xd8, 0x8e, 0xc0, 0x8e, 0xd0]); // mov ds/es/ss, ax
-        put(0x2a, &[0x31, 0xdb]); // xor ebx, ebx
-        put(0x2c, &[0x66, 0xba, 0xf8, 0x03]); // mov dx, 0x3f8
-        // round, at 0x30:
-        put(0x30, &[0xbf, start[0], start[1], start[2], start[3]]); // mov edi, start
-        put(0x35, &[0xb9, pages[0], pages[1], pages[2], pages[3]]); // mov ecx, pages
-        // page, at 0x3a:
-        put(0x3a, &[0xfe, 0x07]); // inc byte [edi]
-        put(0x3c, &[0x81, 0xc7, 0x00, 0x10, 0x00, 0x00]); // add edi, 4096
-        put(0x42, &[0x49]); // dec ecx
-        put(0x43, &[0x75, 0xf5]); // jnz page
-        put(0x45, &[0xfe, 0xc3]); // inc bl
-        put(0x47, &[0x88, 0xd8, 0xee]); // mov al, bl; out dx, al
-        put(0x4a, &[0xeb, 0xe4]); // jmp round
-        // Null, flat code (0x08) and flat data (0x10) descriptors.
-        put(GDT + 8, &[0xff, 0xff, 0, 0, 0, 0x9a, 0xcf, 0]);
-        put(GDT + 16, &[0xff, 0xff, 0, 0, 0, 0x92, 0xcf, 0]);
-        let [low, high, ..] = at(GDT);
-        put(GDT_POINTER, &[0x17, 0x00, low, high, 0, 0]);
-        put(510, &[0x55, 0xaa]);
-        sector
+        protected(&[
+            &[0x31, 0xdb],             // xor ebx, ebx
+            &[0x66, 0xba, 0xf8, 0x03], // mov dx, 0x3f8
+            // round:
+            &[0xbf],
+            &start, // mov edi, start
+            &[0xb9],
+            &pages, // mov ecx, pages
+            // page:
+            &[0xfe, 0x07],                         // inc byte [edi]
+            &[0x81, 0xc7, 0x00, 0x10, 0x00, 0x00], // add edi, 4096
+            &[0x49],                               // dec ecx
+            &[0x75, 0xf5],                         // jnz page
+            &[0xfe, 0xc3],                         // inc bl
+            &[0x88, 0xd8, 0xee],                   // mov al, bl; out dx, al
+            &[0xeb, 0xe4],                         // jmp round
+        ])
     }
+}
+
+/// A boot sector whose guest checks its own memory for ever. In each pass it looks whether every
+/// byte of every page of a region still is what it wrote there in the pass before, which depends
+/// on the page's address and the pass, and writes what belongs there now. After a pass it writes
+/// the number of passes to the serial port, seven bits of it; for a page that is not as it should
+/// be a byte of [`Checker::ERROR`] and seven bits of the page's number.
+#[derive(Clone, Copy, Debug)]
+pub struct Checker {
+    /// Guest physical address of the first page; at least 1 MiB, beyond what firmware uses.
+    pub start: u32,
+    /// Number of pages.
+    pub pages: u32,
+}
+
+impl Checker {
+    /// Set in a byte that reports a wrong page.
+    pub const ERROR: u8 = 0x80;
+
+    /// As [`Dirtier::write_disk`].
+    ///
+    /// # Errors
+    /// The file system's.
+    pub fn write_disk(&self, path: &Path) -> Result<()> {
+        write_disk(path, &self.boot_sector())
+    }
+
+    /// The 512 bytes.
+    #[must_use]
+    pub fn boot_sector(&self) -> [u8; 512] {
+        let start = self.start.to_le_bytes();
+        let end = (self.start + (self.pages << 12)).to_le_bytes();
+        // Odd, so that every pass differs from every other.
+        let factor = 0x9e37_79b1_u32.to_le_bytes();
+        protected(&[
+            &[0xfc],                   // cld
+            &[0x31, 0xdb],             // xor ebx, ebx
+            &[0x66, 0xba, 0xf8, 0x03], // mov dx, 0x3f8
+            // pass:
+            &[0xbe],
+            &start, // mov esi, start
+            // page:
+            &[0x85, 0xdb],       // test ebx, ebx
+            &[0x74, 0x16],       // jz write
+            &[0x8d, 0x43, 0xff], // lea eax, [ebx - 1]
+            &[0x69, 0xc0],
+            &factor,                         // imul eax, eax, factor
+            &[0x01, 0xf0],                   // add eax, esi
+            &[0x89, 0xf7],                   // mov edi, esi
+            &[0xb9, 0x00, 0x04, 0x00, 0x00], // mov ecx, 1024
+            &[0xf3, 0xaf],                   // repe scasd
+            &[0x75, 0x27],                   // jne wrong
+            // write:
+            &[0x69, 0xc3],
+            &factor,                               // imul eax, ebx, factor
+            &[0x01, 0xf0],                         // add eax, esi
+            &[0x89, 0xf7],                         // mov edi, esi
+            &[0xb9, 0x00, 0x04, 0x00, 0x00],       // mov ecx, 1024
+            &[0xf3, 0xab],                         // rep stosd
+            &[0x81, 0xc6, 0x00, 0x10, 0x00, 0x00], // add esi, 4096
+            &[0x81, 0xfe],
+            &end,                      // cmp esi, end
+            &[0x72, 0xc7],             // jb page
+            &[0x43],                   // inc ebx
+            &[0x88, 0xd8, 0x24, 0x7f], // mov al, bl; and al, 0x7f
+            &[0xee],                   // out dx, al
+            &[0xeb, 0xba],             // jmp pass
+            // wrong:
+            &[0x89, 0xf0, 0xc1, 0xe8, 0x0c], // mov eax, esi; shr eax, 12
+            &[0x0c, Self::ERROR, 0xee],      // or al, ERROR; out dx, al
+            &[0xeb, 0xcf],                   // jmp write
+        ])
+    }
+
+    /// How many passes `output` tells of, which may begin with any of them.
+    ///
+    /// # Errors
+    /// A page was wrong, or a pass is missing.
+    pub fn passes(output: &[u8]) -> Result<usize> {
+        if let Some(at) = output.iter().position(|b| b & Self::ERROR != 0) {
+            let wrong = output.iter().filter(|b| *b & Self::ERROR != 0).count();
+            return Err(format!(
+                "after {at} passes page {:#x} (of 128) was wrong, {wrong} in all",
+                output[at] & !Self::ERROR
+            )
+            .into());
+        }
+        match output
+            .windows(2)
+            .position(|pair| (pair[0] + 1) & !Self::ERROR != pair[1])
+        {
+            None => Ok(output.len()),
+            Some(at) => {
+                Err(format!("pass {:#x} follows on {:#x}", output[at + 1], output[at]).into())
+            }
+        }
+    }
+}
+
+/// Writes a disk with `boot_sector` on it.
+fn write_disk(path: &Path, boot_sector: &[u8; 512]) -> Result<()> {
+    /// SeaBIOS boots no AHCI or virtio disk that is as small as one sector.
+    const DISK_BYTES: u64 = 1 << 20;
+    let mut file = File::create(path)?;
+    file.write_all(boot_sector)?;
+    file.set_len(DISK_BYTES)?;
+    Ok(())
+}
+
+/// A boot sector that runs the pieces of `code` one after the other in flat 32-bit protected mode,
+/// without stack and interrupts.
+fn protected(code: &[&[u8]]) -> [u8; 512] {
+    const PROTECTED: u8 = 0x18;
+    const CODE: usize = 0x22;
+    const GDT: usize = 0xd0;
+    const GDT_POINTER: usize = GDT + 24;
+    let at = |offset: usize| (usize::from(BOOT_ADDRESS) + offset).to_le_bytes();
+    let code = code.concat();
+    assert!(CODE + code.len() <= GDT, "the code is too long");
+
+    let mut sector = [0; 512];
+    let mut put = |offset: usize, bytes: &[u8]| {
+        sector[offset..offset + bytes.len()].copy_from_slice(bytes);
+    };
+    // Real mode: to flat 32-bit protected mode.
+    let [low, high, ..] = at(GDT_POINTER);
+    put(0x00, &[0xfa]); // cli
+    put(0x01, &[0x31, 0xc0, 0x8e, 0xd8]); // xor ax, ax; mov ds, ax
+    put(0x05, &[0x0f, 0x01, 0x16, low, high]); // lgdt [gdt_pointer]
+    put(0x0a, &[0x0f, 0x20, 0xc0, 0x0c, 0x01, 0x0f, 0x22, 0xc0]); // cr0 |= PE
+    let [low, high, ..] = at(usize::from(PROTECTED));
+    put(0x12, &[0xea, low, high, 0x08, 0x00]); // jmp 0x08:protected
+    // Protected mode.
+    put(0x18, &[0x66, 0xb8, 0x10, 0x00]); // mov ax, 0x10
+    put(0x1c, &[0x8e, 0xd8, 0x8e, 0xc0, 0x8e, 0xd0]); // mov ds/es/ss, ax
+    put(CODE, &code);
+    // Null, flat code (0x08) and flat data (0x10) descriptors.
+    put(GDT + 8, &[0xff, 0xff, 0, 0, 0, 0x9a, 0xcf, 0]);
+    put(GDT + 16, &[0xff, 0xff, 0, 0, 0, 0x92, 0xcf, 0]);
+    let [low, high, ..] = at(GDT);
+    put(GDT_POINTER, &[0x17, 0x00, low, high, 0, 0]);
+    put(510, &[0x55, 0xaa]);
+    sector
 }
 
 /// Compares two memories page by page.
@@ -206,6 +321,19 @@ mod tests {
         assert_eq!(zero_pages(Content::Zero), 100);
         assert_eq!(zero_pages(Content::Random), 0);
         assert_eq!(zero_pages(Content::Mixed), 42);
+    }
+
+    #[test]
+    fn a_guest_that_checks_itself_is_believed_only_without_gaps_and_errors() {
+        assert_eq!(Checker::passes(&[126, 127, 0, 1]).unwrap(), 4);
+        assert_eq!(Checker::passes(&[]).unwrap(), 0);
+        let e = Checker::passes(&[1, 2, 0x85, 3]).unwrap_err();
+        assert_eq!(
+            e.to_string(),
+            "after 2 passes page 0x5 (of 128) was wrong, 1 in all"
+        );
+        let e = Checker::passes(&[1, 2, 4]).unwrap_err();
+        assert_eq!(e.to_string(), "pass 0x4 follows on 0x2");
     }
 
     #[test]

@@ -10,7 +10,7 @@ use std::{env, fmt};
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
 
 use crate::Result;
-use crate::qemu::{self, Binary};
+use crate::qemu::{self, Accel, Binary};
 
 /// Runs the trials as `cargo test` expects, after a line on what they run against.
 pub fn run(trials: impl IntoIterator<Item = Trial>) -> ExitCode {
@@ -37,24 +37,29 @@ pub fn on_kvm(name: &str, test: fn() -> Result<()>) -> Trial {
 
 /// A test for each QEMU of at least version `since` (major, minor) that the machine has.
 pub fn on_each_qemu(name: &str, since: (u32, u32), test: fn(&Binary) -> Result<()>) -> Vec<Trial> {
-    each_qemu(name, since, "", || None, test)
+    each_qemu(name, since, |_| Accel::Tcg, test)
 }
 
 /// As [`on_each_qemu`], for a test that needs `/dev/kvm` too.
-pub fn on_each_qemu_with_kvm(
-    name: &str,
-    since: (u32, u32),
-    test: fn(&Binary) -> Result<()>,
-) -> Vec<Trial> {
-    each_qemu(name, since, ", KVM", missing_kvm, test)
+pub fn on_each_qemu_with_kvm(name: &str, since: (u32, u32), test: impl Test) -> Vec<Trial> {
+    each_qemu(name, since, |_| Accel::Kvm, test)
 }
+
+/// As [`on_each_qemu`], for a test of guests that run on [`Binary::live_accel`].
+pub fn on_each_qemu_with_live_guests(name: &str, since: (u32, u32), test: impl Test) -> Vec<Trial> {
+    each_qemu(name, since, Binary::live_accel, test)
+}
+
+/// What is done with a QEMU.
+pub trait Test: Fn(&Binary) -> Result<()> + Copy + Send + 'static {}
+
+impl<T: Fn(&Binary) -> Result<()> + Copy + Send + 'static> Test for T {}
 
 fn each_qemu(
     name: &str,
     since: (u32, u32),
-    also: &str,
-    lacks: fn() -> Option<String>,
-    test: fn(&Binary) -> Result<()>,
+    accel: fn(&Binary) -> Accel,
+    test: impl Fn(&Binary) -> Result<()> + Copy + Send + 'static,
 ) -> Vec<Trial> {
     let all = match qemu::binaries() {
         Ok(all) => all,
@@ -75,6 +80,10 @@ fn each_qemu(
     fitting
         .into_iter()
         .map(|binary| {
+            let (lacks, also): (fn() -> _, _) = match accel(binary) {
+                Accel::Tcg => (|| None, ""),
+                Accel::Kvm => (missing_kvm, ", KVM"),
+            };
             Trial::ignorable_test(name, move || match lacks() {
                 None => Ok(test(binary).map(|()| Completion::Completed)?),
                 Some(reason) => missing(reason),

@@ -167,6 +167,23 @@ impl Output {
         String::from_utf8_lossy(&self.bytes()).into_owned()
     }
 
+    /// All bytes of a process that was [killed](Process::kill) or ends by itself.
+    ///
+    /// # Errors
+    /// It goes on for longer than [`PATIENCE`].
+    pub fn whole(&self) -> Result<Vec<u8>> {
+        let (lock, changed) = &*self.0;
+        let captured = lock.lock().unwrap_or_else(PoisonError::into_inner);
+        let (captured, _) = changed
+            .wait_timeout_while(captured, PATIENCE, |c| !c.ended)
+            .unwrap_or_else(PoisonError::into_inner);
+        if captured.ended {
+            Ok(captured.bytes.clone())
+        } else {
+            Err("the output does not end".into())
+        }
+    }
+
     /// Waits until `found` makes something of all bytes so far.
     ///
     /// # Errors
@@ -253,6 +270,7 @@ mod tests {
             .wait_for("greeting", |b| b.starts_with(b"hello").then_some(()))
             .unwrap_err();
         assert_eq!(error.to_string(), "no greeting in the output: last words\n");
+        assert_eq!(sh.stderr().whole().unwrap(), b"last words\n");
         assert_eq!(sh.wait().unwrap().code(), Some(3));
         assert_eq!(
             sh.failure("failed").to_string(),

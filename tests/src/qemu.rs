@@ -3,7 +3,10 @@
 //! Binaries come from the environment variable `COLO_QEMU` (paths, separated by colons), and then
 //! from `qemu-system-x86_64` on `PATH`.
 
+use std::collections::BTreeMap;
 use std::ffi::OsString;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
@@ -56,6 +59,17 @@ impl Binary {
     #[must_use]
     pub const fn version(&self) -> (u32, u32, u32) {
         self.version
+    }
+
+    /// How guests run that migrate while they write memory. Under TCG, QEMU 7.2 misses pages that
+    /// the guest dirties while they are sent: no destination gets them.
+    #[must_use]
+    pub fn live_accel(&self) -> Accel {
+        if self.is_since((10, 0)) {
+            Accel::Tcg
+        } else {
+            Accel::Kvm
+        }
     }
 
     /// Whether it is at least of this major and minor version.
@@ -287,6 +301,15 @@ fn text(path: &Path) -> Result<&str> {
         .ok_or_else(|| format!("QEMU takes no path like {}", path.display()).into())
 }
 
+/// A line of `info ramblock`.
+struct RamBlockInfo {
+    name: String,
+    /// Bytes.
+    used: u64,
+    /// In the process.
+    address: Option<u64>,
+}
+
 /// A running QEMU; dropping it kills it.
 #[derive(Debug)]
 pub struct Qemu {
@@ -384,17 +407,45 @@ impl Qemu {
     /// # Errors
     /// QEMU's answer is not understood.
     pub fn ram_blocks(&mut self) -> Result<Vec<(String, u64)>> {
+        let blocks = self.info_ramblock()?.into_iter();
+        Ok(blocks.map(|block| (block.name, block.used)).collect())
+    }
+
+    /// The name and the bytes of every RAM block, out of the process's memory; `None` from a QEMU
+    /// that does not say where they are (before 8.0).
+    ///
+    /// # Errors
+    /// QEMU's answer is not understood, or its memory cannot be read.
+    pub fn ram_contents(&mut self) -> Result<Option<BTreeMap<String, Vec<u8>>>> {
+        let memory = File::open(format!("/proc/{}/mem", self.process.id()))?;
+        let mut contents = BTreeMap::new();
+        for block in self.info_ramblock()? {
+            let Some(address) = block.address else {
+                return Ok(None);
+            };
+            let mut bytes = vec![0; usize::try_from(block.used)?];
+            memory.read_exact_at(&mut bytes, address)?;
+            contents.insert(block.name, bytes);
+        }
+        Ok(Some(contents))
+    }
+
+    fn info_ramblock(&mut self) -> Result<Vec<RamBlockInfo>> {
         let text = self.qmp.execute(
             "human-monitor-command",
             json!({"command-line": "info ramblock"}),
         )?;
         let text = text.as_str().unwrap_or_default();
-        // Block name, page size as a number and its unit, offset, used length, and more.
+        // Block name, page size as a number and its unit, offset, used length, total length, and
+        // where it is in the process.
+        let number = |text: &str| u64::from_str_radix(text.strip_prefix("0x")?, 16).ok();
         let block = |line: &str| {
             let mut fields = line.split_whitespace();
-            let name = fields.next()?.to_owned();
-            let used = fields.nth(3)?.strip_prefix("0x")?;
-            Some((name, u64::from_str_radix(used, 16).ok()?))
+            Some(RamBlockInfo {
+                name: fields.next()?.to_owned(),
+                used: number(fields.nth(3)?)?,
+                address: fields.nth(1).and_then(number),
+            })
         };
         let lines = text.lines().skip(1).filter(|l| !l.trim().is_empty());
         lines

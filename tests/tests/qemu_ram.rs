@@ -16,7 +16,7 @@ use multifd::{ChannelCount, Compression, Listener, MultifdConfig, RecvSet, ZlibL
 use serde_json::json;
 use tempfile::TempDir;
 use tests::guest::{self, Content, Dirtier};
-use tests::qemu::{Accel, Binary, Machine, Qemu};
+use tests::qemu::{Binary, Machine, Qemu};
 use tests::store::Memory;
 use tests::{Result, harness};
 
@@ -26,7 +26,11 @@ const MEMORY: u32 = 32;
 const RAM: &str = "ram0";
 
 fn main() -> ExitCode {
-    let trial = |name, test| harness::on_each_qemu(name, (7, 2), test);
+    let since = (7, 2);
+    let trial = |name, test| harness::on_each_qemu(name, since, test);
+    let live = |name, test: fn(&Binary) -> Result<()>| {
+        harness::on_each_qemu_with_live_guests(name, since, test)
+    };
     harness::run(
         [
             trial("ram_of_a_stopped_guest_arrives_plain", |q| {
@@ -44,19 +48,19 @@ fn main() -> ExitCode {
             trial("ram_of_a_stopped_guest_arrives_by_zlib_channels", |q| {
                 stopped_guest(q, How::Multifd(2, Compression::Zlib(ZlibLevel::default())))
             }),
-            trial("ram_of_a_running_guest_arrives_plain", |q| {
+            live("ram_of_a_running_guest_arrives_plain", |q| {
                 running_guest(q, How::Plain)
             }),
-            trial("ram_of_a_running_guest_arrives_as_differences", |q| {
+            live("ram_of_a_running_guest_arrives_as_differences", |q| {
                 running_guest(q, How::Xbzrle)
             }),
-            trial("ram_of_a_running_guest_arrives_by_two_channels", |q| {
+            live("ram_of_a_running_guest_arrives_by_two_channels", |q| {
                 running_guest(q, How::Multifd(2, Compression::None))
             }),
-            trial("ram_of_a_running_guest_arrives_by_zlib_channels", |q| {
+            live("ram_of_a_running_guest_arrives_by_zlib_channels", |q| {
                 running_guest(q, How::Multifd(2, Compression::Zlib(ZlibLevel::default())))
             }),
-            trial("ram_of_a_running_guest_arrives_by_zstd_channels", |q| {
+            live("ram_of_a_running_guest_arrives_by_zstd_channels", |q| {
                 running_guest(q, How::Multifd(2, zstd()))
             }),
         ]
@@ -94,13 +98,6 @@ fn stopped_guest(qemu: &Binary, how: How) -> Result<()> {
 }
 
 fn running_guest(qemu: &Binary, how: How) -> Result<()> {
-    // Under TCG, QEMU 7.2 misses pages that the guest dirties while they are sent: no target gets
-    // them.
-    let accel = if qemu.is_since((10, 0)) {
-        Accel::Tcg
-    } else {
-        Accel::Kvm
-    };
     for machine in ["pc", "microvm"] {
         let files = Files::new()?;
         let guest = Dirtier {
@@ -109,7 +106,7 @@ fn running_guest(qemu: &Binary, how: How) -> Result<()> {
         };
         guest.write_disk(&files.disk)?;
         let mut source = Machine::new(machine, MEMORY)
-            .accel(accel)
+            .accel(qemu.live_accel())
             .boot(&files.disk)
             .memory_in(&files.memory)
             .running()
