@@ -2,8 +2,10 @@
 //! QEMU and from us to us, in turns on this machine, over the loopback, with the same content.
 //!
 //! A time is from the first connection to the confirmation: what QEMU's source calls its total
-//! time, and ours measures alike. The memory is fresh in each run, on both sides.
+//! time, and ours measures alike. Memory is fresh in each run, on both sides, and every destination a
+//! process of its own.
 
+mod destination;
 mod ours;
 mod ram;
 mod report;
@@ -15,7 +17,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use ::tests::Result;
-use ::tests::guest::{Content, compare, write_memory};
+use ::tests::guest::{Content, write_memory};
 use ::tests::harness::missing_kvm;
 use ::tests::qemu::{self, Accel, Binary, Machine, Qemu};
 use clap::Parser;
@@ -23,6 +25,7 @@ use migration_stream::opaque_tail::Tail;
 use multifd::{ChannelCount, Compression, MultifdConfig, ZstdLevel};
 use serde_json::json;
 
+use destination::Destination;
 use ram::Ram;
 use report::Row;
 
@@ -41,6 +44,12 @@ struct Arguments {
     /// Only the ways (plain, multifd-1, multifd-2, multifd-4, zstd-2) whose names are given.
     #[arg(long, value_delimiter = ',')]
     way: Vec<String>,
+    /// What connects the two.
+    #[arg(long, value_enum, default_value_t = Transport::Tcp)]
+    transport: Transport,
+    /// Only the pairs (qemu-qemu, qemu-us, us-qemu, us-us) whose names are given: for a profile.
+    #[arg(long, value_delimiter = ',')]
+    pair: Vec<String>,
     /// Little memory and one run: a check that everything runs, and arrives.
     #[arg(long)]
     smoke: bool,
@@ -50,6 +59,28 @@ struct Arguments {
     /// Where the drawing goes.
     #[arg(long, default_value = "throughput.svg")]
     svg: PathBuf,
+    /// Be the destination of a run that another process measures.
+    #[arg(long, hide = true)]
+    destination: Option<destination::Arguments>,
+}
+
+/// What connects the two.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Transport {
+    /// The loopback.
+    Tcp,
+    /// A socket in the file system.
+    Unix,
+}
+
+impl Transport {
+    /// Where a destination is to listen.
+    fn uri(self, dir: &Path) -> String {
+        match self {
+            Self::Tcp => "tcp:127.0.0.1:0".to_owned(),
+            Self::Unix => format!("unix:{}", dir.join("migration").display()),
+        }
+    }
 }
 
 /// How the memory crosses.
@@ -58,6 +89,11 @@ struct Way {
     name: &'static str,
     channels: u8,
     zstd: bool,
+}
+
+/// The way that is called so.
+fn way(name: &str) -> Option<Way> {
+    WAYS.into_iter().find(|way| way.name == name)
 }
 
 const WAYS: [Way; 5] = [
@@ -138,6 +174,17 @@ const PAIRS: [Pair; 4] = [
     Pair::UsToUs,
 ];
 
+impl Pair {
+    const fn name(self) -> &'static str {
+        match self {
+            Self::QemuToQemu => "qemu-qemu",
+            Self::QemuToUs => "qemu-us",
+            Self::UsToQemu => "us-qemu",
+            Self::UsToUs => "us-us",
+        }
+    }
+}
+
 impl fmt::Display for Pair {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(match self {
@@ -150,7 +197,12 @@ impl fmt::Display for Pair {
 }
 
 fn main() -> ExitCode {
-    match measure(&Arguments::parse()) {
+    let arguments = Arguments::parse();
+    let result = match &arguments.destination {
+        Some(destination) => destination.run(),
+        None => measure(&arguments),
+    };
+    match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
             eprintln!("throughput: {e}");
@@ -166,6 +218,7 @@ struct Guest<'a> {
     machine: String,
     memory: u32,
     file: &'a Path,
+    transport: Transport,
     /// Whether what arrived at us is compared with the file.
     is_checked: bool,
 }
@@ -199,15 +252,16 @@ impl Guest<'_> {
         Ok(vm)
     }
 
-    fn check(&self, arrived: &Ram) -> Result<()> {
-        if self.is_checked {
-            compare(
-                "RAM that arrived",
-                &fs::read(self.file)?,
-                &arrived.content()?,
-            )?;
-        }
-        Ok(())
+    /// A destination of ours.
+    fn our_destination(&self, way: Way, blocks: &[(String, u64)]) -> Result<Destination> {
+        let dir = tempfile::tempdir()?;
+        let arguments = destination::Arguments {
+            way: way.name.to_owned(),
+            uri: self.transport.uri(dir.path()),
+            blocks: blocks.to_vec(),
+            expected: self.is_checked.then(|| self.file.to_owned()),
+        };
+        Destination::start(&arguments, dir)
     }
 
     /// How long one migration takes.
@@ -217,31 +271,31 @@ impl Guest<'_> {
             Pair::QemuToQemu => {
                 let mut destination = self.destination(way)?;
                 let mut source = self.source(way)?;
-                let uri = destination.listen("tcp:127.0.0.1:0")?;
+                let uri = destination.listen(&self.transport.uri(destination.dir()))?;
                 source.migrate(&uri)?;
                 total_time(&mut source)
             }
             Pair::QemuToUs => {
                 let mut source = self.source(way)?;
-                let receiver = ours::Receiver::listen(Ram::fresh(blocks)?, config.clone())?;
-                source.migrate(receiver.uri())?;
+                let destination = self.our_destination(way, blocks)?;
+                source.migrate(destination.uri())?;
                 let time = total_time(&mut source);
-                self.check(&receiver.join()?.1)?;
+                destination.join()?;
                 time
             }
             Pair::UsToQemu => {
                 let mut destination = self.destination(way)?;
-                let uri = destination.listen("tcp:127.0.0.1:0")?;
+                let uri = destination.listen(&self.transport.uri(destination.dir()))?;
                 let ram = Ram::with_content(blocks, self.file)?;
                 let time = ours::send(&uri, &self.machine, ram, tail, config)?;
                 destination.wait_migration("completed")?;
                 Ok(time)
             }
             Pair::UsToUs => {
-                let receiver = ours::Receiver::listen(Ram::fresh(blocks)?, config.clone())?;
+                let destination = self.our_destination(way, blocks)?;
                 let ram = Ram::with_content(blocks, self.file)?;
-                let time = ours::send(receiver.uri(), &self.machine, ram, tail, config)?;
-                self.check(&receiver.join()?.1)?;
+                let time = ours::send(destination.uri(), &self.machine, ram, tail, config)?;
+                destination.join()?;
                 Ok(time)
             }
         }
@@ -274,11 +328,13 @@ fn measure(arguments: &Arguments) -> Result<()> {
         machine: format!("pc-q35-{major}.{minor}"),
         memory,
         file: &file,
+        transport: arguments.transport,
         is_checked: arguments.smoke,
     };
     println!(
-        "{qemu}, {memory} MiB, {runs} runs of each, {:?}",
-        Guest::accel()
+        "{qemu}, {memory} MiB, {runs} runs of each, {:?}, {:?}",
+        Guest::accel(),
+        arguments.transport
     );
     let is_wanted =
         |wanted: &[String], name: &str| wanted.is_empty() || wanted.iter().any(|w| w == name);
@@ -298,6 +354,10 @@ fn measure(arguments: &Arguments) -> Result<()> {
             let mut times = PAIRS.map(|_| Vec::new());
             for _ in 0..runs {
                 for (pair, times) in PAIRS.into_iter().zip(&mut times) {
+                    if !is_wanted(&arguments.pair, pair.name()) {
+                        continue;
+                    }
+                    ram::warm(u64::from(memory) << 21)?;
                     times.push(guest.run(pair, way, &tail, &blocks)?);
                 }
             }
@@ -321,7 +381,7 @@ fn measure(arguments: &Arguments) -> Result<()> {
 fn devices(guest: &mut Guest<'_>) -> Result<(Tail, Vec<(String, u64)>)> {
     let mut source = guest.source(WAYS[0])?;
     let blocks = source.ram_blocks()?;
-    let receiver = ours::Receiver::listen(Ram::fresh(&blocks)?, None)?;
+    let receiver = ours::Receiver::listen("tcp:127.0.0.1:0", Ram::fresh(&blocks)?, None)?;
     source.migrate(receiver.uri())?;
     total_time(&mut source)?;
     Ok((receiver.join()?.0, blocks))

@@ -123,9 +123,9 @@ pub struct Receiver {
 }
 
 impl Receiver {
-    /// Listens on a free port of the loopback.
-    pub fn listen(ram: Ram, config: Option<MultifdConfig>) -> Result<Self> {
-        let listener = Listener::bind(&"tcp:127.0.0.1:0".parse()?)?;
+    /// Listens.
+    pub fn listen(uri: &str, ram: Ram, config: Option<MultifdConfig>) -> Result<Self> {
+        let listener = Listener::bind(&uri.parse()?)?;
         let uri = listener.local_address()?.to_string();
         let acceptor = Acceptor::new(listener, config.as_ref(), incoming::Limits::default())?;
         let thread = thread::spawn(move || receive(acceptor, ram, config.as_ref()));
