@@ -4,6 +4,7 @@
 //! A test file sets `harness = false` in `Cargo.toml` and calls [`run`] with its trials.
 
 use std::fs::File;
+use std::ops::Range;
 use std::process::ExitCode;
 use std::{env, fmt};
 
@@ -35,29 +36,47 @@ pub fn on_kvm(name: &str, test: fn() -> Result<()>) -> Trial {
     .with_kind("KVM")
 }
 
-/// A test for each QEMU of at least version `since` (major, minor) that the machine has.
-pub fn on_each_qemu(name: &str, since: (u32, u32), test: fn(&Binary) -> Result<()>) -> Vec<Trial> {
-    each_qemu(name, since, |_| Accel::Tcg, test)
+/// A version of QEMU, major and minor.
+type Version = (u32, u32);
+
+/// A test for each QEMU of at least version `since` that the machine has.
+pub fn on_each_qemu(name: &str, since: Version, test: fn(&Binary) -> Result<()>) -> Vec<Trial> {
+    each_qemu(name, &(since..NEWEST), |_| Accel::Tcg, test)
+}
+
+/// As [`on_each_qemu`], for what QEMU does not do any more in version `before`.
+pub fn on_each_qemu_before(
+    name: &str,
+    since: Version,
+    before: Version,
+    test: fn(&Binary) -> Result<()>,
+) -> Vec<Trial> {
+    each_qemu(name, &(since..before), |_| Accel::Tcg, test)
 }
 
 /// As [`on_each_qemu`], for a test that needs `/dev/kvm` too.
-pub fn on_each_qemu_with_kvm(name: &str, since: (u32, u32), test: impl Test) -> Vec<Trial> {
-    each_qemu(name, since, |_| Accel::Kvm, test)
+pub fn on_each_qemu_with_kvm(
+    name: &str,
+    since: Version,
+    test: fn(&Binary) -> Result<()>,
+) -> Vec<Trial> {
+    each_qemu(name, &(since..NEWEST), |_| Accel::Kvm, test)
 }
 
 /// As [`on_each_qemu`], for a test of guests that run on [`Binary::live_accel`].
-pub fn on_each_qemu_with_live_guests(name: &str, since: (u32, u32), test: impl Test) -> Vec<Trial> {
-    each_qemu(name, since, Binary::live_accel, test)
+pub fn on_each_qemu_with_live_guests(
+    name: &str,
+    since: Version,
+    test: impl Fn(&Binary) -> Result<()> + Copy + Send + 'static,
+) -> Vec<Trial> {
+    each_qemu(name, &(since..NEWEST), Binary::live_accel, test)
 }
 
-/// What is done with a QEMU.
-pub trait Test: Fn(&Binary) -> Result<()> + Copy + Send + 'static {}
-
-impl<T: Fn(&Binary) -> Result<()> + Copy + Send + 'static> Test for T {}
+const NEWEST: Version = (u32::MAX, 0);
 
 fn each_qemu(
     name: &str,
-    since: (u32, u32),
+    versions: &Range<Version>,
     accel: fn(&Binary) -> Accel,
     test: impl Fn(&Binary) -> Result<()> + Copy + Send + 'static,
 ) -> Vec<Trial> {
@@ -66,12 +85,16 @@ fn each_qemu(
         // A wrong path was asked for by name: no reason to skip in silence.
         Err(e) => return vec![Trial::test(name, move || Err(Failed::from(e)))],
     };
-    let fitting: Vec<&'static Binary> = all.iter().filter(|b| b.is_since(since)).collect();
+    let fits = |b: &&Binary| b.is_since(versions.start) && !b.is_since(versions.end);
+    let fitting: Vec<&'static Binary> = all.iter().filter(fits).collect();
     if fitting.is_empty() {
+        let (major, minor) = versions.start;
+        let newest = match versions.end {
+            NEWEST => "or newer".to_owned(),
+            (major, minor) => format!("up to {major}.{minor}"),
+        };
         let reason = format!(
-            "needs QEMU {}.{} or newer in {} or on PATH; found {}",
-            since.0,
-            since.1,
+            "needs QEMU {major}.{minor} {newest} in {} or on PATH; found {}",
             qemu::VARIABLE,
             qemu_summary()
         );

@@ -13,6 +13,7 @@ use migration_stream::ram::ZeroPageDetection;
 use multifd::{ChannelCount, Compression, ZlibLevel, ZstdLevel};
 use serde_json::{Value, json};
 use stream_relay::Channels;
+use stream_relay::cli::chain;
 use stream_relay::guest::Guest;
 use stream_relay::incoming::{Incoming, IncomingConfig, Received};
 use stream_relay::machine::MachineVersion;
@@ -93,6 +94,12 @@ fn main() -> ExitCode {
         "guest_that_no_destination_takes_runs_on_at_its_source",
         (7, 2),
         refused,
+    ));
+    trials.extend(harness::on_each_qemu_before(
+        "checkpoints_of_an_older_qemu_are_refused_and_its_guest_runs_on",
+        (10, 0),
+        (11, 0),
+        old_checkpoints,
     ));
     harness::run(trials)
 }
@@ -355,6 +362,34 @@ fn refused(qemu: &Binary) -> Result<()> {
     source.migrate(&uri)?;
     let error = relay.run(&Arc::default()).err().ok_or("nobody took it")?;
     assert!(error.to_string().contains("still at its source"), "{error}");
+    source.wait_status("running")?;
+    let passes = source.process.stdout().bytes().len();
+    wait_for_output(&source, passes + 2)?;
+    Checker::passes(&source.process.stdout().bytes())?;
+    Ok(())
+}
+
+/// COLO as it was before QEMU 11: command 8 stands at the beginning of the stream.
+fn old_checkpoints(qemu: &Binary) -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let disk = dir.path().join("disk");
+    CHECKER.write_disk(&disk)?;
+    let mut source = Machine::new("q35", MEMORY)
+        .boot(&disk)
+        .running()
+        .args(["-serial", "stdio"])
+        .start(qemu)?;
+    wait_for_output(&source, 2)?;
+    source.qmp.enable(&["return-path", "x-colo"])?;
+    let incoming = Incoming::open(incoming_config(qemu, "tcp:127.0.0.1:0", Plain)?)?;
+    let uri = incoming.address().ok_or("no address")?.to_string();
+    source.migrate(&uri)?;
+    let error = incoming.receive(&Arc::default()).err().ok_or("taken")?;
+    let text = chain(&error);
+    let reason = "deprecated command 0x8 (length 0x0); before QEMU 11.0: ENABLE_COLO";
+    assert!(text.ends_with(reason), "{text}");
+    let failed = source.wait_migration("failed")?;
+    assert_eq!(failed["status"], "failed");
     source.wait_status("running")?;
     let passes = source.process.stdout().bytes().len();
     wait_for_output(&source, passes + 2)?;
