@@ -11,6 +11,7 @@ use std::{env, fmt};
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
 
 use crate::Result;
+use crate::linux::Linux;
 use crate::qemu::{self, Accel, Binary};
 
 /// Runs the trials as `cargo test` expects, after a line on what they run against.
@@ -41,7 +42,7 @@ type Version = (u32, u32);
 
 /// A test for each QEMU of at least version `since` that the machine has.
 pub fn on_each_qemu(name: &str, since: Version, test: fn(&Binary) -> Result<()>) -> Vec<Trial> {
-    each_qemu(name, &(since..NEWEST), |_| Accel::Tcg, test)
+    each_qemu(name, &(since..NEWEST), |_| Need::Nothing, test)
 }
 
 /// As [`on_each_qemu`], for what QEMU does not do any more in version `before`.
@@ -51,7 +52,7 @@ pub fn on_each_qemu_before(
     before: Version,
     test: fn(&Binary) -> Result<()>,
 ) -> Vec<Trial> {
-    each_qemu(name, &(since..before), |_| Accel::Tcg, test)
+    each_qemu(name, &(since..before), |_| Need::Nothing, test)
 }
 
 /// As [`on_each_qemu`], for a test that needs `/dev/kvm` too.
@@ -60,7 +61,7 @@ pub fn on_each_qemu_with_kvm(
     since: Version,
     test: fn(&Binary) -> Result<()>,
 ) -> Vec<Trial> {
-    each_qemu(name, &(since..NEWEST), |_| Accel::Kvm, test)
+    each_qemu(name, &(since..NEWEST), |_| Need::Kvm, test)
 }
 
 /// As [`on_each_qemu`], for a test of guests that run on [`Binary::live_accel`].
@@ -69,15 +70,56 @@ pub fn on_each_qemu_with_live_guests(
     since: Version,
     test: impl Fn(&Binary) -> Result<()> + Copy + Send + 'static,
 ) -> Vec<Trial> {
-    each_qemu(name, &(since..NEWEST), Binary::live_accel, test)
+    let need = |binary: &Binary| match binary.live_accel() {
+        Accel::Tcg => Need::Nothing,
+        Accel::Kvm => Need::Kvm,
+    };
+    each_qemu(name, &(since..NEWEST), need, test)
+}
+
+/// As [`on_each_qemu`], for a test that needs a [`Linux`] guest too.
+pub fn on_each_qemu_with_linux(
+    name: &str,
+    since: Version,
+    test: fn(&Binary, &Linux) -> Result<()>,
+) -> Vec<Trial> {
+    let test = move |binary: &Binary| test(binary, &Linux::find()?);
+    each_qemu(name, &(since..NEWEST), |_| Need::Linux, test)
 }
 
 const NEWEST: Version = (u32::MAX, 0);
 
+/// What a test needs beside QEMU.
+#[derive(Clone, Copy)]
+enum Need {
+    Nothing,
+    Kvm,
+    Linux,
+}
+
+impl Need {
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Nothing => "",
+            Self::Kvm => ", KVM",
+            Self::Linux => ", Linux",
+        }
+    }
+
+    /// Why this machine does not have it, `None` if it has.
+    fn missing(self) -> Option<String> {
+        match self {
+            Self::Nothing => None,
+            Self::Kvm => missing_kvm(),
+            Self::Linux => Linux::find().err(),
+        }
+    }
+}
+
 fn each_qemu(
     name: &str,
     versions: &Range<Version>,
-    accel: fn(&Binary) -> Accel,
+    need: fn(&Binary) -> Need,
     test: impl Fn(&Binary) -> Result<()> + Copy + Send + 'static,
 ) -> Vec<Trial> {
     let all = match qemu::binaries() {
@@ -103,15 +145,12 @@ fn each_qemu(
     fitting
         .into_iter()
         .map(|binary| {
-            let (lacks, also): (fn() -> _, _) = match accel(binary) {
-                Accel::Tcg => (|| None, ""),
-                Accel::Kvm => (missing_kvm, ", KVM"),
-            };
-            Trial::ignorable_test(name, move || match lacks() {
+            let need = need(binary);
+            Trial::ignorable_test(name, move || match need.missing() {
                 None => Ok(test(binary).map(|()| Completion::Completed)?),
                 Some(reason) => missing(reason),
             })
-            .with_kind(format!("{binary}{also}"))
+            .with_kind(format!("{binary}{}", need.name()))
         })
         .collect()
 }

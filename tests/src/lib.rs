@@ -18,6 +18,7 @@
 pub mod capture;
 pub mod guest;
 pub mod harness;
+pub mod linux;
 pub mod process;
 pub mod qemu;
 pub mod qmp;

@@ -21,6 +21,7 @@ use stream_relay::outgoing::{self, OutgoingConfig};
 use stream_relay::progress::Progress;
 use stream_relay::relay::{Origin, Relay};
 use tests::guest::{self, Checker, Dirtier};
+use tests::linux::{self, Linux};
 use tests::qemu::{Accel, Binary, Machine, Qemu};
 use tests::{PATIENCE, Result, harness};
 
@@ -94,6 +95,11 @@ fn main() -> ExitCode {
         "guest_that_no_destination_takes_runs_on_at_its_source",
         (7, 2),
         refused,
+    ));
+    trials.extend(harness::on_each_qemu_with_linux(
+        "linux_goes_on_with_all_its_devices",
+        (10, 0),
+        linux_goes_on,
     ));
     trials.extend(harness::on_each_qemu_before(
         "checkpoints_of_an_older_qemu_are_refused_and_its_guest_runs_on",
@@ -395,4 +401,67 @@ fn old_checkpoints(qemu: &Binary) -> Result<()> {
     wait_for_output(&source, passes + 2)?;
     Checker::passes(&source.process.stdout().bytes())?;
     Ok(())
+}
+
+/// Linux, which uses disks, networks and a port all the time, comes out as it went in.
+fn linux_goes_on(qemu: &Binary, guest: &Linux) -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let ports = [dir.path().join("port0"), dir.path().join("port1")];
+    let mut source = guest
+        .machine(dir.path(), &ports[0])?
+        .running()
+        .start(qemu)?;
+    wait_for_beats(&[], &source, 3)?;
+    let mut destination = guest
+        .machine(dir.path(), &ports[1])?
+        .running()
+        .incoming()
+        .start(qemu)?;
+    let (from, on) = (UNCOMPRESSED, zstd());
+    configure(&mut source, from)?;
+    source
+        .qmp
+        .set_parameters(json!({"max-bandwidth": 0, "downtime-limit": 2000}))?;
+    configure(&mut destination, on)?;
+    let to = destination.listen("tcp:127.0.0.1:0")?;
+    let incoming = Incoming::open(incoming_config(qemu, "tcp:127.0.0.1:0", from)?)?;
+    let uri = incoming.address().ok_or("no address")?.to_string();
+    let relay = Relay {
+        from: Origin::Source(Box::new(incoming)),
+        store: None,
+        to: Some(outgoing_config(qemu, &to, on)?),
+        remove_store: false,
+    };
+    source.migrate(&uri)?;
+    relay.run(&Arc::default())?;
+    source.wait_migration("completed")?;
+    destination.wait_migration("completed")?;
+    source.process.kill()?;
+    let before = source.process.stdout().whole()?;
+    let beats = linux::beats(&before)?;
+    wait_for_beats(&before, &destination, beats + 3)?;
+    assert!(linux::port_beats(&ports)? >= beats + 3);
+    Ok(())
+}
+
+/// Waits for `beats` beats in all of a guest that said `before` elsewhere.
+fn wait_for_beats(before: &[u8], vm: &Qemu, beats: u64) -> Result<()> {
+    // Under TCG a kernel takes its time, which the wait for one thing is not made for.
+    for wanted in ["Linux version", "Freeing unused kernel image", "eth1 is"] {
+        let is_there = |b: &[u8]| {
+            [before, b]
+                .concat()
+                .windows(wanted.len())
+                .any(|w| w == wanted.as_bytes())
+        };
+        vm.process
+            .stdout()
+            .wait_for(wanted, |b| is_there(b).then_some(()))?;
+    }
+    vm.process.stdout().wait_for("beats", |b| {
+        let heard = linux::beats(&[before, b].concat());
+        // An error is as good as what is waited for.
+        heard.map_or(true, |heard| heard >= beats).then_some(())
+    })?;
+    linux::beats(&[before, &vm.process.stdout().bytes()].concat()).map(drop)
 }
