@@ -1,0 +1,25 @@
+//! The description behind a stream, and the opaque device sections that are cut by it.
+#![no_main]
+#![allow(missing_docs)] // a target has no API
+
+use libfuzzer_sys::fuzz_target;
+use migration_stream::opaque_tail::{Tail, TailLimits};
+use migration_stream::section::SectionId;
+use migration_stream::vmdesc::VmDescription;
+
+fuzz_target!(|data: &[u8]| {
+    let (choice, bytes) = fuzz::choice(data);
+    if choice & 1 == 0 {
+        let _ = VmDescription::parse(bytes);
+        return;
+    }
+    let limits = TailLimits::default();
+    if let Ok(tail) = Tail::decode(bytes, limits) {
+        // The sections that were cut out can be put together again.
+        let mut again = Vec::new();
+        tail.encode_sections(SectionId(7), &mut again);
+        let bodies =
+            |tail: &Tail| -> Vec<Vec<u8>> { tail.sections().map(|s| s.body.to_vec()).collect() };
+        assert!(again.len() >= bodies(&tail).iter().map(Vec::len).sum());
+    }
+});
