@@ -4,7 +4,7 @@ use std::error;
 use std::time::Instant;
 
 use crate::mapped_ram::{MappedArea, MappedPages};
-use crate::ram::{BlockId, RamError};
+use crate::ram::{BlockId, RamBlockTable, RamError, encode_setup_list};
 use crate::xbzrle::XbzrleCounters;
 use crate::{PageStore, StreamWriter};
 
@@ -41,6 +41,35 @@ pub trait PageTransport: Send {
     /// Another round over guest memory begins, or a checkpoint.
     fn begin_round(&mut self) {}
 
+    /// The capability that the configuration section has to name because pages cross like this.
+    fn capability(&self) -> Option<&'static str> {
+        None
+    }
+
+    /// Writes the list of the blocks whose pages will come, the body of the section that sets RAM
+    /// up.
+    ///
+    /// # Errors
+    /// As for [`PageTransport::send`].
+    fn announce(
+        &mut self,
+        main: &mut StreamWriter,
+        blocks: &RamBlockTable,
+    ) -> Result<(), TransportError> {
+        let mut bytes = Vec::new();
+        encode_setup_list(blocks, &mut bytes);
+        main.write_bytes(&bytes).map_err(TransportError::main)
+    }
+
+    /// The guest has stopped and all pages were sent and synchronised: what is still to be done
+    /// about them before the last RAM section ends.
+    ///
+    /// # Errors
+    /// As for [`PageTransport::send`].
+    fn complete(&mut self) -> Result<(), TransportError> {
+        Ok(())
+    }
+
     /// No channel of the transport may block longer than until `deadline`; `None`: its own limit.
     fn set_deadline(&mut self, deadline: Option<Instant>);
 
@@ -66,6 +95,19 @@ impl<T: PageTransport + ?Sized> PageTransport for Box<T> {
     }
     fn begin_round(&mut self) {
         (**self).begin_round();
+    }
+    fn capability(&self) -> Option<&'static str> {
+        (**self).capability()
+    }
+    fn announce(
+        &mut self,
+        main: &mut StreamWriter,
+        blocks: &RamBlockTable,
+    ) -> Result<(), TransportError> {
+        (**self).announce(main, blocks)
+    }
+    fn complete(&mut self) -> Result<(), TransportError> {
+        (**self).complete()
     }
     fn set_deadline(&mut self, deadline: Option<Instant>) {
         (**self).set_deadline(deadline);

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Instant;
 use std::{fmt, io};
 
-use crate::io::{ByteSink, Chunk};
+use crate::io::{ByteSink, Chunk, FileChannel, PositionedFile};
 use crate::ram::PageAddress;
 use crate::{GuestRam, PAGE_SIZE};
 
@@ -22,6 +22,8 @@ const MAX_HELD_HEADERS: usize = 32 << 10;
 pub struct StreamWriter {
     sink: Box<dyn ByteSink>,
     offset: u64,
+    /// Where in the file byte 0 of the stream would be, if nothing had been left out since.
+    base: u64,
     held: Held,
 }
 
@@ -46,8 +48,38 @@ impl StreamWriter {
         Self {
             sink: Box::new(sink),
             offset: 0,
+            base: 0,
             held: Held::default(),
         }
+    }
+
+    /// A stream that begins at byte `offset` of a file.
+    #[must_use]
+    pub fn to_file(file: Arc<dyn PositionedFile>, offset: u64) -> Self {
+        Self {
+            base: offset,
+            ..Self::new(FileChannel::new(file, offset))
+        }
+    }
+
+    /// Goes on at byte `position` of the file that the stream is written to, which is not before
+    /// [`StreamWriter::position`].
+    ///
+    /// # Errors
+    /// [`io::ErrorKind::Unsupported`] where it is no file; the sink's.
+    pub fn seek(&mut self, position: u64) -> io::Result<()> {
+        self.flush()?;
+        self.sink.seek(position)?;
+        self.base = position
+            .checked_sub(self.offset)
+            .ok_or(io::ErrorKind::InvalidInput)?;
+        Ok(())
+    }
+
+    /// Where in the file the next byte goes; the bytes of the stream where it is none.
+    #[must_use]
+    pub const fn position(&self) -> u64 {
+        self.base.saturating_add(self.offset)
     }
 
     /// Writes all chunks in order, behind what is held back.

@@ -1,249 +1,31 @@
 //! Source and target over a real socket: what a migration promises to both ends.
 #![allow(clippy::tests_outside_test_module)] // this whole file is tests
 
+mod common;
+
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use bytes::BytesMut;
-use migration_stream::codec::IdStr;
+use common::guest::{Guest, Log, Ram, configuration};
 use migration_stream::command::Command;
-use migration_stream::configuration::{Configuration, MachineName};
+use migration_stream::configuration::Configuration;
 use migration_stream::decoder::{ConfigurationRule, DecoderConfig};
-use migration_stream::device_blob::{DeviceSection, encode_device_blob};
 use migration_stream::io::{ByteSink, ByteSource, Chunk, FdChannel};
 use migration_stream::opaque_tail::TailLimits;
 use migration_stream::precopy::{
-    Body, BoxError, Control, FIRST_DEVICE_SECTION, Limits, Loaded, Progress, RamSetup,
-    ReturnPathReader, Source, SourceConfig, SourceError, SourceEvent, SourceStatus, SourceVm,
-    SwitchedOver, SwitchoverAcks, Target, TargetConfig, TargetError, TargetVm, Throttle,
-    ThrottleConfig, ThrottleMeans,
+    Body, BoxError, Control, Limits, Loaded, RamSetup, ReturnPathReader, Source, SourceConfig,
+    SourceError, SourceEvent, SourceStatus, SourceVm, SwitchedOver, SwitchoverAcks, Target,
+    TargetConfig, TargetError, TargetVm, Throttle, ThrottleConfig, ThrottleMeans,
 };
-use migration_stream::ram::{
-    BlockId, InStream, NoMultifd, RamBlock, RamBlockTable, ZeroPageDetection,
-};
-use migration_stream::section::{Announcement, InstanceId, SectionHeader, encode_eof};
+use migration_stream::ram::{InStream, NoMultifd, ZeroPageDetection};
+use migration_stream::section::{InstanceId, SectionHeader, encode_eof};
 use migration_stream::xbzrle::PageCache;
-use migration_stream::{
-    DirtyLog, GuestRam, MemoryError, PAGE_SIZE, PageStore, StreamReader, StreamWriter, header,
-};
-use vm_memory::{Bytes, MmapRegion, VolatileMemory, VolatileSlice};
+use migration_stream::{DirtyLog, GuestRam, PAGE_SIZE, StreamReader, StreamWriter, header};
+use vm_memory::{Bytes, VolatileMemory};
 
 const LIMIT: Duration = Duration::from_millis(500);
-
-/// Blocks of memory, as source and as target.
-#[derive(Debug)]
-struct Ram {
-    table: RamBlockTable,
-    regions: Vec<MmapRegion>,
-}
-
-impl Ram {
-    fn new(blocks: &[(&str, u64)]) -> Arc<Self> {
-        let table = blocks
-            .iter()
-            .map(|(name, pages)| RamBlock::new(*name, pages * PAGE_SIZE).unwrap())
-            .collect();
-        let regions = blocks
-            .iter()
-            .map(|(_, pages)| MmapRegion::new(usize::try_from(pages * PAGE_SIZE).unwrap()).unwrap())
-            .collect();
-        Arc::new(Self {
-            table: RamBlockTable::new(table).unwrap(),
-            regions,
-        })
-    }
-
-    fn write(&self, block: usize, page: u64, value: u64) {
-        let offset = usize::try_from(page * PAGE_SIZE).unwrap();
-        self.regions[block]
-            .as_volatile_slice()
-            .write_obj(value, offset)
-            .unwrap();
-    }
-
-    fn at(&self, id: BlockId, offset: u64, len: usize) -> Result<VolatileSlice<'_>, MemoryError> {
-        let region = self
-            .regions
-            .get(id.index())
-            .ok_or(MemoryError::NoBlock(id))?;
-        region
-            .get_slice(usize::try_from(offset).unwrap(), len)
-            .map_err(|e| MemoryError::Backend {
-                what: "slice",
-                source: Box::new(e),
-            })
-    }
-
-    fn assert_equals(&self, other: &Self) {
-        for (a, b) in self.regions.iter().zip(&other.regions) {
-            let read = |r: &MmapRegion| {
-                let mut bytes = vec![0; r.size()];
-                r.as_volatile_slice().copy_to(&mut bytes);
-                bytes
-            };
-            assert!(read(a) == read(b), "memory differs");
-        }
-    }
-}
-
-impl GuestRam for Ram {
-    fn blocks(&self) -> &RamBlockTable {
-        &self.table
-    }
-    fn slice(
-        &self,
-        block: BlockId,
-        offset: u64,
-        len: usize,
-    ) -> Result<VolatileSlice<'_>, MemoryError> {
-        self.at(block, offset, len)
-    }
-}
-
-impl PageStore for Ram {
-    fn blocks(&self) -> &RamBlockTable {
-        &self.table
-    }
-    fn prepare(
-        &self,
-        block: BlockId,
-        offset: u64,
-        len: usize,
-    ) -> Result<VolatileSlice<'_>, MemoryError> {
-        self.at(block, offset, len)
-    }
-    fn landed(&self, _: BlockId, _: u64, _: usize) -> Result<(), MemoryError> {
-        Ok(())
-    }
-    fn zero(&self, block: BlockId, offset: u64, len: usize) -> Result<(), MemoryError> {
-        self.at(block, offset, len)?.copy_from(&vec![0u8; len]);
-        Ok(())
-    }
-}
-
-/// The pages a test's guest has written, and whether they are being logged.
-#[derive(Clone, Debug, Default)]
-struct Log(Arc<Mutex<(bool, Writes)>>);
-
-/// Block and page of each.
-type Writes = Vec<(usize, u64)>;
-
-impl DirtyLog for Log {
-    fn start(&mut self) -> Result<(), MemoryError> {
-        self.0.lock().unwrap().0 = true;
-        Ok(())
-    }
-    fn sync(&mut self, sink: &mut dyn FnMut(BlockId, u64, u64)) -> Result<(), MemoryError> {
-        for (block, page) in self.0.lock().unwrap().1.drain(..) {
-            sink(
-                BlockId::new(u32::try_from(block).unwrap()),
-                page / 64 * 64,
-                1 << (page % 64),
-            );
-        }
-        Ok(())
-    }
-    fn stop(&mut self) -> Result<(), MemoryError> {
-        self.0.lock().unwrap().0 = false;
-        Ok(())
-    }
-}
-
-/// A guest that writes pages between steps until it is stopped.
-struct Guest {
-    ram: Arc<Ram>,
-    log: Log,
-    writes_left: u64,
-    running: bool,
-    control: Control,
-    passes: u64,
-    /// The downtime that is still good enough to switch over.
-    downtime: Duration,
-    /// What to do in the pause before the switch-over, last first.
-    paused: Vec<Control>,
-    events: Vec<SourceEvent>,
-    uuid: Option<[u8; 16]>,
-    /// When this has ended the guest is switched over, whatever is left.
-    until: Option<std::thread::JoinHandle<()>>,
-}
-
-impl Guest {
-    fn new(ram: &Arc<Ram>, log: &Log) -> Self {
-        Self {
-            ram: Arc::clone(ram),
-            log: log.clone(),
-            writes_left: 20,
-            running: true,
-            control: Control::Continue,
-            passes: 0,
-            downtime: Duration::from_millis(300),
-            paused: Vec::new(),
-            events: Vec::new(),
-            uuid: None,
-            until: None,
-        }
-    }
-
-    fn write(&mut self, page: u64) {
-        let clears = self.writes_left.is_multiple_of(7);
-        let value = if clears {
-            0
-        } else {
-            0xfeed_0000 + self.writes_left
-        };
-        self.ram.write(0, page, value);
-        self.log.0.lock().unwrap().1.push((0, page));
-    }
-}
-
-impl SourceVm for Guest {
-    fn stop(&mut self) -> Result<(), BoxError> {
-        self.running = false;
-        Ok(())
-    }
-    fn resume(&mut self) -> Result<(), BoxError> {
-        self.running = true;
-        Ok(())
-    }
-    fn save_devices(&mut self, out: &mut Vec<u8>) -> Result<String, BoxError> {
-        assert!(!self.running);
-        let header = SectionHeader {
-            kind: Announcement::Full,
-            id: FIRST_DEVICE_SECTION,
-            idstr: IdStr::new("thing").unwrap(),
-            instance: InstanceId(3),
-            version: 1,
-        };
-        encode_device_blob(
-            [DeviceSection {
-                header,
-                body: &[5; 100],
-            }],
-            out,
-        );
-        Ok(r#"{"page_size": 4096, "devices": [{"name": "thing", "instance_id": 3, "version": 1, "fields": [{"name": "data", "type": "buffer", "size": 100}]}]}"#.into())
-    }
-    fn progress(&mut self, progress: &Progress) -> Control {
-        if progress.status == SourceStatus::PreSwitchover {
-            assert!(!self.running, "the guest stands still in the pause");
-            return self.paused.pop().unwrap();
-        }
-        self.passes = progress.pass;
-        if self.writes_left > 0 {
-            self.writes_left -= 1;
-            // Pages that were written before among them.
-            self.write(self.writes_left % 20 * 3);
-        }
-        if self.until.as_ref().is_some_and(|u| u.is_finished()) {
-            return Control::SwitchOver;
-        }
-        self.control
-    }
-    fn event(&mut self, event: SourceEvent) {
-        self.events.push(event);
-    }
-}
 
 /// Knows the one device of [`Guest`].
 struct Devices {
@@ -266,10 +48,6 @@ impl TargetVm for Devices {
         self.loaded += 1;
         Ok(Body::Complete(100))
     }
-}
-
-fn configuration(name: &str) -> Configuration {
-    Configuration::new(MachineName::new(name).unwrap())
 }
 
 fn channels() -> (FdChannel, FdChannel) {

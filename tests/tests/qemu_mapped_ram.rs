@@ -2,6 +2,7 @@
 //! reads from them has to be what QEMU's own `pmemsave` says.
 
 use std::fs::{self, File};
+use std::num::NonZeroU8;
 use std::process::ExitCode;
 use std::sync::Arc;
 
@@ -31,7 +32,7 @@ fn main() -> ExitCode {
             trial("a_file_that_begins_further_on_is_read", |q| {
                 read(q, 0x5000, None, false)
             }),
-            trial("a_file_written_by_channels_is_read", |q| {
+            trial("a_file_written_by_channels_is_read_by_threads", |q| {
                 read(q, 0, Some(4), false)
             }),
             shared("a_file_without_shared_memory_is_read", |q| {
@@ -70,6 +71,7 @@ fn read(qemu: &Binary, offset: u64, channels: Option<u8>, ignore_shared: bool) -
     source.migrate(&format!("file:{},offset={offset:#x}", path.display()))?;
     source.wait_migration("completed")?;
 
+    let threads = channels.and_then(NonZeroU8::new).unwrap_or(NonZeroU8::MIN);
     let store = Memory::new(blocks)?;
     let file: Arc<dyn PositionedFile> = Arc::new(File::open(&path)?);
     let config = TargetConfig {
@@ -80,7 +82,7 @@ fn read(qemu: &Binary, offset: u64, channels: Option<u8>, ignore_shared: bool) -
         let reader = StreamReader::from_file(Arc::clone(&file), offset);
         Target::new(config.clone(), reader, None, &store).load_opaque(
             &store,
-            &mut FileReader::new(Arc::clone(&file)),
+            &mut FileReader::new(Arc::clone(&file)).with_threads(threads),
             TailLimits::default(),
         )
     };

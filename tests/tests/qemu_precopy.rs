@@ -1,7 +1,8 @@
 //! Options of precopy with real QEMU at both ends: QEMU migrates to our `Target` and, with the
 //! devices it sent, our `Source` to another QEMU, where the guest goes on.
 
-use std::fs;
+use std::fs::{self, File};
+use std::num::NonZeroU8;
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -9,6 +10,8 @@ use std::time::Duration;
 
 use migration_stream::configuration::Configuration;
 use migration_stream::decoder::{ConfigurationRule, DecoderConfig};
+use migration_stream::io::{PositionedFile, open_direct};
+use migration_stream::mapped_ram::FileWriter;
 use migration_stream::opaque_tail::{Tail, TailLimits};
 use migration_stream::precopy::{
     BoxError, Control, FIRST_DEVICE_SECTION, Limits, Progress, RamSetup, ReturnPathReader, Source,
@@ -19,10 +22,12 @@ use migration_stream::ram::{
 };
 use migration_stream::xbzrle::PageCache;
 use migration_stream::{
-    DirtyLog, GuestRam, MemoryError, PAGE_SIZE, StreamReader, StreamWriter, TransportCounters,
+    DirtyLog, GuestRam, MemoryError, PAGE_SIZE, PageTransport, StreamReader, StreamWriter,
+    TransportCounters,
 };
 use multifd::incoming::{self, Acceptor};
 use multifd::{Listener, outgoing};
+use serde_json::json;
 use tests::guest::{self, Dirtier};
 use tests::qemu::{Binary, Machine, Qemu};
 use tests::store::Memory;
@@ -66,6 +71,17 @@ fn main() -> ExitCode {
             since((10, 0), "an_older_machine_is_sent_as_differences", |q| {
                 relay(q, "pc-q35-9.2", &["xbzrle", "switchover-ack"])
             }),
+            since((9, 0), "a_file_of_ours_is_loaded", |q| {
+                relay(q, &newest(q), &["mapped-ram"])
+            }),
+            since((9, 0), "a_file_of_ours_is_loaded_by_channels", |q| {
+                relay(q, &newest(q), &["mapped-ram", "multifd"])
+            }),
+            since(
+                (9, 0),
+                "a_file_of_ours_is_loaded_past_the_page_cache",
+                |q| relay(q, &newest(q), &["mapped-ram", "multifd", "direct-io"]),
+            ),
         ]
         .into_iter()
         .flatten(),
@@ -103,9 +119,30 @@ impl Options<'_> {
         u32::from(self.version < (11, 1))
     }
 
-    fn configure(&self, vm: &mut Qemu) -> Result<()> {
+    /// What goes to a destination goes by a file, which nobody answers.
+    fn is_mapped(&self) -> bool {
+        self.has("mapped-ram")
+    }
+
+    fn configure_source(&self, vm: &mut Qemu) -> Result<()> {
         vm.qmp.enable(&["return-path"])?;
+        if self.is_mapped() {
+            return Ok(());
+        }
         vm.qmp.enable(self.capabilities)
+    }
+
+    fn configure_destination(&self, vm: &mut Qemu) -> Result<()> {
+        if !self.is_mapped() {
+            return self.configure_source(vm);
+        }
+        for capability in self.capabilities {
+            match *capability {
+                "direct-io" => vm.qmp.set_parameters(json!({"direct-io": true}))?,
+                capability => vm.qmp.enable(&[capability])?,
+            }
+        }
+        Ok(())
     }
 }
 
@@ -130,14 +167,14 @@ fn relay(qemu: &Binary, machine: &str, capabilities: &[&str]) -> Result<()> {
         stdout.wait_for("the guest", |b| (!b.is_empty()).then_some(()))
     };
     wrote(&source)?;
-    options.configure(&mut source)?;
+    options.configure_source(&mut source)?;
     let received = receive(&mut source, &options)?;
     drop(source);
 
     let memory = Arc::new(received.memory);
     let to = dir.path().join("to");
     let mut destination = start(&to).incoming().start(qemu)?;
-    options.configure(&mut destination)?;
+    options.configure_destination(&mut destination)?;
     let counters = send(
         &mut destination,
         &options,
@@ -227,13 +264,24 @@ fn send(
     configuration: Configuration,
     tail: &Tail,
 ) -> Result<TransportCounters> {
-    let address = destination.listen("tcp:127.0.0.1:0")?.parse()?;
-    let main = outgoing::connect(&address, None, PATIENCE, PATIENCE)?.main;
     let ram: Arc<dyn GuestRam> = Arc::clone(memory) as _;
-    let mut transport = InStream::new(Arc::clone(&ram), ZeroPageDetection::default());
-    if options.has("xbzrle") {
-        transport = transport.with_xbzrle(PageCache::new(PageCache::DEFAULT_SIZE)?);
-    }
+    // On a disk: not every file system in memory has direct I/O.
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
+    let path = dir.path().join("file");
+    let (out, return_path, transport) = if options.is_mapped() {
+        let (out, transport) = file_of_ours(&ram, &path, options)?;
+        (out, None, transport)
+    } else {
+        let address = destination.listen("tcp:127.0.0.1:0")?.parse()?;
+        let main = outgoing::connect(&address, None, PATIENCE, PATIENCE)?.main;
+        let mut transport = InStream::new(Arc::clone(&ram), ZeroPageDetection::default());
+        if options.has("xbzrle") {
+            transport = transport.with_xbzrle(PageCache::new(PageCache::DEFAULT_SIZE)?);
+        }
+        let transport: Box<dyn PageTransport> = Box::new(transport);
+        let return_path = ReturnPathReader::new(main.share());
+        (StreamWriter::new(main), Some(return_path), transport)
+    };
     let log = Log::default();
     let mut guest = Relayed {
         tail,
@@ -253,8 +301,8 @@ fn send(
             confirm_timeout: PATIENCE,
         },
         Arc::new(Limits::new(0, Duration::ZERO)),
-        StreamWriter::new(main.share()),
-        Some(ReturnPathReader::new(main.share())),
+        out,
+        return_path,
         RamSetup {
             ram,
             log,
@@ -269,7 +317,30 @@ fn send(
     }
     let switched = source.run(&mut guest)?;
     assert_eq!(guest.pauses_left, 0);
+    if options.is_mapped() {
+        destination.listen(&format!("file:{}", path.display()))?;
+        destination.wait_migration("completed")?;
+    }
     Ok(switched.ram.counters())
+}
+
+/// A file with mapped-ram that our source is to write, by several threads where QEMU has channels.
+fn file_of_ours(
+    ram: &Arc<dyn GuestRam>,
+    path: &Path,
+    options: &Options<'_>,
+) -> Result<(StreamWriter, Box<dyn PageTransport>)> {
+    let file: Arc<dyn PositionedFile> = Arc::new(File::create_new(path)?);
+    let detection = ZeroPageDetection::default();
+    let mut transport = FileWriter::new(Arc::clone(ram), Arc::clone(&file), detection);
+    if options.has("multifd") {
+        transport = transport.with_threads(NonZeroU8::MIN.saturating_add(2));
+    }
+    if options.has("direct-io") {
+        let direct = open_direct(path, File::options().write(true))?;
+        transport = transport.with_pages_to(Arc::new(direct));
+    }
+    Ok((StreamWriter::to_file(file, 0), Box::new(transport)))
 }
 
 /// Pages of the main block that were written.

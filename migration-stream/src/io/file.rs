@@ -105,6 +105,11 @@ impl ByteSink for FileChannel {
     }
 
     fn set_write_deadline(&mut self, _deadline: Option<Instant>) {}
+
+    fn seek(&mut self, offset: u64) -> io::Result<()> {
+        self.position = offset;
+        Ok(())
+    }
 }
 
 impl ByteSource for FileChannel {

@@ -17,6 +17,8 @@ mod zero_copy;
 #[cfg(feature = "fd")]
 pub use fd::FdChannel;
 pub use file::{FileChannel, PositionedFile};
+#[cfg(feature = "fd")]
+pub use positioned::open_direct;
 
 /// What became ready in [`ByteSource::wait`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -65,6 +67,15 @@ pub trait ByteSink: Send {
 
     /// No write may take longer than until `deadline`; `None`: the transport's own limit.
     fn set_write_deadline(&mut self, deadline: Option<Instant>);
+
+    /// What is written next goes to byte `offset` of the file that this is.
+    ///
+    /// # Errors
+    /// [`io::ErrorKind::Unsupported`]: it is no file.
+    fn seek(&mut self, offset: u64) -> io::Result<()> {
+        let _ = offset;
+        Err(io::ErrorKind::Unsupported.into())
+    }
 
     /// Lets the kernel read guest memory when it transmits it, instead of copying it before
     /// [`ByteSink::write_all`] returns. What is sent is what the memory holds then.
@@ -138,6 +149,9 @@ impl<T: ByteSink + ?Sized> ByteSink for Box<T> {
     }
     fn set_write_deadline(&mut self, deadline: Option<Instant>) {
         (**self).set_write_deadline(deadline);
+    }
+    fn seek(&mut self, offset: u64) -> io::Result<()> {
+        (**self).seek(offset)
     }
     fn enable_zero_copy(&mut self) -> io::Result<()> {
         (**self).enable_zero_copy()

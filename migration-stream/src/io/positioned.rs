@@ -2,14 +2,34 @@
 //! memory, which has no Rust reference to pass to the standard library.
 #![allow(unsafe_code)]
 
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::Path;
 
 use vm_memory::VolatileSlice;
 
 use super::PositionedFile;
+
+/// Opens a file whose reads and writes do not go through the page cache (`O_DIRECT`, QEMU's parameter
+/// `direct-io`). Only whole pages at page boundaries can be read and written: the pages of a file with
+/// `mapped-ram`, but neither its stream nor its bitmaps.
+///
+/// # Errors
+/// [`io::ErrorKind::Unsupported`] where the file system has no such files; those of opening it.
+pub fn open_direct(path: &Path, options: &mut OpenOptions) -> io::Result<File> {
+    options
+        .custom_flags(libc::O_DIRECT)
+        .open(path)
+        .map_err(|e| match e.raw_os_error() {
+            Some(libc::EINVAL) => io::Error::new(
+                io::ErrorKind::Unsupported,
+                "the file system has no direct I/O",
+            ),
+            _ => e,
+        })
+}
 
 impl PositionedFile for File {
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<usize> {

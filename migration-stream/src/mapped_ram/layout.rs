@@ -7,12 +7,16 @@
 //! Offsets count from the beginning of the file, wherever the stream begins in it. Page `i` is bit
 //! `i % 8` of the bitmap's byte `i / 8` (words of an x86 host).
 
+use bytes::BufMut;
+
 use crate::PAGE_SIZE;
 use crate::codec::Reader;
 
 /// Length of the header in a block list's entry, bytes.
 pub const HEADER_LEN: usize = 28;
 const VERSION: u32 = 1;
+/// Where in a file pages begin that we write, bytes: what direct I/O and huge pages are content with.
+const PAGES_ALIGNMENT: u64 = 1 << 20;
 
 /// The part of a file that belongs to one block: its bitmap, and behind that its pages.
 ///
@@ -69,6 +73,38 @@ impl MappedArea {
         Ok(area)
     }
 
+    /// The area of a block of `used_length` bytes whose header ends at byte `header_end` of the file:
+    /// the bitmap directly behind it, the pages from the next mebibyte on, as QEMU has it.
+    ///
+    /// # Errors
+    /// [`LayoutError::TooFar`].
+    pub fn place(header_end: u64, used_length: u64) -> Result<Self, LayoutError> {
+        let mut area = Self {
+            bitmap: header_end,
+            pages: header_end,
+            used_length,
+        };
+        let pages = header_end
+            .checked_add(area.bitmap_len())
+            .and_then(|end| end.checked_next_multiple_of(PAGES_ALIGNMENT))
+            .filter(|pages| {
+                let end = pages.checked_add(used_length);
+                end.is_some_and(|end| i64::try_from(end).is_ok())
+            });
+        area.pages = pages.ok_or(LayoutError::TooFar { pages: header_end })?;
+        Ok(area)
+    }
+
+    /// Appends the header.
+    pub fn encode(&self, out: &mut impl BufMut) {
+        put_header(self.bitmap, self.pages, out);
+    }
+
+    /// Appends the header of a block that has no area: one that both sides share.
+    pub fn encode_none(out: &mut impl BufMut) {
+        put_header(0, 0, out);
+    }
+
     /// Where the bitmap begins in the file.
     #[must_use]
     pub const fn bitmap(&self) -> u64 {
@@ -98,6 +134,13 @@ impl MappedArea {
     pub const fn end(&self) -> u64 {
         self.pages.saturating_add(self.used_length)
     }
+}
+
+fn put_header(bitmap: u64, pages: u64, out: &mut impl BufMut) {
+    out.put_u32(VERSION);
+    out.put_u64(PAGE_SIZE);
+    out.put_u64(bitmap);
+    out.put_u64(pages);
 }
 
 /// What is wrong with the place of a block's pages.

@@ -4,10 +4,17 @@
 //! The stream is that of a precopy whose block list has a [`MappedArea`] behind each entry: a bitmap
 //! of the pages that are there, and room for all of them. A page whose bit is clear is zero. Reading
 //! one takes a [`StreamReader::from_file`](crate::StreamReader::from_file), and a [`FileReader`] as
-//! the barrier of [`Target`](crate::precopy::Target).
+//! the barrier of [`Target`](crate::precopy::Target); writing one a
+//! [`StreamWriter::to_file`](crate::StreamWriter::to_file), and a [`FileWriter`] as the transport of
+//! [`Source`](crate::precopy::Source). Both can have several threads (in QEMU the channels of
+//! multifd), and move pages past the page cache.
 
+mod error;
 mod layout;
 mod reader;
+mod writer;
 
+pub use error::MappedRamError;
 pub use layout::{HEADER_LEN, LayoutError, MappedArea};
-pub use reader::{FileReader, MappedPages, MappedRamError};
+pub use reader::{FileReader, MappedPages};
+pub use writer::FileWriter;

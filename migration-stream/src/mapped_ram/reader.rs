@@ -1,13 +1,16 @@
 //! From a file into memory, in reads as long as the runs of pages.
 
 use std::io;
-use std::sync::Arc;
+use std::num::NonZeroU8;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
 use std::time::Instant;
 
+use super::error::MappedRamError;
 use super::layout::MappedArea;
 use crate::io::PositionedFile;
 use crate::ram::{BlockId, RamError};
-use crate::{MemoryError, PAGE_SIZE, PageBarrier, PageStore, TransportError};
+use crate::{PAGE_SIZE, PageBarrier, PageStore, TransportError};
 
 /// Pages of one read at most: 4 MiB.
 const RUN_PAGES: u64 = 1024;
@@ -26,13 +29,35 @@ pub struct MappedPages {
 /// Loads the pages of a file, a [`PageBarrier`]. Its errors' source is [`MappedRamError`].
 pub struct FileReader {
     file: Arc<dyn PositionedFile>,
+    /// The same file, for pages.
+    pages: Arc<dyn PositionedFile>,
+    threads: NonZeroU8,
 }
 
 impl FileReader {
     /// For the file that the stream is read from.
     #[must_use]
     pub fn new(file: Arc<dyn PositionedFile>) -> Self {
-        Self { file }
+        Self {
+            pages: Arc::clone(&file),
+            file,
+            threads: NonZeroU8::MIN,
+        }
+    }
+
+    /// Reads pages by as many threads at a time.
+    #[must_use]
+    pub fn with_threads(mut self, threads: NonZeroU8) -> Self {
+        self.threads = threads;
+        self
+    }
+
+    /// Reads pages from `file`, which is the same one opened otherwise (see
+    /// [`open_direct`](crate::io::open_direct)).
+    #[must_use]
+    pub fn with_pages_from(mut self, file: Arc<dyn PositionedFile>) -> Self {
+        self.pages = file;
+        self
     }
 
     fn load(
@@ -51,40 +76,43 @@ impl FileReader {
                 size,
             });
         }
-        let mut loaded = MappedPages::default();
-        let mut piece =
-            vec![0; BITMAP_PIECE.min(usize::try_from(area.bitmap_len()).unwrap_or(BITMAP_PIECE))];
-        let total = area.used_length() / PAGE_SIZE;
-        let mut first = 0;
-        while first < total {
-            let at = area.bitmap() + first / 8;
-            let rest = area.bitmap_len() - first / 8;
-            let len = piece.len().min(usize::try_from(rest).unwrap_or(usize::MAX));
-            let bits = piece.get_mut(..len).unwrap_or_default();
-            self.read_exact(at, bits)?;
-            let pages = (total - first).min(len as u64 * 8);
-            if let Some(page) = (pages..len as u64 * 8).find(|p| is_set(bits, *p)) {
-                return Err(MappedRamError::BeyondBlock {
-                    page: first + page,
-                    pages: total,
-                });
-            }
-            let mut page = 0;
-            while page < pages {
-                let run = run_at(bits, page, pages);
-                let offset = (first + page) * PAGE_SIZE;
-                if is_set(bits, page) {
-                    self.read_run(block, area, offset, run, store)?;
-                    loaded.normal += run;
-                } else {
-                    store.zero(block, offset, bytes(run))?;
-                    loaded.zero += run;
+        let work = Mutex::new(Walk::new(area));
+        let move_all = || -> Result<(), MappedRamError> {
+            loop {
+                let next = lock(&work).next(self);
+                match next? {
+                    Some(Run {
+                        offset,
+                        pages,
+                        is_there: true,
+                    }) => {
+                        self.read_run(block, area, offset, pages, store)?;
+                    }
+                    Some(Run { offset, pages, .. }) => store.zero(block, offset, bytes(pages))?,
+                    None => return Ok(()),
                 }
-                page += run;
             }
-            first += pages;
-        }
-        Ok(loaded)
+        };
+        let others = self.threads.get() - 1;
+        thread::scope(|scope| {
+            let spawned: Result<Vec<_>, _> = (0..others)
+                .map(|_| {
+                    let thread = thread::Builder::new().name("mapped-read".to_owned());
+                    thread
+                        .spawn_scoped(scope, || move_all().inspect_err(|_| lock(&work).end()))
+                        .map_err(MappedRamError::Spawn)
+                })
+                .collect();
+            let mut result = spawned.as_ref().map(drop).map_or(Ok(()), |()| move_all());
+            if result.is_err() || spawned.is_err() {
+                lock(&work).end();
+            }
+            for thread in spawned? {
+                result = result.and(thread.join().unwrap_or(Err(MappedRamError::Thread)));
+            }
+            result
+        })?;
+        Ok(lock(&work).found)
     }
 
     fn read_run(
@@ -98,7 +126,7 @@ impl FileReader {
         let len = bytes(pages);
         let memory = store.prepare(block, offset, len)?;
         let at = area.pages() + offset;
-        self.file
+        self.pages
             .read_guest(at, &memory)
             .map_err(|source| MappedRamError::File { offset: at, source })?;
         Ok(store.landed(block, offset, len)?)
@@ -143,6 +171,92 @@ impl std::fmt::Debug for FileReader {
     }
 }
 
+/// Pages that follow each other and are all in the file or all zero.
+#[derive(Clone, Copy, Debug)]
+struct Run {
+    /// In the block, bytes.
+    offset: u64,
+    pages: u64,
+    is_there: bool,
+}
+
+/// The runs of a block, out of its bitmap, of which a piece is held.
+struct Walk {
+    area: MappedArea,
+    total: u64,
+    /// The next page.
+    page: u64,
+    bits: Vec<u8>,
+    /// The page of the first bit that is held, and of the first behind.
+    held: (u64, u64),
+    found: MappedPages,
+}
+
+impl Walk {
+    fn new(area: &MappedArea) -> Self {
+        Self {
+            area: *area,
+            total: area.used_length() / PAGE_SIZE,
+            page: 0,
+            bits: Vec::new(),
+            held: (0, 0),
+            found: MappedPages::default(),
+        }
+    }
+
+    /// No thread is given more.
+    fn end(&mut self) {
+        self.page = self.total;
+    }
+
+    fn next(&mut self, reader: &FileReader) -> Result<Option<Run>, MappedRamError> {
+        if self.page >= self.total {
+            return Ok(None);
+        }
+        if self.page >= self.held.1 {
+            self.fill(reader)?;
+        }
+        let (first, end) = self.held;
+        let at = self.page - first;
+        let pages = run_at(&self.bits, at, end - first);
+        let run = Run {
+            offset: self.page * PAGE_SIZE,
+            pages,
+            is_there: is_set(&self.bits, at),
+        };
+        self.page += pages;
+        if run.is_there {
+            self.found.normal += pages;
+        } else {
+            self.found.zero += pages;
+        }
+        Ok(Some(run))
+    }
+
+    /// Reads the next piece of the bitmap.
+    fn fill(&mut self, reader: &FileReader) -> Result<(), MappedRamError> {
+        let first = self.held.1;
+        let rest = self.area.bitmap_len() - first / 8;
+        let len = BITMAP_PIECE.min(usize::try_from(rest).unwrap_or(BITMAP_PIECE));
+        self.bits.resize(len, 0);
+        reader.read_exact(self.area.bitmap() + first / 8, &mut self.bits)?;
+        let pages = (self.total - first).min(len as u64 * 8);
+        if let Some(page) = (pages..len as u64 * 8).find(|p| is_set(&self.bits, *p)) {
+            return Err(MappedRamError::BeyondBlock {
+                page: first + page,
+                pages: self.total,
+            });
+        }
+        self.held = (first, first + pages);
+        Ok(())
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    // What is behind it is whole at every moment.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// Length of at most [`RUN_PAGES`] pages.
 fn bytes(pages: u64) -> usize {
     usize::try_from(pages.min(RUN_PAGES) * PAGE_SIZE).unwrap_or(usize::MAX)
@@ -170,40 +284,6 @@ fn run_at(bits: &[u8], page: u64, end: u64) -> u64 {
         }
     }
     next.min(end) - page
-}
-
-/// Why pages could not be read from a file.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum MappedRamError {
-    /// The file could not be read.
-    #[error("byte {offset:#x} of the file")]
-    File {
-        /// Where in the file.
-        offset: u64,
-        /// Why.
-        #[source]
-        source: io::Error,
-    },
-    /// The file ends before the block's pages do.
-    #[error("the file has {size:#x} bytes, but the block's pages end at {end:#x}")]
-    Truncated {
-        /// Where the pages end in the file.
-        end: u64,
-        /// Length of the file, bytes.
-        size: u64,
-    },
-    /// The bitmap has a page that the block has not.
-    #[error("page {page} in the bitmap of a block of {pages} pages")]
-    BeyondBlock {
-        /// Index of the page.
-        page: u64,
-        /// Length of the block, pages.
-        pages: u64,
-    },
-    /// The store refused a range.
-    #[error(transparent)]
-    Memory(#[from] MemoryError),
 }
 
 #[cfg(test)]

@@ -7,7 +7,7 @@ use std::time::Instant;
 use super::error::SourceError;
 use super::pending::PendingPages;
 use crate::codec::IdStr;
-use crate::ram::{RAM_VERSION, encode_end_of_section, encode_setup_list};
+use crate::ram::{RAM_VERSION, encode_end_of_section};
 use crate::section::{self, Announcement, Continuation, InstanceId, SectionHeader, SectionId};
 use crate::{DirtyLog, GuestRam, PAGE_SIZE, PageTransport, StreamWriter, TransportCounters};
 
@@ -48,8 +48,8 @@ impl<T: PageTransport, D: DirtyLog> RamSetup<T, D> {
             version: RAM_VERSION,
         }
         .encode(&mut bytes);
-        encode_setup_list(self.ram.blocks(), &mut bytes);
         out.write_bytes(&bytes)?;
+        self.transport.announce(out, self.ram.blocks())?;
         self.transport.sync(out)?;
         let mut sender = RamSender {
             ram: self.ram,
@@ -161,6 +161,7 @@ impl<T: PageTransport, D: DirtyLog> RamSender<T, D> {
         let pages = self.pending.count();
         while self.send_run(out)? {}
         self.sync(out)?;
+        self.transport.complete()?;
         self.close_body(out)?;
         Ok(pages)
     }

@@ -125,7 +125,7 @@ pub struct Progress {
 #[derive(Clone, Debug)]
 pub struct SourceConfig {
     /// The configuration section, `None` for a stream without one. `x-ignore-shared` is put
-    /// into it where the block table says so.
+    /// into it where the block table says so, `mapped-ram` where the transport does.
     pub configuration: Option<Configuration>,
     /// Whether SWITCHOVER_START announces the final phase (machine types of QEMU 10.0 on).
     pub switchover_start: bool,
@@ -201,6 +201,9 @@ impl<T: PageTransport, D: DirtyLog> Source<T, D> {
         header::encode(&mut bytes);
         if let Some(configuration) = &config.configuration {
             let mut configuration = configuration.clone();
+            if let Some(capability) = setup.transport.capability() {
+                configuration = configuration.with(capability);
+            }
             if setup.ram.blocks().ignores_shared() {
                 configuration = configuration.with(IGNORE_SHARED);
             }

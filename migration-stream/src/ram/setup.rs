@@ -41,8 +41,7 @@ impl SetupFields {
 /// Appends the block list; with addresses if the table is one
 /// [ignoring shared blocks](RamBlockTable::ignoring_shared), and without `mapped-ram`.
 pub fn encode_setup_list(blocks: &RamBlockTable, out: &mut impl BufMut) {
-    // Every length is a multiple of the page size, so that the flag's bit is free.
-    out.put_u64(blocks.total_bytes() | FLAG_MEM_SIZE);
+    put_total(blocks, out);
     for (_, block) in blocks.iter() {
         put_counted(out, block.name());
         out.put_u64(block.used_length());
@@ -50,6 +49,12 @@ pub fn encode_setup_list(blocks: &RamBlockTable, out: &mut impl BufMut) {
             out.put_u64(block.address());
         }
     }
+}
+
+/// Appends what goes before the entries.
+pub(crate) fn put_total(blocks: &RamBlockTable, out: &mut impl BufMut) {
+    // Every length is a multiple of the page size, so that the flag's bit is free.
+    out.put_u64(blocks.total_bytes() | FLAG_MEM_SIZE);
 }
 
 /// An entry that was read.

@@ -1,6 +1,8 @@
 //! What several tests of the stream share.
 #![allow(dead_code)] // each test file uses a part of it
 
+pub mod guest;
+
 use migration_stream::codec::Reader;
 use migration_stream::decoder::{Item, RamItem, Step, StreamDecoder};
 use migration_stream::ram::{
