@@ -16,14 +16,13 @@ use migration_stream::io::{ByteSink, ByteSource, Chunk, FdChannel};
 use migration_stream::opaque_tail::TailLimits;
 use migration_stream::precopy::{
     Body, BoxError, Control, Limits, Loaded, RamSetup, ReturnPathReader, Source, SourceConfig,
-    SourceError, SourceEvent, SourceStatus, SourceVm, SwitchedOver, SwitchoverAcks, Target,
-    TargetConfig, TargetError, TargetVm, Throttle, ThrottleConfig, ThrottleMeans,
+    SourceError, SourceEvent, SourceStatus, SwitchedOver, SwitchoverAcks, Target, TargetConfig,
+    TargetError, TargetVm, Throttle, ThrottleConfig, ThrottleMeans,
 };
 use migration_stream::ram::{InStream, NoMultifd, ZeroPageDetection};
 use migration_stream::section::{InstanceId, SectionHeader, encode_eof};
 use migration_stream::xbzrle::PageCache;
-use migration_stream::{DirtyLog, GuestRam, PAGE_SIZE, StreamReader, StreamWriter, header};
-use vm_memory::{Bytes, VolatileMemory};
+use migration_stream::{GuestRam, PAGE_SIZE, StreamReader, StreamWriter, header};
 
 const LIMIT: Duration = Duration::from_millis(500);
 
