@@ -88,6 +88,9 @@ impl<T: DirtyLog + ?Sized> DirtyLog for Box<T> {
     fn stop(&mut self) -> Result<(), MemoryError> {
         (**self).stop()
     }
+    fn begins_with_every_page(&self) -> bool {
+        (**self).begins_with_every_page()
+    }
 }
 
 /// Pages the guest (or the VMM on its behalf) has written.
@@ -111,6 +114,12 @@ pub trait DirtyLog: Send {
     /// # Errors
     /// The hypervisor's.
     fn stop(&mut self) -> Result<(), MemoryError>;
+
+    /// Whether every page is sent once, reported or not. The log of memory that is still arriving
+    /// from elsewhere reports each page itself, and says no.
+    fn begins_with_every_page(&self) -> bool {
+        true
+    }
 }
 
 /// Why memory could not be reached.

@@ -7,6 +7,7 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::thread;
+use std::time::{Duration, Instant};
 
 use migration_stream::GuestRam;
 use migration_stream::ram::ZeroPageDetection;
@@ -33,10 +34,20 @@ const DIRTIER: Dirtier = Dirtier {
     start: 4 << 20,
     pages: 1024,
 };
-const CHECKER: Checker = Checker {
-    start: 4 << 20,
-    pages: 2048,
-};
+/// How often a state that nobody tells of is looked at.
+const POLL: Duration = Duration::from_millis(10);
+
+/// A guest that checks its memory, as much of it as goes at a pace: string instructions are emulated
+/// by a KVM that is itself a guest's.
+fn checker(accel: Accel) -> Checker {
+    Checker {
+        start: 4 << 20,
+        pages: match accel {
+            Accel::Tcg => 2048,
+            Accel::Kvm => 128,
+        },
+    }
+}
 
 /// How a guest crosses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -90,6 +101,11 @@ fn main() -> ExitCode {
         "guest_that_checks_its_memory_finds_no_error_after_ten_relays",
         (11, 1),
         ten_relays,
+    ));
+    trials.extend(harness::on_each_qemu_with_live_guests(
+        "guest_is_passed_on_while_it_runs_at_its_source",
+        (7, 2),
+        passed_on,
     ));
     trials.extend(harness::on_each_qemu_with_live_guests(
         "guest_that_no_destination_takes_runs_on_at_its_source",
@@ -296,7 +312,7 @@ fn outgoing_config(qemu: &Binary, to: &str, by: Transport) -> Result<OutgoingCon
 fn ten_relays(qemu: &Binary) -> Result<()> {
     let dir = tempfile::tempdir()?;
     let disk = dir.path().join("disk");
-    CHECKER.write_disk(&disk)?;
+    checker(Accel::Tcg).write_disk(&disk)?;
     let machine = Machine::new("q35", MEMORY)
         .boot(&disk)
         .running()
@@ -340,11 +356,76 @@ fn ten_relays(qemu: &Binary) -> Result<()> {
     Ok(())
 }
 
+/// What the source sends is at the destination while the guest still runs and writes.
+fn passed_on(qemu: &Binary) -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let disk = dir.path().join("disk");
+    checker(qemu.live_accel()).write_disk(&disk)?;
+    let machine = Machine::new("pc", MEMORY)
+        .accel(qemu.live_accel())
+        .boot(&disk)
+        .running()
+        .args(["-serial", "stdio"]);
+    let mut source = machine.start(qemu)?;
+    wait_for_output(&source, 2)?;
+    let mut destination = machine.clone().incoming().start(qemu)?;
+    let (from, on) = (zlib(), UNCOMPRESSED);
+    configure(&mut source, from)?;
+    configure(&mut destination, on)?;
+    source.qmp.enable(&["events"])?;
+    source
+        .qmp
+        .set_parameters(json!({"max-bandwidth": 16 << 20, "downtime-limit": 1}))?;
+    let to = destination.listen("tcp:127.0.0.1:0")?;
+    let incoming = Incoming::open(incoming_config(qemu, "tcp:127.0.0.1:0", from)?)?;
+    let uri = incoming.address().ok_or("no address")?.to_string();
+    let relay = Relay {
+        from: Origin::Source(Box::new(incoming)),
+        store: None,
+        to: Some(outgoing_config(qemu, &to, on)?),
+        remove_store: false,
+    };
+    source.migrate(&uri)?;
+    let progress = Arc::<Progress>::default();
+    let report = thread::scope(|scope| {
+        let relaying = scope.spawn(|| relay.run(&progress));
+        source
+            .qmp
+            .wait_event_if("MIGRATION_PASS", |d| d["pass"] == 2)?;
+        destination.wait_migration("active")?;
+        // More than a description of the guest.
+        let deadline = Instant::now() + PATIENCE;
+        while progress.outgoing.pages() == 0 {
+            assert!(Instant::now() < deadline, "nothing is passed on");
+            thread::sleep(POLL);
+        }
+        source
+            .qmp
+            .set_parameters(json!({"max-bandwidth": 0, "downtime-limit": 2000}))?;
+        let report = relaying.join().map_err(|_| "the relay panicked")??;
+        Ok::<_, tests::Error>(report)
+    })?;
+    source.wait_migration("completed")?;
+    destination.wait_migration("completed")?;
+    let received = report.received.ok_or("no figures")?;
+    // Some pages came more than once.
+    assert!(received.pages + received.zero_pages > (u64::from(MEMORY) << 20) / 4096);
+    source.process.kill()?;
+    wait_for_output(&destination, 2)?;
+    destination.process.kill()?;
+    let output = [
+        source.process.stdout().whole()?,
+        destination.process.stdout().whole()?,
+    ];
+    assert!(Checker::passes(&output.concat())? >= 4);
+    Ok(())
+}
+
 /// There is no destination: the relay gives the guest back.
 fn refused(qemu: &Binary) -> Result<()> {
     let dir = tempfile::tempdir()?;
     let disk = dir.path().join("disk");
-    CHECKER.write_disk(&disk)?;
+    checker(qemu.live_accel()).write_disk(&disk)?;
     let mut source = Machine::new("q35", MEMORY)
         .accel(qemu.live_accel())
         .boot(&disk)
@@ -379,7 +460,7 @@ fn refused(qemu: &Binary) -> Result<()> {
 fn old_checkpoints(qemu: &Binary) -> Result<()> {
     let dir = tempfile::tempdir()?;
     let disk = dir.path().join("disk");
-    CHECKER.write_disk(&disk)?;
+    checker(Accel::Tcg).write_disk(&disk)?;
     let mut source = Machine::new("q35", MEMORY)
         .boot(&disk)
         .running()

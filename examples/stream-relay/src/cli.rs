@@ -247,6 +247,10 @@ fn show(progress: &Progress, is_over: &AtomicBool) {
             Stage::Storing => "writing the store".to_owned(),
             Stage::Loading => "reading the store".to_owned(),
             Stage::Sending => moved("sending", &progress.outgoing),
+            Stage::Forwarding => {
+                let received = moved("receiving", &progress.incoming);
+                format!("{received}; {}", moved("sending", &progress.outgoing))
+            }
         });
         bar.tick();
         thread::park_timeout(TICK);

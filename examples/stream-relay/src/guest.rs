@@ -19,15 +19,7 @@ pub struct Guest {
     pub devices: Tail,
 }
 
-impl Guest {
-    /// The version of its machine type: what the name says, or else `unnamed`, or else the current.
-    #[must_use]
-    pub fn machine_version(&self, unnamed: Option<MachineVersion>) -> MachineVersion {
-        version(&self.configuration, unnamed)
-    }
-}
-
-/// As [`Guest::machine_version`], while only the configuration is known.
+/// The version of a machine type: what the name says, or else `unnamed`, or else the current.
 pub(crate) fn version(
     configuration: &Configuration,
     unnamed: Option<MachineVersion>,

@@ -8,7 +8,7 @@ use std::{fmt, io};
 
 use migration_stream::configuration::Configuration;
 use migration_stream::decoder::{ConfigurationRule, DecoderConfig};
-use migration_stream::io::{ByteSink, FdChannel, PositionedFile};
+use migration_stream::io::{FdChannel, PositionedFile};
 use migration_stream::mapped_ram::FileReader;
 use migration_stream::opaque_tail::{Tail, TailLimits};
 use migration_stream::precopy::{Loaded, Target, TargetConfig, TargetError};
@@ -81,6 +81,7 @@ pub struct Received {
     pub figures: Figures,
     loaded: Loaded,
     waits: bool,
+    has_left: bool,
 }
 
 impl Incoming {
@@ -138,6 +139,15 @@ impl Incoming {
     /// # Errors
     /// [`IncomingError`]. The guest runs on at its source then.
     pub fn receive(self, progress: &Arc<Progress>) -> Result<Received, IncomingError> {
+        self.announced(progress)?.receive(progress)
+    }
+
+    /// Waits for the source, without limit until it has connected, and for what it says of the guest
+    /// before the first page.
+    ///
+    /// # Errors
+    /// [`IncomingError`]. The guest runs on at its source then.
+    pub fn announced(self, progress: &Arc<Progress>) -> Result<Announced, IncomingError> {
         let Self { config, origin } = self;
         let (mut acceptor, path) = match origin {
             Origin::Socket {
@@ -147,7 +157,7 @@ impl Incoming {
                 let file: Arc<dyn PositionedFile> =
                     Arc::new(Counted::new(file, Arc::clone(progress)));
                 let reader = StreamReader::from_file(Arc::clone(&file), offset);
-                return config.take(reader, None, Pages::File(file), progress);
+                return config.announced(reader, None, Pages::File(file), progress);
             }
         };
         let connected = acceptor.accept(None)?;
@@ -167,7 +177,61 @@ impl Incoming {
                 main: main.share(),
             },
         };
-        config.take(reader, Some(Box::new(main)), pages, progress)
+        config.announced(reader, Some(main), pages, progress)
+    }
+}
+
+/// A guest that is about to come.
+#[derive(Debug)]
+pub struct Announced {
+    /// Memory for it.
+    pub memory: Arc<Memory>,
+    /// The source's configuration section.
+    pub configuration: Configuration,
+    target: Target,
+    pages: Pages,
+    line: Option<FdChannel>,
+    begun: Instant,
+}
+
+/// Ends a source's connection from another thread.
+#[derive(Debug)]
+pub struct Breaker(Option<FdChannel>);
+
+impl Breaker {
+    /// The guest is not wanted any more: it runs on at its source. A file has no connection.
+    pub fn end(&self) {
+        if let Some(line) = &self.0 {
+            line.shutdown();
+        }
+    }
+}
+
+impl Announced {
+    /// Something that ends the connection.
+    #[must_use]
+    pub fn breaker(&self) -> Breaker {
+        Breaker(self.line.as_ref().map(FdChannel::share))
+    }
+
+    /// Takes the guest.
+    ///
+    /// # Errors
+    /// [`IncomingError`]. The guest runs on at its source then.
+    pub fn receive(self, progress: &Arc<Progress>) -> Result<Received, IncomingError> {
+        let waits = self.target.has_return_path();
+        let (loaded, devices) = self.pages.load(self.target, &self.memory, progress)?;
+        Ok(Received {
+            guest: Guest {
+                memory: self.memory,
+                configuration: self.configuration,
+                devices,
+            },
+            figures: progress.incoming.figures(self.begun.elapsed()),
+            loaded,
+            waits,
+            has_left: self.line.is_some() && !waits,
+        })
     }
 }
 
@@ -182,16 +246,15 @@ impl IncomingConfig {
         }
     }
 
-    fn take(
+    fn announced(
         &self,
         reader: StreamReader,
-        return_path: Option<Box<dyn ByteSink>>,
+        line: Option<FdChannel>,
         pages: Pages,
         progress: &Arc<Progress>,
-    ) -> Result<Received, IncomingError> {
+    ) -> Result<Announced, IncomingError> {
         let begun = Instant::now();
         progress.begin(Stage::Receiving);
-        let is_socket = return_path.is_some();
         let target_config = TargetConfig {
             decoder: DecoderConfig {
                 xbzrle: self.xbzrle,
@@ -199,11 +262,12 @@ impl IncomingConfig {
             },
             max_devices: TailLimits::default().len,
         };
+        let return_path = line.as_ref().map(|line| Box::new(line.share()) as _);
         let (mut target, blocks) = Target::from_announcement(target_config, reader, return_path)?;
         if blocks.ignores_shared() {
             return Err(IncomingError::SharedMemory);
         }
-        if is_socket && !target.has_return_path() && !self.without_return_path {
+        if line.is_some() && !target.has_return_path() && !self.without_return_path {
             return Err(IncomingError::NoReturnPath);
         }
         let configuration = target.configuration().cloned();
@@ -214,22 +278,14 @@ impl IncomingConfig {
         {
             target = target.flushing_each_section();
         }
-        let waits = target.has_return_path();
-        let (memory, loaded, devices) = pages.load(target, memory, progress)?;
-        Ok(Received {
-            guest: guest(memory, configuration, devices),
-            figures: progress.incoming.figures(begun.elapsed()),
-            loaded,
-            waits,
+        Ok(Announced {
+            memory: Arc::new(memory),
+            configuration,
+            target,
+            pages,
+            line,
+            begun,
         })
-    }
-}
-
-fn guest(memory: Memory, configuration: Configuration, devices: Tail) -> Guest {
-    Guest {
-        memory: Arc::new(memory),
-        configuration,
-        devices,
     }
 }
 
@@ -245,25 +301,29 @@ enum Pages {
     File(Arc<dyn PositionedFile>),
 }
 
+impl fmt::Debug for Pages {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Stream => "Stream",
+            Self::Channels { .. } => "Channels",
+            Self::File(_) => "File",
+        })
+    }
+}
+
 impl Pages {
     fn load(
         self,
         target: Target,
-        memory: Memory,
+        memory: &Arc<Memory>,
         progress: &Arc<Progress>,
-    ) -> Result<(Memory, Loaded, Tail), IncomingError> {
-        let load = |memory: &Memory, barrier: &mut dyn PageBarrier| {
+    ) -> Result<(Loaded, Tail), IncomingError> {
+        let load = |barrier: &mut dyn PageBarrier| {
             target.load_opaque(memory, barrier, TailLimits::default())
         };
         match self {
-            Self::Stream => {
-                let (loaded, tail) = load(&memory, &mut NoMultifd)?;
-                Ok((memory, loaded, tail))
-            }
-            Self::File(file) => {
-                let (loaded, tail) = load(&memory, &mut FileReader::new(file))?;
-                Ok((memory, loaded, tail))
-            }
+            Self::Stream => Ok(load(&mut NoMultifd)?),
+            Self::File(file) => Ok(load(&mut FileReader::new(file))?),
             Self::Channels {
                 multifd,
                 channels,
@@ -274,17 +334,17 @@ impl Pages {
                     let counted = Counted::new(channel, Arc::clone(progress));
                     RecvChannel::new(counted, move || closer.shutdown())
                 });
-                let set = RecvSet::start(memory, channels.collect(), &multifd, move |_| {
+                let store = Arc::clone(memory);
+                let set = RecvSet::start(store, channels.collect(), &multifd, move |_| {
                     main.shutdown();
                 })
                 .map_err(IncomingError::Channels)?;
-                let loaded = load(set.store(), &mut set.barrier());
+                let loaded = load(&mut set.barrier());
                 // Everything has landed, and idle channels are not waited at while the guest is held.
                 let joined = set.join().map_err(IncomingError::Channels)?;
                 // The channel that broke knows more than the main stream that was ended for it.
                 joined.outcome.map_err(IncomingError::Channels)?;
-                let (loaded, tail) = loaded?;
-                Ok((joined.store, loaded, tail))
+                Ok(loaded?)
             }
         }
     }
@@ -295,6 +355,12 @@ impl Received {
     #[must_use]
     pub const fn is_awaited(&self) -> bool {
         self.waits
+    }
+
+    /// Whether nobody else has the guest any more: its source neither waits nor is a file.
+    #[must_use]
+    pub const fn is_only_here(&self) -> bool {
+        self.has_left
     }
 
     /// Tells the source that the guest is safe: it lets go of it.

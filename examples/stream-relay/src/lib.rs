@@ -2,7 +2,8 @@
 //! to a file, by another transport than it came by.
 //!
 //! ```text
-//! Incoming ──> Guest (memory, configuration, devices as they are) ──> outgoing::send
+//! Incoming ──> Arrival (memory as far as it has landed) ──────────> outgoing::forward
+//!     └──────> Guest (memory, configuration, devices as they are) ──> outgoing::send
 //!                 └──────────── store (a directory) ────────────┘
 //! ```
 //!
@@ -13,12 +14,13 @@
 //! |---|---|
 //! | [`relay`] | the order of things: when the source hears that it may let go |
 //! | [`incoming`], [`outgoing`] | a guest from a source, a guest to a destination |
-//! | [`guest`], [`memory`] | what is held |
+//! | [`guest`], [`memory`], [`arrival`] | what is held, and what is on its way |
 //! | [`store`] | what is kept in a directory |
 //! | [`endpoint`], [`machine`], [`progress`] | addresses, versions, figures |
 //! | [`cli`] | the program |
 #![forbid(unsafe_code)]
 
+pub mod arrival;
 pub mod cli;
 mod counted;
 pub mod endpoint;

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use migration_stream::ram::{BlockId, RamBlockTable, zero_check};
 use migration_stream::{GuestRam, MemoryError, PAGE_SIZE, PageStore};
+use ram_cache::{DirtyBitmap, PAGES_PER_WORD, PageRun};
 use vm_memory::{MmapRegion, VolatileMemory, VolatileSlice};
 
 use crate::progress::Progress;
@@ -17,6 +18,8 @@ static ZEROS: [u8; 4096] = [0; 4096];
 pub struct Memory {
     blocks: RamBlockTable,
     regions: Vec<MmapRegion>,
+    /// Pages that have landed since somebody took note of it, a bitmap for each block.
+    landed: Vec<DirtyBitmap>,
     progress: Arc<Progress>,
 }
 
@@ -44,8 +47,16 @@ impl Memory {
             let length = usize::try_from(block.used_length()).map_err(|e| failed(e.into()))?;
             MmapRegion::new(length).map_err(|e| failed(e.into()))
         });
+        let bitmaps = blocks.iter().map(|(_, block)| {
+            DirtyBitmap::new(block.pages()).map_err(|source| HoldError::Map {
+                name: block.name().to_owned(),
+                length: block.used_length(),
+                source: source.into(),
+            })
+        });
         Ok(Self {
             regions: regions.collect::<Result<_, _>>()?,
+            landed: bitmaps.collect::<Result<_, _>>()?,
             blocks,
             progress,
         })
@@ -55,6 +66,36 @@ impl Memory {
     #[must_use]
     pub const fn blocks(&self) -> &RamBlockTable {
         &self.blocks
+    }
+
+    /// Calls `sink(block, first_page, word)` for the pages that have landed since the last call, as
+    /// [`DirtyLog::sync`](migration_stream::DirtyLog::sync) does.
+    pub(crate) fn take_landed(&self, sink: &mut dyn FnMut(BlockId, u64, u64)) {
+        for ((block, _), landed) in self.blocks.iter().zip(&self.landed) {
+            for PageRun { first_page, pages } in landed.drain_runs() {
+                let (mut page, end) = (first_page, first_page + pages);
+                while page < end {
+                    let first = page / PAGES_PER_WORD * PAGES_PER_WORD;
+                    let next = end.min(first + PAGES_PER_WORD);
+                    let run = u64::MAX >> (PAGES_PER_WORD - (next - page));
+                    sink(block, first, run << (page - first));
+                    page = next;
+                }
+            }
+        }
+    }
+
+    fn mark(&self, block: BlockId, offset: u64, len: usize) -> Result<u64, MemoryError> {
+        let pages = len as u64 / PAGE_SIZE;
+        let landed = self.landed.get(block.index());
+        landed
+            .ok_or(MemoryError::NoBlock(block))?
+            .set_range(offset / PAGE_SIZE, pages)
+            .map_err(|source| MemoryError::Backend {
+                what: "noting what has landed",
+                source: source.into(),
+            })?;
+        Ok(pages)
     }
 
     fn range(
@@ -111,7 +152,8 @@ impl PageStore for Memory {
 
     fn landed(&self, block: BlockId, offset: u64, len: usize) -> Result<(), MemoryError> {
         self.range(block, offset, len)?;
-        self.progress.incoming.add_pages(len as u64 / PAGE_SIZE);
+        let pages = self.mark(block, offset, len)?;
+        self.progress.incoming.add_pages(pages);
         Ok(())
     }
 
@@ -129,9 +171,8 @@ impl PageStore for Memory {
             }
             done += page.len();
         }
-        self.progress
-            .incoming
-            .add_zero_pages(len as u64 / PAGE_SIZE);
+        let pages = self.mark(block, offset, len)?;
+        self.progress.incoming.add_zero_pages(pages);
         Ok(())
     }
 }

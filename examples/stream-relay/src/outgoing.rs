@@ -6,8 +6,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use migration_stream::configuration::MAPPED_RAM;
+use migration_stream::configuration::{Configuration, MAPPED_RAM};
 use migration_stream::io::{FileChannel, PositionedFile};
+use migration_stream::opaque_tail::Tail;
 use migration_stream::precopy::{
     BoxError, Control, FIRST_DEVICE_SECTION, Limits, RamSetup, ReturnPathReader, Source,
     SourceConfig, SourceError, SourceVm,
@@ -21,9 +22,11 @@ use multifd::{Flush, MultifdConfig, SendSet};
 use tempfile::NamedTempFile;
 
 use crate::Channels;
+use crate::arrival::{Arrival, LandedLog, NotComing};
 use crate::endpoint::Endpoint;
-use crate::guest::Guest;
+use crate::guest::{Guest, version};
 use crate::machine::MachineVersion;
+use crate::memory::Memory;
 use crate::progress::{Figures, Progress, Stage};
 
 /// Where a guest goes, and how.
@@ -74,63 +77,163 @@ pub fn send(
     config: &OutgoingConfig,
     progress: &Progress,
 ) -> Result<Figures, OutgoingError> {
-    config.check()?;
     progress.begin(Stage::Sending);
-    progress.set_memory(guest.memory.blocks().total_bytes());
-    let begun = Instant::now();
-    match &config.to {
-        Endpoint::Socket(address) => {
-            let multifd = config.channels.map(|channels| MultifdConfig {
-                channels: channels.count,
-                compression: channels.compression,
-                zero_pages: config.zero_pages,
-                flush: if guest
-                    .machine_version(config.machine_version)
-                    .flushes_each_section()
-                {
-                    Flush::EachSection
-                } else {
-                    Flush::EachRound
-                },
-                uuid: config.uuid,
-                stall_limit: config.timeout,
-                ..MultifdConfig::default()
-            });
-            let connected =
-                outgoing::connect(address, multifd.as_ref(), config.timeout, config.timeout)?;
-            let main = connected.main;
-            let out = StreamWriter::new(main.share());
-            let return_path = Some(ReturnPathReader::new(main));
-            match multifd {
-                None => guest.migrate(config, out, return_path, guest.in_stream(config), progress),
-                Some(multifd) => {
-                    let ram: Arc<dyn GuestRam> = Arc::clone(&guest.memory) as _;
-                    let channels = connected.channels.into_iter().map(Into::into).collect();
-                    let set =
-                        SendSet::start(ram, channels, &multifd).map_err(OutgoingError::Channels)?;
-                    guest.migrate(config, out, return_path, set, progress)
-                }
-            }?;
+    let departure = Departure {
+        memory: &guest.memory,
+        configuration: &guest.configuration,
+        config,
+        progress,
+        devices: || Ok(guest.devices.clone()),
+    };
+    departure.run(Still)
+}
+
+/// As [`send`], with a guest that is still arriving: gives away what has landed, and again what has
+/// landed again, until it is all there.
+///
+/// # Errors
+/// As for [`send`]; also when the guest does not arrive.
+pub fn forward(
+    guest: &Arc<Arrival>,
+    config: &OutgoingConfig,
+    progress: &Progress,
+) -> Result<Figures, OutgoingError> {
+    progress.begin(Stage::Forwarding);
+    let departure = Departure {
+        memory: &guest.memory,
+        configuration: &guest.configuration,
+        config,
+        progress,
+        devices: || guest.wait(),
+    };
+    departure.run(LandedLog(Arc::clone(guest)))
+}
+
+/// A guest on its way out.
+struct Departure<'a, F> {
+    memory: &'a Arc<Memory>,
+    configuration: &'a Configuration,
+    config: &'a OutgoingConfig,
+    progress: &'a Progress,
+    /// Waits until nothing lands any more.
+    devices: F,
+}
+
+impl<F: Fn() -> Result<Tail, NotComing>> Departure<'_, F> {
+    fn run(&self, log: impl DirtyLog) -> Result<Figures, OutgoingError> {
+        let config = self.config;
+        config.check()?;
+        self.progress.set_memory(self.memory.blocks().total_bytes());
+        let begun = Instant::now();
+        match &config.to {
+            Endpoint::Socket(address) => {
+                let multifd = config.channels.map(|channels| self.multifd(channels));
+                let connected =
+                    outgoing::connect(address, multifd.as_ref(), config.timeout, config.timeout)?;
+                let out = StreamWriter::new(connected.main.share());
+                let return_path = Some(ReturnPathReader::new(connected.main));
+                match multifd {
+                    None => self.migrate(out, return_path, log, self.in_stream()),
+                    Some(multifd) => {
+                        let ram: Arc<dyn GuestRam> = Arc::clone(self.memory) as _;
+                        let channels = connected.channels.into_iter().map(Into::into).collect();
+                        let set = SendSet::start(ram, channels, &multifd)
+                            .map_err(OutgoingError::Channels)?;
+                        self.migrate(out, return_path, log, set)
+                    }
+                }?;
+            }
+            Endpoint::File { path, .. } => {
+                let failed = |source| OutgoingError::File {
+                    path: path.clone(),
+                    source,
+                };
+                let dir = parent(path);
+                let temporary = NamedTempFile::new_in(dir).map_err(failed)?;
+                let file: Arc<dyn PositionedFile> =
+                    Arc::new(temporary.as_file().try_clone().map_err(failed)?);
+                let out = StreamWriter::new(FileChannel::new(file, 0));
+                self.migrate(out, None, log, self.in_stream())?;
+                temporary.as_file().sync_all().map_err(failed)?;
+                temporary
+                    .persist_noclobber(path)
+                    .map_err(|e| failed(e.error))?;
+                sync_directory(dir).map_err(failed)?;
+            }
         }
-        Endpoint::File { path, .. } => {
-            let failed = |source| OutgoingError::File {
-                path: path.clone(),
-                source,
-            };
-            let dir = parent(path);
-            let temporary = NamedTempFile::new_in(dir).map_err(failed)?;
-            let file: Arc<dyn PositionedFile> =
-                Arc::new(temporary.as_file().try_clone().map_err(failed)?);
-            let out = StreamWriter::new(FileChannel::new(file, 0));
-            guest.migrate(config, out, None, guest.in_stream(config), progress)?;
-            temporary.as_file().sync_all().map_err(failed)?;
-            temporary
-                .persist_noclobber(path)
-                .map_err(|e| failed(e.error))?;
-            sync_directory(dir).map_err(failed)?;
+        Ok(self.progress.outgoing.figures(begun.elapsed()))
+    }
+
+    fn machine_version(&self) -> MachineVersion {
+        version(self.configuration, self.config.machine_version)
+    }
+
+    fn multifd(&self, channels: Channels) -> MultifdConfig {
+        MultifdConfig {
+            channels: channels.count,
+            compression: channels.compression,
+            zero_pages: self.config.zero_pages,
+            flush: if self.machine_version().flushes_each_section() {
+                Flush::EachSection
+            } else {
+                Flush::EachRound
+            },
+            uuid: self.config.uuid,
+            stall_limit: self.config.timeout,
+            ..MultifdConfig::default()
         }
     }
-    Ok(progress.outgoing.figures(begun.elapsed()))
+
+    fn in_stream(&self) -> InStream {
+        InStream::new(Arc::clone(self.memory) as _, self.config.zero_pages)
+    }
+
+    fn migrate(
+        &self,
+        out: StreamWriter,
+        return_path: Option<ReturnPathReader>,
+        log: impl DirtyLog,
+        transport: impl PageTransport,
+    ) -> Result<(), OutgoingError> {
+        // Where pages are in a file is between its writer and its reader.
+        let mut configuration = self.configuration.clone();
+        configuration
+            .capabilities
+            .retain(|c| c.as_str() != MAPPED_RAM);
+        let source = Source::start(
+            SourceConfig {
+                configuration: Some(configuration),
+                switchover_start: self.machine_version().sends_switchover_start(),
+                confirm_timeout: self.config.timeout,
+            },
+            // The guest of an arrival decides by itself when it stands still.
+            Arc::new(Limits::new(self.config.max_bandwidth, Duration::ZERO)),
+            out,
+            return_path,
+            RamSetup {
+                ram: Arc::clone(self.memory) as _,
+                log,
+                transport,
+            },
+        )?;
+        let mut vm = Held {
+            departure: self,
+            devices: None,
+        };
+        match source.run(&mut vm) {
+            Ok(switched) => {
+                vm.progress(&switched.progress);
+                Ok(())
+            }
+            // Nothing is read from the destination between the last page and its confirmation.
+            Err(e @ (SourceError::Unconfirmed | SourceError::ReturnPath(_)))
+                if vm.devices.is_some() =>
+            {
+                Err(OutgoingError::Unconfirmed(e))
+            }
+            Err(e) => Err(e.into()),
+        }
+    }
 }
 
 /// The directory in which `path` lies.
@@ -144,51 +247,6 @@ pub(crate) fn parent(path: &Path) -> &Path {
 /// Names in a directory are on disk only when the directory is.
 pub(crate) fn sync_directory(path: &Path) -> io::Result<()> {
     File::open(path)?.sync_all()
-}
-
-impl Guest {
-    fn in_stream(&self, config: &OutgoingConfig) -> InStream {
-        InStream::new(Arc::clone(&self.memory) as _, config.zero_pages)
-    }
-
-    fn migrate<T: PageTransport>(
-        &self,
-        config: &OutgoingConfig,
-        out: StreamWriter,
-        return_path: Option<ReturnPathReader>,
-        transport: T,
-        progress: &Progress,
-    ) -> Result<(), OutgoingError> {
-        // Where pages are in a file is between its writer and its reader.
-        let mut configuration = self.configuration.clone();
-        configuration
-            .capabilities
-            .retain(|c| c.as_str() != MAPPED_RAM);
-        let source = Source::start(
-            SourceConfig {
-                configuration: Some(configuration),
-                switchover_start: self
-                    .machine_version(config.machine_version)
-                    .sends_switchover_start(),
-                confirm_timeout: config.timeout,
-            },
-            Arc::new(Limits::new(config.max_bandwidth, Duration::ZERO)),
-            out,
-            return_path,
-            RamSetup {
-                ram: Arc::clone(&self.memory) as _,
-                log: Still,
-                transport,
-            },
-        )?;
-        let mut held = Held {
-            guest: self,
-            progress,
-        };
-        let switched = source.run(&mut held)?;
-        held.progress(&switched.progress);
-        Ok(())
-    }
 }
 
 /// The guest stands still: nothing becomes dirty.
@@ -209,13 +267,15 @@ impl DirtyLog for Still {
 }
 
 /// A guest as the VM of a source.
-struct Held<'a> {
-    guest: &'a Guest,
-    progress: &'a Progress,
+struct Held<'a, F> {
+    departure: &'a Departure<'a, F>,
+    /// Those that are or were sent.
+    devices: Option<Tail>,
 }
 
-impl SourceVm for Held<'_> {
+impl<F: Fn() -> Result<Tail, NotComing>> SourceVm for Held<'_, F> {
     fn stop(&mut self) -> Result<(), BoxError> {
+        self.devices = Some((self.departure.devices)()?);
         Ok(())
     }
 
@@ -224,13 +284,13 @@ impl SourceVm for Held<'_> {
     }
 
     fn save_devices(&mut self, out: &mut Vec<u8>) -> Result<String, BoxError> {
-        let devices = &self.guest.devices;
+        let devices = self.devices.as_ref().ok_or(NotComing)?;
         devices.encode_sections(FIRST_DEVICE_SECTION, out);
         Ok(devices.description_text().to_owned())
     }
 
     fn progress(&mut self, progress: &migration_stream::precopy::Progress) -> Control {
-        self.progress.outgoing.set(
+        self.departure.progress.outgoing.set(
             progress.transferred,
             progress.counters.normal_pages,
             progress.counters.zero_pages,
@@ -252,6 +312,9 @@ pub enum OutgoingError {
     /// The stream broke, or the destination refused it.
     #[error("the outgoing stream")]
     Stream(#[from] SourceError),
+    /// The destination was sent everything, and did not say whether it has it.
+    #[error("the destination was sent everything and did not say whether it has the guest")]
+    Unconfirmed(#[source] SourceError),
     /// Channels were asked for where there can be none.
     #[error("a file that is written as a stream has no multifd channels")]
     ChannelsOfFile,

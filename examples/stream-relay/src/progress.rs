@@ -18,15 +18,18 @@ pub enum Stage {
     Loading,
     /// It gives the guest away.
     Sending,
+    /// It gives away what of the guest has arrived.
+    Forwarding,
 }
 
 impl Stage {
-    const ALL: [Self; 5] = [
+    const ALL: [Self; 6] = [
         Self::Waiting,
         Self::Receiving,
         Self::Storing,
         Self::Loading,
         Self::Sending,
+        Self::Forwarding,
     ];
 }
 

@@ -5,16 +5,19 @@
 //!
 //! - when the guest is on disk, if there is a store;
 //! - otherwise when the destination has confirmed it: until then nobody but the source has it for
-//!   good. The guest stands still for as long as that takes.
+//!   good. Pages are passed on as they come, so that little is left when the source's guest stops.
 //!
 //! Whatever fails before gives the guest back to its source, where it runs on.
 
+use std::panic::resume_unwind;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::thread;
 
 use migration_stream::precopy::TargetError;
 
-use crate::incoming::{Incoming, IncomingError, Received};
+use crate::arrival::Arrival;
+use crate::incoming::{Incoming, IncomingError};
 use crate::outgoing::{self, OutgoingConfig, OutgoingError};
 use crate::progress::{Figures, Progress};
 use crate::store::{self, StoreError};
@@ -65,7 +68,6 @@ impl Relay {
         let mut report = Report::default();
         let (guest, received) = match (self.from, &self.store) {
             (Origin::Store { .. }, None) => return Err(RelayError::Nothing),
-            (Origin::Source(_), None) if self.to.is_none() => return Err(RelayError::Nothing),
             (Origin::Store { max_memory }, Some(dir)) => {
                 let guest = store::load(dir, max_memory, progress).map_err(RelayError::Load)?;
                 (guest, None)
@@ -74,15 +76,15 @@ impl Relay {
                 if let Some(dir) = dir {
                     store::check_free(dir).map_err(RelayError::Save)?;
                 }
+                let (dir, to) = (dir.as_ref(), self.to.as_ref());
+                let dir = match (dir, to) {
+                    (Some(dir), _) => dir,
+                    (None, Some(to)) => return hand_over(*incoming, to, progress),
+                    (None, None) => return Err(RelayError::Nothing),
+                };
                 let received = incoming.receive(progress)?;
                 report.received = Some(received.figures);
                 let guest = received.guest.clone();
-                let Some(dir) = dir else {
-                    return self.to.map_or(Err(RelayError::Nothing), |to| {
-                        report.sent = Some(hand_over(received, &to, progress)?);
-                        Ok(report)
-                    });
-                };
                 if let Err(error) = store::save(&guest, dir, progress) {
                     received.refuse();
                     return Err(RelayError::Save(error));
@@ -104,24 +106,78 @@ impl Relay {
     }
 }
 
-/// From the source to the destination, with nothing in between.
+/// From the source to the destination while it comes.
 fn hand_over(
-    received: Received,
+    incoming: Incoming,
     to: &OutgoingConfig,
-    progress: &Progress,
-) -> Result<Figures, RelayError> {
-    match outgoing::send(&received.guest, to, progress) {
-        Ok(sent) => {
+    progress: &Arc<Progress>,
+) -> Result<Report, RelayError> {
+    let announced = incoming.announced(progress)?;
+    let breaker = announced.breaker();
+    let arrival = Arc::new(Arrival::new(
+        Arc::clone(&announced.memory),
+        announced.configuration.clone(),
+    ));
+    let (received, sent, was_coming) = thread::scope(|scope| {
+        let receiving = scope.spawn(|| {
+            let ending = Ending(&arrival);
+            let received = announced.receive(progress);
+            if let Ok(received) = &received {
+                arrival.end(Some(received.guest.devices.clone()));
+            }
+            drop(ending);
+            received
+        });
+        let sent = outgoing::forward(&arrival, to, progress);
+        // What ends first is the reason why the other does.
+        let was_coming = !arrival.has_failed();
+        if sent.is_err() && arrival.is_coming() {
+            breaker.end();
+        }
+        let received = receiving.join();
+        (
+            received.unwrap_or_else(|panic| resume_unwind(panic)),
+            sent,
+            was_coming,
+        )
+    });
+    match (received, sent) {
+        (Ok(received), Ok(sent)) => {
+            let report = Report {
+                received: Some(received.figures),
+                sent: Some(sent),
+            };
             received
                 .confirm()
                 .map_err(RelayError::SourceAndDestination)?;
-            Ok(sent)
+            Ok(report)
         }
-        Err(error) if received.is_awaited() => {
-            received.refuse();
-            Err(RelayError::Outgoing(error))
+        (Err(error), Ok(_)) => Err(error.into()),
+        (Err(error), Err(_)) if !was_coming => Err(error.into()),
+        (Ok(received), Err(error)) if received.is_only_here() => {
+            drop(received);
+            Err(RelayError::Lost(error))
         }
-        Err(error) => Err(RelayError::Lost(error)),
+        (received, Err(error)) => {
+            if let Ok(received) = received {
+                received.refuse();
+            }
+            Err(match error {
+                OutgoingError::Unconfirmed(_) => RelayError::Uncertain(error),
+                _ => RelayError::Outgoing(error),
+            })
+        }
+    }
+}
+
+/// Whoever waits for an arrival waits no longer than its receiver lives.
+struct Ending<'a>(&'a Arrival);
+
+impl Drop for Ending<'_> {
+    fn drop(&mut self) {
+        if self.0.is_coming() {
+            self.0.end(None);
+        }
     }
 }
 
@@ -144,6 +200,12 @@ pub enum RelayError {
     /// It could not be given away; the source waited.
     #[error("the guest was not given away and is still at its source")]
     Outgoing(#[source] OutgoingError),
+    /// The destination may have it or not.
+    #[error(
+        "the guest was given back to its source, but its destination may have it as well: only one \
+         of them may run it"
+    )]
+    Uncertain(#[source] OutgoingError),
     /// It could not be given away, and is in the store.
     #[error("the guest was not given away and is still in its store")]
     Kept(#[source] OutgoingError),

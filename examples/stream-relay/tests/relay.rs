@@ -149,6 +149,7 @@ fn expect_figures(report: Report) {
     // The two thirds of memory that are not zero, and the page of the rom.
     let content = PAGES as u64 - PAGES.div_ceil(3) as u64 + 1;
     for figures in [report.received, report.sent].into_iter().flatten() {
+        // Each page once, passed on as it comes or not.
         assert_eq!(figures.pages, content);
         assert_eq!(figures.pages + figures.zero_pages, PAGES as u64 + 2);
         assert!(figures.bytes > 0 && figures.mib_per_second() > 0.0);
@@ -201,6 +202,72 @@ fn a_destination_that_refuses_leaves_the_guest_at_its_source() {
         let OutgoingError::Stream(SourceError::Refused { status: 1 }) = error else {
             panic!("{error:?}");
         };
+    });
+}
+
+#[test]
+fn a_destination_that_says_nothing_may_have_the_guest_and_the_relay_says_so() {
+    let guest = guest("microvm");
+    let (relayed, to_relay) = listen(None);
+    let (destination, to_destination) = listen(None);
+    thread::scope(|scope| {
+        let source = send_from(scope, &guest, outgoing_to(&to_relay, None));
+        let relaying = scope.spawn(|| {
+            relay(relayed, None, Some(outgoing_to(&to_destination, None))).run(&Arc::default())
+        });
+        drop(destination.receive(&Arc::default()).unwrap());
+        let error = relaying.join().unwrap().unwrap_err();
+        assert!(matches!(error, RelayError::Uncertain(_)), "{error}");
+        assert!(source.join().unwrap().is_err());
+    });
+}
+
+#[test]
+fn a_destination_that_is_not_there_stops_no_guest() {
+    let guest = guest("microvm");
+    let nobody = TcpListener::bind("127.0.0.1:0")
+        .unwrap()
+        .local_addr()
+        .unwrap();
+    let to = outgoing_to(&format!("tcp:{nobody}"), None);
+    for channels in [None, zlib(2)] {
+        let (relayed, to_relay) = listen(channels);
+        let mut from = outgoing_to(&to_relay, channels);
+        // So slow that it could not have ended by itself.
+        from.max_bandwidth = 10_000;
+        thread::scope(|scope| {
+            let source = send_from(scope, &guest, from);
+            let error = relay(relayed, None, Some(to.clone())).run(&Arc::default());
+            assert!(matches!(error, Err(RelayError::Outgoing(_))), "{error:?}");
+            let error = source.join().unwrap().unwrap_err();
+            assert!(!matches!(error, OutgoingError::Unconfirmed(_)), "{error}");
+        });
+    }
+}
+
+#[test]
+fn a_source_that_breaks_off_leaves_the_destination_without_guest() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("stream");
+    let guest = guest("microvm");
+    let to = format!("file:{}", path.display());
+    outgoing::send(&guest, &outgoing_to(&to, None), &Progress::default()).unwrap();
+    let stream = fs::read(&path).unwrap();
+    let socket = dir.path().join("socket");
+    let mut config = incoming(&format!("unix:{}", socket.display()), None);
+    config.without_return_path = true;
+    let relayed = Incoming::open(config).unwrap();
+    let (destination, to_destination) = listen(None);
+    thread::scope(|scope| {
+        let relaying = scope.spawn(|| {
+            relay(relayed, None, Some(outgoing_to(&to_destination, None))).run(&Arc::default())
+        });
+        let mut source = UnixStream::connect(&socket).unwrap();
+        std::io::Write::write_all(&mut source, &stream[..stream.len() / 2]).unwrap();
+        drop(source);
+        assert!(destination.receive(&Arc::default()).is_err());
+        let error = relaying.join().unwrap().unwrap_err();
+        assert!(matches!(error, RelayError::Incoming(_)), "{error}");
     });
 }
 

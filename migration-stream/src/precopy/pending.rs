@@ -32,18 +32,30 @@ impl PendingPages {
     /// Every page of every block that is migrated: what a migration begins with.
     #[must_use]
     pub fn all(table: &RamBlockTable) -> Self {
-        let blocks: Vec<_> = table
+        Self {
+            count: table.migrated_bytes() / PAGE_SIZE,
+            ..Self::each(table, true)
+        }
+    }
+
+    /// No page yet.
+    #[must_use]
+    pub fn none(table: &RamBlockTable) -> Self {
+        Self::each(table, false)
+    }
+
+    fn each(table: &RamBlockTable, pending: bool) -> Self {
+        let blocks = table
             .iter()
             .map(|(id, b)| {
-                // Where nothing is pending nothing becomes so: the map of an ignored block is empty.
+                // Where there are no bits nothing becomes pending: so for an ignored block.
                 let pages = if table.is_ignored(id) { 0 } else { b.pages() };
-                BitVec::repeat(true, usize::try_from(pages).unwrap_or(usize::MAX))
+                BitVec::repeat(pending, usize::try_from(pages).unwrap_or(usize::MAX))
             })
             .collect();
-        let count = table.migrated_bytes() / PAGE_SIZE;
         Self {
             blocks,
-            count,
+            count: 0,
             cursor: (0, 0),
         }
     }
@@ -200,6 +212,16 @@ mod tests {
         assert_eq!(pages.len(), 199);
         assert!(pages.is_sorted());
         assert_eq!(pending.count(), 0);
+    }
+
+    #[test]
+    fn a_migration_of_what_arrives_begins_with_nothing_and_takes_what_is_reported() {
+        let mut pending = PendingPages::none(&table(&[70, 1]));
+        assert_eq!(pending.count(), 0);
+        assert_eq!(pending.take_run(64), None);
+        assert_eq!(pending.or_word(BlockId::new(0), 64, u64::MAX), 6);
+        assert_eq!(pending.or_word(BlockId::new(1), 0, 1), 1);
+        assert_eq!(drain(&mut pending, 64).len(), 7);
     }
 
     #[test]

@@ -38,7 +38,12 @@ impl<T: PageTransport, D: DirtyLog> RamSetup<T, D> {
         out: &mut StreamWriter,
     ) -> Result<RamSender<T, D>, SourceError> {
         self.log.start()?;
-        let pending = PendingPages::all(self.ram.blocks());
+        let blocks = self.ram.blocks();
+        let pending = if self.log.begins_with_every_page() {
+            PendingPages::all(blocks)
+        } else {
+            PendingPages::none(blocks)
+        };
         let mut bytes = bytes::BytesMut::new();
         SectionHeader {
             kind: Announcement::Start,
