@@ -41,6 +41,12 @@ pub trait PageTransport: Send {
     /// Another round over guest memory begins, or a checkpoint.
     fn begin_round(&mut self) {}
 
+    /// Whether pages may go as differences to what was sent before (the capability `xbzrle`), which
+    /// no COLO checkpoint can follow.
+    fn sends_differences(&self) -> bool {
+        false
+    }
+
     /// The capability that the configuration section has to name because pages cross like this.
     fn capability(&self) -> Option<&'static str> {
         None
@@ -95,6 +101,9 @@ impl<T: PageTransport + ?Sized> PageTransport for Box<T> {
     }
     fn begin_round(&mut self) {
         (**self).begin_round();
+    }
+    fn sends_differences(&self) -> bool {
+        (**self).sends_differences()
     }
     fn capability(&self) -> Option<&'static str> {
         (**self).capability()

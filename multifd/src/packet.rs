@@ -549,6 +549,12 @@ pub enum PacketError {
         /// Its name.
         name: String,
     },
+    /// A block that both sides share, whose pages stay where they are (`x-ignore-shared`).
+    #[error("page of the shared ram block '{name}', which is not migrated")]
+    IgnoredBlock {
+        /// Its name.
+        name: String,
+    },
     /// An offset that is not that of a page.
     #[error("offset {index} of the packet, {offset:#x}, is not that of a page")]
     Alignment {

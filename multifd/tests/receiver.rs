@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{LIMIT, PAGE, Ram, Receiver, cause, receiver, text, write};
+use common::{LIMIT, PAGE, Ram, Receiver, cause, receiver, receiver_into, text, write};
 use migration_stream::PageBarrier;
 use migration_stream::codec::IdStr;
 use migration_stream::io::FdChannel;
@@ -454,6 +454,44 @@ fn device_state_that_nobody_takes_is_an_error_that_says_why() {
 fn c19_a_device_state_packet_is_refused_before_any_of_it_is_taken() {
     let bytes = b"\x11\x22\x33\x44\0\0\0\x01\0\0\0\x40";
     assert_eq!(packet_error(bytes), PacketError::DeviceState);
+}
+
+#[test]
+fn pages_of_a_block_that_is_not_migrated_are_an_error_and_nothing_is_written() {
+    let shared = |header: PacketHeader<'_>, payload: &[u8]| {
+        let r = receiver_into(Ram::new(&[64, 64]).sharing("vga.vram"), &config(2));
+        // Of the other block they are taken, also right before.
+        write(&r.peers[1], &pages(&[0]));
+        write(&r.peers[1], &packet(&header, payload));
+        let e = r.set.barrier().flush().unwrap_err();
+        let (channel, error) = cause(&e);
+        assert_eq!(channel, Some(1));
+        assert!(
+            matches!(
+                error,
+                ChannelError::Packet {
+                    index: 1,
+                    source: PacketError::IgnoredBlock { name }
+                } if name == "vga.vram"
+            ),
+            "{error:?}"
+        );
+        let store = r.set.join().unwrap().store;
+        assert_eq!(store.page(0, 0), [0xaa; PAGE]);
+        store.page(1, 0)
+    };
+    let block = b"vga.vram";
+    let normal = PacketHeader {
+        block,
+        ..header(&[0])
+    };
+    assert_eq!(shared(normal, &[0xaa; PAGE]), [0; PAGE]);
+    let zero = PacketHeader {
+        block,
+        zero: &[0],
+        ..header(&[])
+    };
+    assert_eq!(shared(zero, &[]), [0; PAGE]);
 }
 
 #[test]

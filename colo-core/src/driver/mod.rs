@@ -16,7 +16,7 @@ use migration_stream::precopy::{SourceError, TargetError};
 use multifd::ChannelError;
 
 pub use control::ColoControl;
-pub use primary::{PrimaryLink, run_primary};
+pub use primary::{LinkError, PrimaryLink, run_primary};
 pub use secondary::{SecondaryLink, run_secondary};
 
 use crate::machine::OutOfStep;

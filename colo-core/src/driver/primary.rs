@@ -21,15 +21,35 @@ pub struct PrimaryLink<T, D: DirtyLog> {
 }
 
 impl<T: PageTransport, D: DirtyLog> PrimaryLink<T, D> {
-    /// Goes on where a migration has switched over, `None` if it had no return path.
-    #[must_use]
-    pub fn new(switched: SwitchedOver<T, D>) -> Option<Self> {
-        Some(Self {
-            replies: switched.return_path?.into_source(),
+    /// Goes on where a migration has switched over.
+    ///
+    /// # Errors
+    /// [`LinkError`]: the migration was one that no checkpoint can follow. A
+    /// [`MigrationPlan`](crate::MigrationPlan) refuses it before it begins.
+    pub fn new(switched: SwitchedOver<T, D>) -> Result<Self, LinkError> {
+        if switched.ram.sends_differences() {
+            return Err(LinkError::Xbzrle);
+        }
+        let return_path = switched.return_path.ok_or(LinkError::NoReturnPath)?;
+        Ok(Self {
+            replies: return_path.into_source(),
             out: switched.out,
             ram: switched.ram,
         })
     }
+}
+
+/// Why COLO cannot follow a migration. The guest has been taken over by the destination then.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum LinkError {
+    /// The secondary answers on the return path.
+    #[error("colo after a migration without a return path")]
+    NoReturnPath,
+    /// A checkpoint's differences could be to pages that the secondary does not have. QEMU accepts
+    /// the combination and corrupts the secondary's memory.
+    #[error("colo after a migration with xbzrle")]
+    Xbzrle,
 }
 
 impl<T, D: DirtyLog> std::fmt::Debug for PrimaryLink<T, D> {

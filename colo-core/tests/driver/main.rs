@@ -6,15 +6,19 @@ mod guest;
 mod hostile;
 mod loss;
 mod rig;
+mod vectors;
 
 use std::time::{Duration, Instant};
 
-use colo_core::driver::DriverConfig;
+use colo_core::driver::{DriverConfig, LinkError};
 use colo_core::{
     Cause, ColoMode, ColoStatus, ExitReason, Message, OnPeerLoss, Outcome, PeerLoss, RequestError,
     Role, StatusReason, Step,
 };
-use rig::{LIMIT, NEVER, Side, end, migrated, patient};
+use migration_stream::Cause as DecodeCause;
+use migration_stream::precopy::TargetError;
+use migration_stream::ram::RamError;
+use rig::{How, LIMIT, NEVER, Side, end, migrated, migrated_by, patient};
 
 /// Plain, and with multifd.
 const CHANNELS: [u8; 2] = [0, 2];
@@ -50,6 +54,34 @@ fn both_sides_are_equal_at_every_checkpoint_and_different_in_between() {
         }
         end(primary, secondary);
     }
+}
+
+#[test]
+fn c1_colo_cannot_follow_a_migration_with_differences_at_either_side() {
+    let (primary, secondary) = migrated_by(How {
+        channels: 0,
+        xbzrle: true,
+        return_path: true,
+    });
+    assert_eq!(primary.refused(), LinkError::Xbzrle);
+    let e = secondary.err().expect("no checkpoints");
+    assert!(
+        matches!(&e, TargetError::Decode(e)
+            if e.cause == DecodeCause::Ram(RamError::XbzrleWithCheckpoints)),
+        "{e}"
+    );
+}
+
+#[test]
+fn colo_cannot_follow_a_migration_without_a_return_path_at_either_side() {
+    let (primary, secondary) = migrated_by(How {
+        channels: 0,
+        xbzrle: false,
+        return_path: false,
+    });
+    assert_eq!(primary.refused(), LinkError::NoReturnPath);
+    let e = secondary.err().expect("no checkpoints");
+    assert!(matches!(e, TargetError::Missing { .. }), "{e}");
 }
 
 #[test]

@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 use std::{io, thread};
 
 use colo_core::driver::{
-    ColoControl, DriverConfig, Parts, PrimaryLink, SecondaryLink, run_primary, run_secondary,
+    ColoControl, DriverConfig, LinkError, Parts, PrimaryLink, SecondaryLink, run_primary,
+    run_secondary,
 };
 use colo_core::message::{MESSAGE_LEN, encode_vmstate_size};
 use colo_core::{
@@ -18,9 +19,10 @@ use migration_stream::decoder::{ConfigurationRule, DecoderConfig};
 use migration_stream::io::{ByteSink, ByteSource, Chunk, FdChannel};
 use migration_stream::precopy::{
     CheckpointReceiver, Limits, RamSetup, ReturnPathReader, Source, SourceConfig, SwitchedOver,
-    Target, TargetConfig,
+    Target, TargetConfig, TargetError,
 };
 use migration_stream::ram::{InStream, ZeroPageDetection};
+use migration_stream::xbzrle::PageCache;
 use migration_stream::{GuestRam, PageTransport, StreamReader, StreamWriter};
 use multifd::{ChannelCount, MultifdConfig, RecvSet, SendSet};
 use ram_cache::{CacheBlockSpec, DiscardControl, FlushPool};
@@ -90,22 +92,41 @@ fn pair() -> (FdChannel, FdChannel) {
     )
 }
 
+/// How a guest is migrated.
+#[derive(Clone, Copy)]
+pub struct How {
+    /// Multifd channels.
+    pub channels: u8,
+    pub xbzrle: bool,
+    pub return_path: bool,
+}
+
 /// Migrates a guest, with as many multifd channels, up to where both sides enter COLO.
 pub fn migrated(channels: u8) -> (PrimaryEnd, SecondaryEnd) {
-    let (main, peer) = pair();
-    let (mut ours, mut theirs) = (vec![main], vec![peer]);
-    for _ in 0..channels {
-        let (a, b) = pair();
-        ours.push(a);
-        theirs.push(b);
-    }
-    let sender = thread::spawn(move || migrate_away(ours));
-    let mut secondary = take_in(theirs);
-    let mut primary = sender.join().unwrap();
+    let (mut primary, secondary) = migrated_by(How {
+        channels,
+        xbzrle: false,
+        return_path: true,
+    });
+    let mut secondary = secondary.unwrap();
     assert_eq!(primary.guest.state(), secondary.guest.state());
     primary.guest.settle();
     secondary.guest.settle();
     (primary, secondary)
+}
+
+/// Migrates a guest; the secondary may not be able to go on from there.
+pub fn migrated_by(how: How) -> (PrimaryEnd, Result<SecondaryEnd, TargetError>) {
+    let (main, peer) = pair();
+    let (mut ours, mut theirs) = (vec![main], vec![peer]);
+    for _ in 0..how.channels {
+        let (a, b) = pair();
+        ours.push(a);
+        theirs.push(b);
+    }
+    let sender = thread::spawn(move || migrate_away(ours, how));
+    let secondary = take_in(theirs, how);
+    (sender.join().unwrap(), secondary)
 }
 
 fn multifd(channels: &[FdChannel]) -> Option<MultifdConfig> {
@@ -117,7 +138,7 @@ fn multifd(channels: &[FdChannel]) -> Option<MultifdConfig> {
     })
 }
 
-fn migrate_away(connections: Vec<FdChannel>) -> PrimaryEnd {
+fn migrate_away(connections: Vec<FdChannel>, how: How) -> PrimaryEnd {
     let (tell, told) = mpsc::channel();
     let faults = Faults::default();
     let mut guest = Guest::new(0x5eed_0001, &faults, tell);
@@ -125,7 +146,14 @@ fn migrate_away(connections: Vec<FdChannel>) -> PrimaryEnd {
     let ram: Arc<dyn GuestRam> = Arc::clone(&guest.ram) as _;
     let (main, channels) = connections.split_first().unwrap();
     let transport: Box<dyn PageTransport> = match multifd(channels) {
-        None => Box::new(InStream::new(Arc::clone(&ram), ZeroPageDetection::Multifd)),
+        None => {
+            let pages = InStream::new(Arc::clone(&ram), ZeroPageDetection::Multifd);
+            if how.xbzrle {
+                Box::new(pages.with_xbzrle(PageCache::new(PageCache::DEFAULT_SIZE).unwrap()))
+            } else {
+                Box::new(pages)
+            }
+        }
         Some(config) => {
             let channels = channels.iter().map(|c| c.share().into()).collect();
             Box::new(SendSet::start(Arc::clone(&ram), channels, &config).unwrap())
@@ -139,7 +167,7 @@ fn migrate_away(connections: Vec<FdChannel>) -> PrimaryEnd {
         },
         Arc::new(Limits::new(0, Duration::from_millis(300))),
         StreamWriter::new(main.share()),
-        Some(ReturnPathReader::new(main.share())),
+        how.return_path.then(|| ReturnPathReader::new(main.share())),
         RamSetup {
             ram,
             log: guest.log.clone(),
@@ -158,7 +186,7 @@ fn migrate_away(connections: Vec<FdChannel>) -> PrimaryEnd {
     }
 }
 
-fn take_in(connections: Vec<FdChannel>) -> SecondaryEnd {
+fn take_in(connections: Vec<FdChannel>, how: How) -> Result<SecondaryEnd, TargetError> {
     let (tell, told) = mpsc::channel();
     let faults = Faults::default();
     let mut guest = Guest::new(0x5eed_0002, &faults, tell);
@@ -180,7 +208,10 @@ fn take_in(connections: Vec<FdChannel>) -> SecondaryEnd {
         }
     };
     let config = TargetConfig {
-        decoder: DecoderConfig::new(ConfigurationRule::Absent),
+        decoder: DecoderConfig {
+            xbzrle: how.xbzrle,
+            ..DecoderConfig::new(ConfigurationRule::Absent)
+        },
         max_devices: 1 << 16,
     };
     let reader = StreamReader::new(main.share(), b"");
@@ -189,15 +220,15 @@ fn take_in(connections: Vec<FdChannel>) -> SecondaryEnd {
         .load(store, barrier, &mut guest)
         .unwrap();
     loaded.confirm().unwrap();
-    SecondaryEnd {
+    Ok(SecondaryEnd {
         guest,
         faults,
         discard,
-        receiver: loaded.into_checkpoints().unwrap(),
+        receiver: loaded.into_checkpoints()?,
         pages,
         connections,
         told,
-    }
+    })
 }
 
 /// A side that its driver runs in a thread.
@@ -257,6 +288,11 @@ impl PrimaryEnd {
         self.start_after(config, Duration::ZERO, || {
             thread::sleep(2 * DEFAULT_MIN_GAP)
         })
+    }
+
+    /// Why no checkpoint can follow.
+    pub fn refused(self) -> LinkError {
+        PrimaryLink::new(self.switched).expect_err("no link")
     }
 
     /// Leaves everything to the test.
@@ -427,14 +463,20 @@ impl Wire {
 
 impl HandPrimary {
     pub fn expect(&mut self, expected: Message) {
-        let mut bytes = [0; MESSAGE_LEN];
+        let bytes = self.receive::<MESSAGE_LEN>();
+        assert_eq!(Message::decode(bytes), Ok(expected));
+    }
+
+    /// What the secondary says next.
+    pub fn receive<const N: usize>(&mut self) -> [u8; N] {
+        let mut bytes = [0; N];
         let mut have = 0;
         while have < bytes.len() {
             let n = self.main.read(&mut bytes[have..]).unwrap();
-            assert_ne!(n, 0, "the end of the stream, expected {expected}");
+            assert_ne!(n, 0, "the end of the stream after {:?}", &bytes[..have]);
             have += n;
         }
-        assert_eq!(Message::decode(bytes), Ok(expected));
+        bytes
     }
 
     /// Nothing comes any more.

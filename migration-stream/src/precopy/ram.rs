@@ -109,6 +109,12 @@ impl<T: PageTransport, D: DirtyLog> RamSender<T, D> {
         self.transport.counters()
     }
 
+    /// See [`PageTransport::sends_differences`].
+    #[must_use]
+    pub fn sends_differences(&self) -> bool {
+        self.transport.sends_differences()
+    }
+
     /// See [`PageTransport::set_deadline`].
     pub fn set_deadline(&mut self, deadline: Option<Instant>) {
         self.transport.set_deadline(deadline);

@@ -201,6 +201,10 @@ impl PageTransport for InStream {
         }
     }
 
+    fn sends_differences(&self) -> bool {
+        self.xbzrle.is_some()
+    }
+
     /// There are no channels beside the main stream, which has its own deadline.
     fn set_deadline(&mut self, _deadline: Option<Instant>) {}
 

@@ -248,6 +248,11 @@ impl<'a, S: PageStore> Reader<'a, S> {
             .block
             .filter(|id| blocks.get(*id).is_some_and(|b| b.name().as_bytes() == name))
             .or_else(|| blocks.find(name));
+        if id.is_some_and(|id| blocks.is_ignored(id)) {
+            return Err(self.bad(PacketError::IgnoredBlock {
+                name: String::from_utf8_lossy(name).into_owned(),
+            }));
+        }
         id.and_then(|id| Some((id, blocks.get(id)?.used_length())))
             .ok_or_else(|| {
                 self.bad(PacketError::Block {

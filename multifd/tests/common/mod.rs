@@ -41,6 +41,22 @@ impl Ram {
         Self { table, regions }
     }
 
+    /// The same, of which one block is shared with the source and not migrated.
+    pub fn sharing(self, name: &str) -> Self {
+        let blocks = self.table.iter().map(|(_, block)| {
+            if block.name() == name {
+                block.clone().shared()
+            } else {
+                block.clone()
+            }
+        });
+        let table = RamBlockTable::new(blocks.collect()).unwrap();
+        Self {
+            table: table.ignoring_shared(),
+            ..self
+        }
+    }
+
     fn get(
         &self,
         block: BlockId,
@@ -149,6 +165,10 @@ pub struct Receiver {
 }
 
 pub fn receiver(config: &MultifdConfig, pages: &[u64]) -> Receiver {
+    receiver_into(Ram::new(pages), config)
+}
+
+pub fn receiver_into(ram: Ram, config: &MultifdConfig) -> Receiver {
     let (peers, channels): (Vec<_>, Vec<_>) = config
         .channels
         .ids()
@@ -161,7 +181,7 @@ pub fn receiver(config: &MultifdConfig, pages: &[u64]) -> Receiver {
         })
         .unzip();
     let (tell, errors) = mpsc::channel();
-    let set = RecvSet::start(Ram::new(pages), channels, config, move |e| {
+    let set = RecvSet::start(ram, channels, config, move |e| {
         tell.send(text(e)).unwrap();
     })
     .unwrap();

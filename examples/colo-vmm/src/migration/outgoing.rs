@@ -129,7 +129,7 @@ fn enter_colo(
     switched: SwitchedOver<Transport, Log>,
     ran: bool,
 ) -> Result<(), BoxError> {
-    let link = PrimaryLink::new(switched).ok_or("colo needs a return path")?;
+    let link = PrimaryLink::new(switched)?;
     let control = colo::control(migration, Role::Primary)?;
     migration.status.set(MigrationStatus::Colo);
     let mut parts = colo::parts(migration, Role::Primary, ran);
