@@ -6,12 +6,11 @@ mod common;
 
 use common::{bytes_of, decode_all, table};
 use migration_stream::codec::{IdStr, Reader};
-use migration_stream::command::{Command, CommandError, CommandNumber};
+use migration_stream::command::Command;
 use migration_stream::configuration::{Configuration, ConfigurationError, MachineName};
 use migration_stream::decoder::{
     ConfigurationRule, DecoderConfig, Item, RamItem, Step, StreamDecoder,
 };
-use migration_stream::header::HeaderError;
 use migration_stream::ram::{BlockId, PageAddress, RamError};
 use migration_stream::section::{
     Announcement, Continuation, InstanceId, SectionError, SectionHeader, SectionId,
