@@ -33,7 +33,7 @@ impl<T: VmState> Nested for T {
     }
 
     fn describe_nested(spec: FieldSpec, since: u32, schema: &mut SchemaBuilder) {
-        schema.structures::<T>(spec, since, 1, true);
+        schema.structures::<T>(spec, since, None, true);
     }
 }
 
@@ -48,7 +48,7 @@ impl<T: VmState, const N: usize> Nested for [T; N] {
     }
 
     fn describe_nested(spec: FieldSpec, since: u32, schema: &mut SchemaBuilder) {
-        schema.structures::<T>(spec, since, N, true);
+        schema.structures::<T>(spec, since, Some(N), true);
     }
 }
 
@@ -63,6 +63,6 @@ impl<T: VmState, const N: usize, const M: usize> Nested for [[T; N]; M] {
     }
 
     fn describe_nested(spec: FieldSpec, since: u32, schema: &mut SchemaBuilder) {
-        schema.structures::<T>(spec, since, N.saturating_mul(M), true);
+        schema.structures::<T>(spec, since, Some(N.saturating_mul(M)), true);
     }
 }

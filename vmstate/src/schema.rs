@@ -28,7 +28,8 @@ struct SchemaField {
     is_tested: bool,
     /// Bytes of one element; 0 if they vary.
     size: usize,
-    elements: usize,
+    /// How many elements an array has that always has as many; `None` if it is no such array.
+    array: Option<usize>,
     /// Whether an array of structures that have this field may be described by its first element.
     compresses: bool,
     structure: Option<Schema>,
@@ -60,7 +61,7 @@ impl Schema {
 
     fn size(&self) -> usize {
         self.fields.iter().fold(0, |sum, field| {
-            sum.saturating_add(field.size.saturating_mul(field.elements))
+            sum.saturating_add(field.size.saturating_mul(field.array.unwrap_or(1)))
         })
     }
 
@@ -86,6 +87,9 @@ impl SchemaField {
         json.key("field").string(self.name);
         json.key("version_id").number(self.since);
         json.key("field_exists").boolean(self.is_tested);
+        if let Some(elements) = self.array {
+            json.key("num").number(elements as u64);
+        }
         json.key("size").number(self.size as u64);
         if let Some(structure) = &self.structure {
             json.key("Description")
@@ -110,7 +114,11 @@ impl SchemaBuilder {
 
     /// Plain elements whose number varies.
     pub fn list<T: Field>(&mut self, spec: impl Into<FieldSpec>, since: u32) {
-        self.plain(spec.into(), since, T::slice_type(0), T::size());
+        let element = FieldType {
+            elements: None,
+            ..T::slice_type(0)
+        };
+        self.plain(spec.into(), since, element, T::size());
     }
 
     /// A field whose bytes vary in number.
@@ -129,12 +137,12 @@ impl SchemaBuilder {
 
     /// Descriptions whose number varies.
     pub fn nested_list<T: VmState>(&mut self, spec: impl Into<FieldSpec>, since: u32) {
-        self.structures::<T>(spec.into(), since, 0, true);
+        self.structures::<T>(spec.into(), since, None, true);
     }
 
     /// An array of pointers to descriptions.
     pub fn pointers<T: VmState>(&mut self, spec: impl Into<FieldSpec>, since: u32) {
-        self.structures::<T>(spec.into(), since, 0, false);
+        self.structures::<T>(spec.into(), since, None, false);
     }
 
     /// A subsection.
@@ -150,7 +158,7 @@ impl SchemaBuilder {
         &mut self,
         spec: FieldSpec,
         since: u32,
-        elements: usize,
+        array: Option<usize>,
         compresses: bool,
     ) {
         let structure = self.build::<T>();
@@ -159,7 +167,7 @@ impl SchemaBuilder {
             since,
             is_tested: spec.is_tested(),
             size: structure.as_ref().map_or(0, Schema::size),
-            elements,
+            array,
             compresses: compresses
                 && !spec.is_tested()
                 && structure.as_ref().is_some_and(Schema::compresses),
@@ -170,17 +178,17 @@ impl SchemaBuilder {
     /// A field of a type that has `size` bytes, of an array for each element.
     fn plain(&mut self, spec: FieldSpec, since: u32, field_type: FieldType, size: usize) {
         let described = spec.described(field_type, size);
-        let (elements, size) = match (field_type.elements, described.elements) {
+        let (array, size) = match (field_type.elements, described.elements) {
             // A buffer that is described as an array of bytes.
-            (None, Some(n)) => (n, 1),
-            (_, n) => (n.unwrap_or(1), size),
+            (None, Some(n)) => (Some(n), 1),
+            (_, n) => (n, size),
         };
         self.push(SchemaField {
             name: spec.name(),
             since,
             is_tested: spec.is_tested(),
             size,
-            elements,
+            array,
             compresses: !spec.is_tested(),
             structure: None,
         });

@@ -643,13 +643,13 @@ mod tests {
                 r#""sparse": {"Name": "sparse", "version_id": 1, "minimum_version_id": 1, "Description": "#,
                 r#"{"name": "sparse", "version_id": 1, "minimum_version_id": 1, "Fields": ["#,
                 r#"{"field": "mode", "version_id": 0, "field_exists": false, "size": 1}, "#,
-                r#"{"field": "words", "version_id": 0, "field_exists": true, "size": 2}, "#,
-                r#"{"field": "items", "version_id": 0, "field_exists": false, "size": 1, "#,
+                r#"{"field": "words", "version_id": 0, "field_exists": true, "num": 2, "size": 2}, "#,
+                r#"{"field": "items", "version_id": 0, "field_exists": false, "num": 2, "size": 1, "#,
                 r#""Description": {"name": "extra", "version_id": 1, "minimum_version_id": 1, "#,
                 r#""Fields": [{"field": "a", "version_id": 0, "field_exists": false, "size": 1}], "#,
                 r#""Subsections": [{"name": "extra/more", "version_id": 1, "minimum_version_id": 1, "#,
                 r#""Fields": [{"field": "b", "version_id": 0, "field_exists": false, "size": 1}]}]}}, "#,
-                r#"{"field": "env.regs", "version_id": 0, "field_exists": false, "size": 4}]}}}"#,
+                r#"{"field": "env.regs", "version_id": 0, "field_exists": false, "num": 1, "size": 4}]}}}"#,
             )
         );
         let recursive = Dump::new("m").section::<Recursive>("r").to_json();
