@@ -113,18 +113,17 @@ fn write(out: &mut impl Write, findings: &[Finding], is_compatible: bool) -> std
     for finding in findings {
         writeln!(out, "{finding}")?;
     }
-    let count = |severity| findings.iter().filter(|f| f.severity() == severity).count();
-    writeln!(
-        out,
-        "{}: {} errors, {} warnings",
-        if is_compatible {
-            "compatible"
-        } else {
-            "not compatible"
-        },
-        count(Severity::Error),
-        count(Severity::Warning)
-    )
+    let count = |severity| {
+        let count = findings.iter().filter(|f| f.severity() == severity).count();
+        format!("{count} {severity}{}", if count == 1 { "" } else { "s" })
+    };
+    let verdict = if is_compatible {
+        "compatible"
+    } else {
+        "not compatible"
+    };
+    let (errors, warnings) = (count(Severity::Error), count(Severity::Warning));
+    writeln!(out, "{verdict}: {errors}, {warnings}")
 }
 
 /// An error and its causes, on one line.
