@@ -5,6 +5,7 @@
 
 use std::fs::File;
 use std::ops::Range;
+use std::path::Path;
 use std::process::ExitCode;
 use std::{env, fmt};
 
@@ -13,6 +14,7 @@ use libtest_mimic::{Arguments, Completion, Failed, Trial};
 use crate::Result;
 use crate::linux::Linux;
 use crate::qemu::{self, Accel, Binary};
+use crate::scripts;
 
 /// Runs the trials as `cargo test` expects, after a line on what they run against.
 pub fn run(trials: impl IntoIterator<Item = Trial>) -> ExitCode {
@@ -87,6 +89,18 @@ pub fn on_each_qemu_with_linux(
     each_qemu(name, &(since..NEWEST), |_| Need::Linux, test)
 }
 
+/// As [`on_each_qemu`], for a test that needs the file `script` of QEMU's scripts too, of which it
+/// is given the path.
+pub fn on_each_qemu_with_script(
+    name: &str,
+    since: Version,
+    script: &'static str,
+    test: fn(&Binary, &Path) -> Result<()>,
+) -> Vec<Trial> {
+    let test = move |binary: &Binary| test(binary, &scripts::find(script)?);
+    each_qemu(name, &(since..NEWEST), |_| Need::Script(script), test)
+}
+
 const NEWEST: Version = (u32::MAX, 0);
 
 /// What a test needs beside QEMU.
@@ -95,6 +109,8 @@ enum Need {
     Nothing,
     Kvm,
     Linux,
+    /// A script of QEMU's, by its file name.
+    Script(&'static str),
 }
 
 impl Need {
@@ -103,6 +119,7 @@ impl Need {
             Self::Nothing => "",
             Self::Kvm => ", KVM",
             Self::Linux => ", Linux",
+            Self::Script(_) => ", script",
         }
     }
 
@@ -112,6 +129,7 @@ impl Need {
             Self::Nothing => None,
             Self::Kvm => missing_kvm(),
             Self::Linux => Linux::find().err(),
+            Self::Script(name) => scripts::find(name).err(),
         }
     }
 }
@@ -119,7 +137,7 @@ impl Need {
 fn each_qemu(
     name: &str,
     versions: &Range<Version>,
-    need: fn(&Binary) -> Need,
+    need: impl Fn(&Binary) -> Need,
     test: impl Fn(&Binary) -> Result<()> + Copy + Send + 'static,
 ) -> Vec<Trial> {
     let all = match qemu::binaries() {

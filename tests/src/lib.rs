@@ -23,6 +23,7 @@ pub mod process;
 pub mod qemu;
 pub mod qmp;
 pub mod relay;
+pub mod scripts;
 pub mod store;
 pub mod vmm;
 

@@ -61,6 +61,25 @@ impl Binary {
         self.version
     }
 
+    /// Writes what the devices of the machine type `machine` declare of their state to `file`
+    /// (`-dump-vmstate`).
+    ///
+    /// # Errors
+    /// It does not know the machine type, or cannot write; the error quotes what it said.
+    pub fn dump_vmstate(&self, machine: &str, file: &Path) -> Result<()> {
+        let output = Command::new(&self.path)
+            .args(["-nodefaults", "-no-user-config", "-display", "none"])
+            .args(["-M", machine, "-dump-vmstate"])
+            .arg(file)
+            .output()?;
+        if output.status.success() {
+            Ok(())
+        } else {
+            let said = String::from_utf8_lossy(&output.stderr);
+            Err(format!("{self} -M {machine} -dump-vmstate: {}", said.trim()).into())
+        }
+    }
+
     /// How guests run that migrate while they write memory. Under TCG, QEMU 7.2 misses pages that
     /// the guest dirties while they are sent: no destination gets them.
     #[must_use]

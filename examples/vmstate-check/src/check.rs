@@ -51,6 +51,12 @@ impl Check<'_> {
         });
     }
 
+    fn report_any(&mut self, difference: Option<Difference>) {
+        if let Some(difference) = difference {
+            self.report(difference);
+        }
+    }
+
     fn report_field(&mut self, field: &Field, difference: Difference) {
         self.within(Step::Field(field.name().to_owned()), |check| {
             check.report(difference);
@@ -78,38 +84,32 @@ impl Check<'_> {
     }
 
     fn device(&mut self, name: &str, source: &Device, destination: &Device) {
+        let device = version_difference(
+            source.version(),
+            destination.version(),
+            destination.minimum_version(),
+        );
         let (Some(s), Some(d)) = (source.description(), destination.description()) else {
-            self.versions(
-                source.version(),
-                destination.version(),
-                destination.minimum_version(),
-            );
+            self.report_any(device);
             if source.description().is_some() {
                 self.report(Difference::DescriptionMissing);
             }
             return;
         };
+        // QEMU says the description's version of the device too: once is enough.
+        if device != description_difference(s, d) {
+            self.report_any(device);
+        }
         self.within(Step::Description(s.name().to_owned()), |check| {
-            check.versions(s.version(), d.version(), d.minimum_version());
-            if !renames::is_same_description(name, s.name(), d.name()) {
+            check.report_any(description_difference(s, d));
+            if renames::is_same_description(name, s.name(), d.name()) {
+                check.contents(s, d, s.version());
+            } else {
                 check.report(Difference::DescriptionName {
                     destination: d.name().to_owned(),
                 });
-                return;
             }
-            check.contents(s, d, s.version());
         });
-    }
-
-    fn versions(&mut self, source: i64, destination: i64, minimum: i64) {
-        if source > destination {
-            self.report(Difference::VersionTooNew {
-                source,
-                destination,
-            });
-        } else if source < minimum {
-            self.report(Difference::VersionTooOld { source, minimum });
-        }
     }
 
     /// Fields and subsections, of which the destination reads those of `version`.
@@ -128,7 +128,7 @@ impl Check<'_> {
             self.within(Step::Subsection(s.name().to_owned()), |check| match d {
                 None => check.report(Difference::SubsectionMissing),
                 Some(d) => {
-                    check.versions(s.version(), d.version(), d.minimum_version());
+                    check.report_any(description_difference(s, d));
                     check.contents(s, d, s.version());
                 }
             });
@@ -258,6 +258,28 @@ impl Check<'_> {
                 }),
             }
         });
+    }
+}
+
+/// Why `destination` does not load the version of `source`, if it is in the stream.
+fn description_difference(source: &Description, destination: &Description) -> Option<Difference> {
+    version_difference(
+        source.version(),
+        destination.version(),
+        destination.minimum_version(),
+    )
+}
+
+fn version_difference(source: i64, destination: i64, minimum: i64) -> Option<Difference> {
+    if source > destination {
+        Some(Difference::VersionTooNew {
+            source,
+            destination,
+        })
+    } else if source < minimum {
+        Some(Difference::VersionTooOld { source, minimum })
+    } else {
+        None
     }
 }
 
@@ -448,6 +470,20 @@ mod tests {
                 "error: dev > dev: version 1 in the source is older than 2, the oldest that the destination loads",
             ],
         );
+    }
+
+    #[test]
+    fn a_version_of_the_device_that_its_description_does_not_have_is_compared_too() {
+        let dev = |version: u32| {
+            let dev = device(named("dev", 1, &[field("a", 1)]));
+            dump(with(dev, "version_id", version))
+        };
+        assert_found(
+            &dev(2),
+            &dev(1),
+            &["error: dev: version 2 in the source is newer than the destination's 1"],
+        );
+        assert_found(&dev(1), &dev(2), &[]);
     }
 
     #[test]
