@@ -4,6 +4,8 @@
 //! The outermost description and subsections are loaded at the version in the stream, which is the
 //! source's. Structures within them have no version there: each side takes its own.
 
+use std::collections::BTreeMap;
+
 use crate::dump::{Description, Device, Dump, Field};
 use crate::fields::{Fields, stream_bytes};
 use crate::finding::{Difference, Finding, Step};
@@ -20,10 +22,11 @@ pub fn check(source: &Dump, destination: &Dump) -> Vec<Finding> {
         findings: Vec::new(),
     };
     check.whole(source, destination);
+    let others: BTreeMap<&str, &Device> = destination.devices().collect();
     for (name, device) in source.devices() {
-        let other = destination
-            .device(name)
-            .or_else(|| destination.device(renames::device(name)?));
+        let other = others
+            .get(name)
+            .or_else(|| others.get(renames::device(name)?));
         check.device = Some(name);
         match other {
             None => check.report(Difference::DeviceMissing),
@@ -119,12 +122,13 @@ impl Check<'_> {
             Fields::of(source, source.version()),
             Fields::of(destination, version),
         );
+        // The loader takes the first of a name, wherever the source's stands.
+        let mut known = BTreeMap::new();
+        for d in destination.subsections() {
+            known.entry(d.name()).or_insert(d);
+        }
         for s in source.subsections() {
-            // The loader takes the first of the name, wherever the source's stands.
-            let d = destination
-                .subsections()
-                .iter()
-                .find(|d| d.name() == s.name());
+            let d = known.get(s.name());
             self.within(Step::Subsection(s.name().to_owned()), |check| match d {
                 None => check.report(Difference::SubsectionMissing),
                 Some(d) => {
