@@ -197,9 +197,11 @@ fn differs_as_qemus_script_says(source: &Binary, script: &Path) -> Result<()> {
             findings: &findings,
         };
         let mut reasons = Vec::new();
+        let mut is_current = true;
         for said in theirs.difference(&ours) {
             let reason = pair_of_dumps.why_only_script(said);
             let reason = reason.ok_or_else(|| format!("{pair}: only the script says {said}"))?;
+            is_current &= reason != Reason::Renamed;
             reasons.push(format!("script: {said}: {reason:?}"));
         }
         for said in ours.difference(&theirs) {
@@ -210,11 +212,11 @@ fn differs_as_qemus_script_says(source: &Binary, script: &Path) -> Result<()> {
         let both = ours.intersection(&theirs).count();
         let is_known = |known: &&Known| known.versions == (source.version(), destination.version());
         match KNOWN.iter().find(is_known) {
-            Some(known) => {
+            Some(known) if is_current => {
                 assert_eq!(reasons, known.reasons, "{pair}");
                 assert_eq!(both, known.both, "{pair}");
             }
-            None => println!("{pair}: both say {both}; {reasons:#?}"),
+            _ => println!("{pair}: both say {both}; {reasons:#?}"),
         }
     }
     Ok(())
@@ -353,7 +355,7 @@ fn said_by_script(text: &str, source: &Dump) -> Result<BTreeSet<Said>> {
 }
 
 /// Why one of the two says what the other does not.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Reason {
     /// The script compares versions that are in no stream: those of fields, and of structures within
     /// others.
@@ -366,13 +368,16 @@ enum Reason {
     /// The script takes a field for one byte or word where a dump does not say how many elements it
     /// has, and so finds no end of unused bytes.
     NotCounted,
+    /// A script of before QEMU 11 does not know all that was renamed.
+    Renamed,
     /// The script ends with the source's fields and does not see that the destination reads on.
     ReadOn,
 }
 
 type Version = (u32, u32, u32);
 
-/// How many findings both have for two versions, and what only one of them has.
+/// How many findings both have for two versions, and what only one of them has, with the script of
+/// QEMU 11.
 struct Known {
     versions: (Version, Version),
     both: usize,
@@ -482,6 +487,9 @@ impl Pair<'_> {
     fn why_only_script(&self, said: &Said) -> Option<Reason> {
         match &said.what {
             What::Version if !self.has_version_in_stream(said) => Some(Reason::VersionNotInStream),
+            What::Field(name) if is_renamed_lately(&said.description, name) => {
+                Some(Reason::Renamed)
+            }
             What::Field(_) if self.is_twice(said) => Some(Reason::SubsectionTwice),
             What::Field(_) if self.is_not_counted(said) => Some(Reason::NotCounted),
             What::Field(_) if self.is_conditional(said) => Some(Reason::Conditional),
@@ -558,6 +566,16 @@ impl Pair<'_> {
                 has_unused
             })
     }
+}
+
+/// Whether the field has two names that the script of QEMU 10.0 does not know as one.
+fn is_renamed_lately(description: &str, field: &str) -> bool {
+    let names: &[&str] = match description {
+        "acpi-ghes" => &["ghes_addr_le", "hw_error_le"],
+        "hpet" => &["num_timers", "num_timers_save"],
+        _ => &[],
+    };
+    names.contains(&field)
 }
 
 fn for_each_description(dump: &Dump, device: &str, visit: &mut impl FnMut(&Description)) {
