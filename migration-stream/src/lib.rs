@@ -28,6 +28,7 @@
 //! | [`precopy`] | source and target of a live migration, and of a COLO checkpoint's RAM |
 //! | [`decoder`] | the main stream item by item, and the RAM of COLO checkpoints |
 //! | [`header`], [`configuration`], [`section`], [`command`], [`return_path`] | one thing on the wire each |
+//! | [`machine`] | what the machine type says about the stream |
 //! | [`ram`] | blocks, the block list, page records, the transport of pages in the stream |
 //! | [`device_blob`], [`opaque_tail`], [`vmdesc`] | device sections: known, unknown, described |
 //! | [`mapped_ram`] | files in which every page has its place |
@@ -51,6 +52,7 @@ pub mod device_blob;
 mod error;
 pub mod header;
 pub mod io;
+pub mod machine;
 pub mod mapped_ram;
 mod memory;
 pub mod opaque_tail;

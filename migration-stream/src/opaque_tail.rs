@@ -60,6 +60,8 @@ pub struct OpaqueTail {
     candidates: Vec<Range<usize>>,
     rejected: Option<TailError>,
     false_ends: usize,
+    /// How many sections came before RAM.
+    early: usize,
 }
 
 /// What came of feeding.
@@ -90,7 +92,16 @@ impl OpaqueTail {
             candidates: Vec::new(),
             rejected: None,
             false_ends: 0,
+            early: 0,
         }
+    }
+
+    /// The description names `count` sections before those of the tail: they came before RAM, because
+    /// the destination needs their state first (`early_setup` in `include/migration/vmstate.h`).
+    #[must_use]
+    pub const fn after_early(mut self, count: usize) -> Self {
+        self.early = count;
+        self
     }
 
     /// Takes what has arrived. Whether more is to come cannot be told from the bytes: a connection
@@ -185,7 +196,8 @@ impl OpaqueTail {
         let sections = self.bytes.get(..json.start - 6).unwrap_or_default();
         let json = self.bytes.get(json).unwrap_or_default();
         let description = VmDescription::parse(json)?;
-        Ok((split(sections, &description.devices)?, description))
+        let devices = description.devices.get(self.early..).unwrap_or_default();
+        Ok((split(sections, devices)?, description))
     }
 }
 

@@ -183,3 +183,31 @@ fn c19_a_tail_is_refused_beyond_its_limits() {
     let e = tail.feed(&end.repeat(100)).unwrap_err();
     assert!(matches!(e, TailError::FalseEnds { max: 64 }));
 }
+
+#[test]
+fn a_section_that_came_before_ram_is_described_and_not_in_the_tail() {
+    // The first section of the capture, as if it had come early.
+    let first = Tail::decode(MICROVM, TailLimits::default()).unwrap();
+    let first = first.sections().next().unwrap();
+    let mut head = Vec::new();
+    first.encode(&mut head);
+    let rest = &MICROVM[head.len()..];
+    let feed = |early| {
+        let (tail, body) = begin(rest, TailLimits::default());
+        let mut tail = tail.after_early(early);
+        let fed = tail.feed(body).unwrap();
+        (fed, tail)
+    };
+    match feed(1) {
+        (Fed::Complete { tail, .. }, _) => {
+            assert_eq!(tail.sections().len(), 13);
+            assert_eq!(tail.description().devices.len(), 14);
+        }
+        (Fed::NeedMore, tail) => panic!("{:?}", tail.rejected()),
+    }
+    for early in [0, 2, 100] {
+        let (fed, tail) = feed(early);
+        assert!(matches!(fed, Fed::NeedMore), "{early}");
+        assert!(tail.rejected().is_some(), "{early}");
+    }
+}

@@ -95,10 +95,26 @@ pub fn on_each_qemu_with_script(
     name: &str,
     since: Version,
     script: &'static str,
-    test: fn(&Binary, &Path) -> Result<()>,
+    test: impl Fn(&Binary, &Path) -> Result<()> + Copy + Send + 'static,
 ) -> Vec<Trial> {
     let test = move |binary: &Binary| test(binary, &scripts::find(script)?);
     each_qemu(name, &(since..NEWEST), |_| Need::Script(script), test)
+}
+
+/// As [`on_each_qemu_with_linux`] and [`on_each_qemu_with_script`].
+pub fn on_each_qemu_with_linux_and_script(
+    name: &str,
+    since: Version,
+    script: &'static str,
+    test: fn(&Binary, &Linux, &Path) -> Result<()>,
+) -> Vec<Trial> {
+    let test = move |binary: &Binary| test(binary, &Linux::find()?, &scripts::find(script)?);
+    each_qemu(
+        name,
+        &(since..NEWEST),
+        |_| Need::LinuxAndScript(script),
+        test,
+    )
 }
 
 const NEWEST: Version = (u32::MAX, 0);
@@ -111,6 +127,8 @@ enum Need {
     Linux,
     /// A script of QEMU's, by its file name.
     Script(&'static str),
+    /// Both.
+    LinuxAndScript(&'static str),
 }
 
 impl Need {
@@ -120,6 +138,7 @@ impl Need {
             Self::Kvm => ", KVM",
             Self::Linux => ", Linux",
             Self::Script(_) => ", script",
+            Self::LinuxAndScript(_) => ", Linux, script",
         }
     }
 
@@ -130,6 +149,7 @@ impl Need {
             Self::Kvm => missing_kvm(),
             Self::Linux => Linux::find().err(),
             Self::Script(name) => scripts::find(name).err(),
+            Self::LinuxAndScript(name) => Linux::find().err().or_else(|| scripts::find(name).err()),
         }
     }
 }

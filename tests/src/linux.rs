@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use crate::Result;
 use crate::guest::{self, Content};
-use crate::qemu::Machine;
+use crate::qemu::{Machine, Qemu};
 
 /// Where the guest is looked for.
 pub const VARIABLE: &str = "COLO_LINUX_GUEST";
@@ -135,6 +135,31 @@ pub fn port_beats(ports: &[PathBuf]) -> Result<u64> {
         }
     }
     Ok(text.lines().count() as u64)
+}
+
+/// Waits for `wanted` beats in all of a guest that said `before` elsewhere.
+///
+/// # Errors
+/// It does not come that far, or tells of an error.
+pub fn wait_for_beats(before: &[u8], vm: &Qemu, wanted: u64) -> Result<()> {
+    // Under TCG a kernel takes its time, which the wait for one thing is not made for.
+    for line in ["Linux version", "Freeing unused kernel image", "eth1 is"] {
+        let is_there = |b: &[u8]| {
+            [before, b]
+                .concat()
+                .windows(line.len())
+                .any(|w| w == line.as_bytes())
+        };
+        vm.process
+            .stdout()
+            .wait_for(line, |b| is_there(b).then_some(()))?;
+    }
+    vm.process.stdout().wait_for("beats", |b| {
+        let heard = beats(&[before, b].concat());
+        // An error is as good as what is waited for.
+        heard.map_or(true, |heard| heard >= wanted).then_some(())
+    })?;
+    beats(&[before, &vm.process.stdout().bytes()].concat()).map(drop)
 }
 
 #[cfg(test)]

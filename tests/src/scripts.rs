@@ -46,3 +46,25 @@ pub fn run(script: &Path, arguments: &[&Path]) -> Result<(String, i32)> {
         _ => Err(format!("{} ends with {}: {said}", script.display(), output.status).into()),
     }
 }
+
+/// What `analyze-migration.py` prints of the stream in a file; files that it extracts are written to
+/// the directory `cwd`.
+///
+/// # Errors
+/// It fails.
+pub fn analyze(script: &Path, stream: &Path, args: &[&str], cwd: &Path) -> Result<String> {
+    let output = Command::new("python3")
+        .arg(script)
+        .arg("-f")
+        .arg(stream)
+        .args(args)
+        .current_dir(cwd)
+        .output()?;
+    if output.status.success() {
+        return Ok(String::from_utf8(output.stdout)?);
+    }
+    // It quotes the whole description.
+    let said = String::from_utf8_lossy(&output.stderr);
+    let start: String = said.chars().take(2000).collect();
+    Err(format!("{} ends with {}: {start}", script.display(), output.status).into())
+}

@@ -10,6 +10,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use migration_stream::GuestRam;
+use migration_stream::machine::MachineVersion;
 use migration_stream::ram::ZeroPageDetection;
 use multifd::{ChannelCount, Compression, ZlibLevel, ZstdLevel};
 use serde_json::{Value, json};
@@ -17,7 +18,6 @@ use stream_relay::Channels;
 use stream_relay::cli::chain;
 use stream_relay::guest::Guest;
 use stream_relay::incoming::{Incoming, IncomingConfig, Received};
-use stream_relay::machine::MachineVersion;
 use stream_relay::outgoing::{self, OutgoingConfig};
 use stream_relay::progress::Progress;
 use stream_relay::relay::{Origin, Relay};
@@ -492,7 +492,7 @@ fn linux_goes_on(qemu: &Binary, guest: &Linux) -> Result<()> {
         .machine(dir.path(), &ports[0])?
         .running()
         .start(qemu)?;
-    wait_for_beats(&[], &source, 3)?;
+    linux::wait_for_beats(&[], &source, 3)?;
     let mut destination = guest
         .machine(dir.path(), &ports[1])?
         .running()
@@ -520,29 +520,7 @@ fn linux_goes_on(qemu: &Binary, guest: &Linux) -> Result<()> {
     source.process.kill()?;
     let before = source.process.stdout().whole()?;
     let beats = linux::beats(&before)?;
-    wait_for_beats(&before, &destination, beats + 3)?;
+    linux::wait_for_beats(&before, &destination, beats + 3)?;
     assert!(linux::port_beats(&ports)? >= beats + 3);
     Ok(())
-}
-
-/// Waits for `beats` beats in all of a guest that said `before` elsewhere.
-fn wait_for_beats(before: &[u8], vm: &Qemu, beats: u64) -> Result<()> {
-    // Under TCG a kernel takes its time, which the wait for one thing is not made for.
-    for wanted in ["Linux version", "Freeing unused kernel image", "eth1 is"] {
-        let is_there = |b: &[u8]| {
-            [before, b]
-                .concat()
-                .windows(wanted.len())
-                .any(|w| w == wanted.as_bytes())
-        };
-        vm.process
-            .stdout()
-            .wait_for(wanted, |b| is_there(b).then_some(()))?;
-    }
-    vm.process.stdout().wait_for("beats", |b| {
-        let heard = linux::beats(&[before, b].concat());
-        // An error is as good as what is waited for.
-        heard.map_or(true, |heard| heard >= beats).then_some(())
-    })?;
-    linux::beats(&[before, &vm.process.stdout().bytes()].concat()).map(drop)
 }

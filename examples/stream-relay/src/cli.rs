@@ -16,10 +16,10 @@ use multifd::{ChannelCount, Compression, ZlibLevel, ZstdLevel};
 use crate::Channels;
 use crate::endpoint::Endpoint;
 use crate::incoming::{Incoming, IncomingConfig};
-use crate::machine::MachineVersion;
 use crate::outgoing::OutgoingConfig;
 use crate::progress::{Progress, Stage};
 use crate::relay::{Origin, Relay, Report};
+use migration_stream::machine::MachineVersion;
 
 /// How often what is shown is brought up to date.
 const TICK: Duration = Duration::from_millis(100);

@@ -5,8 +5,8 @@ use std::sync::Arc;
 use migration_stream::configuration::Configuration;
 use migration_stream::opaque_tail::Tail;
 
-use crate::machine::MachineVersion;
 use crate::memory::Memory;
+use migration_stream::machine::MachineVersion;
 
 /// All that a stream says of a guest.
 #[derive(Clone, Debug)]

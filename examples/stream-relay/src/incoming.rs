@@ -21,9 +21,9 @@ use crate::Channels;
 use crate::counted::Counted;
 use crate::endpoint::Endpoint;
 use crate::guest::{Guest, version};
-use crate::machine::MachineVersion;
 use crate::memory::{HoldError, Memory};
 use crate::progress::{Figures, Progress, Stage};
+use migration_stream::machine::MachineVersion;
 
 /// Where a guest comes from, and how.
 #[derive(Clone, Debug)]

@@ -16,7 +16,7 @@
 //! | [`incoming`], [`outgoing`] | a guest from a source, a guest to a destination |
 //! | [`guest`], [`memory`], [`arrival`] | what is held, and what is on its way |
 //! | [`store`] | what is kept in a directory |
-//! | [`endpoint`], [`machine`], [`progress`] | addresses, versions, figures |
+//! | [`endpoint`], [`progress`] | addresses, figures |
 //! | [`cli`] | the program |
 #![forbid(unsafe_code)]
 
@@ -26,7 +26,6 @@ mod counted;
 pub mod endpoint;
 pub mod guest;
 pub mod incoming;
-pub mod machine;
 pub mod memory;
 pub mod outgoing;
 pub mod progress;

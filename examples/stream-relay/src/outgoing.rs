@@ -25,9 +25,9 @@ use crate::Channels;
 use crate::arrival::{Arrival, LandedLog, NotComing};
 use crate::endpoint::Endpoint;
 use crate::guest::{Guest, version};
-use crate::machine::MachineVersion;
 use crate::memory::Memory;
 use crate::progress::{Figures, Progress, Stage};
+use migration_stream::machine::MachineVersion;
 
 /// Where a guest goes, and how.
 #[derive(Clone, Debug)]

@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use migration_stream::GuestRam;
 use migration_stream::configuration::{Configuration, MAPPED_RAM, MachineName};
+use migration_stream::machine::MachineVersion;
 use migration_stream::opaque_tail::{Tail, TailLimits};
 use migration_stream::precopy::SourceError;
 use migration_stream::ram::{BlockId, RamBlock, RamBlockTable, ZeroPageDetection};
@@ -21,7 +22,6 @@ use stream_relay::Channels;
 use stream_relay::endpoint::Endpoint;
 use stream_relay::guest::Guest;
 use stream_relay::incoming::{Incoming, IncomingConfig, IncomingError};
-use stream_relay::machine::MachineVersion;
 use stream_relay::memory::{HoldError, Memory};
 use stream_relay::outgoing::{self, OutgoingConfig, OutgoingError};
 use stream_relay::progress::{Figures, Progress};

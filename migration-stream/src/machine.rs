@@ -1,8 +1,9 @@
-//! What a machine type says about its stream.
+//! What a machine type says about its stream (`hw/i386/pc_piix.c`, `pc_q35.c` and `hw/core/machine.c`,
+//! QEMU 7.2 to 11.1).
 
 use std::str::FromStr;
 
-use migration_stream::configuration::MachineName;
+use crate::configuration::MachineName;
 
 /// The version of a machine type: that of the QEMU whose stream it has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
