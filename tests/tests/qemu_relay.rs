@@ -3,6 +3,7 @@
 //! transport, where they go on.
 
 use std::fs;
+use std::num::NonZeroU8;
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -14,13 +15,13 @@ use migration_stream::machine::MachineVersion;
 use migration_stream::ram::ZeroPageDetection;
 use multifd::{ChannelCount, Compression, ZlibLevel, ZstdLevel};
 use serde_json::{Value, json};
-use stream_relay::Channels;
 use stream_relay::cli::chain;
 use stream_relay::guest::Guest;
 use stream_relay::incoming::{Incoming, IncomingConfig, Received};
 use stream_relay::outgoing::{self, OutgoingConfig};
 use stream_relay::progress::Progress;
 use stream_relay::relay::{Origin, Relay};
+use stream_relay::{Access, Channels};
 use tests::guest::{self, Checker, Dirtier};
 use tests::linux::{self, Linux};
 use tests::qemu::{Accel, Binary, Machine, Qemu};
@@ -78,12 +79,17 @@ fn main() -> ExitCode {
         ("multifd", (7, 2), UNCOMPRESSED, Plain),
         ("multifd_zlib", (7, 2), zlib(), UNCOMPRESSED),
         ("multifd_zstd", (7, 2), zstd(), zlib()),
-        ("mapped_ram", (9, 0), File { channels: false }, UNCOMPRESSED),
+        (
+            "mapped_ram",
+            (9, 0),
+            File { channels: false },
+            File { channels: true },
+        ),
         (
             "mapped_ram_by_channels",
             (9, 0),
             File { channels: true },
-            Plain,
+            File { channels: false },
         ),
     ];
     let mut trials = Vec::new();
@@ -164,12 +170,18 @@ fn relay(qemu: &Binary, machine: &str, from: Transport, on: Transport) -> Result
     let memory = dir.path().join("to");
     let mut destination = start(&memory).incoming().start(qemu)?;
     configure(&mut destination, on)?;
-    let to = destination.listen("tcp:127.0.0.1:0")?;
-    outgoing::send(
-        &guest,
-        &outgoing_config(qemu, &to, on)?,
-        &Progress::default(),
-    )?;
+    let give = |to: &str| -> Result<()> {
+        let config = outgoing_config(qemu, to, on)?;
+        outgoing::send(&guest, &config, &Progress::default())?;
+        Ok(())
+    };
+    if let File { .. } = on {
+        let uri = format!("file:{}", dir.path().join("on").display());
+        give(&uri)?;
+        destination.listen(&uri)?;
+    } else {
+        give(&destination.listen("tcp:127.0.0.1:0")?)?;
+    }
     destination.wait_migration("completed")?;
     compare(&mut destination, &guest, &memory)?;
     destination.qmp.execute("cont", json!({}))?;
@@ -277,6 +289,17 @@ fn channels(by: Transport) -> Option<Channels> {
     }
 }
 
+/// Several threads where QEMU has channels.
+fn access(by: Transport) -> Option<Access> {
+    match by {
+        File { channels } => Some(Access {
+            threads: NonZeroU8::new(if channels { 4 } else { 1 })?,
+            direct: false,
+        }),
+        Plain | Xbzrle | Multifd(_) => None,
+    }
+}
+
 fn machine_version(qemu: &Binary) -> Option<MachineVersion> {
     let (major, minor, _) = qemu.version();
     Some(MachineVersion::new(major, minor))
@@ -286,6 +309,7 @@ fn incoming_config(qemu: &Binary, from: &str, by: Transport) -> Result<IncomingC
     Ok(IncomingConfig {
         from: from.parse()?,
         channels: channels(by),
+        access: access(by).unwrap_or_default(),
         xbzrle: by == Xbzrle,
         machine_version: machine_version(qemu),
         uuid: [0; 16],
@@ -299,6 +323,7 @@ fn outgoing_config(qemu: &Binary, to: &str, by: Transport) -> Result<OutgoingCon
     Ok(OutgoingConfig {
         to: to.parse()?,
         channels: channels(by),
+        mapped_ram: access(by),
         zero_pages: ZeroPageDetection::Legacy,
         max_bandwidth: 0,
         machine_version: machine_version(qemu),

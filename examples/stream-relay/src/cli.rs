@@ -1,6 +1,7 @@
 //! The command line.
 
 use std::error::Error;
+use std::num::NonZeroU8;
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::Arc;
@@ -13,12 +14,12 @@ use indicatif::{HumanBytes, ProgressBar};
 use migration_stream::ram::ZeroPageDetection;
 use multifd::{ChannelCount, Compression, ZlibLevel, ZstdLevel};
 
-use crate::Channels;
 use crate::endpoint::Endpoint;
 use crate::incoming::{Incoming, IncomingConfig};
 use crate::outgoing::OutgoingConfig;
 use crate::progress::{Progress, Stage};
 use crate::relay::{Origin, Relay, Report};
+use crate::{Access, Channels};
 use migration_stream::machine::MachineVersion;
 
 /// How often what is shown is brought up to date.
@@ -58,6 +59,12 @@ pub struct Cli {
     /// The source has xbzrle.
     #[arg(long)]
     in_xbzrle: bool,
+    /// Read the pages of a file with mapped-ram by this many threads.
+    #[arg(long, value_name = "N", default_value = "1", value_parser = threads)]
+    in_threads: NonZeroU8,
+    /// Read them past the page cache.
+    #[arg(long)]
+    in_direct_io: bool,
     /// The destination has multifd with this many channels.
     #[arg(long, value_name = "N", value_parser = channel_count)]
     out_multifd: Option<ChannelCount>,
@@ -69,6 +76,15 @@ pub struct Cli {
         requires = "out_multifd"
     )]
     out_compression: Method,
+    /// Give every page its place in the file (mapped-ram).
+    #[arg(long, conflicts_with = "out_multifd")]
+    out_mapped_ram: bool,
+    /// Write the pages of that file by this many threads.
+    #[arg(long, value_name = "N", default_value = "1", value_parser = threads, requires = "out_mapped_ram")]
+    out_threads: NonZeroU8,
+    /// Write them past the page cache.
+    #[arg(long, requires = "out_mapped_ram")]
+    out_direct_io: bool,
     /// How hard to compress: zlib 0 to 9, zstd 0 to 20.
     #[arg(long, value_name = "LEVEL", default_value_t = 1)]
     out_level: u8,
@@ -146,6 +162,10 @@ fn channel_count(s: &str) -> Result<ChannelCount, String> {
         .ok_or_else(|| "expected 1 to 255 channels".into())
 }
 
+fn threads(s: &str) -> Result<NonZeroU8, String> {
+    s.parse().map_err(|_| "expected 1 to 255 threads".into())
+}
+
 impl Method {
     fn at(self, level: u8) -> Result<Compression, String> {
         match self {
@@ -197,6 +217,10 @@ impl Cli {
             Some(from) => Origin::Source(Box::new(Incoming::open(IncomingConfig {
                 from,
                 channels: channels(self.in_multifd, self.in_compression.at(1)?),
+                access: Access {
+                    threads: self.in_threads,
+                    direct: self.in_direct_io,
+                },
                 xbzrle: self.in_xbzrle,
                 machine_version: self.machine_version,
                 uuid,
@@ -208,6 +232,10 @@ impl Cli {
         let to = self.outgoing.map(|to| OutgoingConfig {
             to,
             channels: channels(self.out_multifd, out_compression),
+            mapped_ram: self.out_mapped_ram.then_some(Access {
+                threads: self.out_threads,
+                direct: self.out_direct_io,
+            }),
             zero_pages: self.out_zero_pages.into(),
             max_bandwidth: self.max_bandwidth.saturating_mul(1 << 20),
             machine_version: self.machine_version,
@@ -301,6 +329,18 @@ mod tests {
             "relay --incoming tcp::1 --store d --in-compression zstd"
         ));
         assert!(!accepts("relay --incoming tcp::1 --store d --in-multifd 0"));
+        assert!(accepts(
+            "relay --store d --outgoing file:x --out-mapped-ram --out-threads 4 --out-direct-io"
+        ));
+        assert!(!accepts(
+            "relay --store d --outgoing file:x --out-threads 4"
+        ));
+        assert!(!accepts(
+            "relay --store d --outgoing file:x --out-mapped-ram --out-multifd 4"
+        ));
+        assert!(!accepts(
+            "relay --store d --outgoing file:x --out-mapped-ram --out-threads 0"
+        ));
     }
 
     #[test]

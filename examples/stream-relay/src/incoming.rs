@@ -8,7 +8,7 @@ use std::{fmt, io};
 
 use migration_stream::configuration::Configuration;
 use migration_stream::decoder::{ConfigurationRule, DecoderConfig};
-use migration_stream::io::{FdChannel, PositionedFile};
+use migration_stream::io::{FdChannel, PositionedFile, open_direct};
 use migration_stream::mapped_ram::FileReader;
 use migration_stream::opaque_tail::{Tail, TailLimits};
 use migration_stream::precopy::{Loaded, Target, TargetConfig, TargetError};
@@ -17,12 +17,12 @@ use migration_stream::{PageBarrier, StreamReader, TransportError};
 use multifd::incoming::{Acceptor, Limits};
 use multifd::{Address, AddressError, Listener, MultifdConfig, RecvChannel, RecvSet};
 
-use crate::Channels;
 use crate::counted::Counted;
 use crate::endpoint::Endpoint;
 use crate::guest::{Guest, version};
 use crate::memory::{HoldError, Memory};
 use crate::progress::{Figures, Progress, Stage};
+use crate::{Access, Channels};
 use migration_stream::machine::MachineVersion;
 
 /// Where a guest comes from, and how.
@@ -32,6 +32,8 @@ pub struct IncomingConfig {
     pub from: Endpoint,
     /// Multifd's channels (the capability `multifd`). A file written by channels needs none.
     pub channels: Option<Channels>,
+    /// How pages that have their places in a file are read.
+    pub access: Access,
     /// Pages may come as differences (the capability `xbzrle`).
     pub xbzrle: bool,
     /// The version of a machine type whose name has none.
@@ -59,14 +61,19 @@ enum Origin {
         address: Address,
         _path: Option<SocketPath>,
     },
-    File(Arc<dyn PositionedFile>, u64),
+    File {
+        file: Arc<dyn PositionedFile>,
+        /// The same one, as its pages are read.
+        pages: Arc<dyn PositionedFile>,
+        offset: u64,
+    },
 }
 
 impl fmt::Debug for Origin {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Socket { address, .. } => f.debug_tuple("Socket").field(address).finish(),
-            Self::File(_, offset) => f.debug_tuple("File").field(offset).finish(),
+            Self::File { offset, .. } => f.debug_tuple("File").field(offset).finish(),
         }
     }
 }
@@ -118,7 +125,18 @@ impl Incoming {
                     path: path.clone(),
                     source,
                 };
-                Origin::File(Arc::new(File::open(path).map_err(failed)?), *offset)
+                let file = Arc::new(File::open(path).map_err(failed)?);
+                let pages = if config.access.direct {
+                    let direct = open_direct(path, File::options().read(true));
+                    Arc::new(direct.map_err(failed)?)
+                } else {
+                    Arc::clone(&file)
+                };
+                Origin::File {
+                    file,
+                    pages,
+                    offset: *offset,
+                }
             }
         };
         Ok(Self { config, origin })
@@ -130,7 +148,7 @@ impl Incoming {
     pub const fn address(&self) -> Option<&Address> {
         match &self.origin {
             Origin::Socket { address, .. } => Some(address),
-            Origin::File(..) => None,
+            Origin::File { .. } => None,
         }
     }
 
@@ -153,11 +171,20 @@ impl Incoming {
             Origin::Socket {
                 acceptor, _path, ..
             } => (acceptor, _path),
-            Origin::File(file, offset) => {
-                let file: Arc<dyn PositionedFile> =
-                    Arc::new(Counted::new(file, Arc::clone(progress)));
+            Origin::File {
+                file,
+                pages,
+                offset,
+            } => {
+                let counted = |file| -> Arc<dyn PositionedFile> {
+                    Arc::new(Counted::new(file, Arc::clone(progress)))
+                };
+                let file = counted(file);
                 let reader = StreamReader::from_file(Arc::clone(&file), offset);
-                return config.announced(reader, None, Pages::File(file), progress);
+                let pages = FileReader::new(file)
+                    .with_threads(config.access.threads)
+                    .with_pages_from(counted(pages));
+                return config.announced(reader, None, Pages::File(pages), progress);
             }
         };
         let connected = acceptor.accept(None)?;
@@ -298,7 +325,7 @@ enum Pages {
         /// To be ended when a channel breaks.
         main: FdChannel,
     },
-    File(Arc<dyn PositionedFile>),
+    File(FileReader),
 }
 
 impl fmt::Debug for Pages {
@@ -323,7 +350,7 @@ impl Pages {
         };
         match self {
             Self::Stream => Ok(load(&mut NoMultifd)?),
-            Self::File(file) => Ok(load(&mut FileReader::new(file))?),
+            Self::File(mut reader) => Ok(load(&mut reader)?),
             Self::Channels {
                 multifd,
                 channels,

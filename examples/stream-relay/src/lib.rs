@@ -32,6 +32,27 @@ pub mod progress;
 pub mod relay;
 pub mod store;
 
+use std::num::NonZeroU8;
+
+/// How the pages of a file with `mapped-ram` are read or written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Access {
+    /// By as many threads at a time (what the capability `multifd` is to QEMU's files).
+    pub threads: NonZeroU8,
+    /// Past the page cache (the parameter `direct-io`).
+    pub direct: bool,
+}
+
+impl Default for Access {
+    /// One thread, through the page cache.
+    fn default() -> Self {
+        Self {
+            threads: NonZeroU8::MIN,
+            direct: false,
+        }
+    }
+}
+
 /// How the multifd channels of one side are set up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Channels {

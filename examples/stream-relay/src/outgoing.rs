@@ -7,7 +7,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use migration_stream::configuration::{Configuration, MAPPED_RAM};
-use migration_stream::io::{FileChannel, PositionedFile};
+use migration_stream::io::{FileChannel, PositionedFile, open_direct};
+use migration_stream::machine::MachineVersion;
+use migration_stream::mapped_ram::FileWriter;
 use migration_stream::opaque_tail::Tail;
 use migration_stream::precopy::{
     BoxError, Control, FIRST_DEVICE_SECTION, Limits, RamSetup, ReturnPathReader, Source,
@@ -21,13 +23,12 @@ use multifd::outgoing::{self, ConnectError};
 use multifd::{Flush, MultifdConfig, SendSet};
 use tempfile::NamedTempFile;
 
-use crate::Channels;
 use crate::arrival::{Arrival, LandedLog, NotComing};
 use crate::endpoint::Endpoint;
 use crate::guest::{Guest, version};
 use crate::memory::Memory;
 use crate::progress::{Figures, Progress, Stage};
-use migration_stream::machine::MachineVersion;
+use crate::{Access, Channels};
 
 /// Where a guest goes, and how.
 #[derive(Clone, Debug)]
@@ -36,6 +37,8 @@ pub struct OutgoingConfig {
     pub to: Endpoint,
     /// Multifd's channels (the capability `multifd`).
     pub channels: Option<Channels>,
+    /// In a file every page has its place (the capability `mapped-ram`), and is written like this.
+    pub mapped_ram: Option<Access>,
     /// Who looks for zero pages. Destinations before QEMU 9.0 want [`ZeroPageDetection::Legacy`].
     pub zero_pages: ZeroPageDetection,
     /// Bytes a second on all channels together, 0 for as many as there can be.
@@ -53,9 +56,11 @@ impl OutgoingConfig {
     /// Whether this can be done at all, for those who would rather know before they take a guest.
     ///
     /// # Errors
-    /// [`OutgoingError::ChannelsOfFile`], [`OutgoingError::Offset`], [`OutgoingError::Exists`].
+    /// [`OutgoingError::ChannelsOfFile`], [`OutgoingError::Offset`], [`OutgoingError::Exists`],
+    /// [`OutgoingError::NoFile`].
     pub fn check(&self) -> Result<(), OutgoingError> {
         match &self.to {
+            Endpoint::Socket(_) if self.mapped_ram.is_some() => Err(OutgoingError::NoFile),
             Endpoint::Socket(_) => Ok(()),
             Endpoint::File { .. } if self.channels.is_some() => Err(OutgoingError::ChannelsOfFile),
             Endpoint::File { offset: 1.., .. } => Err(OutgoingError::Offset),
@@ -152,8 +157,24 @@ impl<F: Fn() -> Result<Tail, NotComing>> Departure<'_, F> {
                 let temporary = NamedTempFile::new_in(dir).map_err(failed)?;
                 let file: Arc<dyn PositionedFile> =
                     Arc::new(temporary.as_file().try_clone().map_err(failed)?);
-                let out = StreamWriter::new(FileChannel::new(file, 0));
-                self.migrate(out, None, log, self.in_stream())?;
+                match config.mapped_ram {
+                    None => {
+                        let out = StreamWriter::new(FileChannel::new(file, 0));
+                        self.migrate(out, None, log, self.in_stream())?;
+                    }
+                    Some(access) => {
+                        let ram: Arc<dyn GuestRam> = Arc::clone(self.memory) as _;
+                        let mut pages = FileWriter::new(ram, Arc::clone(&file), config.zero_pages)
+                            .with_threads(access.threads);
+                        if access.direct {
+                            let options = &mut File::options();
+                            let direct = open_direct(temporary.path(), options.write(true));
+                            pages = pages.with_pages_to(Arc::new(direct.map_err(failed)?));
+                        }
+                        let out = StreamWriter::to_file(file, 0);
+                        self.migrate(out, None, log, pages)?;
+                    }
+                }
                 temporary.as_file().sync_all().map_err(failed)?;
                 temporary
                     .persist_noclobber(path)
@@ -195,7 +216,8 @@ impl<F: Fn() -> Result<Tail, NotComing>> Departure<'_, F> {
         log: impl DirtyLog,
         transport: impl PageTransport,
     ) -> Result<(), OutgoingError> {
-        // Where pages are in a file is between its writer and its reader.
+        // Where pages are in a file is between its writer and its reader: if there are such places
+        // now, the transport says so.
         let mut configuration = self.configuration.clone();
         configuration
             .capabilities
@@ -318,6 +340,9 @@ pub enum OutgoingError {
     /// Channels were asked for where there can be none.
     #[error("a file that is written as a stream has no multifd channels")]
     ChannelsOfFile,
+    /// Places for pages were asked for where there can be none.
+    #[error("pages have their places in a file (mapped-ram), and this is no file")]
+    NoFile,
     /// An offset was asked for.
     #[error("a file is written from its beginning: no offset")]
     Offset,

@@ -2,8 +2,10 @@
 //! the destination.
 #![allow(clippy::tests_outside_test_module)] // this whole file is tests
 
-use std::fs;
+use std::fs::{self, File};
 use std::net::TcpListener;
+use std::num::NonZeroU8;
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::fs::symlink;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -13,12 +15,12 @@ use std::time::Duration;
 
 use migration_stream::GuestRam;
 use migration_stream::configuration::{Configuration, MAPPED_RAM, MachineName};
+use migration_stream::io::open_direct;
 use migration_stream::machine::MachineVersion;
 use migration_stream::opaque_tail::{Tail, TailLimits};
 use migration_stream::precopy::SourceError;
 use migration_stream::ram::{BlockId, RamBlock, RamBlockTable, ZeroPageDetection};
 use multifd::{ChannelCount, Compression, ZlibLevel, ZstdLevel};
-use stream_relay::Channels;
 use stream_relay::endpoint::Endpoint;
 use stream_relay::guest::Guest;
 use stream_relay::incoming::{Incoming, IncomingConfig, IncomingError};
@@ -27,6 +29,7 @@ use stream_relay::outgoing::{self, OutgoingConfig, OutgoingError};
 use stream_relay::progress::{Figures, Progress};
 use stream_relay::relay::{Origin, Relay, RelayError, Report};
 use stream_relay::store::{self, StoreError};
+use stream_relay::{Access, Channels};
 
 const TAIL: &[u8] = include_bytes!("../../../migration-stream/tests/data/microvm-11.1.3.tail");
 const PAGE: usize = 4096;
@@ -84,6 +87,7 @@ fn incoming(from: &str, channels: Option<Channels>) -> IncomingConfig {
     IncomingConfig {
         from: from.parse().unwrap(),
         channels,
+        access: Access::default(),
         xbzrle: false,
         machine_version: None,
         uuid: [0; 16],
@@ -97,6 +101,7 @@ fn outgoing_to(to: &str, channels: Option<Channels>) -> OutgoingConfig {
     OutgoingConfig {
         to: to.parse().unwrap(),
         channels,
+        mapped_ram: None,
         zero_pages: ZeroPageDetection::Legacy,
         max_bandwidth: 0,
         machine_version: None,
@@ -394,6 +399,43 @@ fn a_file_is_written_whole_and_is_a_source_itself() {
             "{e:?}"
         );
     }
+}
+
+#[test]
+fn pages_have_their_places_in_a_file_by_any_number_of_threads() {
+    let dir = tempfile::tempdir().unwrap();
+    let guest = guest("pc-q35-11.1");
+    // tempfile's directory may be on a file system without direct I/O.
+    let probe = dir.path().join("probe");
+    fs::write(&probe, b"").unwrap();
+    let has_direct = open_direct(&probe, File::options().read(true)).is_ok();
+    for (number, threads) in [1, 3, 8].into_iter().enumerate() {
+        let path = dir.path().join(number.to_string());
+        let to = format!("file:{}", path.display());
+        let access = Access {
+            threads: NonZeroU8::new(threads).unwrap(),
+            direct: has_direct,
+        };
+        let config = OutgoingConfig {
+            mapped_ram: Some(access),
+            ..outgoing_to(&to, None)
+        };
+        outgoing::send(&guest, &config, &Progress::default()).unwrap();
+        // Each page once, whatever was sent how often; what is zero is a hole.
+        let file = fs::metadata(&path).unwrap();
+        assert!(file.blocks() * 512 < guest.memory.blocks().total_bytes());
+        let config = IncomingConfig {
+            access,
+            ..incoming(&to, None)
+        };
+        let received = Incoming::open(config).unwrap().receive(&Arc::default());
+        assert_same(&received.unwrap().guest, &guest);
+    }
+    let config = OutgoingConfig {
+        mapped_ram: Some(Access::default()),
+        ..outgoing_to("tcp:127.0.0.1:1", None)
+    };
+    assert!(matches!(config.check(), Err(OutgoingError::NoFile)));
 }
 
 #[test]
