@@ -20,10 +20,14 @@
 //! | [`RamItem::Page`] | [`PAGE_SIZE`](crate::PAGE_SIZE) bytes |
 //! | [`RamItem::MappedBlock`] | what the file has up to the [end of the area](MappedArea::end) |
 //! | [`Item::VmDescription`] | `len` bytes |
+//! | [`Command::Packaged`] | `size` bytes, which a [`PackageDecoder`](crate::postcopy::PackageDecoder) reads |
 //! | [`Item::Section`], [`Item::Continuation`] of anything but RAM | the section's body, whose length only its handler knows |
 //!
 //! and calls `next` again with the bytes after that. The offsets of a stream with `mapped-ram` are
 //! those in its file, wherever in it the stream begins.
+//!
+//! Which command of postcopy may come when is checked by a
+//! [`PostcopyOrder`](crate::postcopy::PostcopyOrder), which also knows whether a description follows.
 //!
 //! A COLO checkpoint's RAM is read by a [`CheckpointDecoder`], which is what a [`StreamDecoder`]
 //! becomes. It has no way to set RAM up: that this cannot happen once COLO was entered is not a
@@ -241,6 +245,22 @@ impl StreamDecoder {
             Setup::Done(blocks) => Some(blocks),
             Setup::Wanted(blocks) | Setup::Listing { local: blocks, .. } => blocks.as_ref(),
         }
+    }
+
+    /// The connection broke in postcopy, and there is a new one: no header, but a command or a
+    /// section comes next, wherever the old one ended. The ids that were announced stand for what
+    /// they did; the block of the first page is named again.
+    ///
+    /// # Errors
+    /// [`RamError::NotSetUp`]: the old connection had not got beyond the set-up of RAM.
+    pub const fn reconnected(&mut self) -> Result<(), RamError> {
+        if !matches!((self.phase, &self.setup), (Phase::Sections, Setup::Done(_))) {
+            return Err(RamError::NotSetUp);
+        }
+        self.sections.open = Open::Nothing;
+        self.sections.end_due = false;
+        self.sections.records.reconnected();
+        Ok(())
     }
 
     /// Reads the next item from the front of `r`.

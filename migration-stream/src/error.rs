@@ -4,6 +4,7 @@ use crate::codec::IdStrError;
 use crate::command::CommandError;
 use crate::configuration::ConfigurationError;
 use crate::header::HeaderError;
+use crate::postcopy::{BitmapError, OrderError, PackageError};
 use crate::ram::RamError;
 use crate::return_path::ReturnPathError;
 use crate::section::SectionError;
@@ -65,6 +66,15 @@ pub enum Cause {
     /// The body of a RAM section.
     #[error(transparent)]
     Ram(#[from] RamError),
+    /// The order of postcopy's commands.
+    #[error(transparent)]
+    PostcopyOrder(#[from] OrderError),
+    /// A package of postcopy.
+    #[error(transparent)]
+    Package(#[from] PackageError),
+    /// The bitmap of received pages.
+    #[error(transparent)]
+    Bitmap(#[from] BitmapError),
     /// A message of the return path.
     #[error(transparent)]
     ReturnPath(#[from] ReturnPathError),

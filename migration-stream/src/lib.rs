@@ -29,6 +29,7 @@
 //! | [`decoder`] | the main stream item by item, and the RAM of COLO checkpoints |
 //! | [`header`], [`configuration`], [`section`], [`command`], [`return_path`] | one thing on the wire each |
 //! | [`machine`] | what the machine type says about the stream |
+//! | [`postcopy`] | the order of its commands, packages, bitmaps, requests for pages |
 //! | [`ram`] | blocks, the block list, page records, the transport of pages in the stream |
 //! | [`device_blob`], [`opaque_tail`], [`vmdesc`] | device sections: known, unknown, described |
 //! | [`mapped_ram`] | files in which every page has its place |
@@ -56,6 +57,7 @@ pub mod machine;
 pub mod mapped_ram;
 mod memory;
 pub mod opaque_tail;
+pub mod postcopy;
 pub mod precopy;
 pub mod ram;
 mod reader;

@@ -343,6 +343,28 @@ fn nothing_follows_the_description() {
     );
 }
 
+#[test]
+fn a_new_connection_goes_on_with_a_section_and_names_the_block_again() {
+    let page: &[u8] = b"\0\0\0\0\0\0\x10\x02\x03vga\0";
+    let mut decoder = decoder();
+    assert!(decoder.reconnected().is_err());
+    let broken = [&set_up()[..], b"\x02\0\0\0\x01", page, &EOS[..3]].concat();
+    decode_all(&mut decoder, &broken, broken.len()).unwrap();
+    decoder.reconnected().unwrap();
+    let mut again = decoder;
+    let items = decode_all(
+        &mut again,
+        &[b"\x08\0\x09\0\0", &b"\x02\0\0\0\x01"[..], page].concat(),
+        1,
+    )
+    .unwrap();
+    assert_eq!(items[0], Item::Command(Command::PostcopyResume));
+    assert!(matches!(items[2], Item::Ram(RamItem::Zero(_))));
+    again.reconnected().unwrap();
+    let e = decode_all(&mut again, b"\x02\0\0\0\x01\0\0\0\0\0\0\x20\x22\0", 1).unwrap_err();
+    assert_eq!(e.cause, RamError::NothingToContinue.into());
+}
+
 mod checkpoint {
     use super::*;
     use migration_stream::decoder::CheckpointDecoder;

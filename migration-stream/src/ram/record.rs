@@ -88,6 +88,11 @@ impl RecordDecoder {
         self.mapped_ram = true;
     }
 
+    /// There is a new channel, on which no block was named yet.
+    pub(crate) const fn reconnected(&mut self) {
+        self.last_block = None;
+    }
+
     /// Whether encoded pages are taken.
     #[must_use]
     pub const fn takes_xbzrle(&self) -> bool {
