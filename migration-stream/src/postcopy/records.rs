@@ -10,7 +10,7 @@ use crate::section::SectionError;
 ///
 /// On the main stream it stands inside RAM sections, and ends with each of them. The channel of
 /// `postcopy-preempt` has no sections and no magic: it begins with a record, has its own memory of
-/// the block named last, and ends with its first end mark.
+/// the block named last, and ends where it is closed, or with its first end mark (QEMU 7.1).
 #[derive(Clone, Debug)]
 pub struct PostcopyRecords {
     records: RecordDecoder,
