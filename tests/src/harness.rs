@@ -101,6 +101,15 @@ pub fn on_each_qemu_with_script(
     each_qemu(name, &(since..NEWEST), |_| Need::Script(script), test)
 }
 
+/// A trial of the file `script` of QEMU's scripts, which needs no QEMU.
+pub fn on_script(name: &str, script: &'static str, test: fn(&Path) -> Result<()>) -> Trial {
+    Trial::ignorable_test(name, move || match scripts::find(script) {
+        Ok(path) => Ok(test(&path).map(|()| Completion::Completed)?),
+        Err(reason) => missing(reason),
+    })
+    .with_kind("script")
+}
+
 /// As [`on_each_qemu_with_linux`] and [`on_each_qemu_with_script`].
 pub fn on_each_qemu_with_linux_and_script(
     name: &str,

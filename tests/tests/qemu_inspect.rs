@@ -8,6 +8,17 @@ use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
+use migration_stream::PAGE_SIZE;
+use migration_stream::codec::IdStr;
+use migration_stream::configuration::{Configuration, MachineName};
+use migration_stream::header;
+use migration_stream::ram::{
+    RAM_IDSTR, RAM_VERSION, RamBlock, RamBlockTable, encode_end_of_section, encode_setup_list,
+};
+use migration_stream::section::{
+    Announcement, Continuation, InstanceId, SectionHeader, SectionId, encode_continuation,
+    encode_eof, encode_footer, encode_vm_description,
+};
 use multifd::{ChannelCount, Compression, MultifdConfig, ZstdLevel};
 use serde_json::json;
 use stream_inspect::extract::Extract;
@@ -16,10 +27,13 @@ use stream_inspect::inspection::{Inspection, Part};
 use stream_inspect::report::Report;
 use stream_inspect::scan::{FileOrigin, scan};
 use stream_inspect::state;
+use tests::capture::Tap;
 use tests::guest::{self, Content, Dirtier};
 use tests::linux::{self, Linux};
 use tests::qemu::{Binary, Machine, Qemu};
+use tests::vmm::ColoVmm;
 use tests::{PATIENCE, Result, harness, scripts};
+use vmstate::{CpuDouble, DeviceError, DeviceTree, Priority, Timer, Unused, VmState};
 
 /// Of QEMU's sources.
 const SCRIPT: &str = "analyze-migration.py";
@@ -69,6 +83,16 @@ fn main() -> ExitCode {
         "a_stream_without_description_is_told_as_far_as_it_goes",
         (7, 2),
         not_described,
+    ));
+    trials.push(harness::on_script(
+        "what_colo_vmm_writes_is_read_by_qemus_script",
+        SCRIPT,
+        by_colo_vmm,
+    ));
+    trials.push(harness::on_script(
+        "what_vmstate_writes_is_read_by_qemus_script",
+        SCRIPT,
+        by_vmstate,
     ));
     harness::run(trials)
 }
@@ -368,5 +392,184 @@ fn not_described(qemu: &Binary) -> Result<()> {
     assert!(report.contains("cannot be told apart"), "{report}");
     let error = text_of_state(&found).unwrap_err().to_string();
     assert!(error.contains("suppress-vmdesc"), "{error}");
+    Ok(())
+}
+
+fn by_colo_vmm(script: &Path) -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let path = dir.path().join("stream");
+    let vmm = ColoVmm::new("source");
+    let is_simulated = harness::missing_kvm().is_some();
+    let vmm = if is_simulated { vmm.simulated() } else { vmm };
+    let mut source = vmm.start()?;
+    source.wait_lines(3)?;
+    let tap = Tap::sink()?;
+    source.migrate(&tap.uri())?;
+    source.wait_migration("completed")?;
+    fs::write(&path, tap.finish()?.main)?;
+    let found = inspect(&path, None)?;
+    assert!(found.devices().count() > 2 || is_simulated);
+    assert_said(
+        &scripts::analyze(script, &path, &["-d", "state"], dir.path())?,
+        &text_of_state(&found)?,
+    );
+    assert_said(
+        &scripts::analyze(script, &path, &["-d", "desc"], dir.path())?,
+        &state::text(&state::description(&found)?)?,
+    );
+    Ok(())
+}
+
+#[derive(VmState, Clone, Default)]
+#[vmstate(name = "item", version = 1)]
+struct Item {
+    value: i16,
+}
+
+#[derive(VmState, Clone, Default)]
+#[vmstate(name = "many/inner", version = 1)]
+struct Inner {
+    text: [u8; 4],
+}
+
+#[derive(VmState, Clone, Default)]
+#[vmstate(name = "many/sub", version = 1)]
+struct Sub {
+    level: i32,
+    #[vmstate(subsection)]
+    inner: Option<SubSub>,
+}
+
+#[derive(VmState, Clone, Default)]
+#[vmstate(name = "many/sub/sub", version = 1)]
+struct SubSub {
+    flag: bool,
+}
+
+/// One of each form.
+#[derive(VmState, Clone)]
+#[vmstate(name = "many", version = 3)]
+struct Many {
+    bytes: [u8; 3],
+    numbers: [u64; 2],
+    flags: [bool; 2],
+    negative: i64,
+    float: f64,
+    timer: Timer,
+    double: CpuDouble,
+    #[vmstate(name = "unused")]
+    gap: Unused<5>,
+    #[vmstate(nested)]
+    inner: Inner,
+    #[vmstate(nested)]
+    items: [Item; 3],
+    count: u8,
+    #[vmstate(len = count, max = 4)]
+    counted: Vec<u32>,
+    #[vmstate(pointers)]
+    pointers: [Option<Item>; 3],
+    #[vmstate(subsection)]
+    sub: Option<Sub>,
+}
+
+struct Device(Many);
+
+impl vmstate::Device for Device {
+    type State = Many;
+
+    fn save(&mut self) -> std::result::Result<Many, DeviceError> {
+        Ok(self.0.clone())
+    }
+
+    fn reset(&mut self) -> std::result::Result<(), DeviceError> {
+        Ok(())
+    }
+
+    fn install(&mut self, state: Many) -> std::result::Result<(), DeviceError> {
+        self.0 = state;
+        Ok(())
+    }
+}
+
+/// A stream of no RAM and two devices.
+fn by_vmstate(script: &Path) -> Result<()> {
+    let many = |sub| {
+        Device(Many {
+            bytes: [1, 2, 0xff],
+            numbers: [1, u64::MAX],
+            flags: [true, false],
+            negative: -2,
+            float: -0.5,
+            timer: Timer::default(),
+            double: CpuDouble(7),
+            gap: Unused,
+            inner: Inner { text: *b"text" },
+            items: [Item { value: -1 }, Item { value: 2 }, Item::default()],
+            count: 2,
+            counted: vec![3, 4],
+            pointers: [Some(Item { value: 9 }), None, Some(Item::default())],
+            sub,
+        })
+    };
+    let mut tree = DeviceTree::new();
+    tree.register("many", 0, Priority::Default, many(None))?;
+    let sub = Sub {
+        level: -7,
+        inner: Some(SubSub { flag: true }),
+    };
+    tree.register("many", 1, Priority::Default, many(Some(sub)))?;
+    let (sections, description) = tree.save_all_described()?;
+
+    let mut bytes = Vec::new();
+    header::encode(&mut bytes);
+    Configuration::new(MachineName::new("none")?).encode(&mut bytes);
+    let ram = SectionHeader {
+        kind: Announcement::Start,
+        id: SectionId(0),
+        idstr: IdStr::new(RAM_IDSTR)?,
+        instance: InstanceId(0),
+        version: RAM_VERSION,
+    };
+    let blocks = RamBlockTable::new(vec![RamBlock::new("ram", 4096)?])?;
+    ram.encode(&mut bytes);
+    encode_setup_list(&blocks, &mut bytes);
+    encode_end_of_section(&mut bytes);
+    encode_footer(ram.id, &mut bytes);
+    encode_continuation(Continuation::End, ram.id, &mut bytes);
+    encode_end_of_section(&mut bytes);
+    encode_footer(ram.id, &mut bytes);
+    for (section, id) in sections.iter().zip(1..) {
+        let header = SectionHeader {
+            kind: Announcement::Full,
+            id: SectionId(id),
+            idstr: IdStr::new(section.idstr.clone())?,
+            instance: InstanceId(section.instance_id),
+            version: section.version,
+        };
+        header.encode(&mut bytes);
+        bytes.extend(&section.body);
+        encode_footer(header.id, &mut bytes);
+    }
+    encode_eof(&mut bytes);
+    let json = description.to_json(PAGE_SIZE);
+    encode_vm_description(u32::try_from(json.len())?, &mut bytes);
+    bytes.extend(json.as_bytes());
+
+    let dir = tempfile::tempdir()?;
+    let path = dir.path().join("stream");
+    fs::write(&path, bytes)?;
+    let found = inspect(&path, None)?;
+    let state = text_of_state(&found)?;
+    assert_said(
+        &scripts::analyze(script, &path, &["-d", "state"], dir.path())?,
+        &state,
+    );
+    for part in [
+        r#""negative": "0xfffffffffffffffe (-2)""#,
+        r#""many/sub/sub": {"#,
+        r#""text": "74 65 78 74""#,
+    ] {
+        assert!(state.contains(part), "{part}: {state}");
+    }
     Ok(())
 }

@@ -7,7 +7,7 @@
 //! | `uint8` … `uint64`, `uint32 equal` | `"0x…"`, all digits |
 //! | `int8` … `int64`, `int32 le`, the other `… equal` | the same, and a negative one `"0x… (-n)"` |
 //! | `bool` | true or false |
-//! | `nullptr`, `ptr-marker` | `"nullptr"`, or `"valid"` where something follows |
+//! | `nullptr` | `"nullptr"` |
 //! | `struct` | an object |
 //! | anything else | its bytes, `"0a 0b"` |
 //!
@@ -124,9 +124,8 @@ impl<'a, 'd> Walk<'a, 'd> {
                 Some(value) => format!("{} ({value})", number(bytes)),
                 None => number(bytes),
             },
-            "nullptr" | "ptr-marker" => match bytes {
+            "nullptr" => match bytes {
                 b"0" => "nullptr".to_owned(),
-                b"1" if field.kind == "ptr-marker" => "valid".to_owned(),
                 _ => return Err(self.error(Mismatch::Marker { found: dump(bytes) })),
             },
             _ => dump(bytes),
@@ -233,8 +232,8 @@ pub enum Mismatch {
         /// The name that is there, if there is a subsection.
         found: String,
     },
-    /// Neither of the two markers of a pointer.
-    #[error("marker 30 or 31 of a pointer expected, found '{found}'")]
+    /// Something else than the marker of a pointer that is null.
+    #[error("marker 30 of a pointer that is null expected, found '{found}'")]
     Marker {
         /// What is there.
         found: String,
@@ -286,7 +285,7 @@ mod tests {
             ("bool", b"\0", json!(false)),
             ("bool", b"\x02", json!(true)),
             ("nullptr", b"0", json!("nullptr")),
-            ("ptr-marker", b"1", json!("valid")),
+            ("ptr-marker", b"1", json!("31")),
             ("buffer", b"\x01\xab\0", json!("01 ab 00")),
             ("buffer", b"", json!("")),
             (
@@ -338,7 +337,7 @@ mod tests {
         let error = read(&layout, b"x").unwrap_err();
         assert_eq!(
             error.to_string(),
-            "field 's.n' at byte 0x1 of the section: marker 30 or 31 of a pointer expected, found '78'"
+            "field 's.n' at byte 0x1 of the section: marker 30 of a pointer that is null expected, found '78'"
         );
         let layout = json!({"fields": [], "subsections": [{"vmsd_name": "d/a", "fields": []}]});
         let error = read(&layout, b"\x05\x03d/b\0\0\0\x01").unwrap_err();
