@@ -64,6 +64,6 @@ pub use primary::Primary;
 pub use report::{CheckpointMeter, CheckpointReport};
 pub use schedule::Schedule;
 pub use secondary::Secondary;
-pub use step::{Action, Bound, Event, PeerLoss, Step, Wait};
+pub use step::{Action, Bound, Event, Moment, PeerLoss, Step, Wait};
 pub use store::{ColoStore, StoreError};
 pub use vm::{NoGate, NoReplication, PacketGate, Replication, Vm, VmError};

@@ -171,6 +171,24 @@ impl fmt::Display for Step {
     }
 }
 
+/// The two ends of a step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Moment {
+    /// Nothing of it was done yet.
+    Begins,
+    /// All of it was done, or it failed.
+    Ended,
+}
+
+impl fmt::Display for Moment {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Begins => "begins",
+            Self::Ended => "ended",
+        })
+    }
+}
+
 /// What is waited for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Wait {

@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use crate::cause::{ColoExit, Role};
 use crate::report::CheckpointReport;
+use crate::step::{Moment, Step};
 
 /// The VM, as far as checkpoints go beyond its memory.
 pub trait Vm {
@@ -55,6 +56,11 @@ pub trait Vm {
     /// # Errors
     /// As for [`Vm::reset_devices`].
     fn install_devices(&mut self, reset: Self::Reset) -> Result<(), VmError>;
+
+    /// A step begins, or has ended, whether it succeeded or not; for those who watch. Nobody needs to.
+    fn at(&mut self, step: Step, moment: Moment) {
+        let _ = (step, moment);
+    }
 
     /// COLO has ended on this side (QMP event COLO_EXIT). Comes once.
     fn colo_exit(&mut self, exit: &ColoExit);

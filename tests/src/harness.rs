@@ -32,6 +32,11 @@ pub fn anywhere(name: &str, test: fn() -> Result<()>) -> Trial {
 
 /// A test that needs `/dev/kvm`.
 pub fn on_kvm(name: &str, test: fn() -> Result<()>) -> Trial {
+    on_kvm_with(name, test)
+}
+
+/// As [`on_kvm`], for a test with parameters.
+pub fn on_kvm_with(name: &str, test: impl FnOnce() -> Result<()> + Send + 'static) -> Trial {
     Trial::ignorable_test(name, move || match missing_kvm() {
         None => Ok(test().map(|()| Completion::Completed)?),
         Some(reason) => missing(reason),

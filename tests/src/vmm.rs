@@ -48,6 +48,20 @@ pub fn check_count(from: u64, text: &[u8]) -> Result<usize> {
     }
 }
 
+/// Where the guest's output begins of which `text` is all but what came before, and the number of its
+/// first whole line: a survivor is heard from some byte on.
+///
+/// # Errors
+/// There are no two line ends in it, or no number between them.
+pub fn first_line(text: &[u8]) -> Result<(u64, u64)> {
+    let end = text.iter().position(|b| *b == b'\n').ok_or("no line")? + 1;
+    let digits = text.get(end..end + 8).ok_or("no second line")?;
+    let number = u64::from_str_radix(std::str::from_utf8(digits)?, 16)?;
+    let lines = number.checked_sub(1).ok_or("line 0")?;
+    let begin = (lines * LINE).checked_sub(end as u64);
+    Ok((begin.ok_or("a line that is too long")?, number))
+}
+
 /// A `colo-vmm run` to come: the built-in guest in a small memory, started at once unless
 /// [`ColoVmm::incoming`] or an argument says otherwise.
 #[derive(Clone, Debug)]
@@ -511,5 +525,7 @@ mod tests {
             "{e}"
         );
         assert!(check_count(0, b"00000001\nE0000").is_err());
+        assert_eq!(first_line(b"0002\n00000003\n").unwrap(), (13, 3));
+        assert!(first_line(b"\n00000001\n").is_err());
     }
 }

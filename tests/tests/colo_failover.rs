@@ -321,14 +321,7 @@ fn cut(pair: &mut Pair, secondary: &[u8]) -> Result<u64> {
         return Ok(at(same)?);
     }
     // The primary died, or was frozen, before it could tell of it: by the first whole line.
-    let begins = secondary
-        .iter()
-        .position(|b| *b == b'\n')
-        .ok_or("no line")?
-        + 1;
-    let digits = secondary.get(begins..begins + 8).ok_or("no second line")?;
-    let number = u64::from_str_radix(std::str::from_utf8(digits)?, 16)?;
-    let cut = (number - 1) * tests::vmm::LINE - begins as u64;
+    let (cut, _) = tests::vmm::first_line(secondary)?;
     let before = known.last().map(at).transpose()?.unwrap_or(0);
     assert!(cut >= before, "the secondary fell back behind a checkpoint");
     Ok(cut)

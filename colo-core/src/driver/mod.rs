@@ -20,7 +20,7 @@ pub use primary::{LinkError, PrimaryLink, run_primary};
 pub use secondary::{SecondaryLink, run_secondary};
 
 use crate::machine::OutOfStep;
-use crate::step::{Action, Event, PeerLoss, Step, Wait};
+use crate::step::{Action, Event, Moment, PeerLoss, Step, Wait};
 use crate::store::StoreError;
 use crate::{
     CheckpointMeter, Deadlines, Machine, Message, OnPeerLoss, Outcome, PacketGate, Replication,
@@ -178,6 +178,7 @@ where
                 let began = Instant::now();
                 let deadline = time.begin(step, began);
                 control.step_begins(step, began);
+                parts.vm.at(step, Moment::Begins);
                 let event = perform(step, deadline, wire, parts, control, &mut meter)
                     .unwrap_or_else(|error| {
                         let event = error.event();
@@ -188,6 +189,7 @@ where
                 let ended = Instant::now();
                 meter.step(step, began, ended);
                 control.step_ended(step, ended);
+                parts.vm.at(step, Moment::Ended);
                 event
             }
         };

@@ -21,7 +21,7 @@ use crate::event_loop::{self, Ender, Ending, Request};
 use crate::guest::{WorkloadConfig, workload};
 use crate::machine::{GuestImage, KvmMachine, Machine, MachineConfig, SerialSink, SimMachine};
 use crate::memory::Memory;
-use crate::migration::{IncomingMode, Migration, MigrationOptions};
+use crate::migration::{Boundaries, Boundary, IncomingMode, Migration, MigrationOptions};
 use crate::monitor::{self, COMMANDS, Monitor};
 use crate::operator::{EventBus, Operator};
 use crate::qmp::{self, QmpAddress};
@@ -127,6 +127,12 @@ struct RunArgs {
     /// checkpoint the secondary waits at least three times its own `x-checkpoint-delay`.
     #[arg(long, value_name = "MS")]
     peer_timeout: Option<u64>,
+    /// Note in this file where something of a migration begins or ends; for tests.
+    #[arg(long, value_name = "FILE", hide = true)]
+    boundaries: Option<PathBuf>,
+    /// Die there; for tests.
+    #[arg(long, value_name = "NAME#OCCURRENCE", hide = true)]
+    die_at: Option<Boundary>,
 }
 
 /// The value of `--incoming`.
@@ -167,10 +173,12 @@ impl From<PeerLossArg> for OnPeerLoss {
 }
 
 impl RunArgs {
-    fn migration_options(&self) -> MigrationOptions {
+    fn migration_options(&self) -> io::Result<MigrationOptions> {
+        let log = self.boundaries.as_ref().map(File::create).transpose()?;
+        let boundaries = Boundaries::new(log, self.die_at.clone());
         let defaults = MigrationOptions::default();
         let timeout = self.peer_timeout.map(Duration::from_millis);
-        MigrationOptions {
+        Ok(MigrationOptions {
             verify: self.verify,
             on_peer_loss: self.on_peer_loss.into(),
             deadlines: timeout.map_or(defaults.deadlines, |t| Deadlines {
@@ -180,7 +188,8 @@ impl RunArgs {
             }),
             io_limit: timeout.unwrap_or(defaults.io_limit),
             uuid: self.uuid,
-        }
+            boundaries: Arc::new(boundaries),
+        })
     }
 }
 
@@ -366,7 +375,7 @@ fn run(args: &RunArgs) -> Result<ExitCode, Box<dyn Error>> {
     let ender = Ender::new()?;
     let fatal = ender.clone();
     let on_fatal = move || fatal.end(Request::IncomingFailed);
-    let options = args.migration_options();
+    let options = args.migration_options()?;
     let migration = Migration::new(Arc::clone(&vm), console, mode, options, on_fatal)
         .map_err(|error| -> Box<dyn Error> { error })?;
     let quit = ender.clone();

@@ -6,7 +6,8 @@ use std::time::Instant;
 
 use colo_core::driver::{ColoControl, DriverConfig, Parts};
 use colo_core::{
-    CheckpointReport, ColoExit, ExitReason, NoReplication, Outcome, Role, Vm as ColoVm, VmError,
+    CheckpointReport, ColoExit, ExitReason, Moment, NoReplication, Outcome, Role, Step,
+    Vm as ColoVm, VmError,
 };
 use qmp_types::{ColoCheckpoint, ColoCheckpointStep, ColoExitReason, ColoMode, Event};
 use qmp_types::{MigrationStatus, RunState};
@@ -184,6 +185,11 @@ impl ColoVm for CheckpointedVm {
             self.save_devices(&mut state)?;
         }
         Ok(())
+    }
+
+    fn at(&mut self, step: Step, moment: Moment) {
+        let boundaries = &self.migration.options.boundaries;
+        boundaries.reach(&format!("{step} {moment}"));
     }
 
     fn colo_exit(&mut self, exit: &ColoExit) {

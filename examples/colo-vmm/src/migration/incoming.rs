@@ -117,6 +117,7 @@ fn accept_and_load(
         .channels
         .iter()
         .for_each(|channel| migration.connections.add(channel));
+    migration.options.boundaries.reach("connected");
     migration.status.set(MigrationStatus::Active);
     match store {
         Store::Guest(memory) => {
@@ -188,6 +189,7 @@ fn load<S: PageStore + 'static>(
     let loaded =
         Target::new(config, reader, return_path, store).load(store, barrier, &mut staging)?;
     let sections = staging.sections;
+    migration.options.boundaries.reach("stream loaded");
     migration
         .vm
         .with_machine(|machine| -> Result<(), BoxError> {
@@ -207,6 +209,9 @@ struct Staging<'a> {
 impl TargetVm for Staging<'_> {
     fn load_device(&mut self, section: &SectionHeader, body: &[u8]) -> Result<Body, BoxError> {
         let idstr = section.idstr.as_str();
+        if self.sections.len() < 2 {
+            self.migration.options.boundaries.reach("device section");
+        }
         let parsed = self.migration.vm.with_machine(|machine| {
             let tree = machine.devices()?;
             match tree.parse_section(idstr, section.instance.0, section.version, body, false) {
@@ -249,7 +254,9 @@ fn enter_colo(
 ) -> Result<(), BoxError> {
     let log = migration.vm.with_machine(|machine| machine.dirty_log());
     let pool = FlushPool::for_this_host()?;
+    migration.options.boundaries.reach("to confirm");
     loaded.confirm()?;
+    migration.options.boundaries.reach("confirmed");
     let link = SecondaryLink {
         receiver: loaded.into_checkpoints()?,
         pages,

@@ -5,6 +5,7 @@
 //! or the secondary (`colo.rs`). Commands never wait for it: they look at `status.rs` or shut the
 //! connections.
 
+mod boundary;
 mod colo;
 mod connections;
 pub mod devices;
@@ -33,6 +34,7 @@ use qmp_types::{
 use ram_cache::DiscardControl;
 use uuid::Uuid;
 
+pub use self::boundary::{Boundaries, Boundary};
 use self::connections::Connections;
 use self::global_state::GlobalState;
 use self::status::Status;
@@ -79,7 +81,7 @@ const SUPPORT: Support = Support {
 };
 
 /// What the command line says about migration.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct MigrationOptions {
     /// Hash guest RAM and device state at every checkpoint, for a comparison of both sides.
     pub verify: bool,
@@ -91,6 +93,8 @@ pub struct MigrationOptions {
     pub io_limit: Duration,
     /// The VM's UUID.
     pub uuid: Option<Uuid>,
+    /// What is done where something begins or ends.
+    pub boundaries: Arc<Boundaries>,
 }
 
 impl Default for MigrationOptions {
@@ -101,6 +105,7 @@ impl Default for MigrationOptions {
             deadlines: Deadlines::default(),
             io_limit: Duration::from_secs(30),
             uuid: None,
+            boundaries: Arc::default(),
         }
     }
 }
@@ -197,7 +202,7 @@ impl Migration {
         })?;
         let settings = Settings::new(SUPPORT);
         Ok(Arc::new(Self {
-            status: Status::new(Arc::clone(vm.events())),
+            status: Status::new(Arc::clone(vm.events()), Arc::clone(&options.boundaries)),
             limits: Arc::new(limits(&settings)),
             settings: Mutex::new(settings),
             vm,

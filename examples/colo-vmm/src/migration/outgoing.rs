@@ -64,6 +64,7 @@ fn migrate(
     let migration = vm.migration;
     let limit = migration.options.io_limit;
     let connected = outgoing::connect(address, multifd, CONNECT_TIMEOUT.min(limit), limit)?;
+    migration.options.boundaries.reach("connected");
     migration.connections.add(&connected.main);
     connected
         .channels
@@ -115,10 +116,12 @@ fn migrate(
             transport,
         },
     )?;
+    migration.options.boundaries.reach("ram announced");
     if pauses {
         source = source.pausing_before_switchover();
     }
     let switched = source.run(vm)?;
+    migration.options.boundaries.reach("target confirmed");
     migration.status.progress(&switched.progress);
     migration.status.downtime(switched.downtime);
     Ok(switched)
@@ -151,6 +154,7 @@ impl SourceVm for SourceSide<'_> {
     fn stop(&mut self) -> Result<(), BoxError> {
         let vm = &self.migration.vm;
         self.before = vm.state();
+        self.migration.options.boundaries.reach("guest to stop");
         self.ran = vm.stop(RunState::FinishMigrate)?;
         self.migration.global_state.set(self.before);
         Ok(())
@@ -166,9 +170,14 @@ impl SourceVm for SourceSide<'_> {
     }
 
     fn save_devices(&mut self, out: &mut Vec<u8>) -> Result<String, BoxError> {
-        self.migration
+        let boundaries = &self.migration.options.boundaries;
+        boundaries.reach("devices to save");
+        let saved = self
+            .migration
             .vm
-            .with_machine(|machine| devices::save_described(machine.devices()?, out))
+            .with_machine(|machine| devices::save_described(machine.devices()?, out));
+        boundaries.reach("devices saved");
+        saved
     }
 
     fn progress(&mut self, progress: &Progress) -> Control {
@@ -185,6 +194,9 @@ impl SourceVm for SourceSide<'_> {
     }
 
     fn event(&mut self, event: SourceEvent) {
+        if let SourceEvent::Pass(_) = event {
+            self.migration.options.boundaries.reach("pass");
+        }
         if let SourceEvent::Status(status) = event {
             self.migration.status.set(match status {
                 SourceStatus::Active => MigrationStatus::Active,

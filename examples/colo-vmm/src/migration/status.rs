@@ -9,6 +9,7 @@ use qmp_types::{
     Event, MigrationInfo, MigrationRamInfo, MigrationStatus, SocketAddress, XbzrleCacheInfo,
 };
 
+use super::Boundaries;
 use crate::operator::EventBus;
 
 /// The status of the present or last migration.
@@ -16,6 +17,7 @@ use crate::operator::EventBus;
 pub struct Status {
     inner: Mutex<Inner>,
     bus: Arc<EventBus>,
+    boundaries: Arc<Boundaries>,
 }
 
 #[derive(Debug, Default)]
@@ -35,10 +37,11 @@ struct Inner {
 impl Status {
     /// No migration yet.
     #[must_use]
-    pub fn new(bus: Arc<EventBus>) -> Self {
+    pub fn new(bus: Arc<EventBus>, boundaries: Arc<Boundaries>) -> Self {
         Self {
             inner: Mutex::default(),
             bus,
+            boundaries,
         }
     }
 
@@ -73,6 +76,8 @@ impl Status {
         if inner.events {
             self.bus.publish(&Event::Migration { status });
         }
+        drop(inner);
+        self.boundaries.reach(&format!("status {status:?}"));
     }
 
     /// It went wrong.

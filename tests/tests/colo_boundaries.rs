@@ -1,0 +1,249 @@
+//! Each side of a pair of `colo-vmm` is killed wherever something begins or ends on it: at every
+//! change of status and step of precopy, and at every step and message of the first checkpoint and of
+//! a later one. The moments are those that a pair notes which nobody kills.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::Path;
+use std::process::ExitCode;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+use tests::vmm::{ColoVmm, Connection, Pair, Vmm, check_count, first_line};
+use tests::{PATIENCE, Result, harness};
+
+fn main() -> ExitCode {
+    let mut trials = Vec::new();
+    for (name, connection) in [("plain", PLAIN), ("multifd", Connection::channels(2))] {
+        for victim in [Side::Primary, Side::Secondary] {
+            trials.push(harness::on_kvm_with(
+                &format!("{name}_{}_may_die_at_any_moment", victim.name()),
+                move || everywhere(connection, victim),
+            ));
+        }
+    }
+    harness::run(trials)
+}
+
+const PLAIN: Connection = Connection {
+    multifd: None,
+    unix: false,
+};
+
+/// Between checkpoints, ms.
+const DELAY: u32 = 20;
+/// Checkpoints of which every moment is tried: the first, and one that the others are like.
+const CHECKPOINTS: [u32; 2] = [1, 3];
+/// Lines that show that the guest goes on.
+const ENCORE: u64 = 3;
+/// How long nothing has to happen at a side that may not have heard of the other at all.
+const SETTLED: Duration = Duration::from_secs(2);
+/// Pairs at a time.
+const AT_ONCE: usize = 4;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Side {
+    Primary,
+    Secondary,
+}
+
+impl Side {
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Primary => "primary",
+            Self::Secondary => "secondary",
+        }
+    }
+}
+
+fn guest() -> ColoVmm {
+    ColoVmm::new("colo-vmm").memory(16).dirty_pages(64)
+}
+
+/// A pair that is on its way into COLO. `args` are the victim's.
+fn start(connection: Connection, victim: Side, args: &[&str]) -> Result<Pair> {
+    let (ours, theirs): (&[&str], &[&str]) = match victim {
+        Side::Primary => (args, &[]),
+        Side::Secondary => (&[], args),
+    };
+    let mut pair = Pair {
+        primary: guest().args(ours).start()?,
+        secondary: guest().incoming().args(theirs).start()?,
+    };
+    // What dies meanwhile answers nothing.
+    let _ = configure(&mut pair, connection);
+    Ok(pair)
+}
+
+fn configure(pair: &mut Pair, connection: Connection) -> Result<()> {
+    let multifd = connection.multifd.map(|_| "multifd");
+    let capabilities: Vec<&str> = ["events", "return-path", "x-colo"]
+        .into_iter()
+        .chain(multifd)
+        .collect();
+    for side in [&mut pair.secondary, &mut pair.primary] {
+        side.qmp.enable(&capabilities)?;
+        side.qmp
+            .set_parameters(json!({"x-checkpoint-delay": DELAY}))?;
+        if let Some((count, compression)) = connection.multifd {
+            side.qmp.set_parameters(
+                json!({"multifd-channels": count, "multifd-compression": compression}),
+            )?;
+        }
+    }
+    pair.primary.wait_lines(1)?;
+    pair.primary
+        .qmp
+        .set_parameters(json!({"max-bandwidth": 0, "downtime-limit": 2000}))?;
+    pair.migrate(connection)
+}
+
+/// The moments of the victim's life, of precopy and of the checkpoints that are tried.
+fn moments(connection: Connection, victim: Side) -> Result<BTreeSet<String>> {
+    let dir = tempfile::tempdir()?;
+    let log = dir.path().join("boundaries");
+    let path = log.to_str().ok_or("a path that is no text")?;
+    let mut pair = start(connection, victim, &["--boundaries", path])?;
+    for side in [&mut pair.primary, &mut pair.secondary] {
+        side.wait_checkpoints(5)?;
+    }
+    read(&log)
+}
+
+fn read(log: &Path) -> Result<BTreeSet<String>> {
+    let wanted = |line: &&str| {
+        let occurrence = line.rsplit_once('#').map(|(_, n)| n.parse());
+        matches!(occurrence, Some(Ok(n)) if CHECKPOINTS.contains(&n))
+    };
+    let text = fs::read_to_string(log)?;
+    Ok(text.lines().filter(wanted).map(str::to_owned).collect())
+}
+
+/// Kills the victim at each moment, some pairs at a time.
+fn everywhere(connection: Connection, victim: Side) -> Result<()> {
+    let moments: Vec<String> = moments(connection, victim)?.into_iter().collect();
+    // A checkpoint has more steps than that on either side, and is there twice.
+    assert!(moments.len() > 40, "{moments:?}");
+    let (next, unprotected) = (AtomicUsize::new(0), AtomicUsize::new(0));
+    let failures: Vec<String> = thread::scope(|scope| {
+        let workers: Vec<_> = (0..AT_ONCE)
+            .map(|_| {
+                scope.spawn(|| {
+                    let mut failures = Vec::new();
+                    while let Some(moment) = moments.get(next.fetch_add(1, Ordering::Relaxed)) {
+                        match dies_at(connection, victim, moment) {
+                            Ok(Survivor::Guest) => {}
+                            Ok(Survivor::Nobody) => {
+                                unprotected.fetch_add(1, Ordering::Relaxed);
+                            }
+                            Err(error) => failures.push(format!("{moment}: {error}")),
+                        }
+                    }
+                    failures
+                })
+            })
+            .collect();
+        workers
+            .into_iter()
+            .flat_map(|worker| worker.join().unwrap_or_else(|_| vec!["panicked".into()]))
+            .collect()
+    });
+    let (all, failed) = (moments.len(), failures.len());
+    let unprotected = unprotected.into_inner();
+    println!(
+        "{} killed at {all} moments, {failed} failures, {unprotected} before the guest was protected",
+        victim.name()
+    );
+    // Before the secondary has all of the guest, its host takes it along.
+    let is_precopy = victim == Side::Primary;
+    assert_eq!(unprotected > 0, is_precopy, "{unprotected} guests lost");
+    if failures.is_empty() {
+        Ok(())
+    } else {
+        Err(failures.join("\n").into())
+    }
+}
+
+/// What is left.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Survivor {
+    /// The guest.
+    Guest,
+    /// No guest: its host died before there was a second copy of it.
+    Nobody,
+}
+
+fn dies_at(connection: Connection, victim: Side, moment: &str) -> Result<Survivor> {
+    let mut pair = start(connection, victim, &["--die-at", moment])?;
+    let side = match victim {
+        Side::Primary => &mut pair.primary,
+        Side::Secondary => &mut pair.secondary,
+    };
+    let deadline = Instant::now() + PATIENCE;
+    while side.process.is_running()? {
+        if Instant::now() > deadline {
+            return Err("it did not die".into());
+        }
+        thread::sleep(Duration::from_millis(2));
+    }
+    match victim {
+        Side::Secondary => {
+            survive(&mut pair.primary)?;
+            check_count(0, &pair.primary.output()?)?;
+            assert_eq!(pair.secondary.output()?, b"", "the secondary was heard");
+            Ok(Survivor::Guest)
+        }
+        Side::Primary => {
+            let survivor = survive(&mut pair.secondary)?;
+            check_count(0, &pair.primary.output()?)?;
+            let heard = pair.secondary.output()?;
+            if survivor == Survivor::Nobody {
+                assert_eq!(heard, b"", "a guest that did not arrive was heard");
+                return Ok(survivor);
+            }
+            let (begin, _) = first_line(&heard)?;
+            check_count(begin, &heard)?;
+            let said = pair.primary.output()?.len() as u64;
+            assert!(begin <= said, "the secondary is ahead of its primary");
+            // Not older than the last checkpoint that the primary knew to be complete.
+            if let Some(last) = pair.primary.checkpoints()?.pop() {
+                let at = last["serial-bytes"].as_u64().ok_or("no serial-bytes")?;
+                assert!(begin >= at, "byte {begin}, the checkpoint was at {at}");
+            }
+            Ok(survivor)
+        }
+    }
+}
+
+/// Does what an operator does, by what the survivor says of itself, until its guest runs or it is
+/// clear that it has none.
+fn survive(side: &mut Vmm) -> Result<Survivor> {
+    let since = Instant::now();
+    let status = side.poll("the end of the migration", |vmm| {
+        let migration = vmm.migration()?;
+        let status = migration["status"].as_str().unwrap_or("none").to_owned();
+        let is_over = match status.as_str() {
+            "failed" | "failing" | "completed" => true,
+            // Nothing had begun, or a target goes on waiting for a source.
+            "none" | "setup" => since.elapsed() > SETTLED,
+            _ => false,
+        };
+        Ok(is_over.then_some(status))
+    })?;
+    if status == "failing" {
+        side.qmp.wait_event("COLO_EXIT")?;
+        side.qmp.execute("x-colo-lost-heartbeat", Value::Null)?;
+        side.wait_migration("completed")?;
+    }
+    if side.status()? == "inmigrate" {
+        // `exit-on-error` is off: it waits for another guest.
+        return Ok(Survivor::Nobody);
+    }
+    side.wait_status("running")?;
+    side.wait_lines(ENCORE)?;
+    let exits = side.qmp.events().filter(|e| e["event"] == "COLO_EXIT");
+    assert_eq!(exits.count(), 0, "COLO_EXIT comes once");
+    Ok(Survivor::Guest)
+}
