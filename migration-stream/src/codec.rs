@@ -172,6 +172,11 @@ impl IdStr {
         Self(crate::ram::RAM_IDSTR.into())
     }
 
+    /// The name of the section of dirty bitmaps.
+    pub(crate) fn dirty_bitmap() -> Self {
+        Self(crate::dirty_bitmap::DIRTY_BITMAP_IDSTR.into())
+    }
+
     /// Appends the counted string.
     pub fn encode(&self, out: &mut impl BufMut) {
         put_counted(out, &self.0);

@@ -3,6 +3,7 @@
 use crate::codec::IdStrError;
 use crate::command::CommandError;
 use crate::configuration::ConfigurationError;
+use crate::dirty_bitmap::DirtyBitmapError;
 use crate::header::HeaderError;
 use crate::postcopy::{BitmapError, OrderError, PackageError};
 use crate::ram::RamError;
@@ -66,6 +67,9 @@ pub enum Cause {
     /// The body of a RAM section.
     #[error(transparent)]
     Ram(#[from] RamError),
+    /// The body of a `dirty-bitmap` section.
+    #[error(transparent)]
+    DirtyBitmap(#[from] DirtyBitmapError),
     /// The order of postcopy's commands.
     #[error(transparent)]
     PostcopyOrder(#[from] OrderError),

@@ -29,6 +29,7 @@
 //! | [`decoder`] | the main stream item by item, and the RAM of COLO checkpoints |
 //! | [`header`], [`configuration`], [`section`], [`command`], [`return_path`] | one thing on the wire each |
 //! | [`machine`] | what the machine type says about the stream |
+//! | [`dirty_bitmap`] | the sections of block devices' dirty bitmaps |
 //! | [`postcopy`] | the order of its commands, packages, bitmaps, requests for pages |
 //! | [`ram`] | blocks, the block list, page records, the transport of pages in the stream |
 //! | [`device_blob`], [`opaque_tail`], [`vmdesc`] | device sections: known, unknown, described |
@@ -50,6 +51,7 @@ pub mod command;
 pub mod configuration;
 pub mod decoder;
 pub mod device_blob;
+pub mod dirty_bitmap;
 mod error;
 pub mod header;
 pub mod io;

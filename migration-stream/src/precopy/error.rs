@@ -106,8 +106,11 @@ pub enum TargetError {
         /// Where in the stream.
         offset: u64,
     },
-    /// A PART or END section of something else than RAM.
-    #[error("section {id} at offset {offset:#x} has several parts, which only ram has here")]
+    /// A PART or END section of something else than RAM and dirty bitmaps.
+    #[error(
+        "section {id} at offset {offset:#x} has several parts, which only ram and dirty bitmaps \
+         have here"
+    )]
     IterableDevice {
         /// The section.
         id: SectionId,

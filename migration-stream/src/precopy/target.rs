@@ -16,12 +16,15 @@ use crate::configuration::Configuration;
 use crate::decoder::{
     CheckpointDecoder, DecoderConfig, Item, MAX_ITEM_LEN, RamItem, Step, StreamDecoder,
 };
-use crate::io::{ByteSink, Chunk};
+use crate::dirty_bitmap::{
+    BitmapSections, Chunk, DIRTY_BITMAP_IDSTR, DIRTY_BITMAP_VERSION, MigratedBitmap,
+};
+use crate::io::{ByteSink, Chunk as IoChunk};
 use crate::mapped_ram::MappedArea;
 use crate::opaque_tail::{Fed, OpaqueTail, Tail, TailLimits};
 use crate::ram::{BlockId, PageAddress, RAM_IDSTR, RamBlockTable, RamError};
 use crate::return_path::ReturnPathMessage;
-use crate::section::{SectionHeader, SectionId};
+use crate::section::{Continuation, InstanceId, SectionError, SectionHeader, SectionId};
 use crate::xbzrle::{Run, Runs};
 use crate::{DecodeError, MemoryError, PAGE_SIZE, PageBarrier, PageStore, StreamReader};
 
@@ -40,6 +43,21 @@ pub trait TargetVm {
     /// # Errors
     /// The device is unknown, or its state is not sound. The migration fails.
     fn load_device(&mut self, section: &SectionHeader, body: &[u8]) -> Result<Body, BoxError>;
+
+    /// A chunk of `bitmap` (the capability `dirty-bitmaps`), whose alias is its node's and its own
+    /// name unless the source maps them. Bits come while the guest still runs at the source; what
+    /// was said above of changes holds here, too.
+    ///
+    /// # Errors
+    /// The bitmap is not wanted, which is all that happens unless this is implemented. The
+    /// migration fails.
+    fn load_dirty_bitmap(
+        &mut self,
+        bitmap: &MigratedBitmap,
+        _chunk: &Chunk,
+    ) -> Result<(), BoxError> {
+        Err(format!("dirty bitmap '{}' of '{}'", bitmap.name, bitmap.node).into())
+    }
 }
 
 /// What a device found in the bytes shown to it.
@@ -82,6 +100,8 @@ pub struct Target {
     decoder: StreamDecoder,
     configuration: Option<Configuration>,
     ram_section: Option<SectionId>,
+    bitmap_section: Option<SectionId>,
+    bitmaps: BitmapSections,
     /// Areas of a file that were announced before there was memory for them.
     mapped: Vec<(BlockId, MappedArea)>,
     link: Link,
@@ -120,6 +140,7 @@ pub struct Loaded {
     configuration: Option<Configuration>,
     link: Link,
     received: Received,
+    bitmaps: BitmapSections,
 }
 
 impl Target {
@@ -168,6 +189,8 @@ impl Target {
             config,
             configuration: None,
             ram_section: None,
+            bitmap_section: None,
+            bitmaps: BitmapSections::new(),
             mapped: Vec::new(),
             link: Link {
                 reader,
@@ -255,6 +278,7 @@ impl Target {
                     configuration,
                     link,
                     received,
+                    bitmaps,
                     ..
                 } = self;
                 Ok((
@@ -263,6 +287,7 @@ impl Target {
                         configuration,
                         link,
                         received,
+                        bitmaps,
                     },
                     result,
                 ))
@@ -336,6 +361,11 @@ impl Target {
                         _ if header.idstr.as_str() == RAM_IDSTR => {
                             self.ram_section = Some(header.id);
                         }
+                        _ if header.idstr.as_str() == DIRTY_BITMAP_IDSTR => {
+                            check_bitmap_section(&header, offset)?;
+                            self.bitmap_section = Some(header.id);
+                            self.link.bitmaps(devices, &mut self.bitmaps, None)?;
+                        }
                         Devices::Known(vm) => self.link.device(*vm, &header, limit)?,
                         Devices::Opaque(limits) => {
                             tail = Some(self.link.tail(&header, *limits)?);
@@ -343,8 +373,10 @@ impl Target {
                         }
                     }
                 }
-                Item::Continuation { kind: _, id } => {
-                    if self.ram_section != Some(id) {
+                Item::Continuation { kind, id } => {
+                    if self.bitmap_section == Some(id) {
+                        self.link.bitmaps(devices, &mut self.bitmaps, Some(kind))?;
+                    } else if self.ram_section != Some(id) {
                         return Err(TargetError::IterableDevice { id, offset });
                     }
                 }
@@ -409,7 +441,7 @@ impl Link {
         if let (Some(out), true) = (&mut self.return_path, self.open) {
             let mut bytes = BytesMut::new();
             message.encode(&mut bytes);
-            out.write_all(&[Chunk::Bytes(&bytes)])
+            out.write_all(&[IoChunk::Bytes(&bytes)])
                 .map_err(TargetError::ReturnPath)?;
         }
         Ok(())
@@ -473,6 +505,50 @@ impl Link {
                     ));
                 }
                 Body::NeedMore => self.fill(limit)?,
+            }
+        }
+    }
+
+    /// The body of a section of dirty bitmaps.
+    fn bitmaps(
+        &mut self,
+        devices: &mut Devices<'_>,
+        sections: &mut BitmapSections,
+        kind: Option<Continuation>,
+    ) -> Result<(), TargetError> {
+        if let Devices::Opaque(_) = devices {
+            sections.begin(kind);
+        }
+        loop {
+            let offset = self.reader.offset();
+            let mut r = Reader::new(self.reader.buffered(), offset);
+            let chunk = match devices {
+                Devices::Known(_) => sections.pass(&mut r),
+                Devices::Opaque(limits) => sections.next(&mut r, limits.len),
+            };
+            let consumed = r.consumed();
+            self.reader.consume(consumed);
+            let chunk = match chunk {
+                Ok(chunk) => chunk,
+                Err(e) if e.missing().is_some() => {
+                    self.fill(MAX_ITEM_LEN)?;
+                    continue;
+                }
+                Err(e) => return Err(e.into()),
+            };
+            if let (Devices::Known(vm), Some(bitmap), true) =
+                (&mut *devices, sections.current(), chunk.is_of_a_bitmap())
+            {
+                vm.load_dirty_bitmap(bitmap, &chunk)
+                    .map_err(|source| TargetError::Device {
+                        idstr: DIRTY_BITMAP_IDSTR.into(),
+                        instance: 0,
+                        offset,
+                        source,
+                    })?;
+            }
+            if chunk.is_last {
+                return Ok(());
             }
         }
     }
@@ -550,6 +626,25 @@ impl Link {
     }
 }
 
+fn check_bitmap_section(header: &SectionHeader, offset: u64) -> Result<(), DecodeError> {
+    let idstr = header.idstr.clone();
+    let error = if header.instance != InstanceId(0) {
+        SectionError::Instance {
+            idstr,
+            instance: header.instance,
+        }
+    } else if header.version != DIRTY_BITMAP_VERSION {
+        SectionError::Version {
+            idstr,
+            version: header.version,
+            expected: DIRTY_BITMAP_VERSION,
+        }
+    } else {
+        return Ok(());
+    };
+    Err(DecodeError::new(offset, error))
+}
+
 /// Writes into a page what changed in it; nothing, unless all of it is sound.
 fn apply_xbzrle(
     encoded: &[u8],
@@ -580,6 +675,13 @@ impl Loaded {
     #[must_use]
     pub const fn received(&self) -> Received {
         self.received
+    }
+
+    /// The dirty bitmaps that came with a guest [taken as it is](Target::load_opaque), to be sent on
+    /// with it.
+    #[must_use]
+    pub const fn dirty_bitmaps(&self) -> &BitmapSections {
+        &self.bitmaps
     }
 
     /// The source's configuration, if the stream has one. Where it has a UUID and this side's has
