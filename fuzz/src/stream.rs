@@ -140,6 +140,9 @@ pub fn load(
     let Some(store) = Store::new(blocks) else {
         return Ok(None);
     };
-    let (loaded, _) = target.load_opaque(&store, barrier, TailLimits::default())?;
+    let (loaded, _) =
+        target
+            .keeping_dirty_bitmaps()
+            .load_opaque(&store, barrier, TailLimits::default())?;
     Ok(Some(loaded))
 }

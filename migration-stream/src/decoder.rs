@@ -19,6 +19,7 @@
 //! | [`RamItem::Xbzrle`] | `len` bytes |
 //! | [`RamItem::Page`] | [`PAGE_SIZE`](crate::PAGE_SIZE) bytes |
 //! | [`RamItem::MappedBlock`] | what the file has up to the [end of the area](MappedArea::end) |
+//! | [`Item::Section`], [`Item::Continuation`] of `dirty-bitmap` | the body, which a [`DirtyBitmapDecoder`](crate::dirty_bitmap::DirtyBitmapDecoder) finds the end of |
 //! | [`Item::VmDescription`] | `len` bytes |
 //! | [`Command::Packaged`] | `size` bytes, which a [`PackageDecoder`](crate::postcopy::PackageDecoder) reads |
 //! | [`Item::Section`], [`Item::Continuation`] of anything but RAM | the section's body, whose length only its handler knows |

@@ -40,6 +40,7 @@ use migration_stream::configuration::{Configuration, MachineName};
 use migration_stream::decoder::{ConfigurationRule, DecoderConfig, Item, RamItem, StreamDecoder};
 use migration_stream::header::HeaderError;
 use migration_stream::io::{ByteSink, ByteSource, Chunk, FdChannel};
+use migration_stream::postcopy::{OrderError, PostcopyState};
 use migration_stream::precopy::{Body, BoxError, Target, TargetConfig, TargetError, TargetVm};
 use migration_stream::ram::{
     NoMultifd, RamError, Record, RecordDecoder, SetupDecoder, SetupFields, encode_end_of_section,
@@ -482,6 +483,25 @@ fn commands_that_want_a_return_path() {
         );
         assert_eq!(answer, b"");
     }
+    // What is advised of dirty bitmaps alone need not happen; of RAM it is not served here.
+    let advise = unhex("08 0003 0000");
+    let (result, _) = load(&[before, &open, &advise, ram, &end].concat(), true);
+    result.unwrap();
+    let (result, _) = load(&[before, &advise, &advise].concat(), true);
+    assert!(
+        matches!(&result, Err(TargetError::Decode(e))
+            if (e.offset, &e.cause) == (29, &OrderError::State {
+                command: CommandNumber::PostcopyAdvise,
+                state: PostcopyState::Advised,
+            }.into())),
+        "{result:?}"
+    );
+    let advise = unhex("08 0003 0010 00000000 00001000 00000000 00001000");
+    let (result, _) = load(&[before, &advise].concat(), true);
+    assert!(
+        matches!(result, Err(TargetError::Unsupported { offset: 24, .. })),
+        "{result:?}"
+    );
     // Twice is not wrong, and answers go out once.
     let (result, answer) = load(&[before, &open, &open, &ping, ram, &end].concat(), true);
     result.unwrap();

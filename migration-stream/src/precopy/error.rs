@@ -117,6 +117,12 @@ pub enum TargetError {
         /// Where in the stream.
         offset: u64,
     },
+    /// Dirty bitmaps, which nobody asked to keep.
+    #[error("dirty bitmaps at offset {offset:#x}, which are not kept here")]
+    DirtyBitmaps {
+        /// Where in the stream.
+        offset: u64,
+    },
     /// A device section could not be loaded.
     #[error("device section '{idstr}' instance {instance} at offset {offset:#x}")]
     Device {

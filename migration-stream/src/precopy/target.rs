@@ -22,6 +22,7 @@ use crate::dirty_bitmap::{
 use crate::io::{ByteSink, Chunk as IoChunk};
 use crate::mapped_ram::MappedArea;
 use crate::opaque_tail::{Fed, OpaqueTail, Tail, TailLimits};
+use crate::postcopy::PostcopyOrder;
 use crate::ram::{BlockId, PageAddress, RAM_IDSTR, RamBlockTable, RamError};
 use crate::return_path::ReturnPathMessage;
 use crate::section::{Continuation, InstanceId, SectionError, SectionHeader, SectionId};
@@ -102,6 +103,7 @@ pub struct Target {
     ram_section: Option<SectionId>,
     bitmap_section: Option<SectionId>,
     bitmaps: BitmapSections,
+    keeps_bitmaps: bool,
     /// Areas of a file that were announced before there was memory for them.
     mapped: Vec<(BlockId, MappedArea)>,
     link: Link,
@@ -116,6 +118,8 @@ struct Link {
     open: bool,
     /// The devices that acknowledge the switch-over, and for how many of them it was done.
     acks: Option<(Arc<SwitchoverAcks>, u32)>,
+    /// What the source has said of postcopy, which never begins here.
+    postcopy: PostcopyOrder,
 }
 
 /// Where pages go.
@@ -191,12 +195,14 @@ impl Target {
             ram_section: None,
             bitmap_section: None,
             bitmaps: BitmapSections::new(),
+            keeps_bitmaps: false,
             mapped: Vec::new(),
             link: Link {
                 reader,
                 return_path,
                 open: false,
                 acks: None,
+                postcopy: PostcopyOrder::new(None),
             },
             received: Received::default(),
         }
@@ -226,6 +232,15 @@ impl Target {
     #[must_use]
     pub fn acknowledging(mut self, devices: Arc<SwitchoverAcks>) -> Self {
         self.link.acks = Some((devices, 0));
+        self
+    }
+
+    /// Keeps dirty bitmaps (the capability `dirty-bitmaps`) of a guest that is
+    /// [taken as it is](Target::load_opaque), in [`Loaded::dirty_bitmaps`]. Without this a guest that
+    /// has some is refused: it would go on without them.
+    #[must_use]
+    pub const fn keeping_dirty_bitmaps(mut self) -> Self {
+        self.keeps_bitmaps = true;
         self
     }
 
@@ -363,6 +378,9 @@ impl Target {
                         }
                         _ if header.idstr.as_str() == DIRTY_BITMAP_IDSTR => {
                             check_bitmap_section(&header, offset)?;
+                            if matches!(devices, Devices::Opaque(_)) && !self.keeps_bitmaps {
+                                return Err(TargetError::DirtyBitmaps { offset });
+                            }
                             self.bitmap_section = Some(header.id);
                             self.link.bitmaps(devices, &mut self.bitmaps, None)?;
                         }
@@ -472,6 +490,11 @@ impl Link {
             }),
             // The guest stands still at the source: nothing to do for those who load at the end.
             Command::SwitchoverStart => Ok(()),
+            // A source with `dirty-bitmaps` may go over to postcopy, and need not.
+            Command::PostcopyAdvise(None) => Ok(self
+                .postcopy
+                .command(command)
+                .map_err(|e| DecodeError::new(offset, e))?),
             _ => Err(TargetError::Unsupported {
                 command: command.number(),
                 offset,
@@ -725,6 +748,7 @@ impl Loaded {
             return_path: None,
             open: false,
             acks: None,
+            postcopy: self.link.postcopy,
             reader: self.link.reader,
         };
         let out = out.ok_or(missing("a return path"))?;

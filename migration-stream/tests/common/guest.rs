@@ -152,6 +152,8 @@ pub struct Guest {
     pub paused: Vec<Control>,
     pub events: Vec<SourceEvent>,
     pub uuid: Option<[u8; 16]>,
+    /// Sections that go before the device's.
+    pub sections: Vec<u8>,
     /// When this has ended the guest is switched over, whatever is left.
     pub until: Option<std::thread::JoinHandle<()>>,
 }
@@ -169,6 +171,7 @@ impl Guest {
             paused: Vec::new(),
             events: Vec::new(),
             uuid: None,
+            sections: Vec::new(),
             until: None,
         }
     }
@@ -196,6 +199,7 @@ impl SourceVm for Guest {
     }
     fn save_devices(&mut self, out: &mut Vec<u8>) -> Result<String, BoxError> {
         assert!(!self.running);
+        out.extend_from_slice(&self.sections);
         let header = SectionHeader {
             kind: Announcement::Full,
             id: FIRST_DEVICE_SECTION,

@@ -1,0 +1,399 @@
+//! Dirty bitmaps of real QEMU's disks: read out of a stream and written again, and handed from one
+//! QEMU to another by our `Target` and `Source`.
+
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+
+use migration_stream::codec::Reader;
+use migration_stream::configuration::Configuration;
+use migration_stream::decoder::{
+    ConfigurationRule, DecoderConfig, Item, RamItem, Step, StreamDecoder,
+};
+use migration_stream::dirty_bitmap::{
+    BitmapSections, Chunk, ChunkKind, DIRTY_BITMAP_IDSTR, DirtyBitmapDecoder, DirtyBitmapEncoder,
+    MigratedBitmap,
+};
+use migration_stream::io::FdChannel;
+use migration_stream::opaque_tail::{Tail, TailLimits};
+use migration_stream::precopy::{
+    BoxError, Control, FIRST_DEVICE_SECTION, Limits, Progress, RamSetup, ReturnPathReader, Source,
+    SourceConfig, SourceVm, Target, TargetConfig,
+};
+use migration_stream::ram::{BlockId, InStream, NoMultifd, RamBlock, RamBlockTable};
+use migration_stream::section::SectionId;
+use migration_stream::{DirtyLog, GuestRam, MemoryError, StreamReader, StreamWriter};
+use serde_json::{Value, json};
+use tests::capture::Tap;
+use tests::qemu::{Binary, Machine, Qemu};
+use tests::store::Memory;
+use tests::{PATIENCE, Result, guest, harness};
+
+/// Guest memory, MiB.
+const MEMORY: u32 = 16;
+/// Node names and bitmaps: the name, bytes that a bit is for, whether writes are recorded.
+const BITMAPS: [(&str, &str, u32, bool); 3] = [
+    ("disk0", "nightly", 65536, true),
+    ("disk0", "since the last release", 512, true),
+    ("disk1", "frozen", 1 << 20, false),
+];
+
+fn main() -> ExitCode {
+    harness::run(
+        [
+            harness::on_each_qemu(
+                "bitmaps_in_a_stream_have_their_names_and_are_written_again_byte_for_byte",
+                (7, 2),
+                in_a_stream,
+            ),
+            harness::on_each_qemu(
+                "bitmaps_with_aliases_have_those_as_names",
+                (7, 2),
+                with_aliases,
+            ),
+            harness::on_each_qemu("bitmaps_are_handed_on_to_another_qemu", (7, 2), handed_on),
+        ]
+        .into_iter()
+        .flatten(),
+    )
+}
+
+/// A machine with two disks of no content.
+fn machine() -> Machine {
+    Machine::new("q35", MEMORY).args(["disk0", "disk1"].into_iter().flat_map(|node| {
+        [
+            "-blockdev".to_owned(),
+            format!(
+                "null-co,node-name={node},size={},read-zeroes=on",
+                64_u64 << 20
+            ),
+        ]
+    }))
+}
+
+/// Such a machine with bitmaps, of which the first two have recorded two writes.
+fn source(qemu: &Binary) -> Result<Qemu> {
+    let mut source = machine().start(qemu)?;
+    for (node, name, granularity, enabled) in BITMAPS {
+        source.qmp.execute(
+            "block-dirty-bitmap-add",
+            json!({
+                "node": node, "name": name, "granularity": granularity, "disabled": !enabled,
+            }),
+        )?;
+    }
+    for write in ["write 1M 128k", "write 33M 512"] {
+        let line = format!("qemu-io disk0 \"{write}\"");
+        source
+            .qmp
+            .execute("human-monitor-command", json!({"command-line": line}))?;
+    }
+    source.qmp.enable(&["dirty-bitmaps"])?;
+    Ok(source)
+}
+
+/// Node, name, granularity and bytes that are dirty, of each bitmap of a QEMU.
+fn bitmaps(vm: &mut Qemu) -> Result<Vec<(String, String, u64, u64)>> {
+    let nodes = vm.qmp.execute("query-named-block-nodes", Value::Null)?;
+    let mut found = Vec::new();
+    for node in nodes.as_array().ok_or("no nodes")? {
+        let name = node["node-name"].as_str().unwrap_or_default();
+        for bitmap in node["dirty-bitmaps"].as_array().into_iter().flatten() {
+            found.push((
+                name.to_owned(),
+                bitmap["name"].as_str().unwrap_or_default().to_owned(),
+                bitmap["granularity"].as_u64().unwrap_or_default(),
+                bitmap["count"].as_u64().unwrap_or_default(),
+            ));
+        }
+    }
+    found.sort();
+    Ok(found)
+}
+
+fn in_a_stream(qemu: &Binary) -> Result<()> {
+    let mut source = source(qemu)?;
+    let expected = bitmaps(&mut source)?;
+    let counts: Vec<u64> = expected.iter().map(|b| b.3).collect();
+    assert_eq!(counts, [65536 * 3, (128 << 10) + 512, 0]);
+    let stream = capture(&mut source)?;
+    let sections = Sections::of(&stream)?;
+    let as_queried = |b: &MigratedBitmap, dirty| {
+        (
+            b.node.as_str().to_owned(),
+            b.name.as_str().to_owned(),
+            u64::from(b.granularity),
+            dirty,
+        )
+    };
+    let mut found: Vec<_> = sections
+        .bitmaps
+        .iter()
+        .zip(&sections.dirty)
+        .map(|(bitmap, dirty)| as_queried(bitmap, *dirty))
+        .collect();
+    found.sort();
+    assert_eq!(found, expected);
+    for bitmap in &sections.bitmaps {
+        let (.., enabled) = BITMAPS
+            .into_iter()
+            .find(|b| b.1 == bitmap.name.as_str())
+            .ok_or("another bitmap")?;
+        assert_eq!(bitmap.flags.enabled, enabled);
+        assert!(!bitmap.flags.persistent && bitmap.is_complete);
+    }
+    Ok(())
+}
+
+fn with_aliases(qemu: &Binary) -> Result<()> {
+    let mut source = source(qemu)?;
+    source.qmp.set_parameters(json!({"block-bitmap-mapping": [
+        {"node-name": "disk0", "alias": "root", "bitmaps": [{"name": "nightly", "alias": "n"}]},
+    ]}))?;
+    let stream = capture(&mut source)?;
+    let sections = Sections::of(&stream)?;
+    let names: Vec<_> = sections
+        .bitmaps
+        .iter()
+        .map(|b| (b.node.as_str(), b.name.as_str()))
+        .collect();
+    assert_eq!(names, [("root", "n")]);
+    Ok(())
+}
+
+/// What a migration sends on its main channel.
+fn capture(source: &mut Qemu) -> Result<Vec<u8>> {
+    let tap = Tap::sink()?;
+    source.migrate(&tap.uri())?;
+    source.wait_migration("completed")?;
+    Ok(tap.finish()?.main)
+}
+
+/// What a stream's sections say.
+struct Sections {
+    bitmaps: Vec<MigratedBitmap>,
+    /// Bytes that are dirty, of each.
+    dirty: Vec<u64>,
+}
+
+impl Sections {
+    /// Decodes a stream as far as its devices. Each chunk is encoded again, as it is and out of what
+    /// it says.
+    fn of(stream: &[u8]) -> Result<Self> {
+        let mut decoder = StreamDecoder::new(DecoderConfig::new(ConfigurationRule::Any), None);
+        let mut chunks = Chunks::default();
+        let mut id = None;
+        let mut at = 0;
+        loop {
+            let mut r = Reader::new(&stream[at..], at as u64);
+            let Step::Item(item) = decoder.next(&mut r)? else {
+                return Err("the stream ends".into());
+            };
+            at += r.consumed();
+            match item {
+                Item::Section(header) if header.idstr.as_str() == DIRTY_BITMAP_IDSTR => {
+                    assert_eq!(
+                        (header.instance.0, header.version),
+                        (0, migration_stream::dirty_bitmap::DIRTY_BITMAP_VERSION)
+                    );
+                    id = Some(header.id);
+                    at += chunks.take(&stream[at..], at as u64)?;
+                }
+                Item::Continuation { id: of, .. } if Some(of) == id => {
+                    at += chunks.take(&stream[at..], at as u64)?;
+                }
+                Item::Section(header) if header.idstr.as_str() != "ram" => break,
+                Item::Ram(RamItem::Page(_)) => at += 4096,
+                Item::Eof => break,
+                _ => {}
+            }
+        }
+        assert!(chunks.sections >= 2, "START and END");
+        guest::compare("chunks", &chunks.bytes, &chunks.again)?;
+        Ok(Self {
+            bitmaps: chunks.decoder.bitmaps().to_vec(),
+            dirty: chunks.dirty,
+        })
+    }
+}
+
+#[derive(Default)]
+struct Chunks {
+    decoder: DirtyBitmapDecoder,
+    encoder: DirtyBitmapEncoder,
+    sections: u32,
+    bytes: Vec<u8>,
+    again: Vec<u8>,
+    dirty: Vec<u64>,
+}
+
+impl Chunks {
+    fn take(&mut self, body: &[u8], offset: u64) -> Result<usize> {
+        let skipped = self.decoder.clone().skip(body, offset)?;
+        let mut r = Reader::new(body, offset);
+        self.sections += 1;
+        loop {
+            let chunk = self.decoder.next(&mut r)?;
+            self.encode(&chunk)?;
+            if chunk.is_last {
+                self.bytes.extend_from_slice(&body[..r.consumed()]);
+                assert_eq!(skipped, Some(r.consumed()));
+                return Ok(r.consumed());
+            }
+        }
+    }
+
+    fn encode(&mut self, chunk: &Chunk) -> Result<()> {
+        let all = self.decoder.bitmaps();
+        let current = self.decoder.current();
+        let number = all.iter().position(|b| Some(b) == current);
+        match (&chunk.kind, number) {
+            (ChunkKind::Start { granularity, flags }, Some(number)) => {
+                let MigratedBitmap { node, name, .. } = &all[number];
+                let out = &mut self.again;
+                self.encoder.start(node, name, *granularity, *flags, out)?;
+                self.dirty.push(0);
+            }
+            (
+                ChunkKind::Bits {
+                    first_sector,
+                    sectors,
+                    bits,
+                },
+                Some(number),
+            ) => {
+                let zeroes = vec![0; bits_len(&all[number], *sectors)];
+                let ones: u32 = bits.iter().flatten().map(|b| b.count_ones()).sum();
+                self.dirty[number] += u64::from(ones) * u64::from(all[number].granularity);
+                let (first, bits) = (*first_sector, bits.as_ref().unwrap_or(&zeroes));
+                let out = &mut self.again;
+                self.encoder.bits(number, first, *sectors, bits, out)?;
+            }
+            (ChunkKind::Complete, Some(number)) => {
+                self.encoder.complete(number, &mut self.again)?;
+            }
+            _ => Chunk::end().encode(&mut self.again),
+        }
+        Ok(())
+    }
+}
+
+fn bits_len(bitmap: &MigratedBitmap, sectors: u32) -> usize {
+    let word = u64::from(bitmap.granularity) * 64;
+    let words = (u64::from(sectors) * 512).div_ceil(word);
+    usize::try_from(words * 8).unwrap_or(usize::MAX)
+}
+
+fn handed_on(qemu: &Binary) -> Result<()> {
+    let mut from = source(qemu)?;
+    let expected = bitmaps(&mut from)?;
+    from.qmp.enable(&["return-path"])?;
+    let blocks = from
+        .ram_blocks()?
+        .into_iter()
+        .map(|(name, len)| RamBlock::new(name, len))
+        .collect::<std::result::Result<Vec<_>, _>>()?;
+    let memory = Arc::new(Memory::new(RamBlockTable::new(blocks)?)?);
+
+    let socket = from.dir().join("relay");
+    let listener = UnixListener::bind(&socket)?;
+    from.migrate(&format!("unix:{}", socket.display()))?;
+    let (stream, _) = listener.accept()?;
+    let channel = FdChannel::new(stream, PATIENCE)?;
+    let config = TargetConfig {
+        decoder: DecoderConfig::new(ConfigurationRule::Any),
+        max_devices: 1 << 20,
+    };
+    let reader = StreamReader::new(channel.share(), b"");
+    let sink = Box::new(channel.share());
+    let (mut loaded, tail) = Target::new(config, reader, Some(sink), &*memory)
+        .keeping_dirty_bitmaps()
+        .load_opaque(&*memory, &mut NoMultifd, TailLimits::default())?;
+    loaded.confirm()?;
+    from.wait_migration("completed")?;
+    let sections = loaded.dirty_bitmaps();
+    assert_eq!(sections.bitmaps().len(), BITMAPS.len());
+
+    let mut to = machine().incoming().start(qemu)?;
+    to.qmp.enable(&["return-path", "dirty-bitmaps"])?;
+    let socket = to.dir().join("relayed");
+    to.listen(&format!("unix:{}", socket.display()))?;
+    let channel = FdChannel::new(UnixStream::connect(&socket)?, PATIENCE)?;
+    let configuration = loaded.configuration().cloned();
+    send(channel, qemu, configuration, &memory, &tail, sections)?;
+    to.wait_migration("completed")?;
+    assert_eq!(bitmaps(&mut to)?, expected);
+    Ok(())
+}
+
+/// Migrates what was received.
+fn send(
+    channel: FdChannel,
+    qemu: &Binary,
+    configuration: Option<Configuration>,
+    memory: &Arc<Memory>,
+    tail: &Tail,
+    bitmaps: &BitmapSections,
+) -> Result<()> {
+    let ram: Arc<dyn GuestRam> = Arc::clone(memory) as _;
+    let return_path = ReturnPathReader::new(channel.share());
+    Source::start(
+        SourceConfig {
+            configuration,
+            switchover_start: qemu.is_since((10, 0)),
+            confirm_timeout: PATIENCE,
+        },
+        Arc::new(Limits::new(0, Duration::from_secs(1))),
+        StreamWriter::new(channel),
+        Some(return_path),
+        RamSetup {
+            ram: Arc::clone(&ram),
+            log: NoLog,
+            transport: InStream::new(ram, Default::default()),
+        },
+    )?
+    .run(&mut Stopped { tail, bitmaps })?;
+    Ok(())
+}
+
+struct NoLog;
+
+impl DirtyLog for NoLog {
+    fn start(&mut self) -> std::result::Result<(), MemoryError> {
+        Ok(())
+    }
+    fn sync(
+        &mut self,
+        _: &mut dyn FnMut(BlockId, u64, u64),
+    ) -> std::result::Result<(), MemoryError> {
+        Ok(())
+    }
+    fn stop(&mut self) -> std::result::Result<(), MemoryError> {
+        Ok(())
+    }
+}
+
+/// A guest that stands still, and what came with it.
+struct Stopped<'a> {
+    tail: &'a Tail,
+    bitmaps: &'a BitmapSections,
+}
+
+impl SourceVm for Stopped<'_> {
+    fn stop(&mut self) -> std::result::Result<(), BoxError> {
+        Ok(())
+    }
+    fn resume(&mut self) -> std::result::Result<(), BoxError> {
+        Ok(())
+    }
+    fn progress(&mut self, _: &Progress) -> Control {
+        Control::Continue
+    }
+    fn save_devices(&mut self, out: &mut Vec<u8>) -> std::result::Result<String, BoxError> {
+        self.bitmaps.encode_sections(FIRST_DEVICE_SECTION, out);
+        let first_device = SectionId(FIRST_DEVICE_SECTION.0 + 1);
+        self.tail.encode_sections(first_device, out);
+        Ok(self.tail.description_text().to_owned())
+    }
+}
