@@ -169,7 +169,7 @@ impl Chunk {
         }
     }
 
-    /// Reads one chunk. What depends on the chunks before it is left to a [`DirtyBitmapDecoder`].
+    /// Reads one chunk. What depends on the chunks before it is left to a [`DirtyBitmapDecoder`](super::DirtyBitmapDecoder).
     ///
     /// # Errors
     /// [`DirtyBitmapError`], or the bytes end before the chunk does.
