@@ -52,6 +52,11 @@ fn main() -> ExitCode {
                 (7, 2),
                 with_aliases,
             ),
+            harness::on_each_qemu(
+                "a_bitmap_that_is_kept_in_its_image_says_so",
+                (7, 2),
+                persistent,
+            ),
             harness::on_each_qemu("bitmaps_are_handed_on_to_another_qemu", (7, 2), handed_on),
         ]
         .into_iter()
@@ -159,6 +164,54 @@ fn with_aliases(qemu: &Binary) -> Result<()> {
         .map(|b| (b.node.as_str(), b.name.as_str()))
         .collect();
     assert_eq!(names, [("root", "n")]);
+    Ok(())
+}
+
+/// Makes a file or an image.
+fn create(vm: &mut Qemu, options: Value) -> Result<()> {
+    let arguments = json!({"job-id": "create", "options": options});
+    vm.qmp.execute("blockdev-create", arguments)?;
+    vm.qmp
+        .wait_event_if("JOB_STATUS_CHANGE", |data| data["status"] == "concluded")?;
+    vm.qmp.execute("job-dismiss", json!({"id": "create"}))?;
+    Ok(())
+}
+
+fn persistent(qemu: &Binary) -> Result<()> {
+    let mut source = machine().start(qemu)?;
+    let file = source.dir().join("image");
+    let file = file.to_str().ok_or("no path")?;
+    create(
+        &mut source,
+        json!({"driver": "file", "filename": file, "size": 0}),
+    )?;
+    source.qmp.execute(
+        "blockdev-add",
+        json!({"driver": "file", "filename": file, "node-name": "file"}),
+    )?;
+    create(
+        &mut source,
+        json!({"driver": "qcow2", "file": "file", "size": 64_u64 << 20}),
+    )?;
+    source.qmp.execute(
+        "blockdev-add",
+        json!({"driver": "qcow2", "file": "file", "node-name": "image"}),
+    )?;
+    for (name, persistent) in [("kept", true), ("lost", false)] {
+        source.qmp.execute(
+            "block-dirty-bitmap-add",
+            json!({"node": "image", "name": name, "persistent": persistent}),
+        )?;
+    }
+    source.qmp.enable(&["dirty-bitmaps"])?;
+    let sections = Sections::of(&capture(&mut source)?)?;
+    let mut found: Vec<_> = sections
+        .bitmaps
+        .iter()
+        .map(|b| (b.name.as_str(), b.flags.persistent, b.granularity))
+        .collect();
+    found.sort_unstable();
+    assert_eq!(found, [("kept", true, 65536), ("lost", false, 65536)]);
     Ok(())
 }
 
