@@ -61,11 +61,11 @@ impl Monitor {
     fn stop(&self) -> CommandResult {
         let vm = self.migration.vm();
         match vm.state() {
-            RunState::InMigrate => self.migration.set_autostart(false),
-            RunState::Running => {
-                vm.stop(RunState::Paused).map_err(refused)?;
+            RunState::InMigrate => {
+                vm.set_stays(true);
+                self.migration.set_autostart(false);
             }
-            _ => {}
+            _ => vm.pause().map_err(refused)?,
         }
         done()
     }
@@ -73,7 +73,10 @@ impl Monitor {
     fn cont(&self) -> CommandResult {
         let vm = self.migration.vm();
         match vm.state() {
-            RunState::InMigrate => self.migration.set_autostart(true),
+            RunState::InMigrate => {
+                vm.set_stays(false);
+                self.migration.set_autostart(true);
+            }
             RunState::Colo => return Err(QmpError::colo_checkpoint_in_progress()),
             RunState::FinishMigrate => return Err(QmpError::migration_not_finalized()),
             RunState::Shutdown | RunState::InternalError => return Err(QmpError::reset_required()),

@@ -19,6 +19,8 @@ pub struct Vm {
 struct Inner {
     machine: Box<dyn Machine>,
     state: RunState,
+    /// An operator wants the guest stopped, whatever a checkpoint would do with it afterwards.
+    stays: bool,
 }
 
 impl Vm {
@@ -27,7 +29,11 @@ impl Vm {
     pub fn new(machine: Box<dyn Machine>, state: RunState, events: Arc<EventBus>) -> Self {
         let memory = Arc::clone(machine.memory());
         Self {
-            inner: Mutex::new(Inner { machine, state }),
+            inner: Mutex::new(Inner {
+                machine,
+                state,
+                stays: false,
+            }),
             memory,
             events,
         }
@@ -76,12 +82,70 @@ impl Vm {
         Ok(ran)
     }
 
+    /// Stops the guest for a checkpoint. Until [`Vm::resume_after_checkpoint`] nobody lets it run, and
+    /// who had stopped it, or stops it meanwhile, keeps it stopped.
+    ///
+    /// # Errors
+    /// As for [`Vm::stop`].
+    pub fn stop_for_checkpoint(&self) -> Result<(), MachineError> {
+        let mut inner = self.lock();
+        inner.machine.stop()?;
+        match inner.state {
+            RunState::Running => self.events.publish(&Event::Stop),
+            RunState::Paused => inner.stays = true,
+            _ => {}
+        }
+        inner.state = RunState::Colo;
+        Ok(())
+    }
+
+    /// Whether the guest is to stand still when the next checkpoint is over.
+    pub fn set_stays(&self, stays: bool) {
+        self.lock().stays = stays;
+    }
+
+    /// The checkpoint is over: lets the guest run, unless an operator has stopped it.
+    ///
+    /// # Errors
+    /// As for [`Vm::resume`].
+    pub fn resume_after_checkpoint(&self) -> Result<Instant, MachineError> {
+        let mut inner = self.lock();
+        if inner.stays {
+            inner.stays = false;
+            inner.state = RunState::Paused;
+            return Ok(Instant::now());
+        }
+        self.resume_locked(&mut inner)
+    }
+
+    /// An operator stops the guest, which runs, or stands still for a checkpoint that is not to end
+    /// that.
+    ///
+    /// # Errors
+    /// As for [`Vm::stop`].
+    pub fn pause(&self) -> Result<(), MachineError> {
+        let mut inner = self.lock();
+        match inner.state {
+            RunState::Running => {
+                inner.machine.stop()?;
+                inner.state = RunState::Paused;
+                self.events.publish(&Event::Stop);
+            }
+            RunState::Colo => inner.stays = true,
+            _ => {}
+        }
+        Ok(())
+    }
+
     /// Lets the guest run, if it does not. Returns when it was let go.
     ///
     /// # Errors
     /// The machine's; the run state is as before.
     pub fn resume(&self) -> Result<Instant, MachineError> {
-        let mut inner = self.lock();
+        self.resume_locked(&mut self.lock())
+    }
+
+    fn resume_locked(&self, inner: &mut Inner) -> Result<Instant, MachineError> {
         let ran = inner.state == RunState::Running;
         let let_go = inner.machine.resume()?;
         inner.state = RunState::Running;

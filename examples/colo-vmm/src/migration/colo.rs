@@ -44,11 +44,11 @@ pub(super) fn parts(
     run: bool,
 ) -> Parts<CheckpointedVm, NoReplication, ConsoleGate> {
     let console = migration.console.clone();
+    migration.vm.set_stays(!run);
     Parts {
         vm: CheckpointedVm {
             migration: Arc::clone(migration),
             role,
-            run,
             said: 0,
             hashes: None,
         },
@@ -79,8 +79,6 @@ pub(super) fn finish(migration: &Migration, outcome: Outcome) {
 pub(super) struct CheckpointedVm {
     migration: Arc<Migration>,
     role: Role,
-    /// The guest runs when nothing stops it: an operator's `stop` outlives a checkpoint.
-    run: bool,
     /// What the guest had put out when it stood still for the checkpoint.
     said: u64,
     /// RAM and devices at the checkpoint, with `--verify`.
@@ -129,30 +127,15 @@ impl ColoVm for CheckpointedVm {
     type Reset = ResetDone;
 
     fn stop(&mut self) -> Result<(), VmError> {
-        let vm = &self.migration.vm;
-        match vm.state() {
-            RunState::Running => self.run = true,
-            // An operator stopped it since: it stays so after the checkpoint.
-            RunState::Paused => self.run = false,
-            _ => {}
-        }
-        if self.run {
-            vm.stop(RunState::Colo)
-                .map_err(|e| VmError::new("stopping the guest", e))?;
-        }
+        let stopped = self.migration.vm.stop_for_checkpoint();
+        stopped.map_err(|e| VmError::new("stopping the guest", e))?;
         self.said = self.migration.console.said();
         Ok(())
     }
 
     fn resume(&mut self) -> Result<Instant, VmError> {
-        let vm = &self.migration.vm;
-        if self.run {
-            vm.resume()
-                .map_err(|e| VmError::new("resuming the guest", e))
-        } else {
-            vm.set_state(RunState::Paused);
-            Ok(Instant::now())
-        }
+        let resumed = self.migration.vm.resume_after_checkpoint();
+        resumed.map_err(|e| VmError::new("resuming the guest", e))
     }
 
     fn save_devices(&mut self, out: &mut Vec<u8>) -> Result<(), VmError> {
