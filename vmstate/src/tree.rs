@@ -382,6 +382,15 @@ impl DeviceTree {
         if staged.tree != self.id {
             return Err(TreeError::Foreign);
         }
+        self.reset_all()?;
+        Ok(ResetDone(staged))
+    }
+
+    /// Resets all devices, in section order, and leaves them so: a system reset.
+    ///
+    /// # Errors
+    /// A device failed: the VM is in no defined state, and must not run.
+    pub fn reset_all(&mut self) -> Result<(), TreeError> {
         for &i in &self.order {
             let entry = &mut self.entries[i];
             entry
@@ -389,7 +398,7 @@ impl DeviceTree {
                 .reset()
                 .map_err(|source| entry.failed(DeviceStep::Reset, source))?;
         }
-        Ok(ResetDone(staged))
+        Ok(())
     }
 
     /// Gives every device its new state, in section order.

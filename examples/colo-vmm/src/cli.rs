@@ -17,7 +17,7 @@ use uuid::Uuid;
 
 use crate::console::Console;
 use crate::demo::{self, DemoArgs};
-use crate::event_loop::{self, Ender, Ending, Request};
+use crate::event_loop::{self, Ender, Ending, GuestEnds, Request};
 use crate::guest::{WorkloadConfig, workload};
 use crate::machine::{GuestImage, KvmMachine, Machine, MachineConfig, SerialSink, SimMachine};
 use crate::memory::Memory;
@@ -112,6 +112,13 @@ struct RunArgs {
     /// Do not start the guest before QMP says `cont`.
     #[arg(long)]
     paused: bool,
+    /// A guest that resets the machine (0xfe to port 0x64, or a triple fault) boots again instead of
+    /// ending this process.
+    #[arg(long)]
+    reboot: bool,
+    /// A guest that shuts down does not end this process.
+    #[arg(long)]
+    no_shutdown: bool,
     /// Hash guest RAM and device state at every COLO checkpoint.
     #[arg(long)]
     verify: bool,
@@ -364,14 +371,15 @@ fn run(args: &RunArgs) -> Result<ExitCode, Box<dyn Error>> {
         .sink()
         .map_err(|error| format!("the serial line's file: {error}"))?;
     let console = Console::new(sink);
-    let image = args.incoming.is_none().then_some(image);
-    let machine = args.machine.build(image, console.sink())?;
+    let loaded = args.incoming.is_none().then(|| image.clone());
+    let machine = args.machine.build(loaded, console.sink())?;
     let (state, mode) = match args.incoming {
         None => (RunState::PreLaunch, IncomingMode::None),
         Some(_) => (RunState::InMigrate, IncomingMode::Deferred),
     };
     let events = Arc::new(EventBus::new());
-    let vm = Arc::new(Vm::new(machine, state, Arc::clone(&events)));
+    let vm = Vm::new(machine, state, Arc::clone(&events)).resetting_to(image);
+    let vm = Arc::new(vm);
     let ender = Ender::new()?;
     let fatal = ender.clone();
     let on_fatal = move || fatal.end(Request::IncomingFailed);
@@ -408,7 +416,11 @@ fn run(args: &RunArgs) -> Result<ExitCode, Box<dyn Error>> {
         }
     }
     let input = (args.serial == SerialArg::Stdio).then(|| io::stdin().as_raw_fd());
-    let ending = event_loop::run(&migration, signals, &ender, input)?;
+    let ends = GuestEnds {
+        reboot: args.reboot,
+        no_shutdown: args.no_shutdown,
+    };
+    let ending = event_loop::run(&migration, signals, &ender, input, ends)?;
     migration.end();
     vm.stop(RunState::Shutdown)?;
     if let Some(server) = server {

@@ -14,8 +14,8 @@ use crate::memory::Memory;
 /// KVM's dirty log: the kernel marks what vCPUs write, [`DirtyLog::sync`] fetches the bitmap of
 /// each memory slot and clears it.
 ///
-/// No device of this VMM writes guest RAM, so KVM's word is all there is. A VMM with DMA adds a
-/// [`SoftwareDirtyLog`] beside it.
+/// No device of this VMM writes guest RAM, so KVM's word is all there is, but for a reset, after which
+/// every page is reported once. A VMM with DMA adds a [`SoftwareDirtyLog`] beside it.
 #[derive(Debug)]
 pub struct KvmDirtyLog {
     slots: Arc<MemorySlots>,
@@ -36,13 +36,21 @@ fn backend(what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> MemoryError 
 
 impl DirtyLog for KvmDirtyLog {
     fn start(&mut self) -> Result<(), MemoryError> {
+        self.slots.take_rewritten();
         self.slots
             .set_logging(true)
             .map_err(backend("kvm does not start logging writes"))
     }
 
     fn sync(&mut self, sink: &mut dyn FnMut(BlockId, u64, u64)) -> Result<(), MemoryError> {
+        let is_rewritten = self.slots.take_rewritten();
         for slot in self.slots.iter() {
+            if is_rewritten {
+                for first in (0..slot.pages()).step_by(64) {
+                    let count = (slot.pages() - first).min(64);
+                    sink(slot.block(), first, u64::MAX >> (64 - count));
+                }
+            }
             let words = slot
                 .take_dirty()
                 .map_err(backend("kvm does not give its dirty log"))?;

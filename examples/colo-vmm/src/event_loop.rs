@@ -11,7 +11,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::machine::{GuestExit, MachineError};
 use crate::migration::Migration;
-use crate::vm::Vm;
+use crate::vm::{ResetError, Vm};
 
 /// Why the loop ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -23,6 +23,15 @@ pub enum Ending {
     Signal(i32),
     /// An operator did, or something that cannot go on.
     Request(Request),
+}
+
+/// What is done when the guest ends by itself; without either, this process ends with it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct GuestEnds {
+    /// A guest that resets the machine begins anew.
+    pub reboot: bool,
+    /// This process stays, in the state `shutdown`.
+    pub no_shutdown: bool,
 }
 
 /// Who asked for the end.
@@ -87,6 +96,9 @@ pub enum LoopError {
     /// The machine refused.
     #[error(transparent)]
     Machine(#[from] MachineError),
+    /// The machine could not be reset.
+    #[error("resetting the machine")]
+    Reset(#[from] ResetError),
 }
 
 type Outcome = Arc<Mutex<Option<Result<Ending, LoopError>>>>;
@@ -110,6 +122,7 @@ pub fn run(
     signals: SignalFd,
     ender: &Ender,
     input: Option<RawFd>,
+    ends: GuestEnds,
 ) -> Result<Ending, LoopError> {
     let vm = migration.vm();
     let outcome = Outcome::default();
@@ -120,6 +133,7 @@ pub fn run(
     manager.add_subscriber(Box::new(GuestEnd {
         migration: Arc::clone(migration),
         exit_event,
+        ends,
         outcome: Arc::clone(&outcome),
     }));
     manager.add_subscriber(Box::new(SignalEnd {
@@ -160,6 +174,7 @@ fn watch(ops: &mut EventOps, fd: &impl AsRawFd) {
 struct GuestEnd {
     migration: Arc<Migration>,
     exit_event: EventFd,
+    ends: GuestEnds,
     outcome: Outcome,
 }
 
@@ -175,9 +190,16 @@ impl MutEventSubscriber for GuestEnd {
             Ok(Some(exit)) if self.migration.failover().status().mode == ColoMode::Secondary => {
                 tracing::warn!(%exit, "the secondary's guest has ended by itself");
             }
+            Ok(Some(GuestExit::Shutdown | GuestExit::Reset)) if self.ends.reboot => {
+                if let Err(error) = vm.reset(true) {
+                    finish(&self.outcome, Err(error.into()));
+                }
+            }
             Ok(Some(exit)) => {
                 vm.guest_ended();
-                finish(&self.outcome, Ok(Ending::Guest(exit)));
+                if !self.ends.no_shutdown {
+                    finish(&self.outcome, Ok(Ending::Guest(exit)));
+                }
             }
             Ok(None) => {}
             Err(error) => finish(&self.outcome, Err(error.into())),

@@ -26,6 +26,7 @@ pub const COMMANDS: &[CommandKind] = &[
     CommandKind::QueryStatus,
     CommandKind::Stop,
     CommandKind::Cont,
+    CommandKind::SystemReset,
     CommandKind::Quit,
     CommandKind::Migrate,
     CommandKind::MigrateIncoming,
@@ -143,7 +144,11 @@ impl Operator for Monitor {
             Command::QueryStatus => returns(&migration.vm().status()),
             Command::Stop => self.stop(),
             Command::Cont => self.cont(),
-            Command::SystemReset => Err(QmpError::command_not_found("system_reset")),
+            Command::SystemReset => {
+                let reset = migration.vm().reset(false);
+                reset.map_err(|e| QmpError::generic(e.to_string()))?;
+                done()
+            }
             Command::Quit => {
                 let reason = ShutdownCause::HostQmpQuit;
                 migration.vm().events().publish(&Event::Shutdown {

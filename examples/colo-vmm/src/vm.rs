@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use qmp_types::{Event, RunState, ShutdownCause, StatusInfo};
 
-use crate::machine::{Machine, MachineError};
+use crate::machine::{GuestImage, Machine, MachineError};
 use crate::memory::Memory;
 use crate::operator::EventBus;
 
@@ -19,8 +19,12 @@ pub struct Vm {
 struct Inner {
     machine: Box<dyn Machine>,
     state: RunState,
-    /// An operator wants the guest stopped, whatever a checkpoint would do with it afterwards.
-    stays: bool,
+    /// What it is when the checkpoint is over that is being taken, or that comes.
+    after: RunState,
+    /// It is to be reset then; whether the guest wants it.
+    reset: Option<bool>,
+    /// What a reset loads.
+    image: Option<GuestImage>,
 }
 
 impl Vm {
@@ -32,11 +36,20 @@ impl Vm {
             inner: Mutex::new(Inner {
                 machine,
                 state,
-                stays: false,
+                after: RunState::Running,
+                reset: None,
+                image: None,
             }),
             memory,
             events,
         }
+    }
+
+    /// The same with a guest that a reset loads.
+    #[must_use]
+    pub fn resetting_to(self, image: GuestImage) -> Self {
+        self.lock().image = Some(image);
+        self
     }
 
     /// Guest RAM.
@@ -91,8 +104,11 @@ impl Vm {
         let mut inner = self.lock();
         inner.machine.stop()?;
         match inner.state {
-            RunState::Running => self.events.publish(&Event::Stop),
-            RunState::Paused => inner.stays = true,
+            RunState::Running => {
+                inner.after = RunState::Running;
+                self.events.publish(&Event::Stop);
+            }
+            state @ (RunState::Paused | RunState::Shutdown) => inner.after = state,
             _ => {}
         }
         inner.state = RunState::Colo;
@@ -101,21 +117,62 @@ impl Vm {
 
     /// Whether the guest is to stand still when the next checkpoint is over.
     pub fn set_stays(&self, stays: bool) {
-        self.lock().stays = stays;
+        self.lock().after = if stays {
+            RunState::Paused
+        } else {
+            RunState::Running
+        };
     }
 
-    /// The checkpoint is over: lets the guest run, unless an operator has stopped it.
+    /// The checkpoint is over: lets the guest run, unless an operator has stopped it, or it has ended.
     ///
     /// # Errors
     /// As for [`Vm::resume`].
     pub fn resume_after_checkpoint(&self) -> Result<Instant, MachineError> {
         let mut inner = self.lock();
-        if inner.stays {
-            inner.stays = false;
-            inner.state = RunState::Paused;
-            return Ok(Instant::now());
+        if let Some(guest) = inner.reset.take() {
+            self.reset_machine(&mut inner, guest)?;
         }
-        self.resume_locked(&mut inner)
+        if inner.after == RunState::Running {
+            return self.resume_locked(&mut inner);
+        }
+        inner.state = inner.after;
+        Ok(Instant::now())
+    }
+
+    /// Resets the machine: its guest begins anew. Within a checkpoint that is done when it is over.
+    /// `guest`: the guest wants it.
+    ///
+    /// # Errors
+    /// The guest is on its way from or to another VM, or the machine's.
+    pub fn reset(&self, guest: bool) -> Result<(), ResetError> {
+        let mut inner = self.lock();
+        match inner.state {
+            RunState::Colo => inner.reset = Some(guest),
+            RunState::Running => {
+                self.reset_machine(&mut inner, guest)?;
+                inner.machine.resume()?;
+            }
+            RunState::Shutdown => {
+                self.reset_machine(&mut inner, guest)?;
+                inner.state = RunState::Paused;
+            }
+            RunState::Paused | RunState::PreLaunch => self.reset_machine(&mut inner, guest)?,
+            state => return Err(ResetError::State { state }),
+        }
+        Ok(())
+    }
+
+    fn reset_machine(&self, inner: &mut Inner, guest: bool) -> Result<(), MachineError> {
+        let Inner { machine, image, .. } = inner;
+        machine.reset(image.as_ref().ok_or(MachineError::NoImage)?)?;
+        let reason = if guest {
+            ShutdownCause::GuestReset
+        } else {
+            ShutdownCause::HostQmpSystemReset
+        };
+        self.events.publish(&Event::Reset { guest, reason });
+        Ok(())
     }
 
     /// An operator stops the guest, which runs, or stands still for a checkpoint that is not to end
@@ -131,7 +188,7 @@ impl Vm {
                 inner.state = RunState::Paused;
                 self.events.publish(&Event::Stop);
             }
-            RunState::Colo => inner.stays = true,
+            RunState::Colo if inner.after == RunState::Running => inner.after = RunState::Paused,
             _ => {}
         }
         Ok(())
@@ -157,7 +214,13 @@ impl Vm {
 
     /// The guest has ended by itself, and its machine is stopped.
     pub fn guest_ended(&self) {
-        self.lock().state = RunState::Shutdown;
+        let mut inner = self.lock();
+        match inner.state {
+            // It is being copied as it ended.
+            RunState::Colo => inner.after = RunState::Shutdown,
+            _ => inner.state = RunState::Shutdown,
+        }
+        drop(inner);
         let reason = ShutdownCause::GuestShutdown;
         self.events.publish(&Event::Shutdown {
             guest: true,
@@ -180,6 +243,21 @@ impl Vm {
         // goes on to report it.
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Why a VM was not reset.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ResetError {
+    /// Its guest is on its way from or to another VM.
+    #[error("the VM cannot be reset in the state '{state}'")]
+    State {
+        /// The state.
+        state: RunState,
+    },
+    /// The machine's.
+    #[error(transparent)]
+    Machine(#[from] MachineError),
 }
 
 impl std::fmt::Debug for Vm {

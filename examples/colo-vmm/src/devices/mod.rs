@@ -11,7 +11,7 @@
 //! | [`Pit`] | `i8254` | KVM |
 //! | [`KvmClock`] | `kvmclock` | KVM |
 //! | [`SerialPort`] | `serial` | here |
-//! | [`DebugExit`] | none: it has no state | here |
+//! | [`DebugExit`], [`ResetPort`] | none: they have no state | here |
 //!
 //! State is KVM's, read when it is saved, except for what a clock changes by itself: a stopped
 //! VM's clocks are held by [`Clocks`](crate::machine) and do not change until it resumes.
@@ -30,6 +30,7 @@ mod msrs;
 mod pic;
 mod pit;
 mod registers;
+mod reset_port;
 mod serial;
 mod xsave;
 
@@ -43,6 +44,7 @@ pub use msrs::{ModelRegisters, ModelRegistersState};
 pub use pic::{Pic, PicRole, PicState};
 pub use pit::{Pit, PitChannelState, PitState};
 pub use registers::{SegmentState, TableState, VcpuRegisters, VcpuState};
+pub use reset_port::{RESET_PORT, ResetPort};
 pub use serial::{COM1_PORTS, SerialPort, SerialState};
 pub use xsave::{Xsave, XsaveState};
 

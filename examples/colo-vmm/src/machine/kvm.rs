@@ -17,7 +17,8 @@ use super::{
 };
 use crate::devices::{
     COM1_PORTS, DEBUG_EXIT_PORT, DebugExit, IoApic, KvmClock, Lapic, MSR_TSC_DEADLINE,
-    ModelRegisters, Pic, PicRole, Pit, PortBus, SerialPort, VcpuRegisters, Xsave,
+    ModelRegisters, Pic, PicRole, Pit, PortBus, RESET_PORT, ResetPort, SerialPort, VcpuRegisters,
+    Xsave,
 };
 use crate::dirty_log::KvmDirtyLog;
 use crate::loader;
@@ -62,6 +63,7 @@ pub struct KvmMachine {
     devices: DeviceTree,
     serial: SerialPort,
     control: Arc<RunControl>,
+    vcpus: Vec<Arc<Vcpu>>,
     threads: Vec<VcpuThread>,
 }
 
@@ -202,6 +204,7 @@ impl KvmMachine {
             DEBUG_EXIT_PORT..DEBUG_EXIT_PORT + 1,
             Arc::new(Mutex::new(DebugExit)),
         );
+        bus.insert(RESET_PORT..RESET_PORT + 1, Arc::new(Mutex::new(ResetPort)));
         let bus = Arc::new(bus);
 
         // The guest. An incoming one brings all of this with it.
@@ -212,11 +215,7 @@ impl KvmMachine {
                      instructions: a stock linux kernel crawls here, and does not get to its end"
                 );
             }
-            let boot = loader::load(image, &memory)?;
-            if let Some(first) = vcpus.first() {
-                vcpu::enter(&*first.fd()?, &boot)
-                    .map_err(MachineError::kvm("set the first vcpu's registers"))?;
-            }
+            boot(image, &memory, &vcpus)?;
         }
         clocks.freeze()?;
 
@@ -231,10 +230,12 @@ impl KvmMachine {
             devices,
             serial,
             control,
+            vcpus,
             threads: Vec::new(),
         };
-        for vcpu in vcpus {
-            let thread = VcpuThread::spawn(vcpu, Arc::clone(&bus), Arc::clone(&machine.control))?;
+        for vcpu in &machine.vcpus {
+            let control = Arc::clone(&machine.control);
+            let thread = VcpuThread::spawn(Arc::clone(vcpu), Arc::clone(&bus), control)?;
             machine.threads.push(thread);
         }
         Ok(machine)
@@ -244,6 +245,16 @@ impl KvmMachine {
         self.control
             .stop(|| self.threads.iter().for_each(VcpuThread::kick))
     }
+}
+
+/// Puts a guest into RAM, and the first vCPU, which is at power-on, where it begins.
+fn boot(image: &GuestImage, memory: &Memory, vcpus: &[Arc<Vcpu>]) -> Result<(), MachineError> {
+    let boot = loader::load(image, memory)?;
+    if let Some(first) = vcpus.first() {
+        vcpu::enter(&*first.fd()?, &boot)
+            .map_err(MachineError::kvm("set the first vcpu's registers"))?;
+    }
+    Ok(())
 }
 
 fn register<D>(devices: &mut DeviceTree, instance_id: u32, device: D) -> Result<(), MachineError>
@@ -328,6 +339,17 @@ impl Machine for KvmMachine {
         }
         self.stop()?;
         Ok(self.control.take_exit())
+    }
+
+    fn reset(&mut self, image: &GuestImage) -> Result<(), MachineError> {
+        self.stop()?;
+        self.devices
+            .reset_all()
+            .map_err(|error| MachineError::Devices(error.into()))?;
+        boot(image, &self.memory, &self.vcpus)?;
+        // What we write KVM does not log.
+        self.slots.note_rewritten();
+        Ok(())
     }
 
     fn serial_input(&self, bytes: &[u8]) -> Result<usize, MachineError> {

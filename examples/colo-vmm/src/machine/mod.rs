@@ -109,8 +109,10 @@ pub enum RunState {
 pub enum GuestExit {
     /// It wrote this value to the debug-exit port.
     DebugExit(u8),
-    /// It shut the machine down (a triple fault, which is also how many guests reboot).
+    /// It shut the processor down (a triple fault, which is also how some guests reboot).
     Shutdown,
+    /// It reset the machine.
+    Reset,
     /// KVM met an instruction that it can neither run nor emulate.
     Unemulated(UnemulatedInstruction),
     /// KVM left the guest for a reason this VMM does not handle.
@@ -124,12 +126,12 @@ pub enum GuestExit {
 
 impl GuestExit {
     /// The exit status of a process whose guest ended this way: as with QEMU's `isa-debug-exit`,
-    /// a value `v` on the port gives `(v << 1) | 1`. A shutdown gives 0, a failure 1.
+    /// a value `v` on the port gives `(v << 1) | 1`. A shutdown and a reset give 0, a failure 1.
     #[must_use]
     pub const fn status(&self) -> u8 {
         match self {
             Self::DebugExit(value) => (*value << 1) | 1,
-            Self::Shutdown => 0,
+            Self::Shutdown | Self::Reset => 0,
             Self::Unemulated(_) | Self::Unhandled { .. } => 1,
         }
     }
@@ -142,6 +144,7 @@ impl fmt::Display for GuestExit {
                 write!(f, "the guest wrote {value:#04x} to the debug-exit port")
             }
             Self::Shutdown => f.write_str("the guest shut down"),
+            Self::Reset => f.write_str("the guest reset the machine"),
             Self::Unemulated(what) => what.fmt(f),
             Self::Unhandled { vcpu, reason } => write!(f, "vcpu {vcpu} stopped: {reason}"),
         }
@@ -194,6 +197,12 @@ pub trait Machine: Send {
     /// As for [`Machine::stop`].
     fn take_exit(&mut self) -> Result<Option<GuestExit>, MachineError>;
 
+    /// Resets the machine, and loads `image` into it as when it was built. It is stopped then.
+    ///
+    /// # Errors
+    /// The image cannot be loaded, or a device fails: the machine is in no defined state.
+    fn reset(&mut self, image: &GuestImage) -> Result<(), MachineError>;
+
     /// Types `bytes` on the guest's serial line. Returns how many the port had room for: none
     /// while the machine is stopped, whose devices do not change.
     ///
@@ -236,6 +245,9 @@ pub enum MachineError {
     /// The simulated machine runs nothing but the built-in workload.
     #[error("the simulated machine runs only the built-in workload")]
     SimGuest,
+    /// Nobody said what a reset loads.
+    #[error("there is no guest that a reset could load")]
+    NoImage,
     /// RAM could not be set up.
     #[error(transparent)]
     Memory(#[from] MemorySetupError),

@@ -61,6 +61,7 @@ pub struct SimMachine {
     memory: Arc<Memory>,
     bitmap: Arc<DirtyBitmap>,
     devices: DeviceTree,
+    cpu: Arc<Mutex<SimCpu>>,
     control: Arc<RunControl>,
     thread: Option<JoinHandle<()>>,
 }
@@ -110,14 +111,16 @@ impl SimMachine {
             control: Arc::clone(&control),
             serial: config.serial,
         };
+        let its_cpu = Arc::clone(&cpu);
         let thread = thread::Builder::new()
             .name("sim-cpu".to_owned())
-            .spawn(move || guest.rounds(&cpu))
+            .spawn(move || guest.rounds(&its_cpu))
             .map_err(MachineError::host("start the simulated guest's thread"))?;
         Ok(Self {
             memory,
             bitmap,
             devices,
+            cpu,
             control,
             thread: Some(thread),
         })
@@ -332,6 +335,20 @@ impl Machine for SimMachine {
     }
 
     /// The simulated guest does not listen: the bytes are taken and lost.
+    /// What the guest has in RAM it writes anew.
+    fn reset(&mut self, image: &GuestImage) -> Result<(), MachineError> {
+        let GuestImage::Workload(workload) = image else {
+            return Err(MachineError::SimGuest);
+        };
+        self.stop()?;
+        self.devices
+            .reset_all()
+            .map_err(|error| MachineError::Devices(error.into()))?;
+        let mut cpu = self.cpu.lock().unwrap_or_else(PoisonError::into_inner);
+        cpu.state = loaded(workload, &self.memory)?;
+        Ok(())
+    }
+
     fn serial_input(&self, bytes: &[u8]) -> Result<usize, MachineError> {
         Ok(bytes.len())
     }

@@ -1,9 +1,11 @@
 //! RAM as KVM sees it: one memory slot for each block.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_userspace_memory_region};
 use kvm_ioctls::VmFd;
+use migration_stream::PAGE_SIZE;
 use migration_stream::ram::BlockId;
 use vm_memory::Address;
 
@@ -14,6 +16,8 @@ use crate::memory::{Memory, Region};
 pub struct MemorySlots {
     vm: Arc<VmFd>,
     memory: Arc<Memory>,
+    /// RAM was written by this process, anywhere in it.
+    rewritten: AtomicBool,
 }
 
 /// One slot: the region of guest RAM that goes by its index.
@@ -30,7 +34,11 @@ impl MemorySlots {
     /// # Errors
     /// KVM's.
     pub fn new(vm: Arc<VmFd>, memory: Arc<Memory>) -> Result<Self, kvm_ioctls::Error> {
-        let slots = Self { vm, memory };
+        let slots = Self {
+            vm,
+            memory,
+            rewritten: AtomicBool::new(false),
+        };
         slots.set_logging(false)?;
         Ok(slots)
     }
@@ -57,6 +65,16 @@ impl MemorySlots {
         Ok(())
     }
 
+    /// This process has written RAM, as only a reset makes it do: every page counts as dirty once.
+    pub fn note_rewritten(&self) {
+        self.rewritten.store(true, Ordering::Release);
+    }
+
+    /// Whether [`MemorySlots::note_rewritten`] was called since the last time.
+    pub fn take_rewritten(&self) -> bool {
+        self.rewritten.swap(false, Ordering::AcqRel)
+    }
+
     /// The RAM in the slots.
     #[must_use]
     pub fn memory(&self) -> &Memory {
@@ -80,6 +98,12 @@ impl Slot<'_> {
     #[must_use]
     pub const fn block(&self) -> BlockId {
         self.region.block
+    }
+
+    /// Number of pages.
+    #[must_use]
+    pub fn pages(&self) -> u64 {
+        self.region.mapping.size() as u64 / PAGE_SIZE
     }
 
     /// The pages written since the last call, 64 a word; clears KVM's record of them.
