@@ -1,7 +1,9 @@
 //! Dirty bitmaps of real QEMU's disks: read out of a stream and written again, and handed from one
 //! QEMU to another by our `Target` and `Source`.
 
+use std::fs::{self, File};
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,15 +18,25 @@ use migration_stream::dirty_bitmap::{
     MigratedBitmap,
 };
 use migration_stream::io::FdChannel;
+use migration_stream::machine::MachineVersion;
 use migration_stream::opaque_tail::{Tail, TailLimits};
 use migration_stream::precopy::{
     BoxError, Control, FIRST_DEVICE_SECTION, Limits, Progress, RamSetup, ReturnPathReader, Source,
     SourceConfig, SourceVm, Target, TargetConfig,
 };
-use migration_stream::ram::{BlockId, InStream, NoMultifd, RamBlock, RamBlockTable};
+use migration_stream::ram::{
+    BlockId, InStream, NoMultifd, RamBlock, RamBlockTable, ZeroPageDetection,
+};
 use migration_stream::section::SectionId;
 use migration_stream::{DirtyLog, GuestRam, MemoryError, StreamReader, StreamWriter};
 use serde_json::{Value, json};
+use stream_inspect::inspection::Part;
+use stream_inspect::report::Report;
+use stream_inspect::scan::{FileOrigin, scan};
+use stream_relay::Access;
+use stream_relay::incoming::{Incoming, IncomingConfig};
+use stream_relay::outgoing::OutgoingConfig;
+use stream_relay::relay::{Origin, Relay};
 use tests::capture::Tap;
 use tests::qemu::{Binary, Machine, Qemu};
 use tests::store::Memory;
@@ -58,6 +70,7 @@ fn main() -> ExitCode {
                 persistent,
             ),
             harness::on_each_qemu("bitmaps_are_handed_on_to_another_qemu", (7, 2), handed_on),
+            harness::on_each_qemu("bitmaps_pass_through_the_relay", (7, 2), relayed),
         ]
         .into_iter()
         .flatten(),
@@ -123,6 +136,7 @@ fn in_a_stream(qemu: &Binary) -> Result<()> {
     let counts: Vec<u64> = expected.iter().map(|b| b.3).collect();
     assert_eq!(counts, [65536 * 3, (128 << 10) + 512, 0]);
     let stream = capture(&mut source)?;
+    inspected(&stream, source.dir())?;
     let sections = Sections::of(&stream)?;
     let as_queried = |b: &MigratedBitmap, dirty| {
         (
@@ -148,6 +162,23 @@ fn in_a_stream(qemu: &Binary) -> Result<()> {
         assert_eq!(bitmap.flags.enabled, enabled);
         assert!(!bitmap.flags.persistent && bitmap.is_complete);
     }
+    Ok(())
+}
+
+/// `stream-inspect` finds them, and the devices behind them.
+fn inspected(stream: &[u8], dir: &Path) -> Result<()> {
+    let path = dir.join("inspected");
+    fs::write(&path, stream)?;
+    let (mut origin, reader) = FileOrigin::open(Arc::new(File::open(&path)?), 0);
+    let found = scan(reader, &mut origin, None, &mut |_| ())?;
+    let mut names: Vec<_> = found.bitmaps.iter().map(|b| b.name.as_str()).collect();
+    names.sort_unstable();
+    assert_eq!(names, ["frozen", "nightly", "since the last release"]);
+    assert!(found.bitmaps.iter().all(|b| b.is_complete));
+    assert!(found.part(Part::Bitmaps).bytes > 100);
+    assert_eq!(found.total().bytes, stream.len() as u64);
+    let report = Report::new(&found).text(false)?;
+    assert!(report.contains("nightly of disk0"), "{report}");
     Ok(())
 }
 
@@ -375,6 +406,50 @@ fn handed_on(qemu: &Binary) -> Result<()> {
     let channel = FdChannel::new(UnixStream::connect(&socket)?, PATIENCE)?;
     let configuration = loaded.configuration().cloned();
     send(channel, qemu, configuration, &memory, &tail, sections)?;
+    to.wait_migration("completed")?;
+    assert_eq!(bitmaps(&mut to)?, expected);
+    Ok(())
+}
+
+/// Through `stream-relay`, by way of its store.
+fn relayed(qemu: &Binary) -> Result<()> {
+    let mut from = source(qemu)?;
+    let expected = bitmaps(&mut from)?;
+    from.qmp.enable(&["return-path"])?;
+    let mut to = machine().incoming().start(qemu)?;
+    to.qmp.enable(&["return-path", "dirty-bitmaps"])?;
+    let (major, minor, _) = qemu.version();
+    let machine_version = Some(MachineVersion::new(major, minor));
+    let incoming = Incoming::open(IncomingConfig {
+        from: "tcp:127.0.0.1:0".parse()?,
+        channels: None,
+        access: Access::default(),
+        xbzrle: false,
+        machine_version,
+        uuid: [0; 16],
+        max_memory: 1 << 30,
+        without_return_path: false,
+        timeout: PATIENCE,
+    })?;
+    let uri = incoming.address().ok_or("no address")?.to_string();
+    let relay = Relay {
+        from: Origin::Source(Box::new(incoming)),
+        store: Some(from.dir().join("store")),
+        to: Some(OutgoingConfig {
+            to: to.listen("tcp:127.0.0.1:0")?.parse()?,
+            channels: None,
+            mapped_ram: None,
+            zero_pages: ZeroPageDetection::Legacy,
+            max_bandwidth: 0,
+            machine_version,
+            uuid: [0; 16],
+            timeout: PATIENCE,
+        }),
+        remove_store: false,
+    };
+    from.migrate(&uri)?;
+    relay.run(&Arc::default())?;
+    from.wait_migration("completed")?;
     to.wait_migration("completed")?;
     assert_eq!(bitmaps(&mut to)?, expected);
     Ok(())

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use migration_stream::command::CommandNumber;
 use migration_stream::configuration::Configuration;
+use migration_stream::dirty_bitmap::MigratedBitmap;
 use migration_stream::ram::RamBlock;
 use migration_stream::section::{SectionHeader, SectionId};
 
@@ -18,6 +19,8 @@ pub enum Part {
     Setup,
     /// Pages, and what the RAM sections around them are made of.
     Pages,
+    /// Dirty bitmaps of the guest's disks.
+    Bitmaps,
     /// Device sections.
     Devices,
     /// The description of the device sections.
@@ -26,11 +29,12 @@ pub enum Part {
 
 impl Part {
     /// All of them, in the order of a stream.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 7] = [
         Self::Configuration,
         Self::Commands,
         Self::Setup,
         Self::Pages,
+        Self::Bitmaps,
         Self::Devices,
         Self::Description,
     ];
@@ -43,6 +47,7 @@ impl Part {
             Self::Commands => "commands",
             Self::Setup => "ram set-up",
             Self::Pages => "ram pages",
+            Self::Bitmaps => "dirty bitmaps",
             Self::Devices => "devices",
             Self::Description => "description",
         }
@@ -117,6 +122,8 @@ pub struct Inspection {
     pub blocks: Vec<Block>,
     /// RAM sections: the first one, those with pages, the last one.
     pub ram_sections: u64,
+    /// Dirty bitmaps of the guest's disks (the capability `dirty-bitmaps`).
+    pub bitmaps: Vec<MigratedBitmap>,
     /// Sections, in the order of the stream.
     pub sections: Vec<Section>,
     /// The description's text; empty where the source sends none (`suppress-vmdesc`), and the device

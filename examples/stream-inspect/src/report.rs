@@ -3,6 +3,7 @@
 use std::fmt::{self, Write as _};
 use std::time::Duration;
 
+use migration_stream::dirty_bitmap::MigratedBitmap;
 use migration_stream::section::SectionHeader;
 use serde_json::Value;
 
@@ -40,6 +41,7 @@ impl<'a> Report<'a> {
         let _ = self.configuration(&mut out);
         let _ = self.parts(&mut out);
         let _ = self.blocks(&mut out);
+        let _ = self.bitmaps(&mut out);
         if let Some(layouts) = &layouts {
             self.devices(&mut out, layouts)?;
         } else {
@@ -125,6 +127,34 @@ impl<'a> Report<'a> {
             )?;
         }
         writeln!(out, "in {} sections", self.inspection.ram_sections)
+    }
+
+    fn bitmaps(&self, out: &mut String) -> fmt::Result {
+        let bitmaps = &self.inspection.bitmaps;
+        if bitmaps.is_empty() {
+            return Ok(());
+        }
+        let title = |b: &MigratedBitmap| format!("{} of {}", b.name.as_str(), b.node.as_str());
+        let width = bitmaps.iter().map(|b| title(b).len()).max().unwrap_or(0);
+        let width = width.max("dirty bitmap".len());
+        writeln!(out, "\n{:<width$} {:>12}", "dirty bitmap", "granularity")?;
+        for b in bitmaps {
+            let flags = [
+                (b.flags.enabled, "enabled"),
+                (b.flags.persistent, "persistent"),
+                (b.flags.autoload, "autoload"),
+                (!b.is_complete, "not complete"),
+            ];
+            let flags: Vec<&str> = flags.iter().filter(|f| f.0).map(|f| f.1).collect();
+            let title = title(b);
+            writeln!(
+                out,
+                "{title:<width$} {:>12} {}",
+                b.granularity,
+                flags.join(", ")
+            )?;
+        }
+        Ok(())
     }
 
     fn devices(&self, out: &mut String, layouts: &Layouts) -> Result<(), StateError> {

@@ -10,6 +10,7 @@ use migration_stream::configuration::Configuration;
 use migration_stream::decoder::{
     ConfigurationRule, DecoderConfig, Item, MAX_ITEM_LEN, RamItem, Step, StreamDecoder,
 };
+use migration_stream::dirty_bitmap::{DIRTY_BITMAP_IDSTR, DirtyBitmapDecoder};
 use migration_stream::io::PositionedFile;
 use migration_stream::mapped_ram::MappedArea;
 use migration_stream::opaque_tail::{Fed, OpaqueTail, Tail, TailError, TailLimits};
@@ -18,7 +19,7 @@ use migration_stream::section::{
     Announcement, Continuation, SectionHeader, SectionId, SectionType,
 };
 use migration_stream::vmdesc::VmDescription;
-use migration_stream::{DecodeError, PAGE_SIZE, StreamReader};
+use migration_stream::{Cause, DecodeError, PAGE_SIZE, StreamReader};
 
 use crate::extract::{Extract, ExtractError};
 use crate::inspection::{Block, Commands, Device, Extent, Inspection, Part, Section};
@@ -161,6 +162,8 @@ pub fn scan(
         unique: Vec::new(),
         areas: Vec::new(),
         ram: Ram::Unknown,
+        bitmap_section: None,
+        bitmap_decoder: DirtyBitmapDecoder::new(),
     };
     scan.run(StreamDecoder::new(config, None))
 }
@@ -186,6 +189,9 @@ struct Scan<'a> {
     /// Of blocks whose names have not come.
     areas: Vec<(BlockId, MappedArea)>,
     ram: Ram,
+    /// The section of dirty bitmaps, once it was announced.
+    bitmap_section: Option<SectionId>,
+    bitmap_decoder: DirtyBitmapDecoder,
 }
 
 impl Scan<'_> {
@@ -212,6 +218,18 @@ impl Scan<'_> {
                     self.ram = Ram::Open(header.id);
                     self.found.ram_sections += 1;
                     self.found.sections.push(Section::Ram(header.id));
+                }
+                Step::Item(Item::Section(header))
+                    if header.idstr.as_str() == DIRTY_BITMAP_IDSTR
+                        && header.kind == Announcement::Start =>
+                {
+                    self.meter.turn(Part::Bitmaps, offset);
+                    self.bitmap_section = Some(header.id);
+                    self.bitmaps()?;
+                }
+                Step::Item(Item::Continuation { id, .. }) if self.bitmap_section == Some(id) => {
+                    self.meter.turn(Part::Bitmaps, offset);
+                    self.bitmaps()?;
                 }
                 Step::Item(Item::Section(header)) => {
                     self.meter.turn(Part::Devices, offset);
@@ -285,6 +303,26 @@ impl Scan<'_> {
             }
             self.fill()?;
         }
+    }
+
+    /// The body of a section of dirty bitmaps, whose bits are passed over.
+    fn bitmaps(&mut self) -> Result<(), ScanError> {
+        loop {
+            let mut r = Reader::new(self.reader.buffered(), self.reader.offset());
+            match self.bitmap_decoder.next(&mut r) {
+                Ok(chunk) => {
+                    let consumed = r.consumed();
+                    self.reader.consume(consumed);
+                    if chunk.is_last {
+                        break;
+                    }
+                }
+                Err(e) if matches!(e.cause, Cause::Truncated { .. }) => self.fill()?,
+                Err(e) => return Err(e.into()),
+            }
+        }
+        self.found.bitmaps = self.bitmap_decoder.bitmaps().to_vec();
+        Ok(())
     }
 
     fn command(&mut self, command: &Command) -> Result<(), ScanError> {
@@ -785,6 +823,6 @@ mod tests {
         };
         meter.shift(Part::Devices, Part::Description, what);
         let bytes = meter.extents.map(|extent| extent.bytes);
-        assert_eq!(bytes, [50, 0, 20, 1000, 200, 100]);
+        assert_eq!(bytes, [50, 0, 20, 1000, 0, 200, 100]);
     }
 }

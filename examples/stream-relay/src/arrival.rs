@@ -4,10 +4,10 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use migration_stream::configuration::Configuration;
-use migration_stream::opaque_tail::Tail;
 use migration_stream::ram::BlockId;
 use migration_stream::{DirtyLog, MemoryError};
 
+use crate::guest::Devices;
 use crate::memory::Memory;
 
 /// How long pages are collected before they are sent on.
@@ -28,7 +28,7 @@ pub struct Arrival {
 enum State {
     Coming,
     /// With these devices, and nothing more lands.
-    Here(Tail),
+    Here(Devices),
     Failed,
 }
 
@@ -45,7 +45,7 @@ impl Arrival {
     }
 
     /// Nothing more lands: the guest is here with these devices, or it does not come.
-    pub fn end(&self, devices: Option<Tail>) {
+    pub fn end(&self, devices: Option<Devices>) {
         *self.lock() = devices.map_or(State::Failed, State::Here);
         self.changed.notify_all();
     }
@@ -67,7 +67,7 @@ impl Arrival {
     ///
     /// # Errors
     /// It does not come.
-    pub fn wait(&self) -> Result<Tail, NotComing> {
+    pub fn wait(&self) -> Result<Devices, NotComing> {
         let state = self.lock();
         let state = self
             .changed
@@ -144,6 +144,8 @@ mod tests {
     use std::thread;
 
     use migration_stream::configuration::MachineName;
+    use migration_stream::dirty_bitmap::BitmapSections;
+    use migration_stream::opaque_tail::{Tail, TailLimits};
     use migration_stream::ram::{RamBlock, RamBlockTable};
     use migration_stream::{PAGE_SIZE, PageStore};
 
@@ -166,9 +168,12 @@ mod tests {
         words
     }
 
-    fn tail() -> Tail {
+    fn devices() -> Devices {
         let bytes = include_bytes!("../../../migration-stream/tests/data/microvm-11.1.3.tail");
-        Tail::decode(bytes, migration_stream::opaque_tail::TailLimits::default()).unwrap()
+        Devices {
+            tail: Tail::decode(bytes, TailLimits::default()).unwrap(),
+            bitmaps: BitmapSections::new(),
+        }
     }
 
     #[test]
@@ -188,7 +193,7 @@ mod tests {
         );
         arrival.memory.landed(ram, 0, 4096).unwrap();
         assert_eq!(synced(&mut log), [(0, 0, 1)]);
-        arrival.end(Some(tail()));
+        arrival.end(Some(devices()));
         assert_eq!(synced(&mut log), []);
         assert!(arrival.wait().is_ok());
     }

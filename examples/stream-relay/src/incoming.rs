@@ -10,7 +10,7 @@ use migration_stream::configuration::Configuration;
 use migration_stream::decoder::{ConfigurationRule, DecoderConfig};
 use migration_stream::io::{FdChannel, PositionedFile, open_direct};
 use migration_stream::mapped_ram::FileReader;
-use migration_stream::opaque_tail::{Tail, TailLimits};
+use migration_stream::opaque_tail::TailLimits;
 use migration_stream::precopy::{Loaded, Target, TargetConfig, TargetError};
 use migration_stream::ram::NoMultifd;
 use migration_stream::{PageBarrier, StreamReader, TransportError};
@@ -19,7 +19,7 @@ use multifd::{Address, AddressError, Listener, MultifdConfig, RecvChannel, RecvS
 
 use crate::counted::Counted;
 use crate::endpoint::Endpoint;
-use crate::guest::{Guest, version};
+use crate::guest::{Devices, Guest, version};
 use crate::memory::{HoldError, Memory};
 use crate::progress::{Figures, Progress, Stage};
 use crate::{Access, Channels};
@@ -344,9 +344,15 @@ impl Pages {
         target: Target,
         memory: &Arc<Memory>,
         progress: &Arc<Progress>,
-    ) -> Result<(Loaded, Tail), IncomingError> {
+    ) -> Result<(Loaded, Devices), IncomingError> {
         let load = |barrier: &mut dyn PageBarrier| {
-            target.load_opaque(memory, barrier, TailLimits::default())
+            let (loaded, tail) = target.keeping_dirty_bitmaps().load_opaque(
+                memory,
+                barrier,
+                TailLimits::default(),
+            )?;
+            let bitmaps = loaded.dirty_bitmaps().clone();
+            Ok::<_, TargetError>((loaded, Devices { tail, bitmaps }))
         };
         match self {
             Self::Stream => Ok(load(&mut NoMultifd)?),

@@ -10,7 +10,6 @@ use migration_stream::configuration::{Configuration, MAPPED_RAM};
 use migration_stream::io::{FileChannel, PositionedFile, open_direct};
 use migration_stream::machine::MachineVersion;
 use migration_stream::mapped_ram::FileWriter;
-use migration_stream::opaque_tail::Tail;
 use migration_stream::precopy::{
     BoxError, Control, FIRST_DEVICE_SECTION, Limits, RamSetup, ReturnPathReader, Source,
     SourceConfig, SourceError, SourceVm,
@@ -25,7 +24,7 @@ use tempfile::NamedTempFile;
 
 use crate::arrival::{Arrival, LandedLog, NotComing};
 use crate::endpoint::Endpoint;
-use crate::guest::{Guest, version};
+use crate::guest::{Devices, Guest, version};
 use crate::memory::Memory;
 use crate::progress::{Figures, Progress, Stage};
 use crate::{Access, Channels};
@@ -124,7 +123,7 @@ struct Departure<'a, F> {
     devices: F,
 }
 
-impl<F: Fn() -> Result<Tail, NotComing>> Departure<'_, F> {
+impl<F: Fn() -> Result<Devices, NotComing>> Departure<'_, F> {
     fn run(&self, log: impl DirtyLog) -> Result<Figures, OutgoingError> {
         let config = self.config;
         config.check()?;
@@ -292,10 +291,10 @@ impl DirtyLog for Still {
 struct Held<'a, F> {
     departure: &'a Departure<'a, F>,
     /// Those that are or were sent.
-    devices: Option<Tail>,
+    devices: Option<Devices>,
 }
 
-impl<F: Fn() -> Result<Tail, NotComing>> SourceVm for Held<'_, F> {
+impl<F: Fn() -> Result<Devices, NotComing>> SourceVm for Held<'_, F> {
     fn stop(&mut self) -> Result<(), BoxError> {
         self.devices = Some((self.departure.devices)()?);
         Ok(())
@@ -307,8 +306,8 @@ impl<F: Fn() -> Result<Tail, NotComing>> SourceVm for Held<'_, F> {
 
     fn save_devices(&mut self, out: &mut Vec<u8>) -> Result<String, BoxError> {
         let devices = self.devices.as_ref().ok_or(NotComing)?;
-        devices.encode_sections(FIRST_DEVICE_SECTION, out);
-        Ok(devices.description_text().to_owned())
+        devices.encode(FIRST_DEVICE_SECTION, out);
+        Ok(devices.tail.description_text().to_owned())
     }
 
     fn progress(&mut self, progress: &migration_stream::precopy::Progress) -> Control {

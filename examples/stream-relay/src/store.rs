@@ -3,6 +3,7 @@
 //! ```text
 //! DIR/manifest.json   machine, blocks, lengths and checksums
 //! DIR/devices         the device sections and their description, as they came
+//! DIR/bitmaps         dirty bitmaps of its disks, if it has any
 //! DIR/ram-0 ...       a block each, byte i of it byte i of the file; zero pages are holes
 //! ```
 //!
@@ -21,22 +22,25 @@ use migration_stream::codec::IdStr;
 use migration_stream::configuration::{
     Configuration, ConfigurationError, IGNORE_SHARED, MachineName,
 };
+use migration_stream::dirty_bitmap::BitmapSections;
 use migration_stream::opaque_tail::{Tail, TailError, TailLimits};
 use migration_stream::ram::{BlockId, RamBlock, RamBlockError, RamBlockTable, zero_check};
-use migration_stream::{GuestRam, MemoryError, PAGE_SIZE};
+use migration_stream::section::SectionId;
+use migration_stream::{DecodeError, GuestRam, MemoryError, PAGE_SIZE};
 use rustix::fs::SeekFrom;
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use twox_hash::XxHash64;
 use vm_memory::VolatileSlice;
 
-use crate::guest::Guest;
+use crate::guest::{Devices, Guest};
 use crate::memory::{HoldError, Memory};
 use crate::outgoing::{parent, sync_directory};
 use crate::progress::{Progress, Stage};
 
 const MANIFEST: &str = "manifest.json";
 const DEVICES: &str = "devices";
+const BITMAPS: &str = "bitmaps";
 const VERSION: u32 = 1;
 /// A block's name takes 255 bytes, of which each may be escaped in six; there are 1024 at most.
 const MAX_MANIFEST: u64 = 4 << 20;
@@ -55,6 +59,8 @@ struct Manifest {
     uuid: Option<String>,
     blocks: Vec<Block>,
     devices: Contents,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    bitmaps: Option<Contents>,
 }
 
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -118,8 +124,23 @@ pub fn save(guest: &Guest, dir: &Path, progress: &Progress) -> Result<(), StoreE
             },
         });
     }
-    let devices = guest.devices.as_bytes();
-    write_synced(&at.join(DEVICES), devices)?;
+    let devices = guest.devices.tail.as_bytes();
+    let save = |name: &str, bytes: &[u8]| -> Result<Contents, StoreError> {
+        write_synced(&at.join(name), bytes)?;
+        Ok(Contents {
+            length: bytes.len() as u64,
+            checksum: checksum_of(bytes),
+        })
+    };
+    let devices = save(DEVICES, devices)?;
+    let mut bitmaps = Vec::new();
+    guest
+        .devices
+        .bitmaps
+        .encode_sections(SectionId(0), &mut bitmaps);
+    let bitmaps = (!bitmaps.is_empty())
+        .then(|| save(BITMAPS, &bitmaps))
+        .transpose()?;
     let configuration = &guest.configuration;
     let manifest = Manifest {
         version: VERSION,
@@ -134,10 +155,8 @@ pub fn save(guest: &Guest, dir: &Path, progress: &Progress) -> Result<(), StoreE
             .uuid
             .map(|uuid| format!("{:032x}", u128::from_be_bytes(uuid))),
         blocks,
-        devices: Contents {
-            length: devices.len() as u64,
-            checksum: checksum_of(devices),
-        },
+        devices,
+        bitmaps,
     };
     let text = serde_json::to_vec_pretty(&manifest).map_err(StoreError::Manifest)?;
     write_synced(&at.join(MANIFEST), &text)?;
@@ -182,20 +201,30 @@ pub fn load(dir: &Path, max_memory: u64, progress: &Arc<Progress>) -> Result<Gue
         load_block(&memory, id, &block.contents, &dir.join(ram_name(id)))?;
     }
 
-    let path = dir.join(DEVICES);
     let limits = TailLimits::default();
-    let (file, length) = open(&path)?;
-    manifest.devices.check_length(&path, length)?;
-    if length > limits.len as u64 {
-        let max = limits.len as u64;
-        return Err(StoreError::TooLong { path, length, max });
-    }
-    let devices = read_all(&path, &file, length)?;
-    manifest.devices.check(&path, &checksum_of(&devices))?;
+    let load = |name: &str, contents: &Contents| -> Result<Vec<u8>, StoreError> {
+        let path = dir.join(name);
+        let (file, length) = open(&path)?;
+        contents.check_length(&path, length)?;
+        if length > limits.len as u64 {
+            let max = limits.len as u64;
+            return Err(StoreError::TooLong { path, length, max });
+        }
+        let bytes = read_all(&path, &file, length)?;
+        contents.check(&path, &checksum_of(&bytes))?;
+        Ok(bytes)
+    };
+    let bitmaps = match &manifest.bitmaps {
+        None => BitmapSections::new(),
+        Some(contents) => BitmapSections::decode(&load(BITMAPS, contents)?)?,
+    };
     Ok(Guest {
         memory: Arc::new(memory),
         configuration,
-        devices: Tail::decode(&devices, limits)?,
+        devices: Devices {
+            tail: Tail::decode(&load(DEVICES, &manifest.devices)?, limits)?,
+            bitmaps,
+        },
     })
 }
 
@@ -514,4 +543,7 @@ pub enum StoreError {
     /// The devices are none.
     #[error("the store's devices")]
     Devices(#[from] TailError),
+    /// The dirty bitmaps are not sound.
+    #[error("the dirty bitmaps in the store")]
+    Bitmaps(#[from] DecodeError),
 }

@@ -14,15 +14,20 @@ use std::thread::{self, ScopedJoinHandle};
 use std::time::Duration;
 
 use migration_stream::GuestRam;
+use migration_stream::codec::IdStr;
 use migration_stream::configuration::{Configuration, MAPPED_RAM, MachineName};
+use migration_stream::dirty_bitmap::{
+    self, BitmapFlags, BitmapSections, Chunk, DirtyBitmapEncoder,
+};
 use migration_stream::io::open_direct;
 use migration_stream::machine::MachineVersion;
 use migration_stream::opaque_tail::{Tail, TailLimits};
 use migration_stream::precopy::SourceError;
 use migration_stream::ram::{BlockId, RamBlock, RamBlockTable, ZeroPageDetection};
+use migration_stream::section::{Continuation, SectionId, encode_continuation, encode_footer};
 use multifd::{ChannelCount, Compression, ZlibLevel, ZstdLevel};
 use stream_relay::endpoint::Endpoint;
-use stream_relay::guest::Guest;
+use stream_relay::guest::{Devices, Guest};
 use stream_relay::incoming::{Incoming, IncomingConfig, IncomingError};
 use stream_relay::memory::{HoldError, Memory};
 use stream_relay::outgoing::{self, OutgoingConfig, OutgoingError};
@@ -34,6 +39,31 @@ use stream_relay::{Access, Channels};
 const TAIL: &[u8] = include_bytes!("../../../migration-stream/tests/data/microvm-11.1.3.tail");
 const PAGE: usize = 4096;
 const PAGES: usize = 700;
+
+/// Two dirty bitmaps of a disk, as a source sends them.
+fn bitmaps() -> Vec<u8> {
+    let (mut out, id) = (Vec::new(), SectionId(0));
+    let mut encoder = DirtyBitmapEncoder::new();
+    let name = |name: &str| IdStr::new(name).unwrap();
+    let end = |out: &mut Vec<u8>| {
+        Chunk::end().encode(out);
+        encode_footer(id, out);
+    };
+    dirty_bitmap::header(id).encode(&mut out);
+    for bitmap in ["nightly", "weekly"] {
+        let flags = BitmapFlags::default();
+        encoder
+            .start(&name("disk0"), &name(bitmap), 512, flags, &mut out)
+            .unwrap();
+    }
+    end(&mut out);
+    encode_continuation(Continuation::End, id, &mut out);
+    encoder.bits(0, 0, 64, &[0xff; 8], &mut out).unwrap();
+    encoder.complete(0, &mut out).unwrap();
+    encoder.complete(1, &mut out).unwrap();
+    end(&mut out);
+    out
+}
 
 /// Every third page is zero; the others differ.
 fn guest(machine: &str) -> Guest {
@@ -56,7 +86,10 @@ fn guest(machine: &str) -> Guest {
     Guest {
         memory: Arc::new(memory),
         configuration: configuration.with(MAPPED_RAM),
-        devices: Tail::decode(TAIL, TailLimits::default()).unwrap(),
+        devices: Devices {
+            tail: Tail::decode(TAIL, TailLimits::default()).unwrap(),
+            bitmaps: BitmapSections::decode(&bitmaps()).unwrap(),
+        },
     }
 }
 
@@ -77,9 +110,18 @@ fn assert_same(a: &Guest, b: &Guest) {
     assert!(bytes(a) == bytes(b), "memory differs");
     assert_eq!(a.configuration.machine, b.configuration.machine);
     assert_eq!(a.configuration.uuid, b.configuration.uuid);
-    assert_eq!(a.devices.description_text(), b.devices.description_text());
-    let bodies =
-        |g: &Guest| -> Vec<Vec<u8>> { g.devices.sections().map(|s| s.body.to_vec()).collect() };
+    let (ours, theirs) = (&a.devices, &b.devices);
+    assert_eq!(ours.tail.description_text(), theirs.tail.description_text());
+    assert_eq!(ours.bitmaps.bitmaps().len(), 2);
+    let sections = |g: &Guest| {
+        let mut bytes = Vec::new();
+        g.devices.bitmaps.encode_sections(SectionId(0), &mut bytes);
+        bytes
+    };
+    assert_eq!(sections(a), sections(b));
+    let bodies = |g: &Guest| -> Vec<Vec<u8>> {
+        g.devices.tail.sections().map(|s| s.body.to_vec()).collect()
+    };
     assert_eq!(bodies(a), bodies(b));
 }
 

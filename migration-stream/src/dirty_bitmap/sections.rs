@@ -6,8 +6,8 @@ use super::{Chunk, DIRTY_BITMAP_VERSION, DirtyBitmapDecoder, DirtyBitmapError, M
 use crate::codec::{IdStr, Reader};
 use crate::error::DecodeError;
 use crate::section::{
-    Announcement, Continuation, InstanceId, SectionHeader, SectionId, encode_continuation,
-    encode_footer,
+    Announcement, Continuation, InstanceId, SectionError, SectionHeader, SectionId, SectionType,
+    decode_footer, encode_continuation, encode_footer,
 };
 
 /// Which section of a stream a body was in.
@@ -35,6 +35,40 @@ impl BitmapSections {
             len: 0,
             decoder: DirtyBitmapDecoder::new(),
         }
+    }
+
+    /// Reads what [`BitmapSections::encode_sections`] has written under the id 0, all of it; the caller
+    /// has bounded it.
+    ///
+    /// # Errors
+    /// It is something else.
+    pub fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
+        let mut sections = Self::new();
+        let mut r = Reader::new(bytes, 0);
+        while !r.rest().is_empty() {
+            let at = r.clone();
+            let found = r.u8()?;
+            let kind = match SectionType::from_byte(found) {
+                Some(SectionType::Start) if sections.is_empty() => {
+                    let found = SectionHeader::decode(Announcement::Start, &mut r)?;
+                    if found != header(SectionId(0)) {
+                        let SectionHeader { id, idstr, .. } = found;
+                        return Err(at.error(SectionError::AnnouncedTwice { id, idstr }));
+                    }
+                    None
+                }
+                Some(SectionType::Part) => Some(Continuation::Part),
+                Some(SectionType::End) => Some(Continuation::End),
+                _ => return Err(at.error(SectionError::UnexpectedType { found })),
+            };
+            if kind.is_some() {
+                r.be32()?;
+            }
+            sections.begin(kind);
+            while !sections.next(&mut r, bytes.len())?.is_last {}
+            decode_footer(SectionId(0), &mut r)?;
+        }
+        Ok(sections)
     }
 
     /// The bitmaps in them.

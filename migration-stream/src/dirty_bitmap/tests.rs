@@ -5,7 +5,7 @@ use bytes::BufMut;
 use super::*;
 use crate::codec::Reader;
 use crate::error::{Cause, DecodeError};
-use crate::section::{Continuation, SectionId};
+use crate::section::{Continuation, SectionId, encode_continuation, encode_footer};
 
 fn name(s: &str) -> IdStr {
     IdStr::new(s).unwrap()
@@ -365,4 +365,43 @@ proptest! {
             other => prop_assert!(false, "{other:?}"),
         }
     }
+}
+
+#[test]
+fn kept_sections_are_read_again_and_nothing_else_is() {
+    let id = SectionId(0);
+    let bodies = bodies();
+    // The first body ends with the first end.
+    let first = bodies.windows(2).position(|w| w == b"\x01\x46").unwrap() + 1;
+    let mut out = Vec::new();
+    header(id).encode(&mut out);
+    out.put_slice(&bodies[..first]);
+    encode_footer(id, &mut out);
+    encode_continuation(Continuation::End, id, &mut out);
+    out.put_slice(&bodies[first..]);
+    encode_footer(id, &mut out);
+
+    let sections = BitmapSections::decode(&out).unwrap();
+    assert_eq!(sections.bitmaps().len(), 2);
+    assert!(sections.bitmaps().iter().all(|b| b.is_complete));
+    let mut again = Vec::new();
+    sections.encode_sections(id, &mut again);
+    assert_eq!(again, out);
+
+    let ends = [0, header_len() + first + 5, out.len()];
+    for len in 0..out.len() {
+        let whole = ends.contains(&len);
+        assert_eq!(BitmapSections::decode(&out[..len]).is_ok(), whole, "{len}");
+    }
+    out.push(0);
+    assert!(BitmapSections::decode(&out).is_err());
+    let mut twice = again.clone();
+    twice.extend(&again);
+    assert!(BitmapSections::decode(&twice).is_err());
+}
+
+fn header_len() -> usize {
+    let mut out = Vec::new();
+    header(SectionId(0)).encode(&mut out);
+    out.len()
 }
