@@ -52,6 +52,8 @@ qapi_enum! {
         XColoLostHeartbeat = "x-colo-lost-heartbeat",
         /// Which side of a COLO pair the VM is.
         QueryColoStatus = "query-colo-status",
+        /// What its checkpoints cost; an extension of this project.
+        XQueryColoFigures = "x-query-colo-figures",
         /// Cut connections that hang.
         Yank = "yank",
         /// Which there are.
@@ -159,6 +161,8 @@ pub enum Command {
     XColoLostHeartbeat,
     /// `query-colo-status`: a [`ColoStatus`](crate::ColoStatus).
     QueryColoStatus,
+    /// `x-query-colo-figures`, which QEMU does not have: a [`ColoFigures`](crate::ColoFigures).
+    XQueryColoFigures,
     /// `yank`. All instances are looked for before any is yanked.
     Yank {
         /// Which.
@@ -223,6 +227,7 @@ impl Command {
             CommandKind::QueryMigrate => Self::QueryMigrate,
             CommandKind::XColoLostHeartbeat => Self::XColoLostHeartbeat,
             CommandKind::QueryColoStatus => Self::QueryColoStatus,
+            CommandKind::XQueryColoFigures => Self::XQueryColoFigures,
             CommandKind::Yank => Self::Yank {
                 instances: members.take("instances")?,
             },
@@ -255,6 +260,7 @@ impl Command {
             Self::QueryMigrate => CommandKind::QueryMigrate,
             Self::XColoLostHeartbeat => CommandKind::XColoLostHeartbeat,
             Self::QueryColoStatus => CommandKind::QueryColoStatus,
+            Self::XQueryColoFigures => CommandKind::XQueryColoFigures,
             Self::Yank { .. } => CommandKind::Yank,
             Self::QueryYank => CommandKind::QueryYank,
         }
@@ -299,6 +305,7 @@ impl Command {
             | Self::QueryMigrate
             | Self::XColoLostHeartbeat
             | Self::QueryColoStatus
+            | Self::XQueryColoFigures
             | Self::QueryYank => None,
         }
     }

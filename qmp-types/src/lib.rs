@@ -77,8 +77,8 @@ pub use command::{Command, CommandInfo, CommandKind, Migrate, MigrateIncoming, Q
 pub use error::{CommandResult, ErrorClass, QmpError, done, returns};
 pub use event::{ColoCheckpoint, ColoCheckpointStep, Event, ShutdownCause, Timestamp};
 pub use migration::{
-    ColoExitReason, ColoMode, ColoStatus, MigrationInfo, MigrationRamInfo, MigrationStatus,
-    XbzrleCacheInfo,
+    ColoExitReason, ColoFigures, ColoMode, ColoStatus, LastCheckpoint, MigrationInfo,
+    MigrationRamInfo, MigrationStatus, XbzrleCacheInfo,
 };
 pub use parameters::{
     MigMode, MigrateSetParameters, MultiFdCompression, Parameters, ZeroPageDetection,

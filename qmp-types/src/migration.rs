@@ -83,6 +83,35 @@ pub struct ColoStatus {
     pub reason: ColoExitReason,
 }
 
+/// The answer to `x-query-colo-figures`, an extension of this project. Times are of this side.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct ColoFigures {
+    /// Checkpoints that were completed since the process began.
+    pub checkpoints: u64,
+    /// How long the guest stood still for all of them, µs.
+    pub total_pause_us: u64,
+    /// The last one; absent before the first.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub last: Option<LastCheckpoint>,
+}
+
+/// The last checkpoint in [`ColoFigures`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct LastCheckpoint {
+    /// How long the guest stood still, µs.
+    pub pause_us: u64,
+    /// How long ago it was completed, ms.
+    pub age_ms: u64,
+    /// Its memory on the wire, bytes.
+    pub ram_bytes: u64,
+    /// Its device state, bytes.
+    pub device_bytes: u64,
+    /// Pages that had changed.
+    pub dirty_pages: u64,
+}
+
 /// The answer to `query-migrate`. Before any migration it is empty: [`MigrationInfo::default`].
 ///
 /// QEMU's members for postcopy, VFIO and the dirty limit are not here; read from a QEMU they are

@@ -19,6 +19,7 @@ use crate::console::Console;
 use crate::demo::{self, DemoArgs};
 use crate::event_loop::{self, Ender, Ending, GuestEnds, Request};
 use crate::guest::{WorkloadConfig, workload};
+use crate::lifecycle::{self, FailoverArgs, PairArgs, RejoinArgs, StatusArgs};
 use crate::machine::{GuestImage, KvmMachine, Machine, MachineConfig, SerialSink, SimMachine};
 use crate::memory::Memory;
 use crate::migration::{Boundaries, Boundary, IncomingMode, Migration, MigrationOptions};
@@ -43,6 +44,14 @@ enum Command {
     Guest(GuestArgs),
     /// Run a COLO pair on this machine, kill one side, and show what the guest lost: nothing.
     Demo(DemoArgs),
+    /// Bring two sides into COLO, and start them for it if they do not run yet.
+    Pair(PairArgs),
+    /// Have a side of a pair go on alone.
+    Failover(FailoverArgs),
+    /// Give a survivor a new secondary, while its guest runs on.
+    Rejoin(RejoinArgs),
+    /// Say how the sides of a pair are.
+    Status(StatusArgs),
 }
 
 /// What a machine consists of.
@@ -340,6 +349,10 @@ impl Cli {
             Command::Run(args) => run(&args),
             Command::Guest(args) => guest(&args),
             Command::Demo(args) => Ok(demo::run(&args)?),
+            Command::Pair(args) => lifecycle::pair(&args).map(|()| ExitCode::SUCCESS),
+            Command::Failover(args) => lifecycle::failover(&args).map(|()| ExitCode::SUCCESS),
+            Command::Rejoin(args) => lifecycle::rejoin(&args).map(|()| ExitCode::SUCCESS),
+            Command::Status(args) => lifecycle::status(&args).map(|()| ExitCode::SUCCESS),
         }
     }
 }

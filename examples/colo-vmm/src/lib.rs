@@ -35,7 +35,7 @@
 //! - [`vm`] and [`console`]: the machine with its run state, and the guest's output with its gate
 //! - [`migration`]: the crates at work, live migration and COLO
 //! - [`monitor`], [`operator`] and [`qmp`]: what an operator can ask for, and how
-//! - [`demo`]: an operator of a pair, played
+//! - [`lifecycle`]: a pair's life in one command each; [`demo`]: an operator of a pair, played
 //! - [`cli`] and [`event_loop`]: the program; [`error_chain`]: what it says of an error
 
 pub mod cli;
@@ -46,6 +46,7 @@ pub mod dirty_log;
 pub mod error_chain;
 pub mod event_loop;
 pub mod guest;
+pub mod lifecycle;
 pub mod loader;
 pub mod machine;
 pub mod memory;

@@ -39,6 +39,7 @@ pub const COMMANDS: &[CommandKind] = &[
     CommandKind::QueryMigrate,
     CommandKind::XColoLostHeartbeat,
     CommandKind::QueryColoStatus,
+    CommandKind::XQueryColoFigures,
     CommandKind::Yank,
     CommandKind::QueryYank,
 ];
@@ -200,6 +201,7 @@ impl Operator for Monitor {
                 done()
             }
             Command::QueryColoStatus => returns(&self.colo_status()),
+            Command::XQueryColoFigures => returns(&migration.figures()),
             Command::Yank { instances } => self.yank(&instances),
             Command::QueryYank => {
                 let instances: &[YankInstance] = if migration.is_yankable() {

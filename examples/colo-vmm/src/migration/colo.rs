@@ -196,6 +196,7 @@ impl ColoVm for CheckpointedVm {
     }
 
     fn checkpoint_done(&mut self, report: &CheckpointReport) {
+        self.migration.figures.note(report);
         let us = |d: std::time::Duration| u64::try_from(d.as_micros()).unwrap_or(u64::MAX);
         let hashes = self.hashes.take();
         let hex = |hash: u64| format!("{hash:016x}");

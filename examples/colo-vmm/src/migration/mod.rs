@@ -9,6 +9,7 @@ mod boundary;
 mod colo;
 mod connections;
 pub mod devices;
+mod figures;
 mod global_state;
 mod incoming;
 mod outgoing;
@@ -28,14 +29,16 @@ use migration_stream::precopy::{BoxError, Limits};
 use migration_stream::ram;
 use multifd::{Address, ChannelCount, Compression, MultifdConfig, ZlibLevel, ZstdLevel};
 use qmp_types::{
-    InetSocketAddress, MigrationAddress, MigrationCapability, MigrationStatus, MultiFdCompression,
-    Parameters, QmpError, RunState, Settings, SocketAddress, Support, ZeroPageDetection,
+    ColoFigures, InetSocketAddress, MigrationAddress, MigrationCapability, MigrationStatus,
+    MultiFdCompression, Parameters, QmpError, RunState, Settings, SocketAddress, Support,
+    ZeroPageDetection,
 };
 use ram_cache::DiscardControl;
 use uuid::Uuid;
 
 pub use self::boundary::{Boundaries, Boundary};
 use self::connections::Connections;
+use self::figures::Figures;
 use self::global_state::GlobalState;
 use self::status::Status;
 use crate::console::Console;
@@ -134,6 +137,7 @@ pub struct Migration {
     connections: Connections,
     global_state: GlobalState,
     incoming: Mutex<IncomingMode>,
+    figures: Figures,
     /// `-S` of the target: whether the guest is to run once it has arrived.
     autostart: AtomicBool,
     job: Mutex<Job>,
@@ -212,6 +216,7 @@ impl Migration {
             discard: DiscardControl::new(),
             connections: Connections::default(),
             global_state,
+            figures: Figures::default(),
             incoming: Mutex::new(incoming),
             autostart: AtomicBool::new(true),
             job: Mutex::default(),
@@ -400,6 +405,12 @@ impl Migration {
         let events = self.settings().has(MigrationCapability::Events);
         self.status.begin(events, listening);
         Ok(cancel)
+    }
+
+    /// What checkpoints cost.
+    #[must_use]
+    pub fn figures(&self) -> ColoFigures {
+        self.figures.get()
     }
 
     /// What is agreed for a migration that begins now, frozen for its whole life.

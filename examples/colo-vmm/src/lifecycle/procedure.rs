@@ -1,0 +1,178 @@
+//! What an operator says, in its order: the procedures of QEMU's COLO document.
+
+use std::time::{Duration, Instant};
+
+use multifd::Address;
+use qmp_types::{
+    ColoMode, ColoStatus, Command, Event, InetSocketAddress, Migrate, MigrateIncoming,
+    MigrateSetParameters, MigrationAddress, MigrationCapability, MigrationCapabilityStatus,
+    MigrationInfo, MigrationStatus, MultiFdCompression, RunState, SocketAddress, StatusInfo,
+    YankInstance,
+};
+
+use super::remote::{Remote, RemoteError};
+
+/// How long the guest may stand still at the end of precopy, ms. It stands still at every checkpoint
+/// afterwards.
+const DOWNTIME_LIMIT: u64 = 1000;
+
+/// How two sides are connected.
+#[derive(Clone, Debug)]
+pub(super) struct Connection {
+    pub(super) address: Address,
+    pub(super) multifd: u8,
+    pub(super) compression: MultiFdCompression,
+    pub(super) delay: u32,
+    pub(super) max_bandwidth: u64,
+}
+
+/// Brings `primary`, whose guest runs, and `secondary`, which has none, into COLO, and waits for the
+/// first checkpoint. Returns how long that took.
+pub(super) fn replicate(
+    primary: &mut Remote,
+    secondary: &mut Remote,
+    connection: &Connection,
+) -> Result<Duration, RemoteError> {
+    let begun = Instant::now();
+    for side in [&mut *secondary, &mut *primary] {
+        prepare(side, connection)?;
+    }
+    secondary.execute(&Command::MigrateIncoming(MigrateIncoming {
+        address: migration_address(&connection.address),
+        exit_on_error: false,
+    }))?;
+    let listening: MigrationInfo = secondary.query(&Command::QueryMigrate)?;
+    let address = reachable(&connection.address, listening);
+    primary.execute(&Command::Migrate(Migrate {
+        address,
+        resume: false,
+    }))?;
+    for side in [primary, secondary] {
+        wait_for_checkpoint(side)?;
+    }
+    Ok(begun.elapsed())
+}
+
+fn prepare(side: &mut Remote, connection: &Connection) -> Result<(), RemoteError> {
+    let has_channels = connection.multifd > 0;
+    let capabilities = [
+        (MigrationCapability::Events, true),
+        (MigrationCapability::ReturnPath, true),
+        (MigrationCapability::XColo, true),
+        (MigrationCapability::Multifd, has_channels),
+    ];
+    side.execute(&Command::MigrateSetCapabilities {
+        capabilities: capabilities
+            .into_iter()
+            .map(|(capability, state)| MigrationCapabilityStatus { capability, state })
+            .collect(),
+    })?;
+    let parameters = MigrateSetParameters {
+        x_checkpoint_delay: Some(connection.delay),
+        max_bandwidth: Some(connection.max_bandwidth),
+        downtime_limit: Some(DOWNTIME_LIMIT),
+        multifd_channels: has_channels.then_some(connection.multifd),
+        multifd_compression: has_channels.then_some(connection.compression),
+        ..MigrateSetParameters::default()
+    };
+    side.execute(&Command::MigrateSetParameters(Box::new(parameters)))?;
+    Ok(())
+}
+
+/// Where the secondary is to be found: as it was asked for, with the port that it got.
+fn reachable(asked: &Address, info: MigrationInfo) -> MigrationAddress {
+    let listening = info.socket_address.unwrap_or_default().into_iter().next();
+    match (asked, listening) {
+        (Address::Tcp { host, .. }, Some(SocketAddress::Inet(inet))) => {
+            let inet = InetSocketAddress::new(host.clone(), inet.port);
+            MigrationAddress::Socket(SocketAddress::Inet(inet))
+        }
+        _ => migration_address(asked),
+    }
+}
+
+fn migration_address(address: &Address) -> MigrationAddress {
+    MigrationAddress::Socket(match address {
+        Address::Tcp { host, port } => {
+            SocketAddress::Inet(InetSocketAddress::new(host.clone(), port.to_string()))
+        }
+        Address::Unix(path) => SocketAddress::unix(path.to_string_lossy()),
+    })
+}
+
+fn wait_for_checkpoint(side: &mut Remote) -> Result<(), RemoteError> {
+    side.wait("first checkpoint", |side| {
+        let mut is_there = false;
+        let mut has_left = false;
+        for event in side.take_events() {
+            match event {
+                Event::ColoCheckpoint(_) => is_there = true,
+                Event::ColoExit { .. } => has_left = true,
+                _ => {}
+            }
+        }
+        if is_there {
+            return Ok(Some(()));
+        }
+        let info: MigrationInfo = side.query(&Command::QueryMigrate)?;
+        let failed = [MigrationStatus::Failed, MigrationStatus::Failing];
+        if has_left || info.status.is_some_and(|status| failed.contains(&status)) {
+            let why = info.error_desc.unwrap_or_else(|| "COLO has ended".into());
+            return Err(RemoteError::State {
+                name: side.name(),
+                what: format!("did not come into COLO: {why}"),
+            });
+        }
+        Ok(None)
+    })
+}
+
+/// Has `survivor` go on alone: frees it from its peer, tells it, and waits until its guest runs, or
+/// stands still because somebody had stopped it.
+pub(super) fn go_on_alone(survivor: &mut Remote) -> Result<Duration, RemoteError> {
+    let begun = Instant::now();
+    let colo: ColoStatus = survivor.query(&Command::QueryColoStatus)?;
+    if colo.mode == ColoMode::None {
+        return Err(RemoteError::State {
+            name: survivor.name(),
+            what: "is not in COLO".into(),
+        });
+    }
+    // What waits for a peer that has died waits no longer.
+    let instances: Vec<YankInstance> = survivor.query(&Command::QueryYank)?;
+    survivor.execute_oob(&Command::Yank { instances })?;
+    survivor.execute(&Command::XColoLostHeartbeat)?;
+    survivor.wait("end of COLO", |side| {
+        let info: MigrationInfo = side.query(&Command::QueryMigrate)?;
+        if info.status == Some(MigrationStatus::Failed) {
+            return Err(RemoteError::State {
+                name: side.name(),
+                what: format!("cannot go on: {}", info.error_desc.unwrap_or_default()),
+            });
+        }
+        let status: StatusInfo = side.query(&Command::QueryStatus)?;
+        let rests = matches!(
+            status.status,
+            RunState::Running | RunState::Paused | RunState::Shutdown
+        );
+        Ok((info.status == Some(MigrationStatus::Completed) && rests).then_some(()))
+    })?;
+    Ok(begun.elapsed())
+}
+
+/// Fails if `survivor` has a peer, or no guest.
+pub(super) fn check_alone(survivor: &mut Remote) -> Result<(), RemoteError> {
+    let refused = |what: String| RemoteError::State {
+        name: "survivor",
+        what,
+    };
+    let colo: ColoStatus = survivor.query(&Command::QueryColoStatus)?;
+    if colo.mode != ColoMode::None {
+        return Err(refused("has a peer; failover comes first".into()));
+    }
+    let status: StatusInfo = survivor.query(&Command::QueryStatus)?;
+    match status.status {
+        RunState::Running | RunState::Paused => Ok(()),
+        other => Err(refused(format!("has no guest to replicate: it is {other}"))),
+    }
+}
