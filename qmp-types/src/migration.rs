@@ -104,7 +104,7 @@ pub struct LastCheckpoint {
     pub pause_us: u64,
     /// How long ago it was completed, ms.
     pub age_ms: u64,
-    /// Its memory on the wire, bytes.
+    /// Its memory on the wire, bytes; on a secondary without what came on multifd channels.
     pub ram_bytes: u64,
     /// Its device state, bytes.
     pub device_bytes: u64,
