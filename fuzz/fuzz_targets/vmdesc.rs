@@ -6,6 +6,30 @@ use libfuzzer_sys::fuzz_target;
 use migration_stream::opaque_tail::{Tail, TailLimits};
 use migration_stream::section::SectionId;
 use migration_stream::vmdesc::VmDescription;
+use stream_inspect::fields::MAX_FIELDS;
+use stream_inspect::inspection::{Device, Extent, Inspection};
+use stream_inspect::state::Layouts;
+
+/// Every section is read along its description, or not as described: no field is beyond its section.
+fn inspect(tail: &Tail) {
+    let found = Inspection {
+        description: tail.description_text().to_owned(),
+        ..Inspection::default()
+    };
+    let Ok(layouts) = Layouts::of(&found) else {
+        return;
+    };
+    for section in tail.sections() {
+        let device = Device {
+            header: section.header.clone(),
+            body: section.body.to_vec(),
+            extent: Extent::default(),
+        };
+        if let Ok(fields) = layouts.fields(&device) {
+            assert!(fields.count <= MAX_FIELDS);
+        }
+    }
+}
 
 fuzz_target!(|data: &[u8]| {
     let (choice, bytes) = fuzz::choice(data);
@@ -21,5 +45,6 @@ fuzz_target!(|data: &[u8]| {
         let bodies =
             |tail: &Tail| -> Vec<Vec<u8>> { tail.sections().map(|s| s.body.to_vec()).collect() };
         assert!(again.len() >= bodies(&tail).iter().map(Vec::len).sum());
+        inspect(&tail);
     }
 });
