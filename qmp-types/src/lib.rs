@@ -8,6 +8,7 @@
 //! ```
 //! use qmp_types::{Command, CommandKind, Event, RunState, Session, SessionConfig, StatusInfo};
 //! use qmp_types::{Timestamp, VersionInfo, returns};
+//! use serde_json::{Value, json};
 //!
 //! let mut session = Session::new(SessionConfig {
 //!     version: VersionInfo::new(11, 1, 3, "my-vmm"),
@@ -30,15 +31,18 @@
 //! }
 //! session.emit(&Event::Stop, Timestamp::default()).unwrap();
 //!
-//! // Bytes out.
-//! assert_eq!(
-//!     String::from_utf8(session.take_output().unwrap()).unwrap(),
-//!     concat!(
-//!         r#"{"return": {}}"#, "\r\n",
-//!         r#"{"return": {"running": true, "status": "running"}, "id": 7}"#, "\r\n",
-//!         r#"{"timestamp": {"seconds": 0, "microseconds": 0}, "event": "STOP"}"#, "\r\n",
-//!     )
-//! );
+//! // Bytes out, a line for each.
+//! let output = session.take_output().unwrap();
+//! let lines: Vec<Value> = output
+//!     .split(|b| *b == b'\n')
+//!     .filter(|line| !line.is_empty())
+//!     .map(|line| serde_json::from_slice(line).unwrap())
+//!     .collect();
+//! assert_eq!(lines, [
+//!     json!({"return": {}}),
+//!     json!({"return": {"running": true, "status": "running"}, "id": 7}),
+//!     json!({"timestamp": {"seconds": 0, "microseconds": 0}, "event": "STOP"}),
+//! ]);
 //! ```
 //!
 //! # Modules
