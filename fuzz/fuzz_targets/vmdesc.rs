@@ -3,6 +3,7 @@
 #![allow(missing_docs)] // a target has no API
 
 use libfuzzer_sys::fuzz_target;
+use migration_stream::device_blob::encode_device_blob;
 use migration_stream::opaque_tail::{Tail, TailLimits};
 use migration_stream::section::SectionId;
 use migration_stream::vmdesc::VmDescription;
@@ -46,5 +47,12 @@ fuzz_target!(|data: &[u8]| {
             |tail: &Tail| -> Vec<Vec<u8>> { tail.sections().map(|s| s.body.to_vec()).collect() };
         assert!(again.len() >= bodies(&tail).iter().map(Vec::len).sum());
         inspect(&tail);
+        // However they are told apart without the description, nothing is lost.
+        if let Ok(later) = tail.followed_by(&again) {
+            assert!(later.as_bytes().starts_with(&again));
+            let mut blob = Vec::new();
+            encode_device_blob(later.sections(), &mut blob);
+            assert_eq!(blob, again);
+        }
     }
 });

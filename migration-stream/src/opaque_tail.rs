@@ -23,8 +23,10 @@ use crate::section::{
 };
 use crate::vmdesc::{DescriptionError, DeviceDescription, VmDescription};
 
+/// Type byte and section id.
+const FOOTER_LEN: usize = 5;
 /// Footer, EOF, type byte and length of the description.
-const END_LEN: usize = 5 + 1 + 5;
+const END_LEN: usize = FOOTER_LEN + 1 + 5;
 
 /// How much of a tail is taken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -269,6 +271,93 @@ impl Tail {
         &self.bytes
     }
 
+    /// The tail of the same source at a later moment, of which only the sections and EOF were sent:
+    /// COLO's checkpoints have no description. A body may have become longer or shorter, and a
+    /// section may have come or gone.
+    ///
+    /// The new tail has the old description where that is still true, and otherwise one that has the
+    /// sections and their lengths but no fields.
+    ///
+    /// # Errors
+    /// The bytes are no sections and EOF, or where a body ends cannot be told.
+    pub fn followed_by(&self, blob: &[u8]) -> Result<Self, TailError> {
+        let Some((&last, bytes)) = blob.split_last() else {
+            return Err(TailError::Incomplete { len: 0 });
+        };
+        if last != SectionType::Eof.byte() {
+            return Err(TailError::Incomplete { len: blob.len() });
+        }
+        let sections = self.split_later(bytes)?;
+        let is_as_before = sections.len() == self.sections.len()
+            && sections.iter().zip(&self.sections).all(|(now, before)| {
+                now.header == before.header && now.body.len() == before.body.len()
+            });
+        let (description, text) = if is_as_before {
+            let text = self.description_text().to_owned();
+            (self.description.clone(), text)
+        } else {
+            plain_description(self.description.page_size, &sections)
+        };
+        let mut bytes = blob.to_vec();
+        bytes.put_u8(SectionType::VmDescription.byte());
+        // At most a few hundred bytes for each of a bounded number of sections, or what came.
+        bytes.put_u32(u32::try_from(text.len()).unwrap_or(u32::MAX));
+        let json = bytes.len();
+        bytes.put_slice(text.as_bytes());
+        Ok(Self {
+            bytes,
+            sections,
+            json,
+            description,
+        })
+    }
+
+    /// Splits sections that are not described into those that this tail has, as far as it has them.
+    fn split_later(&self, bytes: &[u8]) -> Result<Vec<RawSection>, TailError> {
+        let mut sections = Vec::new();
+        let mut pos = 0;
+        while pos < bytes.len() {
+            if sections.len() == MAX_SECTIONS {
+                return Err(TailError::TooManySections {
+                    count: MAX_SECTIONS + 1,
+                });
+            }
+            let (header, start) = any_header_at(bytes, pos)?;
+            let before = self.sections.iter().find(|s| s.header == header);
+            let len = before.map_or(0, |s| s.body.len());
+            let is_end = |end: usize, is_known: fn(&Self, &SectionHeader) -> bool| {
+                let mut r = Reader::new(bytes.get(end..).unwrap_or_default(), end as u64);
+                decode_footer(header.id, &mut r).is_ok()
+                    && (r.rest().is_empty()
+                        || any_header_at(bytes, end + r.consumed())
+                            .is_ok_and(|(next, _)| is_known(self, &next)))
+            };
+            let known: fn(&Self, &SectionHeader) -> bool =
+                |tail, next| tail.sections.iter().any(|s| s.header == *next);
+            let any: fn(&Self, &SectionHeader) -> bool = |_, _| true;
+            let expected = start + len;
+            let end = if before.is_some() && is_end(expected, any) {
+                Some(expected)
+            } else {
+                [known, any]
+                    .into_iter()
+                    .find_map(|next| only_end(bytes, start, header.id, |end| is_end(end, next)))
+            };
+            let end = end.ok_or_else(|| TailError::Body {
+                idstr: header.idstr.clone(),
+                instance: header.instance,
+                offset: start,
+                described: len as u64,
+            })?;
+            sections.push(RawSection {
+                header,
+                body: start..end,
+            });
+            pos = end + FOOTER_LEN;
+        }
+        Ok(sections)
+    }
+
     /// The device sections, in their order.
     pub fn sections(&self) -> impl ExactSizeIterator<Item = DeviceSection<'_>> + '_ {
         self.sections.iter().map(|s| DeviceSection {
@@ -314,7 +403,7 @@ fn split(bytes: &[u8], devices: &[DeviceDescription]) -> Result<Vec<RawSection>,
             header,
             body: start..end,
         });
-        pos = end + 5;
+        pos = end + FOOTER_LEN;
     }
     if pos == bytes.len() {
         Ok(sections)
@@ -348,6 +437,46 @@ fn header_at(
             offset: pos,
         })
     }
+}
+
+/// The header of whatever section is at `pos`, and where its body begins.
+fn any_header_at(bytes: &[u8], pos: usize) -> Result<(SectionHeader, usize), DecodeError> {
+    let mut r = Reader::new(bytes.get(pos..).unwrap_or_default(), pos as u64);
+    let at = r.clone();
+    let found = r.u8()?;
+    if found != SectionType::Full.byte() {
+        return Err(at.error(SectionError::UnexpectedType { found }));
+    }
+    let header = SectionHeader::decode(Announcement::Full, &mut r)?;
+    Ok((header, pos + r.consumed()))
+}
+
+/// A description that says of each section no more than its length, as QEMU describes handlers that
+/// have no fields.
+fn plain_description(page_size: u64, sections: &[RawSection]) -> (VmDescription, String) {
+    let devices = sections.iter().map(|section| {
+        let (header, len) = (&section.header, section.body.len());
+        serde_json::json!({
+            "name": header.idstr.as_str(),
+            "instance_id": header.instance.0,
+            "version": header.version,
+            "size": len,
+            "fields": [{"name": "data", "size": len, "type": "buffer"}],
+        })
+    });
+    let devices: Vec<_> = devices.collect();
+    let text = serde_json::json!({"page_size": page_size, "devices": devices}).to_string();
+    let devices = sections.iter().map(|section| DeviceDescription {
+        idstr: section.header.idstr.clone(),
+        instance: section.header.instance,
+        version: Some(section.header.version),
+        body_len: section.body.len() as u64,
+    });
+    let description = VmDescription {
+        page_size,
+        devices: devices.collect(),
+    };
+    (description, text)
 }
 
 /// Whether the body of section `id` can end at `end`: with its footer, and behind that the next

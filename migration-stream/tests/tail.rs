@@ -2,9 +2,12 @@
 //! microvm as QEMU 11.1.3 sends them (from the first FULL section on; no guest memory is in them).
 #![allow(clippy::tests_outside_test_module)] // this whole file is tests
 
-use migration_stream::codec::Reader;
+use migration_stream::codec::{IdStr, Reader};
+use migration_stream::device_blob::{DeviceSection, encode_device_blob};
 use migration_stream::opaque_tail::{Fed, OpaqueTail, Tail, TailError, TailLimits};
-use migration_stream::section::{Announcement, InstanceId, SectionHeader, SectionId, encode_eof};
+use migration_stream::section::{
+    Announcement, InstanceId, SectionHeader, SectionId, encode_eof, encode_footer,
+};
 
 const Q35: &[u8] = include_bytes!("data/q35-11.1.3.tail");
 const MICROVM: &[u8] = include_bytes!("data/microvm-11.1.3.tail");
@@ -210,4 +213,97 @@ fn a_section_that_came_before_ram_is_described_and_not_in_the_tail() {
         assert!(matches!(fed, Fed::NeedMore), "{early}");
         assert!(tail.rejected().is_some(), "{early}");
     }
+}
+
+/// The microvm's sections and EOF, with `change` made to the list of their headers and bodies.
+fn later(change: impl FnOnce(&mut Vec<(SectionHeader, Vec<u8>)>)) -> (Tail, Vec<u8>) {
+    let tail = Tail::decode(MICROVM, TailLimits::default()).unwrap();
+    let sections = tail.sections().map(|s| (s.header, s.body.to_vec()));
+    let mut sections: Vec<_> = sections.collect();
+    change(&mut sections);
+    let mut blob = Vec::new();
+    let sections = sections.iter().map(|(header, body)| DeviceSection {
+        header: header.clone(),
+        body,
+    });
+    encode_device_blob(sections, &mut blob);
+    (tail, blob)
+}
+
+#[test]
+fn what_the_source_sends_later_without_a_description_is_split_like_what_it_sent_before() {
+    let (tail, blob) = later(|sections| sections[3].1.fill(0x7e));
+    let next = tail.followed_by(&blob).unwrap();
+    assert_eq!(next.description_text(), tail.description_text());
+    assert!(next.as_bytes().starts_with(&blob));
+    assert!(
+        next.sections()
+            .nth(3)
+            .unwrap()
+            .body
+            .iter()
+            .all(|b| *b == 0x7e)
+    );
+    assert_eq!(
+        Tail::decode(next.as_bytes(), TailLimits::default()).unwrap(),
+        next
+    );
+}
+
+#[test]
+fn sections_that_come_go_and_change_their_length_are_found_and_described() {
+    let (tail, blob) = later(|sections| {
+        sections[2].1.extend_from_slice(b"a subsection");
+        sections.remove(5);
+        let mut new = sections[0].clone();
+        new.0.id = SectionId(999);
+        new.0.idstr = IdStr::new("a new one").unwrap();
+        sections.insert(8, new);
+    });
+    let next = tail.followed_by(&blob).unwrap();
+    assert_eq!(next.sections().len(), tail.sections().len());
+    let mut again = Vec::new();
+    encode_device_blob(next.sections(), &mut again);
+    assert_eq!(again, blob);
+    assert!(
+        next.sections()
+            .nth(2)
+            .unwrap()
+            .body
+            .ends_with(b"a subsection")
+    );
+    assert_eq!(
+        next.sections().nth(8).unwrap().header.idstr.as_str(),
+        "a new one"
+    );
+    assert_eq!(
+        Tail::decode(next.as_bytes(), TailLimits::default()).unwrap(),
+        next
+    );
+    // And what comes after that is split like this one.
+    assert_eq!(next.followed_by(&blob).unwrap(), next);
+}
+
+#[test]
+fn a_later_tail_whose_sections_cannot_be_told_apart_is_refused() {
+    let (tail, blob) = later(|_| {});
+    let len = blob.len();
+    for wrong in [&b""[..], &blob[..len - 1], &[&blob[..], &[7]].concat()] {
+        let error = tail.followed_by(wrong).unwrap_err();
+        assert!(matches!(error, TailError::Incomplete { .. }), "{error}");
+    }
+    // Cut off within a section, but with a last byte that could be EOF.
+    let error = tail.followed_by(&[&blob[..len - 3], &[0]].concat());
+    assert!(matches!(error.unwrap_err(), TailError::Body { .. }));
+    // A body that has grown by what looks like its end and the next section.
+    let (_, blob) = later(|sections| {
+        let mut false_end = Vec::new();
+        encode_footer(sections[2].0.id, &mut false_end);
+        sections[3].0.encode(&mut false_end);
+        false_end.extend_from_slice(b"more");
+        sections[2].1.extend_from_slice(b"longer");
+        sections[2].1.extend_from_slice(&false_end);
+    });
+    let error = tail.followed_by(&blob).unwrap_err();
+    assert!(matches!(error, TailError::Body { .. }), "{error}");
 }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use migration_stream::ram::{BlockId, RamBlockTable, zero_check};
 use migration_stream::{GuestRam, MemoryError, PAGE_SIZE, PageStore};
-use ram_cache::{DirtyBitmap, PAGES_PER_WORD, PageRun};
+use ram_cache::{CacheBlockSpec, DirtyBitmap, PAGES_PER_WORD, PageRun};
 use vm_memory::{MmapRegion, VolatileMemory, VolatileSlice};
 
 use crate::progress::Progress;
@@ -17,7 +17,7 @@ static ZEROS: [u8; 4096] = [0; 4096];
 #[derive(Debug)]
 pub struct Memory {
     blocks: RamBlockTable,
-    regions: Vec<MmapRegion>,
+    regions: Vec<Arc<MmapRegion>>,
     /// Pages that have landed since somebody took note of it, a bitmap for each block.
     landed: Vec<DirtyBitmap>,
     progress: Arc<Progress>,
@@ -45,7 +45,8 @@ impl Memory {
                 source,
             };
             let length = usize::try_from(block.used_length()).map_err(|e| failed(e.into()))?;
-            MmapRegion::new(length).map_err(|e| failed(e.into()))
+            let region = MmapRegion::new(length).map_err(|e| failed(e.into()))?;
+            Ok(Arc::new(region))
         });
         let bitmaps = blocks.iter().map(|(_, block)| {
             DirtyBitmap::new(block.pages()).map_err(|source| HoldError::Map {
@@ -66,6 +67,17 @@ impl Memory {
     #[must_use]
     pub const fn blocks(&self) -> &RamBlockTable {
         &self.blocks
+    }
+
+    /// The blocks as a COLO secondary's RAM cache wants them.
+    #[must_use]
+    pub fn cache_blocks(&self) -> Vec<CacheBlockSpec> {
+        let regions = self.blocks.iter().zip(&self.regions);
+        regions
+            .map(|((_, block), region)| {
+                CacheBlockSpec::whole_region(block.name(), Arc::clone(region))
+            })
+            .collect()
     }
 
     /// Calls `sink(block, first_page, word)` for the pages that have landed since the last call, as
