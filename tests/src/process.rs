@@ -80,6 +80,35 @@ impl Process {
         Ok(())
     }
 
+    /// Stops it, which it does not notice: a host that says nothing any more.
+    ///
+    /// # Errors
+    /// There is no such process.
+    pub fn freeze(&self) -> Result<()> {
+        self.signal("STOP")
+    }
+
+    /// Lets it go on after [`Process::freeze`].
+    ///
+    /// # Errors
+    /// There is no such process.
+    pub fn thaw(&self) -> Result<()> {
+        self.signal("CONT")
+    }
+
+    fn signal(&self, name: &str) -> Result<()> {
+        let id = self.id().to_string();
+        let status = Command::new("kill")
+            .arg(format!("-{name}"))
+            .arg(id)
+            .status()?;
+        if status.success() {
+            Ok(())
+        } else {
+            Err(self.failure("takes no signal"))
+        }
+    }
+
     /// Waits for it to end by itself.
     ///
     /// # Errors

@@ -272,6 +272,23 @@ impl Machine {
         })
     }
 
+    /// A line for a shell that starts it without QMP, waiting at the address that takes the place of
+    /// `{}`.
+    ///
+    /// # Errors
+    /// An argument is no text.
+    pub fn restore_line(&self, qemu: &Binary) -> Result<String> {
+        let mut args = vec![text(&qemu.path)?.to_owned()];
+        args.extend(["-nodefaults", "-no-user-config", "-display", "none"].map(str::to_owned));
+        args.extend(self.machine_args()?);
+        for arg in &self.args {
+            args.push(arg.to_str().ok_or("an argument is no text")?.to_owned());
+        }
+        args.extend(["-incoming", "{}"].map(str::to_owned));
+        let quoted = args.iter().map(|arg| format!("'{arg}'"));
+        Ok(format!("exec {}", quoted.collect::<Vec<_>>().join(" ")))
+    }
+
     fn machine_args(&self) -> Result<Vec<String>> {
         let accel = match self.accel {
             Accel::Tcg => "tcg",

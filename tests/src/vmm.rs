@@ -161,8 +161,11 @@ impl ColoVmm {
 const QMP: &str = "qmp";
 const SERIAL: &str = "serial";
 
-/// Built once for all trials of a test program.
-fn program() -> Result<&'static Path> {
+/// The program `colo-vmm`, built once for all trials of a test program.
+///
+/// # Errors
+/// It does not build.
+pub fn program() -> Result<&'static Path> {
     static BUILT: OnceLock<std::result::Result<PathBuf, String>> = OnceLock::new();
     BUILT
         .get_or_init(|| workspace_program("colo-vmm", "colo-vmm").map_err(|e| e.to_string()))
@@ -195,6 +198,20 @@ impl Vmm {
             }
         })?;
         Ok(Self { qmp, process, dir })
+    }
+
+    /// Starts `colo-vmm standby` with these arguments, besides the address of QMP.
+    ///
+    /// # Errors
+    /// It does not come as far as QMP; the error quotes what it said.
+    pub fn standby<T: Into<OsString>>(args: impl IntoIterator<Item = T>) -> Result<Self> {
+        let dir = tempfile::Builder::new().prefix("standby-").tempdir()?;
+        let mut command = Command::new(program()?);
+        command.arg("standby");
+        command.arg("--qmp");
+        command.arg(format!("unix:{}", dir.path().join(QMP).display()));
+        command.args(args.into_iter().map(Into::into));
+        Self::start("standby", command, dir)
     }
 
     /// A directory that lives as long as this process, for its sockets and files.
@@ -354,7 +371,7 @@ impl Vmm {
     /// # Errors
     /// There is no such process.
     pub fn freeze(&self) -> Result<()> {
-        self.signal("STOP")
+        self.process.freeze()
     }
 
     /// Lets a stopped process go on.
@@ -362,20 +379,7 @@ impl Vmm {
     /// # Errors
     /// There is no such process.
     pub fn thaw(&self) -> Result<()> {
-        self.signal("CONT")
-    }
-
-    fn signal(&self, name: &str) -> Result<()> {
-        let id = self.process.id().to_string();
-        let status = Command::new("kill")
-            .arg(format!("-{name}"))
-            .arg(id)
-            .status()?;
-        if status.success() {
-            Ok(())
-        } else {
-            Err(self.process.failure("takes no signal"))
-        }
+        self.process.thaw()
     }
 
     /// Asks `found` until it gives something.

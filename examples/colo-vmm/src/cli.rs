@@ -26,6 +26,7 @@ use crate::migration::{Boundaries, Boundary, IncomingMode, Migration, MigrationO
 use crate::monitor::{self, COMMANDS, Monitor};
 use crate::operator::{EventBus, Operator};
 use crate::qmp::{self, QmpAddress};
+use crate::standby::{self, StandbyArgs};
 use crate::vm::Vm;
 
 /// A small KVM VMM that outlives its host.
@@ -52,6 +53,8 @@ enum Command {
     Rejoin(RejoinArgs),
     /// Say how the sides of a pair are.
     Status(StatusArgs),
+    /// Hold guests of QEMU, and restore them when their primary is lost.
+    Standby(StandbyArgs),
 }
 
 /// What a machine consists of.
@@ -174,8 +177,10 @@ impl FromStr for IncomingArg {
 
 /// The value of `--on-peer-loss`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-enum PeerLossArg {
+pub enum PeerLossArg {
+    /// Wait for an operator.
     Wait,
+    /// Go on.
     TakeOver,
 }
 
@@ -353,6 +358,7 @@ impl Cli {
             Command::Failover(args) => lifecycle::failover(&args).map(|()| ExitCode::SUCCESS),
             Command::Rejoin(args) => lifecycle::rejoin(&args).map(|()| ExitCode::SUCCESS),
             Command::Status(args) => lifecycle::status(&args).map(|()| ExitCode::SUCCESS),
+            Command::Standby(args) => standby::run(&args),
         }
     }
 }

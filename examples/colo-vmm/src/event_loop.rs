@@ -321,7 +321,7 @@ impl SignalFd {
     }
 
     /// The number of a signal that has come; waits for one.
-    fn read(&self) -> io::Result<i32> {
+    pub(crate) fn read(&self) -> io::Result<i32> {
         let mut info = [0u8; size_of::<libc::signalfd_siginfo>()];
         let read = read_fd(self.as_raw_fd(), &mut info)?;
         // `ssi_signo` comes first.

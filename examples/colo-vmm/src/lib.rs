@@ -36,6 +36,7 @@
 //! - [`migration`]: the crates at work, live migration and COLO
 //! - [`monitor`], [`operator`] and [`qmp`]: what an operator can ask for, and how
 //! - [`lifecycle`]: a pair's life in one command each; [`demo`]: an operator of a pair, played
+//! - [`standby`]: guests of QEMU that are held, and restored when their primary is lost
 //! - [`cli`] and [`event_loop`]: the program; [`error_chain`]: what it says of an error
 
 pub mod cli;
@@ -54,5 +55,6 @@ pub mod migration;
 pub mod monitor;
 pub mod operator;
 pub mod qmp;
+pub mod standby;
 pub mod vcpu;
 pub mod vm;

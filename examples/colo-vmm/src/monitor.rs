@@ -100,19 +100,19 @@ impl Monitor {
         }
         done()
     }
+}
 
-    fn colo_status(&self) -> ColoStatus {
-        let status = self.migration.failover().status();
-        ColoStatus {
-            mode: mode(status.mode),
-            last_mode: mode(status.last_mode),
-            reason: match status.reason {
-                colo_core::StatusReason::None => ColoExitReason::None,
-                colo_core::StatusReason::Request => ColoExitReason::Request,
-                colo_core::StatusReason::Error => ColoExitReason::Error,
-                colo_core::StatusReason::Processing => ColoExitReason::Processing,
-            },
-        }
+/// What `query-colo-status` answers.
+pub(crate) const fn colo_status(status: colo_core::ColoStatus) -> ColoStatus {
+    ColoStatus {
+        mode: mode(status.mode),
+        last_mode: mode(status.last_mode),
+        reason: match status.reason {
+            colo_core::StatusReason::None => ColoExitReason::None,
+            colo_core::StatusReason::Request => ColoExitReason::Request,
+            colo_core::StatusReason::Error => ColoExitReason::Error,
+            colo_core::StatusReason::Processing => ColoExitReason::Processing,
+        },
     }
 }
 
@@ -200,7 +200,7 @@ impl Operator for Monitor {
                     .map_err(|e| QmpError::generic(e.to_string()))?;
                 done()
             }
-            Command::QueryColoStatus => returns(&self.colo_status()),
+            Command::QueryColoStatus => returns(&colo_status(migration.failover().status())),
             Command::XQueryColoFigures => returns(&migration.figures()),
             Command::Yank { instances } => self.yank(&instances),
             Command::QueryYank => {

@@ -16,6 +16,7 @@ use multifd::{ChannelCount, Compression, ZlibLevel, ZstdLevel};
 
 use crate::endpoint::Endpoint;
 use crate::incoming::{Incoming, IncomingConfig};
+use crate::memory::memory_of_this_machine;
 use crate::outgoing::OutgoingConfig;
 use crate::progress::{Progress, Stage};
 use crate::relay::{Origin, Relay, Report};
@@ -249,11 +250,6 @@ impl Cli {
             remove_store: self.remove_store,
         })
     }
-}
-
-fn memory_of_this_machine() -> u64 {
-    let info = rustix::system::sysinfo();
-    info.totalram.saturating_mul(info.mem_unit.into())
 }
 
 /// Shows on stderr what is going on, if that is a terminal.

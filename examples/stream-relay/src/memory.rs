@@ -9,6 +9,13 @@ use vm_memory::{MmapRegion, VolatileMemory, VolatileSlice};
 
 use crate::progress::Progress;
 
+/// How much memory this machine has, bytes.
+#[must_use]
+pub fn memory_of_this_machine() -> u64 {
+    let info = rustix::system::sysinfo();
+    info.totalram.saturating_mul(info.mem_unit.into())
+}
+
 /// For pages that become zero again.
 static ZEROS: [u8; 4096] = [0; 4096];
 

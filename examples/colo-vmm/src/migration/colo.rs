@@ -197,34 +197,41 @@ impl ColoVm for CheckpointedVm {
 
     fn checkpoint_done(&mut self, report: &CheckpointReport) {
         self.migration.figures.note(report);
-        let us = |d: std::time::Duration| u64::try_from(d.as_micros()).unwrap_or(u64::MAX);
         let hashes = self.hashes.take();
         let hex = |hash: u64| format!("{hash:016x}");
-        let event = Event::ColoCheckpoint(Box::new(ColoCheckpoint {
-            mode: mode(self.role),
-            checkpoint: report.number,
-            pause_us: us(report.pause),
-            ram_bytes: report.ram_bytes,
-            dirty_pages: report.dirty_pages,
-            flushed_pages: report.flushed_pages,
-            device_bytes: report.device_bytes,
-            serial_bytes: if self.role == Role::Primary {
-                self.said
-            } else {
-                0
-            },
-            ram_hash: hashes.map(|(ram, _)| hex(ram)),
-            device_hash: hashes.map(|(_, devices)| hex(devices)),
-            steps: report
-                .steps
-                .iter()
-                .map(|(step, time)| ColoCheckpointStep {
-                    step: step.to_string(),
-                    us: us(*time),
-                })
-                .collect(),
-        }));
+        let mut event = checkpoint_event(self.role, report);
+        if self.role == Role::Primary {
+            event.serial_bytes = self.said;
+        }
+        event.ram_hash = hashes.map(|(ram, _)| hex(ram));
+        event.device_hash = hashes.map(|(_, devices)| hex(devices));
+        let event = Event::ColoCheckpoint(Box::new(event));
         self.migration.vm.events().publish(&event);
+    }
+}
+
+/// What is told of a checkpoint, without what only some VMs know.
+pub(crate) fn checkpoint_event(role: Role, report: &CheckpointReport) -> ColoCheckpoint {
+    let us = |d: std::time::Duration| u64::try_from(d.as_micros()).unwrap_or(u64::MAX);
+    ColoCheckpoint {
+        mode: mode(role),
+        checkpoint: report.number,
+        pause_us: us(report.pause),
+        ram_bytes: report.ram_bytes,
+        dirty_pages: report.dirty_pages,
+        flushed_pages: report.flushed_pages,
+        device_bytes: report.device_bytes,
+        serial_bytes: 0,
+        ram_hash: None,
+        device_hash: None,
+        steps: report
+            .steps
+            .iter()
+            .map(|(step, time)| ColoCheckpointStep {
+                step: step.to_string(),
+                us: us(*time),
+            })
+            .collect(),
     }
 }
 

@@ -10,7 +10,7 @@ use super::lock;
 
 /// The checkpoints of this process so far.
 #[derive(Debug, Default)]
-pub(super) struct Figures(Mutex<Inner>);
+pub(crate) struct Figures(Mutex<Inner>);
 
 #[derive(Debug, Default)]
 struct Inner {
@@ -21,7 +21,7 @@ struct Inner {
 
 impl Figures {
     /// A checkpoint is complete.
-    pub(super) fn note(&self, report: &CheckpointReport) {
+    pub(crate) fn note(&self, report: &CheckpointReport) {
         let us = |d: Duration| u64::try_from(d.as_micros()).unwrap_or(u64::MAX);
         let mut inner = lock(&self.0);
         inner.at = Some(Instant::now());
@@ -38,7 +38,7 @@ impl Figures {
     }
 
     /// All of it, as of now.
-    pub(super) fn get(&self) -> ColoFigures {
+    pub(crate) fn get(&self) -> ColoFigures {
         let inner = lock(&self.0);
         let mut figures = inner.figures;
         if let (Some(last), Some(at)) = (&mut figures.last, inner.at) {

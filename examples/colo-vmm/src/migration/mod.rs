@@ -37,10 +37,11 @@ use ram_cache::DiscardControl;
 use uuid::Uuid;
 
 pub use self::boundary::{Boundaries, Boundary};
-use self::connections::Connections;
-use self::figures::Figures;
+pub(crate) use self::colo::checkpoint_event;
+pub(crate) use self::connections::Connections;
+pub(crate) use self::figures::Figures;
 use self::global_state::GlobalState;
-use self::status::Status;
+pub(crate) use self::status::Status;
 use crate::console::Console;
 use crate::error_chain::chain;
 use crate::vm::Vm;
@@ -515,7 +516,8 @@ fn socket(address: &MigrationAddress) -> Result<Address, QmpError> {
     }
 }
 
-fn qmp_address(address: &Address) -> SocketAddress {
+/// An address as QMP has it.
+pub(crate) fn qmp_address(address: &Address) -> SocketAddress {
     match address {
         Address::Tcp { host, port } => {
             SocketAddress::Inet(InetSocketAddress::new(host.clone(), port.to_string()))

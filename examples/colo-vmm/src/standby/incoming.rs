@@ -1,0 +1,127 @@
+//! A guest from its primary, up to the moment at which COLO begins.
+
+use std::sync::Arc;
+
+use colo_core::{ColoStore, IncomingPages, StoreError};
+use migration_stream::decoder::{ConfigurationRule, DecoderConfig};
+use migration_stream::dirty_bitmap::BitmapSections;
+use migration_stream::machine::MachineVersion;
+use migration_stream::opaque_tail::TailLimits;
+use migration_stream::precopy::{Loaded, Target, TargetConfig, TargetError};
+use migration_stream::{StreamReader, TransportError};
+use multifd::incoming::Incoming;
+use multifd::{RecvChannel, RecvSet};
+use ram_cache::{DiscardControl, DiscardInUse};
+use stream_relay::guest::{Devices, Guest};
+use stream_relay::memory::{HoldError, Memory};
+
+use super::StandbyConfig;
+use crate::error_chain::chain;
+use crate::migration::Connections;
+
+/// A guest that was taken over and not confirmed: its primary waits.
+#[derive(Debug)]
+pub(super) struct Arrived {
+    pub(super) guest: Guest,
+    pub(super) loaded: Loaded,
+    pub(super) pages: IncomingPages<ColoStore>,
+}
+
+/// Takes what a primary sends before COLO begins. An error leaves the guest to its primary.
+pub(super) fn take(
+    connected: Incoming,
+    config: &StandbyConfig,
+    connections: &Connections,
+) -> Result<Arrived, TakeError> {
+    let Incoming {
+        main,
+        prefix,
+        channels,
+    } = connected;
+    let target_config = TargetConfig {
+        decoder: DecoderConfig::new(ConfigurationRule::Any),
+        max_devices: TailLimits::default().len,
+    };
+    let reader = StreamReader::new(main.share(), &prefix);
+    let return_path = Some(Box::new(main.share()) as _);
+    let (mut target, blocks) = Target::from_announcement(target_config, reader, return_path)?;
+    if blocks.ignores_shared() {
+        return Err(TakeError::SharedMemory);
+    }
+    if !target.has_return_path() {
+        return Err(TakeError::NoReturnPath);
+    }
+    let configuration = target.configuration().cloned();
+    let configuration = configuration.ok_or(TakeError::NoConfiguration)?;
+    let memory = Memory::new(blocks, config.max_memory, Arc::default())?;
+    // The memory is this process's own, and nobody balloons it.
+    let store = ColoStore::new(memory.cache_blocks(), DiscardControl::new().disable()?)?;
+    let mut pages = match &config.multifd {
+        None => IncomingPages::plain(store),
+        Some(multifd) => {
+            let version = MachineVersion::of(&configuration.machine);
+            if version.is_some_and(MachineVersion::flushes_each_section) {
+                target = target.flushing_each_section();
+            }
+            let channels = channels.into_iter().map(RecvChannel::from).collect();
+            let connections = connections.clone();
+            let set = RecvSet::start(store, channels, multifd, move |error| {
+                connections.shut_for(chain(error));
+            });
+            IncomingPages::multifd(set.map_err(TakeError::Channels)?)
+        }
+    };
+    let (store, barrier) = pages.parts();
+    let (loaded, tail) = target.load_opaque(store, barrier, TailLimits::default())?;
+    Ok(Arrived {
+        guest: Guest {
+            memory: Arc::new(memory),
+            configuration,
+            devices: Devices {
+                tail,
+                bitmaps: BitmapSections::new(),
+            },
+        },
+        loaded,
+        pages,
+    })
+}
+
+/// Why a guest could not be taken. It runs on at its primary.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum TakeError {
+    /// The primary's connections did not come.
+    #[error("connections of the primary")]
+    Accept(#[from] multifd::incoming::IncomingError),
+    /// The stream is not sound, or broke.
+    #[error("the primary's stream")]
+    Stream(#[from] TargetError),
+    /// Multifd's channels.
+    #[error("the primary's channels")]
+    Channels(#[source] TransportError),
+    /// It cannot be held.
+    #[error("holding the guest")]
+    Hold(#[from] HoldError),
+    /// There is no memory for a checkpoint on its way.
+    #[error("the ram cache")]
+    Cache(#[from] StoreError),
+    /// RAM is being discarded.
+    #[error("the ram cache")]
+    Discard(#[from] DiscardInUse),
+    /// No thread or descriptor could be had.
+    #[error("the host")]
+    Host(#[from] std::io::Error),
+    /// No threads for the flush.
+    #[error("the host")]
+    Pool(#[from] ram_cache::FlushPoolError),
+    /// The stream has no configuration section.
+    #[error("the stream does not say of which machine type the guest is")]
+    NoConfiguration,
+    /// Part of memory is not in the stream.
+    #[error("the primary leaves shared memory out of the stream (x-ignore-shared)")]
+    SharedMemory,
+    /// Without a return path there is no COLO.
+    #[error("the primary has opened no return path, without which there is no COLO")]
+    NoReturnPath,
+}

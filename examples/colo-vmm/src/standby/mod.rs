@@ -1,0 +1,507 @@
+//! Fault tolerance for guests of QEMU without a running twin: COLO's secondary, that holds the guest
+//! and does not run it.
+//!
+//! ```text
+//!   QEMU, x-colo                    Standby                              a fresh QEMU
+//!   precopy          ------------>  memory, devices as they are
+//!   checkpoint       ------------>  into the cache, checked
+//!                    <------------  vmstate-received; committed: memory and devices together
+//!   ...
+//!   dies                            lost: the last complete checkpoint
+//!                                   precopy                 ---------->  -incoming: goes on
+//! ```
+//!
+//! What it promises: when the primary is lost the guest goes on from its last *complete* checkpoint,
+//! memory and devices of that one and of no other. What the guest did after it is undone, although
+//! others may have seen its output: a reply on the network, a block on a shared disk. Full COLO, a
+//! secondary that runs the guest too and whose output is compared with the primary's, lets nothing
+//! out that the survivor would contradict; this does not.
+//!
+//! The other side of a broken connection may be alive. QEMU's primary goes on running its guest when
+//! its secondary is gone, so **whoever restores a guest has to see to it that the primary is dead**
+//! (fencing): with [`OnPeerLoss::Wait`] an operator does and says `x-colo-lost-heartbeat`, with
+//! [`OnPeerLoss::TakeOver`] the restore command does or nobody. It is never taken for lost because of
+//! something that went wrong on this side, or that it said: then an operator decides.
+//!
+//! Each guest is a [`Standby`] with a thread, an address, memory and a QMP server of its own. They
+//! share the process and nothing else.
+//!
+//! | file | what |
+//! |---|---|
+//! | `mod.rs` | a guest's way: waiting, held, restored |
+//! | `incoming.rs` | from the primary's connection to the beginning of COLO |
+//! | `held.rs` | what COLO sees of a guest that does not run |
+//! | `restore.rs` | into a fresh QEMU |
+//! | `monitor.rs`, `args.rs` | what an operator can say, by QMP and on the command line |
+
+mod args;
+mod held;
+mod incoming;
+mod monitor;
+mod restore;
+
+use std::io::{self, PipeReader, PipeWriter};
+use std::os::fd::AsFd;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use colo_core::driver::{ColoControl, DriverConfig, Parts, SecondaryLink, run_secondary};
+use colo_core::{
+    Cause, CheckpointReport, ColoExit, Deadlines, ExitReason, FailoverHandle, NoGate,
+    NoReplication, OnPeerLoss, OutOfStep, Outcome, Role,
+};
+use multifd::incoming::{Acceptor, IncomingError, Limits};
+use multifd::{Address, AddressError, Listener, MultifdConfig};
+use qmp_types::{ColoExitReason, ColoMode, Event, MigrationStatus, QmpError, RunState};
+use ram_cache::FlushPool;
+use stream_relay::guest::Guest;
+
+pub use self::args::{StandbyArgs, run};
+use self::held::{HeldVm, Untouched};
+pub use self::incoming::TakeError;
+use self::incoming::{Arrived, take};
+use self::restore::SocketPath;
+pub use self::restore::{Destination, RestoreConfig, RestoreError};
+use crate::error_chain::chain;
+use crate::migration::{Connections, Figures, Status, checkpoint_event, qmp_address};
+use crate::operator::EventBus;
+
+/// How one guest is held.
+#[derive(Clone, Debug)]
+pub struct StandbyConfig {
+    /// What it is called in messages.
+    pub name: String,
+    /// Where its primary migrates to.
+    pub incoming: Address,
+    /// The primary's multifd channels, if it has the capability.
+    pub multifd: Option<MultifdConfig>,
+    /// How much memory it may have, bytes. The cache takes as much again of what is used.
+    pub max_memory: u64,
+    /// How long the primary may be silent.
+    pub deadlines: Deadlines,
+    /// The same before COLO begins.
+    pub io_limit: Duration,
+    /// What to do when the primary is lost.
+    pub on_loss: OnPeerLoss,
+    /// Into what it is restored.
+    pub restore: RestoreConfig,
+}
+
+/// One guest: waited for, held, restored.
+pub struct Standby {
+    config: StandbyConfig,
+    /// Where it listens; taken by the thread that runs it.
+    door: Mutex<Option<Door>>,
+    address: Address,
+    events: Arc<EventBus>,
+    status: Status,
+    figures: Figures,
+    failover: FailoverHandle,
+    connections: Connections,
+    inner: Mutex<Inner>,
+    changed: Condvar,
+    /// Readable when the guest is not wanted any more.
+    quit: PipeReader,
+}
+
+struct Door {
+    acceptor: Acceptor,
+    _path: SocketPath,
+}
+
+struct Inner {
+    state: RunState,
+    colo: Option<ColoControl>,
+    /// An operator wants a restore tried again that has failed.
+    retry: bool,
+    /// Whether one has failed and is waited with.
+    has_failed: bool,
+    /// Dropped to wake who waits for connections; `None`: the guest is not wanted any more.
+    open: Option<PipeWriter>,
+}
+
+/// What became of a guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ending {
+    /// It goes on in a fresh QEMU.
+    Restored,
+    /// An operator ended this.
+    Quit,
+    /// It was lost: what is here is no state of it.
+    Lost,
+}
+
+impl std::fmt::Display for Ending {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Restored => "restored",
+            Self::Quit => "quit",
+            Self::Lost => "lost",
+        })
+    }
+}
+
+impl Standby {
+    /// Listens for the guest's primary.
+    ///
+    /// # Errors
+    /// The address cannot be had, or the host has no descriptors.
+    pub fn open(config: StandbyConfig) -> Result<Arc<Self>, OpenError> {
+        let listener = Listener::bind(&config.incoming)?;
+        let address = listener.local_address()?;
+        let path = SocketPath::of(&address);
+        let limits = Limits {
+            channel: config.io_limit,
+            ..Limits::default()
+        };
+        let name = config.name.clone();
+        let acceptor = Acceptor::new(listener, config.multifd.as_ref(), limits)?.on_refused(
+            move |refusal| tracing::warn!(guest = name, %refusal, "connection refused"),
+        );
+        let (quit, open) = io::pipe()?;
+        let events = Arc::new(EventBus::new());
+        Ok(Arc::new(Self {
+            door: Mutex::new(Some(Door {
+                acceptor,
+                _path: path,
+            })),
+            address,
+            status: Status::new(Arc::clone(&events), Arc::default()),
+            events,
+            figures: Figures::default(),
+            failover: FailoverHandle::new(),
+            connections: Connections::default(),
+            inner: Mutex::new(Inner {
+                state: RunState::InMigrate,
+                colo: None,
+                retry: false,
+                has_failed: false,
+                open: Some(open),
+            }),
+            changed: Condvar::new(),
+            quit,
+            config,
+        }))
+    }
+
+    /// What the guest is called.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.config.name
+    }
+
+    /// Where the primary is to migrate to, with the port that the system chose if none was asked
+    /// for.
+    #[must_use]
+    pub const fn address(&self) -> &Address {
+        &self.address
+    }
+
+    /// Where its events go.
+    #[must_use]
+    pub const fn events(&self) -> &Arc<EventBus> {
+        &self.events
+    }
+
+    /// `inmigrate` until COLO begins, `paused` while the guest is held, `postmigrate` once it was
+    /// restored, `internal-error` if it was lost.
+    #[must_use]
+    pub fn state(&self) -> RunState {
+        self.lock().state
+    }
+
+    /// Waits for the guest, holds it and restores it. Returns when there is nothing left to do for
+    /// it.
+    pub fn run(self: &Arc<Self>) -> Ending {
+        let mut door = lock(&self.door).take();
+        loop {
+            self.status.begin(true, Some(qmp_address(&self.address)));
+            let held = self
+                .arrive(&mut door)
+                .and_then(|arrived| self.hold(arrived, &mut door));
+            match held {
+                Ok((_, Ok(Outcome::Quit))) => return self.unwanted(),
+                Ok((guest, Ok(Outcome::TookOver))) => return self.restore(&guest),
+                Ok((_, Ok(Outcome::Broken(cause)))) => return self.lost(&cause),
+                Ok((_, Err(error))) => return self.lost(&error),
+                Err(_) if self.is_unwanted() => return self.unwanted(),
+                Err(error) => {
+                    // The guest runs on at its primary, which may try again.
+                    let fault = self.connections.fault();
+                    let error = fault.unwrap_or_else(|| chain(&error));
+                    tracing::warn!(guest = self.name(), error, "no guest was taken");
+                    self.status.fail(MigrationStatus::Failed, error);
+                    self.connections.shut();
+                    self.connections.clear();
+                    if door.is_none() {
+                        return Ending::Lost;
+                    }
+                }
+            }
+        }
+    }
+
+    /// The guest is not wanted any more: what is held of it is dropped. Its primary, if it lives,
+    /// goes on without a secondary.
+    pub fn quit(&self) {
+        let colo = {
+            let mut inner = self.lock();
+            inner.open = None;
+            inner.colo.clone()
+        };
+        match colo {
+            Some(colo) => colo.quit(),
+            None => self.connections.shut(),
+        }
+        self.changed.notify_all();
+    }
+
+    fn is_unwanted(&self) -> bool {
+        self.lock().open.is_none()
+    }
+
+    fn unwanted(&self) -> Ending {
+        self.status.set(MigrationStatus::Cancelled);
+        Ending::Quit
+    }
+
+    /// A commit broke off half way, or worse. What is held is a mixture, and never restored.
+    fn lost(&self, error: &dyn std::error::Error) -> Ending {
+        let error = chain(error);
+        tracing::error!(guest = self.name(), error, "the guest is lost");
+        self.set_state(RunState::InternalError);
+        self.status.fail(MigrationStatus::Failed, error);
+        self.connections.shut();
+        Ending::Lost
+    }
+
+    /// A guest that was taken, and not confirmed.
+    fn arrive(&self, door: &mut Option<Door>) -> Result<Arrived, TakeError> {
+        let Some(door) = door else {
+            return Err(TakeError::Accept(IncomingError::Cancelled));
+        };
+        let connected = loop {
+            match door.acceptor.accept(Some(self.quit.as_fd())) {
+                Err(error @ IncomingError::Incomplete { .. }) => {
+                    self.status.note_error(chain(&error));
+                }
+                other => break other?,
+            }
+        };
+        self.connections.add(&connected.main);
+        for channel in &connected.channels {
+            self.connections.add(channel);
+        }
+        // Who did not want it may have shut what was there before.
+        if self.is_unwanted() {
+            self.connections.shut();
+        }
+        self.status.set(MigrationStatus::Active);
+        take(connected, &self.config, &self.connections)
+    }
+
+    /// COLO, from its first message to its end. An error leaves the guest to its primary; afterwards
+    /// it is what COLO has made of it.
+    fn hold(
+        self: &Arc<Self>,
+        arrived: Arrived,
+        door: &mut Option<Door>,
+    ) -> Result<(Guest, Result<Outcome, OutOfStep>), TakeError> {
+        let Arrived {
+            guest,
+            mut loaded,
+            pages,
+        } = arrived;
+        let pool = FlushPool::for_this_host()?;
+        loaded.confirm()?;
+        let receiver = loaded.into_checkpoints()?;
+        // Nobody else is let in.
+        *door = None;
+        let connections = self.connections.clone();
+        let control = ColoControl::new(
+            Role::Secondary,
+            self.failover.clone(),
+            // It is the primary that counts it.
+            Duration::MAX,
+            move || connections.shut(),
+        )?;
+        {
+            let mut inner = self.lock();
+            inner.state = RunState::Paused;
+            inner.colo = Some(control.clone());
+            if inner.open.is_none() {
+                control.quit();
+            }
+        }
+        self.status.set(MigrationStatus::Colo);
+        let link = SecondaryLink {
+            receiver,
+            pages,
+            log: Untouched,
+            pool,
+        };
+        let mut parts = Parts {
+            vm: HeldVm::new(Arc::clone(self), guest),
+            replication: NoReplication,
+            gate: NoGate,
+        };
+        let config = DriverConfig {
+            deadlines: self.config.deadlines,
+            // Whether a loss is one is decided when it is known what it is: see `colo_exit`.
+            on_loss: OnPeerLoss::Wait,
+            ..DriverConfig::default()
+        };
+        let outcome = run_secondary(link, &mut parts, &control, config);
+        self.lock().colo = None;
+        self.connections.clear();
+        Ok((parts.vm.into_guest(), outcome))
+    }
+
+    /// COLO has ended, and what becomes of the guest is not decided yet unless somebody asked for
+    /// it.
+    fn colo_exit(&self, exit: &ColoExit) {
+        let name = self.name();
+        let reason = match exit.reason() {
+            ExitReason::Request => ColoExitReason::Request,
+            ExitReason::Error => ColoExitReason::Error,
+        };
+        if exit.reason() == ExitReason::Error {
+            let cause = match self.connections.fault() {
+                None => chain(&exit.cause),
+                Some(fault) => format!("{}: {fault}", chain(&exit.cause)),
+            };
+            self.status.fail(MigrationStatus::Failing, cause);
+        }
+        tracing::info!(guest = name, %exit, "colo");
+        self.events.publish(&Event::ColoExit {
+            mode: ColoMode::Secondary,
+            reason,
+        });
+        let is_lost = matches!(
+            exit.cause,
+            Cause::PeerLost { .. } | Cause::DeadlineExpired { .. }
+        );
+        if is_lost && self.config.on_loss == OnPeerLoss::TakeOver {
+            // It is refused when an operator was faster.
+            let _ = self.failover.request();
+        } else if exit.reason() == ExitReason::Error {
+            tracing::warn!(
+                guest = name,
+                "the guest is held until x-colo-lost-heartbeat says that its primary is dead"
+            );
+        }
+    }
+
+    fn checkpoint_done(&self, report: &CheckpointReport) {
+        self.figures.note(report);
+        let event = checkpoint_event(Role::Secondary, report);
+        self.events.publish(&Event::ColoCheckpoint(Box::new(event)));
+    }
+
+    /// Restores the guest, as often as an operator wants it tried.
+    fn restore(&self, guest: &Guest) -> Ending {
+        let (name, into) = (self.name(), &self.config.restore.into);
+        loop {
+            tracing::info!(guest = name, %into, "restoring the guest");
+            match self.config.restore.restore(guest, name) {
+                Ok(figures) => {
+                    tracing::info!(guest = name, ?figures, "the guest goes on");
+                    self.set_state(RunState::PostMigrate);
+                    self.status.set(MigrationStatus::Completed);
+                    return Ending::Restored;
+                }
+                Err(error) => {
+                    let error = chain(&error);
+                    tracing::error!(
+                        guest = name,
+                        error,
+                        "the guest was not restored and is still held; x-colo-lost-heartbeat tries \
+                         again"
+                    );
+                    self.status.fail(MigrationStatus::Failed, error);
+                }
+            }
+            if !self.wait_for_retry() {
+                return Ending::Quit;
+            }
+            self.status.set(MigrationStatus::Failing);
+        }
+    }
+
+    /// Waits until an operator wants another attempt; false if none is wanted.
+    fn wait_for_retry(&self) -> bool {
+        let mut inner = self.lock();
+        inner.has_failed = true;
+        let mut inner = self
+            .changed
+            .wait_while(inner, |inner| inner.open.is_some() && !inner.retry)
+            .unwrap_or_else(PoisonError::into_inner);
+        inner.has_failed = false;
+        inner.retry = false;
+        inner.open.is_some()
+    }
+
+    /// `x-colo-lost-heartbeat`: the primary is dead, and the guest is to go on.
+    fn restore_requested(&self) -> Result<(), QmpError> {
+        {
+            let mut inner = self.lock();
+            if inner.has_failed {
+                inner.retry = true;
+                self.changed.notify_all();
+                return Ok(());
+            }
+        }
+        self.failover
+            .request()
+            .map_err(|e| QmpError::generic(e.to_string()))
+    }
+
+    const fn status(&self) -> &Status {
+        &self.status
+    }
+
+    const fn figures(&self) -> &Figures {
+        &self.figures
+    }
+
+    const fn failover(&self) -> &FailoverHandle {
+        &self.failover
+    }
+
+    fn set_state(&self, state: RunState) {
+        self.lock().state = state;
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        lock(&self.inner)
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // What is behind these locks is whole at every moment.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl std::fmt::Debug for Standby {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Standby")
+            .field("config", &self.config)
+            .field("address", &self.address)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Why a guest cannot be waited for.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum OpenError {
+    /// Nobody can listen there.
+    #[error(transparent)]
+    Address(#[from] AddressError),
+    /// The listening socket cannot be used.
+    #[error(transparent)]
+    Listen(#[from] IncomingError),
+    /// The host has no descriptors.
+    #[error("the host")]
+    Host(#[from] io::Error),
+}

@@ -1,0 +1,63 @@
+//! What an operator can ask of a held guest.
+
+use std::sync::Arc;
+
+use qmp_types::{
+    Command, CommandInfo, CommandKind, CommandResult, Event, QmpError, ShutdownCause, StatusInfo,
+    done, returns,
+};
+
+use super::Standby;
+use crate::monitor::{colo_status, version};
+use crate::operator::Operator;
+
+/// Carries out commands for one guest.
+pub(super) struct StandbyMonitor(pub(super) Arc<Standby>);
+
+/// The commands there are.
+pub(super) const COMMANDS: &[CommandKind] = &[
+    CommandKind::QmpCapabilities,
+    CommandKind::QueryVersion,
+    CommandKind::QueryCommands,
+    CommandKind::QueryStatus,
+    CommandKind::Quit,
+    CommandKind::QueryMigrate,
+    CommandKind::XColoLostHeartbeat,
+    CommandKind::QueryColoStatus,
+    CommandKind::XQueryColoFigures,
+];
+
+impl Operator for StandbyMonitor {
+    fn execute(&self, command: Command) -> CommandResult {
+        let standby = &self.0;
+        match command {
+            Command::QueryVersion => returns(&version()),
+            Command::QueryCommands => returns(
+                &COMMANDS
+                    .iter()
+                    .map(|kind| CommandInfo::from(*kind))
+                    .collect::<Vec<_>>(),
+            ),
+            Command::QueryStatus => returns(&StatusInfo::from(standby.state())),
+            Command::Quit => {
+                let reason = ShutdownCause::HostQmpQuit;
+                standby.events().publish(&Event::Shutdown {
+                    guest: false,
+                    reason,
+                });
+                standby.quit();
+                done()
+            }
+            Command::QueryMigrate => returns(&standby.status().info()),
+            Command::XColoLostHeartbeat => {
+                standby.restore_requested()?;
+                done()
+            }
+            Command::QueryColoStatus => returns(&colo_status(standby.failover().status())),
+            Command::XQueryColoFigures => returns(&standby.figures().get()),
+            _ => Err(QmpError::generic(
+                "a guest that is held has no such command",
+            )),
+        }
+    }
+}
