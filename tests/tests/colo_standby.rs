@@ -66,6 +66,10 @@ fn main() -> ExitCode {
             tcg("operator_decides_and_may_try_again", by_request),
             tcg("primary_goes_on_without_a_standby_that_quits", quits),
             tcg("migration_that_fails_may_be_tried_again", tried_again),
+            tcg(
+                "guest_that_is_migrated_without_colo_is_not_lost",
+                without_colo,
+            ),
             harness::on_each_qemu_before(
                 "primary_from_before_qemu_11_keeps_its_guest",
                 (7, 2),
@@ -570,6 +574,25 @@ fn tried_again(qemu: &Binary) -> Result<()> {
     held.primary.process.kill()?;
     held.printed()?;
     Ok(())
+}
+
+/// A primary that does not know of COLO lets go of its guest, which goes on all the same.
+fn without_colo(qemu: &Binary) -> Result<()> {
+    let files = tempfile::tempdir()?;
+    let into = format!("unix:{}", files.path().join("next").display());
+    let args = ["--on-peer-loss", "take-over", "--restore-into", &into];
+    let mut held = Held::start(qemu, "pc", Accel::Tcg, PLAIN, &args)?;
+    let (mut next, _) = waiting("next", &held.machine, qemu, files.path())?;
+    held.primary.qmp.set_capabilities(&["x-colo"], false)?;
+    held.primary.migrate(&held.uri())?;
+    held.primary.wait_migration("completed")?;
+    held.primary.process.kill()?;
+    let printed = held.printed()?;
+    assert!(held.standby.process.wait()?.success());
+    next.wait_status("running")?;
+    wait_for_lines(&next, 3)?;
+    next.process.kill()?;
+    goes_on(&printed, printed.len(), &next.process.stdout().whole()?)
 }
 
 /// COLO as it was before QEMU 11 is refused before the guest has left.

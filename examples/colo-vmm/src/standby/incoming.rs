@@ -1,6 +1,7 @@
 //! A guest from its primary, up to the moment at which COLO begins.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use colo_core::{ColoStore, IncomingPages, StoreError};
 use migration_stream::decoder::{ConfigurationRule, DecoderConfig};
@@ -10,7 +11,7 @@ use migration_stream::opaque_tail::TailLimits;
 use migration_stream::precopy::{Loaded, Target, TargetConfig, TargetError};
 use migration_stream::{StreamReader, TransportError};
 use multifd::incoming::Incoming;
-use multifd::{RecvChannel, RecvSet};
+use multifd::{ChannelError, RecvChannel, RecvSet};
 use ram_cache::{DiscardControl, DiscardInUse};
 use stream_relay::guest::{Devices, Guest};
 use stream_relay::memory::{HoldError, Memory};
@@ -32,6 +33,7 @@ pub(super) fn take(
     connected: Incoming,
     config: &StandbyConfig,
     connections: &Connections,
+    is_refused: &Arc<AtomicBool>,
 ) -> Result<Arrived, TakeError> {
     let Incoming {
         main,
@@ -65,7 +67,10 @@ pub(super) fn take(
             }
             let channels = channels.into_iter().map(RecvChannel::from).collect();
             let connections = connections.clone();
+            let is_refused = Arc::clone(is_refused);
             let set = RecvSet::start(store, channels, multifd, move |error| {
+                // Before the main channel is cut for it, to which the two look alike.
+                is_refused.store(!is_loss(error), Ordering::Release);
                 connections.shut_for(chain(error));
             });
             IncomingPages::multifd(set.map_err(TakeError::Channels)?)
@@ -85,6 +90,16 @@ pub(super) fn take(
         loaded,
         pages,
     })
+}
+
+/// Whether a channel has lost its peer, rather than refused what the peer sent.
+fn is_loss(error: &TransportError) -> bool {
+    use ChannelError::{Ended, Eof, Io, NoFlush, Stalled};
+
+    matches!(
+        error.source.downcast_ref(),
+        Some(Io { .. } | Eof { .. } | Ended | NoFlush { .. } | Stalled { .. })
+    )
 }
 
 /// Why a guest could not be taken. It runs on at its primary.
@@ -124,4 +139,18 @@ pub enum TakeError {
     /// Without a return path there is no COLO.
     #[error("the primary has opened no return path, without which there is no COLO")]
     NoReturnPath,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_channel_that_refuses_what_came_has_not_lost_its_peer() {
+        let of = |error: ChannelError| is_loss(&TransportError::channel(1, error));
+        assert!(of(ChannelError::Ended));
+        assert!(of(ChannelError::Stalled { what: "a sync" }));
+        assert!(!of(ChannelError::CompressedDeviceState));
+        assert!(!is_loss(&TransportError::main("of another kind")));
+    }
 }

@@ -42,6 +42,7 @@ mod restore;
 
 use std::io::{self, PipeReader, PipeWriter};
 use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -98,6 +99,8 @@ pub struct Standby {
     figures: Figures,
     failover: FailoverHandle,
     connections: Connections,
+    /// The connections were cut on this side, for something that came on them.
+    is_refused: Arc<AtomicBool>,
     inner: Mutex<Inner>,
     changed: Condvar,
     /// Readable when the guest is not wanted any more.
@@ -171,6 +174,7 @@ impl Standby {
             figures: Figures::default(),
             failover: FailoverHandle::new(),
             connections: Connections::default(),
+            is_refused: Arc::default(),
             inner: Mutex::new(Inner {
                 state: RunState::InMigrate,
                 colo: None,
@@ -233,6 +237,7 @@ impl Standby {
                     self.status.fail(MigrationStatus::Failed, error);
                     self.connections.shut();
                     self.connections.clear();
+                    self.is_refused.store(false, Ordering::Release);
                     if door.is_none() {
                         return Ending::Lost;
                     }
@@ -297,7 +302,7 @@ impl Standby {
             self.connections.shut();
         }
         self.status.set(MigrationStatus::Active);
-        take(connected, &self.config, &self.connections)
+        take(connected, &self.config, &self.connections, &self.is_refused)
     }
 
     /// COLO, from its first message to its end. An error leaves the guest to its primary; afterwards
@@ -380,7 +385,7 @@ impl Standby {
         let is_lost = matches!(
             exit.cause,
             Cause::PeerLost { .. } | Cause::DeadlineExpired { .. }
-        );
+        ) && !self.is_refused.load(Ordering::Acquire);
         if is_lost && self.config.on_loss == OnPeerLoss::TakeOver {
             // It is refused when an operator was faster.
             let _ = self.failover.request();
