@@ -48,6 +48,8 @@ struct Link {
     is_armed: AtomicBool,
     /// To stop in the middle of one.
     is_cutting: AtomicBool,
+    /// To spoil what channels carry of one.
+    is_spoiling: AtomicBool,
     /// It is in the middle of one.
     is_within: AtomicBool,
     /// What of it has come through, bytes.
@@ -113,6 +115,11 @@ impl Gate {
         self.wait()
     }
 
+    /// From the next checkpoint on, lets through nonsense in place of what multifd's channels carry.
+    pub fn spoil(&self) {
+        self.link.is_spoiling.store(true, Ordering::Release);
+    }
+
     fn wait(&self) -> Result<()> {
         let deadline = Instant::now() + PATIENCE;
         while !self.link.is_held.load(Ordering::Acquire) {
@@ -151,12 +158,16 @@ impl Link {
         let mut is_main = None;
         while let Ok(n @ 1..) = from.read(&mut buffer) {
             let allowed = self.allowed(n);
-            let piece = &buffer[..allowed];
+            let piece = &mut buffer[..allowed];
             if *is_main.get_or_insert(piece.starts_with(b"QEVM")) {
                 let mut sent = self.sent.lock().unwrap_or_else(PoisonError::into_inner);
                 sent.extend_from_slice(piece);
                 let surplus = sent.len().saturating_sub(KEPT);
                 sent.drain(..surplus);
+            } else if self.is_spoiling.load(Ordering::Acquire)
+                && self.is_within.load(Ordering::Acquire)
+            {
+                piece.fill(0xff);
             }
             if to.write_all(piece).is_err() || self.is_broken.load(Ordering::Acquire) {
                 break;
@@ -171,7 +182,7 @@ impl Link {
 
     /// How many of the next `n` bytes may go through.
     fn allowed(&self, n: usize) -> usize {
-        if !self.is_within.load(Ordering::Acquire) {
+        if !self.is_within.load(Ordering::Acquire) || self.is_spoiling.load(Ordering::Acquire) {
             return n;
         }
         let before = self.passed.fetch_add(n, Ordering::AcqRel);
@@ -204,7 +215,10 @@ impl Link {
             } else if message == VMSTATE_LOADED && self.is_armed.load(Ordering::Acquire) {
                 self.stay();
                 break;
-            } else if message == CHECKPOINT_REPLY && self.is_cutting.load(Ordering::Acquire) {
+            } else if message == CHECKPOINT_REPLY
+                && (self.is_cutting.load(Ordering::Acquire)
+                    || self.is_spoiling.load(Ordering::Acquire))
+            {
                 self.is_within.store(true, Ordering::Release);
             }
             if to.write_all(&message).is_err() {

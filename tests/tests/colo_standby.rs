@@ -66,6 +66,7 @@ fn main() -> ExitCode {
             tcg("operator_decides_and_may_try_again", by_request),
             tcg("primary_goes_on_without_a_standby_that_quits", quits),
             tcg("migration_that_fails_may_be_tried_again", tried_again),
+            tcg("primary_whose_packets_are_refused_is_not_lost", refused),
             tcg(
                 "guest_that_is_migrated_without_colo_is_not_lost",
                 without_colo,
@@ -573,6 +574,37 @@ fn tried_again(qemu: &Binary) -> Result<()> {
     held.checkpoints(&uri, 3)?;
     held.primary.process.kill()?;
     held.printed()?;
+    Ok(())
+}
+
+/// What a channel brings is nonsense: that is no sign of a dead primary, and it is not.
+fn refused(qemu: &Binary) -> Result<()> {
+    let args = [
+        "--on-peer-loss",
+        "take-over",
+        "--restore-command",
+        "false {}",
+    ];
+    let mut held = Held::start(qemu, "pc", Accel::Tcg, CHANNELS, &args)?;
+    let gate = Gate::to(&held.uri())?;
+    held.checkpoints(&gate.uri(), 3)?;
+    gate.spoil();
+    held.standby.qmp.wait_event("COLO_EXIT")?;
+    let migration = held.standby.wait_migration("failing")?;
+    let reason = migration["error-desc"].as_str().unwrap_or_default();
+    assert!(reason.contains("is refused"), "{reason}");
+    assert_eq!(held.standby.status()?, "paused");
+    held.primary.qmp.wait_event("COLO_EXIT")?;
+    held.primary
+        .qmp
+        .execute("x-colo-lost-heartbeat", Value::Null)?;
+    held.primary.wait_status("running")?;
+    let lines = held.primary.process.stdout().bytes().len() / 9;
+    wait_for_lines(&held.primary, lines + 2)?;
+    held.primary.process.kill()?;
+    held.printed()?;
+    // The operator has not said otherwise: it is still held, not restored.
+    held.standby.wait_migration("failing")?;
     Ok(())
 }
 
