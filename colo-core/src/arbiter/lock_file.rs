@@ -1,0 +1,411 @@
+//! The right as a file on storage that both hosts have.
+//!
+//! Two locks of the kind that belongs to an open file (`F_OFD_SETLK`, Linux 3.15) are in it. Byte 0
+//! is held for as long as the record is read and written; byte 1 for as long as the process of the
+//! record's owner lives. Whoever gets byte 1 knows that the owner's process is gone. An owner that
+//! lives but does not renew (it is stopped, or has lost the storage) is known by a record that does
+//! not change for a term of the observer's own monotonic clock: no two clocks are compared.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, fcntl};
+use nix::libc;
+
+use super::record::{self, Lease, Owner, Record, TEXT_LEN, Verdict};
+use super::{Answer, Arbiter, ArbiterError, Grant, POLL};
+
+/// Held while the record is read and written.
+const RECORD: libc::off_t = 0;
+/// Held while the owner lives.
+const ALIVE: libc::off_t = 1;
+
+/// A file that says who may run a guest.
+///
+/// On a local file system, or one whose locks work across its hosts, an owner that dies is known at
+/// once. On NFS 4 the server lets a dead host's locks go after its own lease (90 s on Linux); until
+/// then the record that does not change decides, after the term. A term has to be shorter than
+/// that, and the mount must not be one with `nolock` or `local_lock`.
+#[derive(Debug)]
+pub struct LockFile {
+    path: PathBuf,
+    session: [u8; 16],
+    me: Owner,
+    term: Duration,
+    /// Opened at the first request, so that storage that is not there yet is only unreachable.
+    file: Option<Arc<File>>,
+    /// This side holds byte 1.
+    alive: bool,
+}
+
+impl LockFile {
+    /// The file at `path`, made when it is first used, for the guest of `session`. `term` is how
+    /// long a right lasts that is not renewed, the same on both sides.
+    #[must_use]
+    pub fn new(path: impl Into<PathBuf>, session: [u8; 16], me: Owner, term: Duration) -> Self {
+        Self {
+            path: path.into(),
+            session,
+            me,
+            term,
+            file: None,
+            alive: false,
+        }
+    }
+
+    /// Where it is.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    fn error(&self, what: &str, source: impl Into<io::Error>) -> ArbiterError {
+        ArbiterError::because(format!("{what} {}", self.path.display()), source.into())
+    }
+
+    fn open(&mut self) -> Result<Arc<File>, ArbiterError> {
+        if let Some(file) = &self.file {
+            return Ok(Arc::clone(file));
+        }
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(&self.path)
+            .map_err(|e| self.error("opening", e))?;
+        let file = Arc::new(file);
+        self.file = Some(Arc::clone(&file));
+        // Its locks are another's.
+        self.alive = false;
+        Ok(file)
+    }
+
+    /// Reads the record, has `decide` say what is to become of it, and writes that. `None` if it is
+    /// locked until `deadline`.
+    fn exchange(
+        &mut self,
+        deadline: Instant,
+        observed: &mut Observed,
+        decide: fn(Option<Record>, Owner, Lease) -> Verdict,
+    ) -> Result<Verdict, ArbiterError> {
+        let file = &*self.open()?;
+        let locked = Locked::wait(file, deadline).map_err(|e| self.error("locking", e))?;
+        if locked.is_none() {
+            return Err(self.error("waiting for", io::ErrorKind::TimedOut));
+        }
+        // A lock in a file that nobody else finds any more is none.
+        if !is_at(file, &self.path) {
+            self.file = None;
+            self.alive = false;
+            let what = format!("{} was removed or replaced", self.path.display());
+            return Err(ArbiterError::new(what));
+        }
+        let text = read(file).map_err(|e| self.error("reading", e))?;
+        let current = Record::parse(&text, self.session)
+            .map_err(|e| ArbiterError::because(format!("using {}", self.path.display()), e))?;
+        // An attempt at byte 1 is at the same time the question whether its holder lives.
+        let mine = self.alive;
+        let free = mine || lock(file, ALIVE).map_err(|e| self.error("locking", e))?;
+        let lease = match current {
+            Some(r) if r.owner != self.me && r.locked && free && !mine => Lease::Gone,
+            Some(r) if r.owner != self.me => observed.lease(r, self.term),
+            _ => Lease::Valid,
+        };
+        let mut verdict = decide(current, self.me, lease);
+        if let Verdict::Write(record) = &mut verdict {
+            if !record.alone && !free {
+                // Who holds by a lease has to be known as gone when it is.
+                verdict = Verdict::Wait(current.map_or(self.me, |r| r.owner));
+            } else {
+                record.locked = free;
+                let text = record.to_text(self.session);
+                file.write_all_at(text.as_bytes(), 0)
+                    .and_then(|()| file.sync_data())
+                    .map_err(|e| self.error("writing", e))?;
+            }
+        }
+        let owns = matches!(verdict, Verdict::Write(_));
+        if free && !owns {
+            unlock(file, ALIVE);
+        }
+        self.alive = free && owns;
+        Ok(verdict)
+    }
+
+    fn ask(
+        &mut self,
+        deadline: Instant,
+        decide: fn(Option<Record>, Owner, Lease) -> Verdict,
+    ) -> Answer {
+        let mut observed = Observed::default();
+        loop {
+            let asked = Instant::now();
+            let verdict = match self.exchange(deadline, &mut observed, decide) {
+                Ok(verdict) => verdict,
+                Err(error) => return Answer::Unreachable(error),
+            };
+            match verdict {
+                Verdict::Write(record) => {
+                    let until = asked + self.term.mul_f32(0.75);
+                    return Answer::Won(Grant {
+                        generation: record.generation,
+                        until: (!record.alone).then_some(until),
+                    });
+                }
+                Verdict::Lost(owner) => return Answer::Lost(owner),
+                Verdict::Wait(owner) if Instant::now() >= deadline => return Answer::Lost(owner),
+                Verdict::Wait(_) => thread::sleep(POLL),
+            }
+        }
+    }
+}
+
+fn read(file: &File) -> io::Result<Vec<u8>> {
+    let mut text = vec![0; TEXT_LEN];
+    let mut len = 0;
+    while let Some(rest) = text.get_mut(len..).filter(|rest| !rest.is_empty()) {
+        match file.read_at(rest, len as u64) {
+            Ok(0) => break,
+            Ok(n) => len += n,
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(e),
+        }
+    }
+    text.truncate(len);
+    Ok(text)
+}
+
+/// Since when another's record has been the same.
+#[derive(Debug, Default)]
+struct Observed(Option<(Record, Instant)>);
+
+impl Observed {
+    fn lease(&mut self, record: Record, term: Duration) -> Lease {
+        match self.0 {
+            Some((same, since)) if same == record => {
+                if since.elapsed() >= term {
+                    Lease::Lapsed
+                } else {
+                    Lease::Valid
+                }
+            }
+            _ => {
+                // From when it has been read on: it may have been written a moment before.
+                self.0 = Some((record, Instant::now()));
+                Lease::Valid
+            }
+        }
+    }
+}
+
+impl Arbiter for LockFile {
+    fn kind(&self) -> &'static str {
+        "file"
+    }
+
+    fn term(&self) -> Option<Duration> {
+        Some(self.term)
+    }
+
+    fn hold(&mut self, deadline: Instant) -> Answer {
+        self.ask(deadline, record::hold)
+    }
+
+    fn claim(&mut self, deadline: Instant) -> Answer {
+        self.ask(deadline, record::claim)
+    }
+
+    fn release(&mut self, _deadline: Instant) {
+        // The locks go with the file; an owner without byte 1 is gone.
+        self.file = None;
+        self.alive = false;
+    }
+}
+
+/// Is the file the one at this path?
+fn is_at(file: &File, path: &Path) -> bool {
+    use std::os::unix::fs::MetadataExt;
+
+    match (file.metadata(), path.metadata()) {
+        (Ok(a), Ok(b)) => (a.dev(), a.ino()) == (b.dev(), b.ino()),
+        _ => false,
+    }
+}
+
+/// The record's lock, for as long as it lives.
+struct Locked<'a>(&'a File);
+
+impl<'a> Locked<'a> {
+    fn wait(file: &'a File, deadline: Instant) -> Result<Option<Self>, Errno> {
+        while !lock(file, RECORD)? {
+            if Instant::now() >= deadline {
+                return Ok(None);
+            }
+            thread::sleep(POLL / 10);
+        }
+        Ok(Some(Self(file)))
+    }
+}
+
+impl Drop for Locked<'_> {
+    fn drop(&mut self) {
+        unlock(self.0, RECORD);
+    }
+}
+
+/// Takes the exclusive lock of a byte; false if another open file has it.
+fn lock(file: &File, byte: libc::off_t) -> Result<bool, Errno> {
+    match fcntl(file, FcntlArg::F_OFD_SETLK(&range(libc::F_WRLCK, byte))) {
+        Ok(_) => Ok(true),
+        Err(Errno::EAGAIN | Errno::EACCES) => Ok(false),
+        Err(e) => Err(e),
+    }
+}
+
+fn unlock(file: &File, byte: libc::off_t) {
+    if let Err(error) = fcntl(file, FcntlArg::F_OFD_SETLK(&range(libc::F_UNLCK, byte))) {
+        tracing::warn!(%error, byte, "a lock was not let go");
+    }
+}
+
+fn range(kind: libc::c_int, start: libc::off_t) -> libc::flock {
+    libc::flock {
+        // F_WRLCK and F_UNLCK are 1 and 2.
+        l_type: libc::c_short::try_from(kind).unwrap_or_default(),
+        l_whence: 0, // SEEK_SET
+        l_start: start,
+        l_len: 1,
+        l_pid: 0,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SESSION: [u8; 16] = [3; 16];
+    const TERM: Duration = Duration::from_millis(400);
+
+    fn path(name: &str) -> PathBuf {
+        let path = std::env::temp_dir().join(format!("colo-{}-{name}", std::process::id()));
+        let _ = std::fs::remove_file(&path);
+        path
+    }
+
+    fn side(path: &Path, owner: u64) -> LockFile {
+        LockFile::new(path, SESSION, Owner::new(owner), TERM)
+    }
+
+    fn patient() -> Instant {
+        Instant::now() + Duration::from_secs(30)
+    }
+
+    fn soon() -> Instant {
+        Instant::now() + TERM / 8
+    }
+
+    #[test]
+    fn a_secondary_wins_at_once_when_the_owners_process_is_gone() {
+        let path = path("gone");
+        let (mut primary, mut secondary) = (side(&path, 1), side(&path, 2));
+        let Answer::Won(held) = primary.hold(patient()) else {
+            panic!("not held")
+        };
+        assert!(held.until.is_some());
+        assert!(matches!(secondary.claim(soon()), Answer::Lost(owner) if owner == Owner::new(1)));
+        // What the kernel does for a process that dies.
+        drop(primary.file.take());
+        let Answer::Won(won) = secondary.claim(soon()) else {
+            panic!("not won")
+        };
+        assert_eq!((won.generation, won.until), (2, None));
+        assert!(matches!(primary.hold(soon()), Answer::Lost(owner) if owner == Owner::new(2)));
+        let _ = std::fs::remove_file(path);
+    }
+
+    #[test]
+    fn a_secondary_inherits_from_an_owner_that_lives_and_does_not_renew() {
+        let path = path("lapsed");
+        let (mut primary, mut secondary) = (side(&path, 1), side(&path, 2));
+        let Answer::Won(held) = primary.hold(patient()) else {
+            panic!("not held")
+        };
+        let until = held.until.unwrap();
+        assert!(matches!(secondary.claim(patient()), Answer::Won(_)));
+        // By then the owner's guest had to stand still.
+        assert!(Instant::now() > until);
+        assert!(matches!(primary.hold(soon()), Answer::Lost(_)));
+        assert!(matches!(primary.claim(soon()), Answer::Lost(_)));
+        let _ = std::fs::remove_file(path);
+    }
+
+    #[test]
+    fn a_right_that_is_renewed_is_kept_and_one_that_was_claimed_is_final() {
+        let path = path("renewed");
+        let (mut primary, mut secondary) = (side(&path, 1), side(&path, 2));
+        assert!(matches!(primary.hold(patient()), Answer::Won(_)));
+        let renewing = thread::spawn(move || {
+            for _ in 0..20 {
+                assert!(matches!(primary.hold(patient()), Answer::Won(_)));
+                thread::sleep(TERM / 10);
+            }
+            assert!(matches!(primary.claim(patient()), Answer::Won(g) if g.until.is_none()));
+            primary
+        });
+        // Nine terms would do for an owner that does not renew.
+        assert!(matches!(secondary.claim(patient()), Answer::Lost(_)));
+        drop(renewing.join().unwrap());
+        assert!(matches!(secondary.claim(soon()), Answer::Lost(_)));
+        // A new guest may begin when the survivor's process is gone.
+        assert!(matches!(secondary.hold(soon()), Answer::Won(g) if g.generation == 2));
+        let _ = std::fs::remove_file(path);
+    }
+
+    #[test]
+    fn of_many_that_claim_at_once_one_wins() {
+        let path = path("many");
+        let won = thread::scope(|scope| {
+            let threads: Vec<_> = (1..=8)
+                .map(|owner| {
+                    let mut side = side(&path, owner);
+                    scope.spawn(move || {
+                        let won = matches!(side.claim(patient()), Answer::Won(_));
+                        (won, side)
+                    })
+                })
+                .collect();
+            threads
+                .into_iter()
+                .map(|thread| thread.join().unwrap())
+                .filter(|(won, _)| *won)
+                .count()
+        });
+        assert_eq!(won, 1);
+        let _ = std::fs::remove_file(path);
+    }
+
+    #[test]
+    fn a_file_that_is_no_record_or_was_replaced_grants_nothing() {
+        let path = path("damaged");
+        let mut primary = side(&path, 1);
+        assert!(matches!(primary.hold(patient()), Answer::Won(_)));
+        std::fs::remove_file(&path).unwrap();
+        let Answer::Unreachable(error) = primary.hold(patient()) else {
+            panic!("granted")
+        };
+        assert!(error.to_string().contains("replaced"), "{error}");
+        std::fs::write(&path, "something else").unwrap();
+        assert!(matches!(primary.hold(patient()), Answer::Unreachable(_)));
+        assert!(matches!(primary.claim(patient()), Answer::Unreachable(_)));
+        let mut nowhere = side(Path::new("/nonexistent/arbiter"), 1);
+        assert!(matches!(nowhere.claim(patient()), Answer::Unreachable(_)));
+        let _ = std::fs::remove_file(path);
+    }
+}

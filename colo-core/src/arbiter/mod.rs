@@ -1,0 +1,153 @@
+//! Who may run the guest when the two sides of a pair have lost each other.
+//!
+//! Neither side can know whether the other is dead or only unreachable, so both ask a third party.
+//! The right to run begins with the primary, which holds it by a *lease* from before COLO begins:
+//! it renews the lease, and stops its guest when the lease runs out. A side that is to go on alone
+//! *claims* the right for good. The primary gets it at once as long as it is its own. The secondary
+//! gets it when the primary's lease has run out, or at once when the primary is known to be gone,
+//! and never again when the primary has claimed.
+//!
+//! ```text
+//!           hold (primary)           claim (primary)
+//! nobody --------------------> paired -----------------> alone: the primary
+//!                                 |  lease has run out,
+//!                                 |  claim (secondary)
+//!                                 +---------------------> alone: the secondary
+//! ```
+//! *Alone* has no lease: the survivor does not depend on the arbiter any more.
+//!
+//! | arbiter | where |
+//! |---|---|
+//! | [`Manual`] | nowhere: an operator decides |
+//! | [`LockFile`] | a file on storage that both hosts have |
+//!
+//! [`record`] has the rules, without I/O.
+
+mod lock_file;
+pub mod record;
+
+use std::fmt;
+use std::time::{Duration, Instant};
+
+pub use lock_file::LockFile;
+pub use record::{Owner, Record};
+
+/// What an arbiter says.
+#[derive(Debug)]
+pub enum Answer {
+    /// The right is this side's.
+    Won(Grant),
+    /// It is another's, and will not become this side's.
+    Lost(Owner),
+    /// The arbiter did not answer in time, or not with anything that could be understood. The right
+    /// is whose it was.
+    Unreachable(ArbiterError),
+}
+
+/// A right that was won.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Grant {
+    /// How often the right has changed hands.
+    pub generation: u64,
+    /// When the guest has to stand still if the right has not been renewed; `None` if it is for
+    /// good. Reckoned from before the arbiter was asked, and earlier than the arbiter's own end of
+    /// the lease by a quarter: the time to stop a guest in.
+    pub until: Option<Instant>,
+}
+
+/// Why an arbiter gave no answer.
+#[derive(Debug, thiserror::Error)]
+#[error("{what}")]
+pub struct ArbiterError {
+    /// What was attempted.
+    pub what: String,
+    /// Why it failed.
+    #[source]
+    pub source: Option<Box<dyn std::error::Error + Send + Sync>>,
+}
+
+impl ArbiterError {
+    /// An error of the arbiter's own.
+    pub fn new(what: impl Into<String>) -> Self {
+        Self {
+            what: what.into(),
+            source: None,
+        }
+    }
+
+    /// With the error behind it.
+    pub fn because(
+        what: impl Into<String>,
+        source: impl Into<Box<dyn std::error::Error + Send + Sync>>,
+    ) -> Self {
+        Self {
+            what: what.into(),
+            source: Some(source.into()),
+        }
+    }
+}
+
+/// A third party that says which side of a pair may run the guest.
+///
+/// Used by one thread, which may wait in it: that thread does nothing else.
+pub trait Arbiter: Send {
+    /// What it is, for reports: `none`, `file`, `etcd`.
+    fn kind(&self) -> &'static str;
+
+    /// How long a right that is not renewed lasts; `None` for an arbiter that gives none. The holder
+    /// stops its guest after three quarters of it ([`Grant::until`]).
+    fn term(&self) -> Option<Duration>;
+
+    /// The primary of a pair takes the right, or renews it.
+    fn hold(&mut self, deadline: Instant) -> Answer;
+
+    /// Takes the right for good, to go on alone. Waits for another's lease to run out, until
+    /// `deadline`; [`Answer::Lost`] if that is still being renewed then.
+    fn claim(&mut self, deadline: Instant) -> Answer;
+
+    /// Gives the right up, whose guest stands still for good. What cannot be told is left to run
+    /// out.
+    fn release(&mut self, deadline: Instant);
+}
+
+/// The longest wait between two looks at another's record.
+pub(crate) const POLL: Duration = Duration::from_millis(10);
+
+/// No arbiter: only the operator's word (QMP `x-colo-lost-heartbeat`) lets a side go on.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Manual;
+
+impl Arbiter for Manual {
+    fn kind(&self) -> &'static str {
+        "none"
+    }
+
+    fn term(&self) -> Option<Duration> {
+        None
+    }
+
+    fn hold(&mut self, _deadline: Instant) -> Answer {
+        Answer::Won(Grant {
+            generation: 0,
+            until: None,
+        })
+    }
+
+    fn claim(&mut self, _deadline: Instant) -> Answer {
+        Answer::Unreachable(ArbiterError::new(
+            "there is no arbiter: an operator decides",
+        ))
+    }
+
+    fn release(&mut self, _deadline: Instant) {}
+}
+
+impl fmt::Display for Answer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Won(grant) => write!(f, "won, generation {}", grant.generation),
+            Self::Lost(owner) => write!(f, "lost to {owner}"),
+            Self::Unreachable(error) => error.fmt(f),
+        }
+    }
+}

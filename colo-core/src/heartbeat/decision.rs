@@ -1,0 +1,326 @@
+//! What a side does: keeps its right, and decides when the peer is lost.
+//!
+//! ```text
+//!                 COLO begins        peer lost: ask           won
+//! idle -------------------> paired ----------------> asking -------> alone
+//!                              |  \                     |             ^
+//!                              |   \__ peer lost: take over __________|
+//!                              |                        |
+//!                              +--> stopped <-----------+
+//!     peer lost: stop; the peer goes on alone; refused; the right has run out
+//! ```
+//! A primary that holds a right may run its guest as long as that is valid, **or** as long as the
+//! peer certainly hears it and so does not ask for the right: an arbiter that cannot be reached does
+//! not disturb a pair whose sides hear each other.
+
+use std::time::{Duration, Instant};
+
+use super::OnHeartbeatLoss;
+use super::beat::Phase;
+use super::peer::PeerState;
+use crate::arbiter::Answer;
+use crate::cause::Role;
+
+/// Why a side has stopped its guest for good.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, thiserror::Error)]
+#[non_exhaustive]
+pub enum StopReason {
+    /// The peer is lost, and that is what this side does then.
+    #[error("the peer is lost")]
+    PeerLost,
+    /// The peer goes on alone.
+    #[error("the peer goes on alone")]
+    PeerGoesOn,
+    /// The arbiter has given the right to another.
+    #[error("the right to run is another's")]
+    Refused,
+    /// The right to run could not be renewed in time, and the peer may have it.
+    #[error("the right to run has run out")]
+    RanOut,
+    /// COLO has ended with a guest that cannot run.
+    #[error("the guest cannot run")]
+    Unfit,
+}
+
+/// Where COLO is on this side.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Colo {
+    /// It has not begun.
+    Outside,
+    /// It goes on, or its end is being carried out.
+    Within,
+    /// It has ended by an error, and a decision is waited for.
+    Broken,
+    /// This side has gone on alone: by an order of this module's, or somebody else's.
+    TookOver,
+    /// This side's guest does not run any more.
+    Ended,
+}
+
+/// What the decider looks at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct View {
+    /// COLO on this side.
+    pub colo: Colo,
+    /// The heartbeat.
+    pub peer: PeerState,
+    /// What the peer has last said of itself.
+    pub peer_phase: Option<Phase>,
+    /// Until when the peer certainly does not ask for the right.
+    pub hears_until: Option<Instant>,
+}
+
+/// What is to be done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Order {
+    /// Have the arbiter renew the right, and hand in its answer.
+    Renew,
+    /// Claim the right for good, and hand in the answer.
+    Claim,
+    /// Request failover of this side's COLO.
+    TakeOver,
+    /// Stop the guest for good. At once: the other side may run soon.
+    Stop(StopReason),
+}
+
+/// The state machine of one side. It is asked for orders whenever something has happened or
+/// [`Decider::deadline`] has come.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Decider {
+    role: Role,
+    on_loss: OnHeartbeatLoss,
+    /// Of the arbiter's rights; `None` if it gives none.
+    term: Option<Duration>,
+    state: State,
+    /// Until when a right that was won is valid.
+    until: Option<Instant>,
+    /// An order whose answer is awaited.
+    pending: Option<Order>,
+    /// When the arbiter is to be asked next.
+    ask_at: Option<Instant>,
+    stop: Option<StopReason>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum State {
+    Idle,
+    Paired,
+    /// `runs`: somebody else has let this side go on already.
+    Asking {
+        runs: bool,
+    },
+    /// `told`: COLO has been told, or need not be.
+    Alone {
+        told: bool,
+    },
+    Stopped,
+}
+
+impl Decider {
+    /// A decider before COLO. `term` is the [`Arbiter`](crate::arbiter::Arbiter)'s.
+    #[must_use]
+    pub const fn new(role: Role, on_loss: OnHeartbeatLoss, term: Option<Duration>) -> Self {
+        Self {
+            role,
+            on_loss,
+            term,
+            state: State::Idle,
+            until: None,
+            pending: None,
+            ask_at: None,
+            stop: None,
+        }
+    }
+
+    /// What the peer is told.
+    #[must_use]
+    pub const fn phase(&self) -> Phase {
+        match self.state {
+            State::Idle | State::Paired => Phase::Paired,
+            State::Asking { .. } => Phase::Asking,
+            State::Alone { .. } => Phase::Alone,
+            State::Stopped => Phase::Stopped,
+        }
+    }
+
+    /// Why this side has stopped.
+    #[must_use]
+    pub const fn stop_reason(&self) -> Option<StopReason> {
+        self.stop
+    }
+
+    /// Has COLO begun?
+    #[must_use]
+    pub const fn is_engaged(&self) -> bool {
+        !matches!(self.state, State::Idle)
+    }
+
+    /// Does this side need the arbiter's right as long as it is one of two?
+    #[must_use]
+    pub fn holds(&self) -> bool {
+        self.role == Role::Primary && self.on_loss == OnHeartbeatLoss::Ask && self.term.is_some()
+    }
+
+    /// How long before a right runs out it is renewed, and how long after a vain attempt the arbiter
+    /// is asked again.
+    fn pause(&self) -> Duration {
+        self.term
+            .map_or(Duration::from_millis(250), |term| term / 4)
+    }
+
+    /// The embedder has taken the right before COLO: it is renewed from now on.
+    pub fn held(&mut self, until: Option<Instant>, now: Instant) {
+        self.until = until;
+        self.ask_at = Some(now + self.pause());
+    }
+
+    /// The right was given up before COLO.
+    pub fn given_up(&mut self) {
+        if self.state == State::Idle {
+            self.until = None;
+            self.ask_at = None;
+        }
+    }
+
+    /// The arbiter's answer to an order.
+    pub fn answer(&mut self, to: Order, answer: &Answer, now: Instant) {
+        if self.pending == Some(to) {
+            self.pending = None;
+        }
+        match (answer, to) {
+            (Answer::Won(grant), Order::Renew) => {
+                self.until = grant.until;
+                self.ask_at = Some(now + self.pause());
+            }
+            (Answer::Won(_), Order::Claim) => {
+                if let State::Asking { runs } = self.state {
+                    self.until = None;
+                    self.ask_at = None;
+                    self.state = State::Alone { told: runs };
+                }
+            }
+            (Answer::Lost(_), Order::Renew | Order::Claim) => {
+                if let State::Paired | State::Asking { .. } = self.state {
+                    self.stop = Some(StopReason::Refused);
+                } else {
+                    self.until = None;
+                    self.ask_at = None;
+                }
+            }
+            (Answer::Unreachable(_), _) => self.ask_at = Some(now + self.pause()),
+            _ => {}
+        }
+    }
+
+    /// When it has something to do by itself.
+    #[must_use]
+    pub fn deadline(&self, view: &View) -> Option<Instant> {
+        let guard = match self.state {
+            State::Paired | State::Asking { .. } if self.holds() => {
+                self.until.max(view.hears_until)
+            }
+            _ => None,
+        };
+        let ask = match self.state {
+            State::Idle | State::Paired if !self.holds() => None,
+            State::Alone { .. } | State::Stopped => None,
+            _ => self.ask_at.filter(|_| self.pending.is_none()),
+        };
+        [guard, ask].into_iter().flatten().min()
+    }
+
+    /// The next thing to be done now; to be asked until there is nothing.
+    pub fn next(&mut self, view: &View, now: Instant) -> Option<Order> {
+        if self.state == State::Idle && view.colo != Colo::Outside {
+            self.state = State::Paired;
+        }
+        match self.state {
+            State::Idle if self.until.is_some() => return self.renewal(now),
+            State::Idle | State::Stopped | State::Alone { told: true } => return None,
+            State::Paired | State::Asking { .. } | State::Alone { told: false } => {}
+        }
+        // What was won is not looked at again: `answer` comes before this.
+        let decided = matches!(self.state, State::Alone { .. });
+        if let Some(reason) = self.reason_to_stop(view, now).filter(|_| !decided) {
+            self.stop = Some(reason);
+            self.state = State::Stopped;
+            return Some(Order::Stop(reason));
+        }
+        self.go_on(view);
+        match self.state {
+            State::Paired if self.holds() => self.renewal(now),
+            State::Asking { .. } => self.claim(now),
+            State::Alone { told: false } => {
+                self.state = State::Alone { told: true };
+                Some(Order::TakeOver)
+            }
+            _ => None,
+        }
+    }
+
+    fn reason_to_stop(&self, view: &View, now: Instant) -> Option<StopReason> {
+        if self.stop.is_some() {
+            return self.stop;
+        }
+        if view.colo == Colo::Ended {
+            return Some(StopReason::Unfit);
+        }
+        if view.peer_phase == Some(Phase::Alone) {
+            return Some(StopReason::PeerGoesOn);
+        }
+        let covered = [self.until, view.hears_until];
+        // An operator who has let this side go on has seen to the other.
+        let own = view.colo != Colo::TookOver;
+        if own && self.holds() && !covered.into_iter().flatten().any(|until| now < until) {
+            return Some(StopReason::RanOut);
+        }
+        let lost = self.is_lost(view) && view.colo != Colo::TookOver;
+        (lost && self.on_loss == OnHeartbeatLoss::Stop).then_some(StopReason::PeerLost)
+    }
+
+    fn is_lost(&self, view: &View) -> bool {
+        view.peer == PeerState::Lost || view.peer_phase == Some(Phase::Stopped)
+    }
+
+    fn go_on(&mut self, view: &View) {
+        let asks = self.on_loss == OnHeartbeatLoss::Ask;
+        let takes_over = self.on_loss == OnHeartbeatLoss::TakeOver;
+        // The holder of the right needs not wait for the heartbeat when COLO is over.
+        let lost = self.is_lost(view) || (self.holds() && view.colo == Colo::Broken);
+        let took_over = view.colo == Colo::TookOver;
+        match self.state {
+            // Somebody else has decided. An arbiter has to know, and may refuse.
+            State::Paired | State::Asking { runs: false } if took_over && asks => {
+                self.state = match self.term {
+                    Some(_) => State::Asking { runs: true },
+                    None => State::Alone { told: true },
+                };
+            }
+            State::Paired if took_over => self.state = State::Alone { told: true },
+            State::Paired if lost && asks => self.state = State::Asking { runs: false },
+            State::Paired if lost && takes_over => self.state = State::Alone { told: false },
+            _ => return,
+        }
+        self.ask_at = None;
+    }
+
+    fn renewal(&mut self, now: Instant) -> Option<Order> {
+        let due = self.ask_at.is_none_or(|at| now >= at);
+        self.order(Order::Renew, due)
+    }
+
+    fn claim(&mut self, now: Instant) -> Option<Order> {
+        let due = self.ask_at.is_none_or(|at| now >= at);
+        self.order(Order::Claim, due)
+    }
+
+    fn order(&mut self, order: Order, due: bool) -> Option<Order> {
+        // A renewal on its way does not hold a claim up: the arbiter is asked in this order.
+        let free = self.pending.is_none() || (order == Order::Claim && self.pending != Some(order));
+        if due && free {
+            self.pending = Some(order);
+            return Some(order);
+        }
+        None
+    }
+}
