@@ -14,6 +14,8 @@ use crate::yank::YankInstance;
 qapi_enum! {
     /// The commands of this crate, without their arguments.
     pub enum CommandKind {
+        /// Whether the other side lives. Not part of QEMU's schema.
+        XQueryColoHeartbeat = "x-query-colo-heartbeat",
         /// Ends the negotiation.
         QmpCapabilities = "qmp_capabilities",
         /// What the server is.
@@ -163,6 +165,8 @@ pub enum Command {
     QueryColoStatus,
     /// `x-query-colo-figures`, which QEMU does not have: a [`ColoFigures`](crate::ColoFigures).
     XQueryColoFigures,
+    /// `x-query-colo-heartbeat`: a [`ColoHeartbeat`](crate::ColoHeartbeat), an extension.
+    XQueryColoHeartbeat,
     /// `yank`. All instances are looked for before any is yanked.
     Yank {
         /// Which.
@@ -228,6 +232,7 @@ impl Command {
             CommandKind::XColoLostHeartbeat => Self::XColoLostHeartbeat,
             CommandKind::QueryColoStatus => Self::QueryColoStatus,
             CommandKind::XQueryColoFigures => Self::XQueryColoFigures,
+            CommandKind::XQueryColoHeartbeat => Self::XQueryColoHeartbeat,
             CommandKind::Yank => Self::Yank {
                 instances: members.take("instances")?,
             },
@@ -261,6 +266,7 @@ impl Command {
             Self::XColoLostHeartbeat => CommandKind::XColoLostHeartbeat,
             Self::QueryColoStatus => CommandKind::QueryColoStatus,
             Self::XQueryColoFigures => CommandKind::XQueryColoFigures,
+            Self::XQueryColoHeartbeat => CommandKind::XQueryColoHeartbeat,
             Self::Yank { .. } => CommandKind::Yank,
             Self::QueryYank => CommandKind::QueryYank,
         }
@@ -306,6 +312,7 @@ impl Command {
             | Self::XColoLostHeartbeat
             | Self::QueryColoStatus
             | Self::XQueryColoFigures
+            | Self::XQueryColoHeartbeat
             | Self::QueryYank => None,
         }
     }

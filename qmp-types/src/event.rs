@@ -120,6 +120,13 @@ pub enum Event {
     /// the `X_` (QEMU's mark of what is experimental).
     #[serde(rename = "X_COLO_CHECKPOINT")]
     ColoCheckpoint(Box<ColoCheckpoint>),
+    /// This side's guest was stopped for good, because the other side goes on or may go on. An
+    /// extension of this project.
+    #[serde(rename = "X_COLO_STOPPED")]
+    ColoStopped {
+        /// Why, in words.
+        reason: String,
+    },
 }
 
 /// When an event happened, since 1970 UTC.

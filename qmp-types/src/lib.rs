@@ -66,6 +66,7 @@ pub mod client;
 pub mod command;
 pub mod error;
 pub mod event;
+pub mod heartbeat;
 pub mod json;
 pub mod migration;
 pub mod parameters;
@@ -80,6 +81,7 @@ pub use client::{Client, ClientError, EventMessage, Greeting, ServerMessage};
 pub use command::{Command, CommandInfo, CommandKind, Migrate, MigrateIncoming, QmpCapability};
 pub use error::{CommandResult, ErrorClass, QmpError, done, returns};
 pub use event::{ColoCheckpoint, ColoCheckpointStep, Event, ShutdownCause, Timestamp};
+pub use heartbeat::ColoHeartbeat;
 pub use migration::{
     ColoExitReason, ColoFigures, ColoMode, ColoStatus, LastCheckpoint, MigrationInfo,
     MigrationRamInfo, MigrationStatus, XbzrleCacheInfo,

@@ -19,6 +19,7 @@ use crate::console::Console;
 use crate::demo::{self, DemoArgs};
 use crate::event_loop::{self, Ender, Ending, GuestEnds, Request};
 use crate::guest::{WorkloadConfig, workload};
+use crate::heartbeat::HeartbeatArgs;
 use crate::lifecycle::{self, FailoverArgs, PairArgs, RejoinArgs, StatusArgs};
 use crate::machine::{GuestImage, KvmMachine, Machine, MachineConfig, SerialSink, SimMachine};
 use crate::memory::Memory;
@@ -142,6 +143,8 @@ struct RunArgs {
     /// `validate-uuid` compare it.
     #[arg(long)]
     uuid: Option<Uuid>,
+    #[command(flatten)]
+    heartbeat: HeartbeatArgs,
     /// How long the other side may be silent when it owes an answer, ms. For the primary's next
     /// checkpoint the secondary waits at least three times its own `x-checkpoint-delay`.
     #[arg(long, value_name = "MS")]
@@ -405,6 +408,8 @@ fn run(args: &RunArgs) -> Result<ExitCode, Box<dyn Error>> {
     let options = args.migration_options()?;
     let migration = Migration::new(Arc::clone(&vm), console, mode, options, on_fatal)
         .map_err(|error| -> Box<dyn Error> { error })?;
+    args.heartbeat
+        .start(&migration, args.uuid, args.incoming.is_some())?;
     let quit = ender.clone();
     let monitor = Monitor::new(Arc::clone(&migration), move || quit.end(Request::Quit));
     let monitor: Arc<dyn Operator> = Arc::new(monitor);

@@ -34,6 +34,7 @@
 //! - [`loader`] and [`guest`]: what runs
 //! - [`vm`] and [`console`]: the machine with its run state, and the guest's output with its gate
 //! - [`migration`]: the crates at work, live migration and COLO
+//! - [`heartbeat`]: whether the other side lives
 //! - [`monitor`], [`operator`] and [`qmp`]: what an operator can ask for, and how
 //! - [`lifecycle`]: a pair's life in one command each; [`demo`]: an operator of a pair, played
 //! - [`standby`]: guests of QEMU that are held, and restored when their primary is lost
@@ -47,6 +48,7 @@ pub mod dirty_log;
 pub mod error_chain;
 pub mod event_loop;
 pub mod guest;
+pub mod heartbeat;
 pub mod lifecycle;
 pub mod loader;
 pub mod machine;

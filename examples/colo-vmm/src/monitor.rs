@@ -40,6 +40,7 @@ pub const COMMANDS: &[CommandKind] = &[
     CommandKind::XColoLostHeartbeat,
     CommandKind::QueryColoStatus,
     CommandKind::XQueryColoFigures,
+    CommandKind::XQueryColoHeartbeat,
     CommandKind::Yank,
     CommandKind::QueryYank,
 ];
@@ -200,6 +201,10 @@ impl Operator for Monitor {
                     .map_err(|e| QmpError::generic(e.to_string()))?;
                 done()
             }
+            Command::XQueryColoHeartbeat => match migration.heartbeat() {
+                None => Err(QmpError::generic("This VM has no heartbeat")),
+                Some(heartbeat) => returns(&crate::heartbeat::describe(&heartbeat.report())),
+            },
             Command::QueryColoStatus => returns(&colo_status(migration.failover().status())),
             Command::XQueryColoFigures => returns(&migration.figures()),
             Command::Yank { instances } => self.yank(&instances),

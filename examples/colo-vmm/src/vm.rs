@@ -17,6 +17,8 @@ pub struct Vm {
 }
 
 struct Inner {
+    /// Another VM has this one's place: see [`Vm::fence`].
+    fenced: bool,
     machine: Box<dyn Machine>,
     state: RunState,
     /// What it is when the checkpoint is over that is being taken, or that comes.
@@ -34,6 +36,7 @@ impl Vm {
         let memory = Arc::clone(machine.memory());
         Self {
             inner: Mutex::new(Inner {
+                fenced: false,
                 machine,
                 state,
                 after: RunState::Running,
@@ -88,7 +91,9 @@ impl Vm {
         let mut inner = self.lock();
         let ran = inner.state == RunState::Running;
         inner.machine.stop()?;
-        inner.state = to;
+        if !inner.fenced {
+            inner.state = to;
+        }
         if ran {
             self.events.publish(&Event::Stop);
         }
@@ -103,6 +108,9 @@ impl Vm {
     pub fn stop_for_checkpoint(&self) -> Result<(), MachineError> {
         let mut inner = self.lock();
         inner.machine.stop()?;
+        if inner.fenced {
+            return Err(MachineError::Fenced);
+        }
         match inner.state {
             RunState::Running => {
                 inner.after = RunState::Running;
@@ -203,6 +211,9 @@ impl Vm {
     }
 
     fn resume_locked(&self, inner: &mut Inner) -> Result<Instant, MachineError> {
+        if inner.fenced {
+            return Err(MachineError::Fenced);
+        }
         let ran = inner.state == RunState::Running;
         let let_go = inner.machine.resume()?;
         inner.state = RunState::Running;
@@ -230,7 +241,27 @@ impl Vm {
 
     /// Takes another run state without touching the guest, which is stopped.
     pub fn set_state(&self, state: RunState) {
-        self.lock().state = state;
+        let mut inner = self.lock();
+        if !inner.fenced {
+            inner.state = state;
+        }
+    }
+
+    /// Stops the guest for good: another VM has its place. Nobody lets it run again.
+    ///
+    /// # Errors
+    /// The machine's; it is not let run again even so.
+    pub fn fence(&self) -> Result<(), MachineError> {
+        let mut inner = self.lock();
+        let ran = inner.state == RunState::Running;
+        inner.fenced = true;
+        inner.after = RunState::InternalError;
+        inner.state = RunState::InternalError;
+        inner.machine.stop()?;
+        if ran {
+            self.events.publish(&Event::Stop);
+        }
+        Ok(())
     }
 
     /// Does something with the machine. Its run state is not to be changed by it.

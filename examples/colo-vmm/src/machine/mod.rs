@@ -272,6 +272,9 @@ pub enum MachineError {
     /// Devices were asked for while the guest runs.
     #[error("the devices of a running machine cannot be accessed")]
     Running,
+    /// A guest was to run that was stopped for good, because another VM has its place.
+    #[error("the guest was stopped for good: the other side goes on, or may")]
+    Fenced,
     /// A guest that has ended was to be resumed.
     #[error("the guest has ended")]
     Ended,

@@ -64,6 +64,9 @@ pub(super) fn parts(
 pub(super) fn finish(migration: &Migration, outcome: Outcome) {
     lock(&migration.job).colo = None;
     migration.connections.clear();
+    if let Some(heartbeat) = migration.heartbeat() {
+        heartbeat.colo_ended(outcome);
+    }
     match outcome {
         Outcome::TookOver => migration.status.set(MigrationStatus::Completed),
         Outcome::Quit => {}

@@ -18,11 +18,12 @@ mod status;
 use std::io::{self, PipeReader, PipeWriter};
 use std::net::ToSocketAddrs;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use colo_core::driver::ColoControl;
+use colo_core::heartbeat::Heartbeat;
 use colo_core::{Deadlines, FailoverHandle, MigrationPlan, OnPeerLoss};
 use migration_stream::configuration::{Configuration, MachineName};
 use migration_stream::precopy::{BoxError, Limits};
@@ -142,6 +143,7 @@ pub struct Migration {
     /// `-S` of the target: whether the guest is to run once it has arrived.
     autostart: AtomicBool,
     job: Mutex<Job>,
+    heartbeat: OnceLock<Heartbeat>,
     /// Called when an incoming migration failed that was to end the process with it.
     on_fatal: Box<dyn Fn() + Send + Sync>,
 }
@@ -221,6 +223,7 @@ impl Migration {
             incoming: Mutex::new(incoming),
             autostart: AtomicBool::new(true),
             job: Mutex::default(),
+            heartbeat: OnceLock::new(),
             on_fatal: Box::new(on_fatal),
         }))
     }
@@ -241,6 +244,37 @@ impl Migration {
     #[must_use]
     pub const fn failover(&self) -> &FailoverHandle {
         &self.failover
+    }
+
+    /// The heartbeat, if there is one.
+    #[must_use]
+    pub fn heartbeat(&self) -> Option<&Heartbeat> {
+        self.heartbeat.get()
+    }
+
+    /// The heartbeat of this VM's pair, once.
+    pub fn set_heartbeat(&self, heartbeat: Heartbeat) {
+        // A second one is dropped, which ends it.
+        let _ = self.heartbeat.set(heartbeat);
+    }
+
+    /// The guest is to stand still for good: COLO, if there is any, ends.
+    pub fn fence(&self, reason: &str) {
+        if let Err(error) = self.vm.fence() {
+            tracing::error!(%error, "a guest that must not run");
+        }
+        let colo = lock(&self.job).colo.clone();
+        if let Some(colo) = colo {
+            colo.quit();
+        }
+        self.status.fail(
+            MigrationStatus::Failed,
+            format!("the guest was stopped for good: {reason}"),
+        );
+        let reason = reason.to_owned();
+        self.vm
+            .events()
+            .publish(&qmp_types::Event::ColoStopped { reason });
     }
 
     /// Whether RAM may be discarded (ballooning); COLO forbids it from `migrate-incoming` on.

@@ -39,7 +39,12 @@ pub(super) fn run(
         ran: false,
         before: RunState::Running,
     };
-    match migrate(&mut vm, plan, multifd, address) {
+    let colo = plan.migrate_colo();
+    let held = match migration.heartbeat().filter(|_| colo) {
+        None => Ok(()),
+        Some(heartbeat) => heartbeat.hold(CONNECT_TIMEOUT).map_err(BoxError::from),
+    };
+    match held.and_then(|()| migrate(&mut vm, plan, multifd, address)) {
         Ok(switched) if plan.migrate_colo() => {
             if let Err(error) = enter_colo(migration, switched, vm.ran) {
                 failed(migration, cancel, &*error);
@@ -51,7 +56,12 @@ pub(super) fn run(
             migration.vm.set_state(RunState::PostMigrate);
             migration.status.set(MigrationStatus::Completed);
         }
-        Err(error) => failed(migration, cancel, &*error),
+        Err(error) => {
+            if let Some(heartbeat) = migration.heartbeat().filter(|_| colo) {
+                heartbeat.give_up();
+            }
+            failed(migration, cancel, &*error);
+        }
     }
 }
 

@@ -1,0 +1,174 @@
+//! The heartbeat of a pair: its options, and what `x-query-colo-heartbeat` answers.
+
+use std::error::Error;
+use std::hash::{BuildHasher, RandomState};
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+
+use clap::Args;
+use colo_core::Role;
+use colo_core::arbiter::{Arbiter, LockFile, Manual, Owner};
+use colo_core::heartbeat::{
+    Endpoint, Guest, Heartbeat, HeartbeatConfig, HeartbeatReport, OnHeartbeatLoss, PeerState,
+    Phase, Rhythm, StopReason,
+};
+use multifd::Address;
+use qmp_types::ColoHeartbeat;
+use uuid::Uuid;
+
+use crate::migration::Migration;
+
+/// How the other side's life is watched.
+#[derive(Clone, Debug, Args)]
+pub struct HeartbeatArgs {
+    /// Exchange heartbeats here, tcp:HOST:PORT or unix:PATH: with --incoming this side listens,
+    /// otherwise it connects. Needs --uuid, the same on both sides.
+    #[arg(long = "heartbeat", value_name = "ADDRESS", requires = "uuid")]
+    address: Option<Address>,
+    /// Between two beats, ms.
+    #[arg(long, value_name = "MS", default_value_t = 50, value_parser = clap::value_parser!(u64).range(1..=60_000))]
+    heartbeat_interval: u64,
+    /// How many beats have to be missing for the other side to be lost.
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    heartbeat_missed: u32,
+    /// What to do then: take over (one side at most, the other stops), ask the arbiter (both sides),
+    /// or stop for good.
+    #[arg(long, default_value = "stop", value_name = "take-over|ask|stop")]
+    on_heartbeat_loss: LossArg,
+    /// Who says which side goes on: none (only x-colo-lost-heartbeat does), or file:PATH on storage
+    /// that both hosts have.
+    #[arg(long, default_value = "none", value_name = "none|file:PATH")]
+    arbiter: ArbiterArg,
+    /// How long a right to run lasts that is not renewed, ms; the same on both sides.
+    #[arg(long, value_name = "MS", default_value_t = 1000, value_parser = clap::value_parser!(u64).range(100..=60_000))]
+    arbiter_term: u64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum LossArg {
+    TakeOver,
+    Ask,
+    Stop,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum ArbiterArg {
+    None,
+    File(PathBuf),
+}
+
+impl FromStr for ArbiterArg {
+    type Err = String;
+
+    fn from_str(arg: &str) -> Result<Self, String> {
+        match arg.split_once(':') {
+            None if arg == "none" => Ok(Self::None),
+            Some(("file", path)) if !path.is_empty() => Ok(Self::File(path.into())),
+            _ => Err("expected none or file:PATH".into()),
+        }
+    }
+}
+
+impl HeartbeatArgs {
+    /// Starts what was asked for.
+    ///
+    /// # Errors
+    /// The address cannot be listened on.
+    pub fn start(
+        &self,
+        migration: &Arc<Migration>,
+        uuid: Option<Uuid>,
+        incoming: bool,
+    ) -> Result<(), Box<dyn Error>> {
+        let (Some(address), Some(uuid)) = (&self.address, uuid) else {
+            return Ok(());
+        };
+        let process = RandomState::new().hash_one(std::process::id());
+        let session = uuid.into_bytes();
+        let (role, endpoint) = if incoming {
+            (Role::Secondary, Endpoint::Listen(address.clone()))
+        } else {
+            (Role::Primary, Endpoint::Connect(address.clone()))
+        };
+        let config = HeartbeatConfig {
+            rhythm: Rhythm {
+                role,
+                session,
+                process,
+                interval: Duration::from_millis(self.heartbeat_interval),
+                missed: self.heartbeat_missed,
+                on_loss: match self.on_heartbeat_loss {
+                    LossArg::TakeOver => OnHeartbeatLoss::TakeOver,
+                    LossArg::Ask => OnHeartbeatLoss::Ask,
+                    LossArg::Stop => OnHeartbeatLoss::Stop,
+                },
+                closed_is_loss: false,
+            },
+            endpoint,
+        };
+        let arbiter: Box<dyn Arbiter> = match &self.arbiter {
+            ArbiterArg::None => Box::new(Manual),
+            ArbiterArg::File(path) => {
+                let term = Duration::from_millis(self.arbiter_term);
+                Box::new(LockFile::new(path, session, Owner::new(process), term))
+            }
+        };
+        let guest = Arc::new(Fence(Arc::downgrade(migration)));
+        let heartbeat = Heartbeat::start(config, migration.failover().clone(), arbiter, guest)
+            .map_err(|error| format!("heartbeat at {address}: {error}"))?;
+        migration.set_heartbeat(heartbeat);
+        Ok(())
+    }
+}
+
+struct Fence(Weak<Migration>);
+
+impl Guest for Fence {
+    fn stop_for_good(&self, reason: StopReason) {
+        // COLO has seen to a guest that is not fit to run, or whose process ends.
+        if reason == StopReason::Unfit {
+            return;
+        }
+        if let Some(migration) = self.0.upgrade() {
+            migration.fence(&reason.to_string());
+        }
+    }
+}
+
+/// What QMP says of a heartbeat.
+#[must_use]
+pub fn describe(report: &HeartbeatReport) -> ColoHeartbeat {
+    let whole = |n: u128| u64::try_from(n).unwrap_or(u64::MAX);
+    ColoHeartbeat {
+        peer: match report.peer {
+            PeerState::Unheard => "unheard",
+            PeerState::Alive => "alive",
+            PeerState::Lost => "lost",
+        }
+        .to_owned(),
+        peer_age_us: report.peer_age.map(|age| whole(age.as_micros())),
+        connected: report.connected,
+        interval: whole(report.rhythm.interval.as_millis()),
+        missed: report.rhythm.missed,
+        policy: match report.rhythm.on_loss {
+            OnHeartbeatLoss::TakeOver => "take-over",
+            OnHeartbeatLoss::Ask => "ask",
+            OnHeartbeatLoss::Stop => "stop",
+        }
+        .to_owned(),
+        state: match report.phase {
+            Phase::Paired => "paired",
+            Phase::Asking => "asking",
+            Phase::Alone => "alone",
+            Phase::Stopped => "stopped",
+        }
+        .to_owned(),
+        stop_reason: report.stop.map(|reason| reason.to_string()),
+        arbiter: report.arbiter.to_owned(),
+        arbiter_state: report.answer.clone(),
+        generation: report.generation,
+        refused: report.refused.clone(),
+    }
+}
