@@ -418,6 +418,24 @@ impl Qemu {
         }
     }
 
+    /// Waits until the outgoing migration has sent pages as differences (`xbzrle`).
+    ///
+    /// # Errors
+    /// It has not within [`PATIENCE`].
+    pub fn wait_differences(&mut self) -> Result<()> {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let info = self.qmp.execute("query-migrate", Value::Null)?;
+            if info["xbzrle-cache"]["pages"].as_u64() > Some(0) {
+                return Ok(());
+            }
+            if Instant::now() >= deadline {
+                return Err(format!("no page was sent as a difference: {info}").into());
+            }
+            thread::sleep(POLL);
+        }
+    }
+
     /// Waits until `query-status` says `status`.
     ///
     /// # Errors

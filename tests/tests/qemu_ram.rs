@@ -127,6 +127,9 @@ fn running_guest(qemu: &Binary, how: How) -> Result<()> {
         source
             .qmp
             .wait_event_if("MIGRATION_PASS", |d| d["pass"] == 2)?;
+        if let How::Xbzrle = how {
+            source.wait_differences()?;
+        }
         source
             .qmp
             .set_parameters(json!({"max-bandwidth": 0, "downtime-limit": 2000}))?;

@@ -223,6 +223,9 @@ fn receive(qemu: &Binary, source: &mut Qemu, by: Transport, dir: &Path) -> Resul
         source
             .qmp
             .wait_event_if("MIGRATION_PASS", |d| d["pass"] == 2)?;
+        if by == Xbzrle {
+            source.wait_differences()?;
+        }
         source
             .qmp
             .set_parameters(json!({"max-bandwidth": 0, "downtime-limit": 2000}))?;
