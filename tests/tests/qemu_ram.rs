@@ -119,10 +119,15 @@ fn running_guest(qemu: &Binary, how: How) -> Result<()> {
         let destination = Destination::listen(qemu, &mut source, how)?;
         configure(&mut source, how)?;
         source.qmp.enable(&["events"])?;
-        // Not before the guest has dirtied again what was sent.
+        // Not before the guest has dirtied again what was sent, and for differences what was sent
+        // again: more than a page must be left for another pass.
+        let bandwidth = match how {
+            How::Xbzrle => 4 << 20,
+            _ => 32 << 20,
+        };
         source
             .qmp
-            .set_parameters(json!({"max-bandwidth": 32 << 20, "downtime-limit": 1}))?;
+            .set_parameters(json!({"max-bandwidth": bandwidth, "downtime-limit": 1}))?;
         source.migrate(&destination.uri)?;
         source
             .qmp
