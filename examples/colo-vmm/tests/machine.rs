@@ -363,8 +363,13 @@ fn a_page_that_lost_its_value_ends_the_guest(kind: Kind) -> Outcome {
     assert_eq!(machine.take_exit()?, Some(GuestExit::DebugExit(1)));
     assert_eq!(machine.state(), RunState::Stopped);
     let last = line.text().lines().last().unwrap_or_default().to_owned();
-    let told = last.split_once("E00205000 00000bad ");
-    assert!(told.is_some(), "the guest said {last}");
+    // The stop may have come between the check of that word and its increment: then the guest adds
+    // one to what it should have found, and finds that in the next pass.
+    let told = ["bad", "bae"].map(|found| format!("E00205000 00000{found} "));
+    assert!(
+        told.iter().any(|told| last.contains(told)),
+        "the guest said {last}"
+    );
     Ok(())
 }
 
