@@ -215,7 +215,7 @@ fn unexpected(what: &str) -> io::Error {
 }
 
 #[allow(clippy::cast_possible_truncation)] // a few bytes
-const fn size_of_socklen<T>() -> libc::socklen_t {
+pub(super) const fn size_of_socklen<T>() -> libc::socklen_t {
     size_of::<T>() as libc::socklen_t
 }
 
