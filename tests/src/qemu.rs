@@ -171,6 +171,7 @@ pub struct Machine {
     memory_mib: u32,
     accel: Accel,
     memory_file: Option<(PathBuf, bool)>,
+    prealloc: bool,
     boot: Option<PathBuf>,
     runs: bool,
     incoming: bool,
@@ -185,6 +186,7 @@ impl Machine {
             memory_mib,
             accel: Accel::Tcg,
             memory_file: None,
+            prealloc: false,
             boot: None,
             runs: false,
             incoming: false,
@@ -212,6 +214,13 @@ impl Machine {
     #[must_use]
     pub fn memory_in(mut self, file: &Path) -> Self {
         self.memory_file = Some((file.to_owned(), true));
+        self
+    }
+
+    /// RAM that is read from a file, or made of it, is all there when the machine is.
+    #[must_use]
+    pub const fn prealloc(mut self, prealloc: bool) -> Self {
+        self.prealloc = prealloc;
         self
     }
 
@@ -299,10 +308,11 @@ impl Machine {
         if let Some((file, is_shared)) = &self.memory_file {
             machine.push_str(",memory-backend=ram0");
             let share = if *is_shared { "on" } else { "off" };
+            let prealloc = if self.prealloc { "on" } else { "off" };
             args.extend([
                 "-object".to_owned(),
                 format!(
-                    "memory-backend-file,id=ram0,size={}M,mem-path={},share={share}",
+                    "memory-backend-file,id=ram0,size={}M,mem-path={},share={share},prealloc={prealloc}",
                     self.memory_mib,
                     text(file)?
                 ),

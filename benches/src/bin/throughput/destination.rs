@@ -26,6 +26,8 @@ pub struct Arguments {
     pub uri: String,
     /// The blocks and their lengths.
     pub blocks: Vec<(String, u64)>,
+    /// Whether the memory is taken from the system before the guest comes.
+    pub is_populated: bool,
     /// What has to arrive in the main block, if it is to be looked at.
     pub expected: Option<PathBuf>,
 }
@@ -43,6 +45,7 @@ impl FromStr for Arguments {
             way: value["way"].as_str().ok_or("no way")?.to_owned(),
             uri: value["uri"].as_str().ok_or("no address")?.to_owned(),
             blocks: blocks.ok_or("no blocks")?,
+            is_populated: value["populated"] == true,
             expected: value["expected"].as_str().map(PathBuf::from),
         })
     }
@@ -52,7 +55,11 @@ impl Arguments {
     /// Says where it listens, and takes one guest in.
     pub fn run(&self) -> Result<()> {
         let way = way(&self.way).ok_or_else(|| format!("no way {}", self.way))?;
-        let receiver = Receiver::listen(&self.uri, Ram::fresh(&self.blocks)?, way.config())?;
+        let ram = Ram::fresh(&self.blocks)?;
+        if self.is_populated {
+            ram.populate()?;
+        }
+        let receiver = Receiver::listen(&self.uri, ram, way.config())?;
         println!("{}", receiver.uri());
         let (_, ram) = receiver.join()?;
         match &self.expected {
@@ -78,9 +85,16 @@ impl Destination {
             way,
             uri,
             blocks,
+            is_populated,
             expected,
         } = arguments;
-        let arguments = json!({"way": way, "uri": uri, "blocks": blocks, "expected": expected});
+        let arguments = json!({
+            "way": way,
+            "uri": uri,
+            "blocks": blocks,
+            "populated": is_populated,
+            "expected": expected,
+        });
         let mut command = Command::new(env::current_exe()?);
         command.args(["--destination", &arguments.to_string()]);
         let process = Process::spawn("our destination", &mut command)?;

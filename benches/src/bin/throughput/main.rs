@@ -50,6 +50,9 @@ struct Arguments {
     /// Only the pairs (qemu-qemu, qemu-us, us-qemu, us-us) whose names are given: for a profile.
     #[arg(long, value_delimiter = ',')]
     pair: Vec<String>,
+    /// What memory is before the guest moves, on both sides.
+    #[arg(long, value_enum, default_value_t = State::Fresh)]
+    memory_is: State,
     /// Little memory and one run: a check that everything runs, and arrives.
     #[arg(long)]
     smoke: bool,
@@ -81,6 +84,16 @@ impl Transport {
             Self::Unix => format!("unix:{}", dir.join("migration").display()),
         }
     }
+}
+
+/// What memory is before the guest moves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum State {
+    /// Only mapped: each page is taken from the system when it is first touched.
+    Fresh,
+    /// All there, as that of a guest that has run, and of a destination that has made ready (QEMU's
+    /// `prealloc=on`).
+    Populated,
 }
 
 /// How the memory crosses.
@@ -219,6 +232,7 @@ struct Guest<'a> {
     memory: u32,
     file: &'a Path,
     transport: Transport,
+    memory_is: State,
     /// Whether what arrived at us is compared with the file.
     is_checked: bool,
 }
@@ -236,13 +250,22 @@ impl Guest<'_> {
         let mut vm = Machine::new(&self.machine, self.memory)
             .accel(Self::accel())
             .memory_from(self.file)
+            .prealloc(self.memory_is == State::Populated)
             .start(self.qemu)?;
         way.configure(&mut vm)?;
         Ok(vm)
     }
 
     fn destination(&self, way: Way) -> Result<Qemu> {
-        let memory = format!("memory-backend-ram,id=ram0,size={}M", self.memory);
+        let prealloc = if self.memory_is == State::Populated {
+            "on"
+        } else {
+            "off"
+        };
+        let memory = format!(
+            "memory-backend-ram,id=ram0,size={}M,prealloc={prealloc}",
+            self.memory
+        );
         let mut vm = Machine::new(&self.machine, self.memory)
             .accel(Self::accel())
             .args(["-object", &memory, "-machine", "memory-backend=ram0"])
@@ -252,6 +275,15 @@ impl Guest<'_> {
         Ok(vm)
     }
 
+    /// The memory of a source of ours.
+    fn our_source(&self, blocks: &[(String, u64)]) -> Result<Ram> {
+        let ram = Ram::with_content(blocks, self.file)?;
+        if self.memory_is == State::Populated {
+            ram.populate()?;
+        }
+        Ok(ram)
+    }
+
     /// A destination of ours.
     fn our_destination(&self, way: Way, blocks: &[(String, u64)]) -> Result<Destination> {
         let dir = tempfile::tempdir()?;
@@ -259,6 +291,7 @@ impl Guest<'_> {
             way: way.name.to_owned(),
             uri: self.transport.uri(dir.path()),
             blocks: blocks.to_vec(),
+            is_populated: self.memory_is == State::Populated,
             expected: self.is_checked.then(|| self.file.to_owned()),
         };
         Destination::start(&arguments, dir)
@@ -286,14 +319,14 @@ impl Guest<'_> {
             Pair::UsToQemu => {
                 let mut destination = self.destination(way)?;
                 let uri = destination.listen(&self.transport.uri(destination.dir()))?;
-                let ram = Ram::with_content(blocks, self.file)?;
+                let ram = self.our_source(blocks)?;
                 let time = ours::send(&uri, &self.machine, ram, tail, config)?;
                 destination.wait_migration("completed")?;
                 Ok(time)
             }
             Pair::UsToUs => {
                 let destination = self.our_destination(way, blocks)?;
-                let ram = Ram::with_content(blocks, self.file)?;
+                let ram = self.our_source(blocks)?;
                 let time = ours::send(destination.uri(), &self.machine, ram, tail, config)?;
                 destination.join()?;
                 Ok(time)
@@ -329,12 +362,14 @@ fn measure(arguments: &Arguments) -> Result<()> {
         memory,
         file: &file,
         transport: arguments.transport,
+        memory_is: arguments.memory_is,
         is_checked: arguments.smoke,
     };
     println!(
-        "{qemu}, {memory} MiB, {runs} runs of each, {:?}, {:?}",
+        "{qemu}, {memory} MiB, {runs} runs of each, {:?}, {:?}, {:?} memory",
         Guest::accel(),
-        arguments.transport
+        arguments.transport,
+        arguments.memory_is
     );
     let is_wanted =
         |wanted: &[String], name: &str| wanted.is_empty() || wanted.iter().any(|w| w == name);

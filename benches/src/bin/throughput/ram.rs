@@ -16,14 +16,29 @@ pub const MAIN: &str = "ram0";
 /// not used of late is first to be had from the host: that is not what is measured.
 pub fn warm(len: u64) -> Result<()> {
     let region: MmapRegion = MmapRegion::new(usize::try_from(len)?)?;
-    for advice in [libc::MADV_HUGEPAGE, libc::MADV_POPULATE_WRITE] {
-        // SAFETY: the range is the whole of a mapping that `region` keeps, and nobody else knows.
-        let ret = unsafe { libc::madvise(region.as_ptr().cast(), region.size(), advice) };
-        if ret != 0 && advice == libc::MADV_POPULATE_WRITE {
-            return Err(std::io::Error::last_os_error().into());
-        }
+    advise_huge(&region);
+    populate(&region)
+}
+
+/// QEMU asks for huge pages too. A system that has none gives others.
+fn advise_huge(region: &MmapRegion) {
+    // SAFETY: the range is the whole of a mapping that `region` keeps; the advice changes how it is
+    // backed, not what is in it.
+    unsafe {
+        libc::madvise(region.as_ptr().cast(), region.size(), libc::MADV_HUGEPAGE);
     }
-    Ok(())
+}
+
+/// Takes the memory from the system. What is in it stays.
+fn populate(region: &MmapRegion) -> Result<()> {
+    let advice = libc::MADV_POPULATE_WRITE;
+    // SAFETY: the range is the whole of a mapping that `region` keeps; its content does not change.
+    let ret = unsafe { libc::madvise(region.as_ptr().cast(), region.size(), advice) };
+    if ret == 0 {
+        Ok(())
+    } else {
+        Err(std::io::Error::last_os_error().into())
+    }
 }
 
 /// The memory of a guest.
@@ -63,6 +78,13 @@ impl Ram {
         })
     }
 
+    /// Takes all of it from the system, as a destination can while it waits for its source.
+    pub fn populate(&self) -> Result<()> {
+        self.blocks
+            .iter()
+            .try_for_each(|block| populate(&block.region))
+    }
+
     /// A copy of the main block.
     pub fn content(&self) -> Result<Vec<u8>> {
         let main = self.table.find(MAIN.as_bytes());
@@ -82,12 +104,7 @@ impl Ram {
         for (name, len) in blocks {
             table.push(RamBlock::new(name.as_str(), *len)?);
             let region = map(usize::try_from(*len)?)?;
-            // QEMU asks for huge pages too.
-            // SAFETY: the range is the whole of a mapping that `region` keeps; the advice changes
-            // how it is backed, not what is in it.
-            unsafe {
-                libc::madvise(region.as_ptr().cast(), region.size(), libc::MADV_HUGEPAGE);
-            }
+            advise_huge(&region);
             let words = len.div_ceil(PAGE_SIZE * 64);
             regions.push(Block {
                 region,
