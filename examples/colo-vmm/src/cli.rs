@@ -103,7 +103,7 @@ struct RunArgs {
     machine: MachineArgs,
     #[command(flatten)]
     workload: WorkloadArgs,
-    /// What to run: workload, boot:FILE, flat:FILE[@ADDRESS] or kernel:FILE.
+    /// What to run: workload, answers, boot:FILE, flat:FILE[@ADDRESS] or kernel:FILE.
     #[arg(long, default_value = "workload")]
     guest: GuestArg,
     /// The kernel's initial RAM disk.
@@ -139,6 +139,11 @@ struct RunArgs {
     /// At most one of the two sides may take over by itself.
     #[arg(long, default_value = "wait", value_name = "wait|take-over")]
     on_peer_loss: PeerLossArg,
+    /// As a primary, let out what the guest says on its serial line only once the secondary has
+    /// received the checkpoint that contains what it came from. Say so on both sides: each may come
+    /// to be the primary.
+    #[arg(long)]
+    output_commit: bool,
     /// The VM's UUID. Both sides must have the same where multifd channels or the capability
     /// `validate-uuid` compare it.
     #[arg(long)]
@@ -212,6 +217,7 @@ impl RunArgs {
             }),
             io_limit: timeout.unwrap_or(defaults.io_limit),
             uuid: self.uuid,
+            output_commit: self.output_commit,
             boundaries: Arc::new(boundaries),
         })
     }
@@ -236,6 +242,8 @@ const FLAT_ADDRESS: u64 = 0x1_0000;
 pub enum GuestArg {
     /// The built-in guest.
     Workload,
+    /// The built-in guest that answers on its serial line.
+    Answers,
     /// A boot sector.
     Boot(PathBuf),
     /// Real-mode code and its address.
@@ -250,6 +258,7 @@ impl FromStr for GuestArg {
     fn from_str(arg: &str) -> Result<Self, String> {
         match arg.split_once(':') {
             None if arg == "workload" => Ok(Self::Workload),
+            None if arg == "answers" => Ok(Self::Answers),
             Some(("boot", file)) => Ok(Self::Boot(file.into())),
             Some(("kernel", file)) => Ok(Self::Kernel(file.into())),
             Some(("flat", rest)) => match rest.rsplit_once('@') {
@@ -258,7 +267,9 @@ impl FromStr for GuestArg {
                     .map(|address| Self::Flat(file.into(), address))
                     .ok_or_else(|| format!("'{address}' is not an address")),
             },
-            _ => Err("expected workload, boot:FILE, flat:FILE[@ADDRESS] or kernel:FILE".into()),
+            _ => Err(
+                "expected workload, answers, boot:FILE, flat:FILE[@ADDRESS] or kernel:FILE".into(),
+            ),
         }
     }
 }
@@ -377,6 +388,7 @@ fn run(args: &RunArgs) -> Result<ExitCode, Box<dyn Error>> {
             args.workload
                 .config(args.machine.memory, args.machine.vcpus),
         ),
+        GuestArg::Answers => GuestImage::Answers,
         GuestArg::Boot(file) => GuestImage::BootSector(file.clone()),
         GuestArg::Flat(file, address) => GuestImage::Flat {
             file: file.clone(),
@@ -497,6 +509,7 @@ mod tests {
     #[test]
     fn guests_are_named_by_kind_and_file() {
         assert_eq!("workload".parse(), Ok(GuestArg::Workload));
+        assert_eq!("answers".parse(), Ok(GuestArg::Answers));
         assert_eq!("boot:a:b".parse(), Ok(GuestArg::Boot("a:b".into())));
         assert_eq!("flat:x".parse(), Ok(GuestArg::Flat("x".into(), 0x1_0000)));
         assert_eq!(

@@ -1,9 +1,15 @@
 //! The guest's serial line on its way to the world, and the gate that COLO puts in between.
 //!
-//! Under COLO both sides run the guest, and the world must hear it once. The primary's output goes
-//! straight out. The secondary's is held: a checkpoint drops what is held, because the primary has
-//! said it, and a failover lets out what was said since, from exactly the byte behind the
-//! checkpoint on. What the primary had said after its last checkpoint is then said again.
+//! Under COLO both sides run the guest, and the world must hear it once. The secondary's output is
+//! held: a checkpoint drops what is held, because the primary has said it, and a failover lets out
+//! what was said since, from exactly the byte behind the checkpoint on.
+//!
+//! The primary has two ways. *At once*: its output goes straight out, and what it said after its last
+//! checkpoint is said again after a failover, the same or something else. *Output commit*: it is held
+//! too, until the secondary has received the checkpoint that contains what it came from. Then no
+//! survivor contradicts what the world has heard; the price is that the world waits for a checkpoint.
+//! What a primary was about to let out when it died is lost, as on a line with noise: whoever waits
+//! for an answer asks again.
 
 use std::io::{self, Write};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -23,8 +29,32 @@ pub struct Console {
 struct Shared {
     out: Box<dyn Write + Send>,
     held: Option<Vec<u8>>,
+    /// How much of what is held came before the checkpoint that is being taken.
+    covered: usize,
+    /// Bytes that there was no room for since the last checkpoint.
     lost: u64,
     said: u64,
+}
+
+impl Shared {
+    /// Lets out the first `count` bytes that are held.
+    fn let_out(&mut self, count: usize) {
+        let Self { out, held, .. } = self;
+        let Some(held) = held else { return };
+        let count = count.min(held.len());
+        if let Err(error) = out.write_all(&held[..count]).and_then(|()| out.flush()) {
+            tracing::warn!(%error, bytes = count, "serial output could not be written");
+        }
+        held.drain(..count);
+    }
+
+    /// Tells of output that there was no room for, once.
+    fn report_lost(&mut self) {
+        let bytes = std::mem::take(&mut self.lost);
+        if bytes > 0 {
+            tracing::warn!(bytes, "serial output since the last checkpoint was lost");
+        }
+    }
 }
 
 impl Console {
@@ -34,6 +64,7 @@ impl Console {
         let shared = Shared {
             out,
             held: None,
+            covered: 0,
             lost: 0,
             said: 0,
         };
@@ -46,6 +77,20 @@ impl Console {
     #[must_use]
     pub fn said(&self) -> u64 {
         self.lock().said
+    }
+
+    /// The guest stands still for a checkpoint: what it has put out so far belongs to it. Returns
+    /// what [`Console::said`] does.
+    pub fn checkpoint(&self) -> u64 {
+        let mut shared = self.lock();
+        shared.covered = shared.held.as_ref().map_or(0, Vec::len);
+        shared.said
+    }
+
+    /// Bytes that are held back now.
+    #[must_use]
+    pub fn held(&self) -> usize {
+        self.lock().held.as_ref().map_or(0, Vec::len)
     }
 
     /// What the machine writes into.
@@ -100,12 +145,12 @@ pub struct ConsoleGate {
 }
 
 impl ConsoleGate {
-    /// The primary's: everything goes out at once.
+    /// The primary's. Without `output_commit` everything goes out at once.
     #[must_use]
-    pub const fn primary(console: Console) -> Self {
+    pub const fn primary(console: Console, output_commit: bool) -> Self {
         Self {
             console,
-            holds: false,
+            holds: output_commit,
         }
     }
 
@@ -128,11 +173,17 @@ impl PacketGate for ConsoleGate {
     }
 
     fn release(&mut self) -> Result<(), VmError> {
+        let mut shared = self.console.lock();
+        shared.report_lost();
+        // The guest may have gone on since it was copied, and said more.
+        let covered = std::mem::take(&mut shared.covered);
+        shared.let_out(covered);
         Ok(())
     }
 
     fn discard(&mut self) -> Result<(), VmError> {
         let mut shared = self.console.lock();
+        shared.covered = 0;
         shared.lost = 0;
         if let Some(held) = &mut shared.held {
             held.clear();
@@ -142,20 +193,10 @@ impl PacketGate for ConsoleGate {
 
     fn open(&mut self) {
         let mut shared = self.console.lock();
-        if shared.lost > 0 {
-            tracing::warn!(
-                bytes = shared.lost,
-                "serial output since the last checkpoint was lost"
-            );
-        }
-        if let Some(held) = shared.held.take()
-            && let Err(error) = shared
-                .out
-                .write_all(&held)
-                .and_then(|()| shared.out.flush())
-        {
-            tracing::warn!(%error, "serial output could not be written");
-        }
+        shared.report_lost();
+        shared.let_out(usize::MAX);
+        shared.covered = 0;
+        shared.held = None;
     }
 }
 
@@ -198,10 +239,38 @@ mod tests {
     fn a_primary_is_heard_at_once() {
         let out = Out::default();
         let console = Console::new(Box::new(out.clone()));
-        let mut gate = ConsoleGate::primary(console.clone());
+        let mut gate = ConsoleGate::primary(console.clone(), false);
         gate.hold().unwrap();
         console.sink().write_all(b"x").unwrap();
         assert_eq!(out.0.lock().unwrap().as_slice(), b"x");
+    }
+
+    #[test]
+    fn output_commit_lets_out_what_the_checkpoint_contains_and_no_more() {
+        let out = Out::default();
+        let console = Console::new(Box::new(out.clone()));
+        let mut gate = ConsoleGate::primary(console.clone(), true);
+        let mut sink = console.sink();
+        let heard = || String::from_utf8(out.0.lock().unwrap().clone()).unwrap();
+        gate.hold().unwrap();
+        sink.write_all(b"one ").unwrap();
+        assert_eq!(heard(), "");
+        // A checkpoint that does not come to its end lets nothing out.
+        console.checkpoint();
+        sink.write_all(b"two ").unwrap();
+        assert_eq!(console.checkpoint(), 8);
+        sink.write_all(b"three ").unwrap();
+        assert_eq!(heard(), "");
+        gate.release().unwrap();
+        assert_eq!(heard(), "one two ");
+        assert_eq!(console.held(), 6);
+        // Nothing belongs to a checkpoint that was not begun.
+        gate.release().unwrap();
+        assert_eq!(heard(), "one two ");
+        // The peer is lost: nobody will contradict this side.
+        gate.open();
+        sink.write_all(b"four").unwrap();
+        assert_eq!(heard(), "one two three four");
     }
 
     #[test]

@@ -4,10 +4,12 @@
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use colo_core::ColoMode;
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::timerfd::TimerFd;
 
 use crate::machine::{GuestExit, MachineError};
 use crate::migration::Migration;
@@ -145,8 +147,7 @@ pub fn run(
         outcome: Arc::clone(&outcome),
     }));
     if let Some(fd) = input {
-        let vm = Arc::clone(vm);
-        manager.add_subscriber(Box::new(SerialInput { vm, fd }));
+        manager.add_subscriber(Box::new(SerialInput::new(Arc::clone(vm), fd)?));
     }
     loop {
         manager.run()?;
@@ -242,10 +243,16 @@ impl MutEventSubscriber for SignalEnd {
     }
 }
 
-/// What the user types goes to the guest.
+/// How soon typed bytes are offered again that the port had no room for, or whose guest stood still.
+const OFFER_AGAIN: Duration = Duration::from_millis(5);
+
+/// What the user types goes to the guest. What its port does not take, the user's side keeps.
 struct SerialInput {
     vm: Arc<Vm>,
     fd: RawFd,
+    /// Read and not taken; nothing more is read meanwhile.
+    typed: Vec<u8>,
+    timer: TimerFd,
 }
 
 impl AsRawFd for SerialInput {
@@ -254,27 +261,76 @@ impl AsRawFd for SerialInput {
     }
 }
 
-impl MutEventSubscriber for SerialInput {
-    fn init(&mut self, ops: &mut EventOps) {
+impl SerialInput {
+    fn new(vm: Arc<Vm>, fd: RawFd) -> Result<Self, LoopError> {
+        let timer = TimerFd::new().map_err(|e| host("make a timer")(e.into()))?;
+        Ok(Self {
+            vm,
+            fd,
+            typed: Vec::new(),
+            timer,
+        })
+    }
+
+    /// Reads what was typed; false at its end.
+    fn read(&mut self) -> bool {
+        let mut typed = [0u8; 64];
+        match read_fd(self.fd, &mut typed) {
+            Ok(0) | Err(_) => false,
+            Ok(count) => {
+                self.typed.extend_from_slice(&typed[..count]);
+                true
+            }
+        }
+    }
+
+    /// Gives the guest what it takes, and says whether that was all.
+    fn offer(&mut self) -> bool {
+        match self.vm.with_machine(|m| m.serial_input(&self.typed)) {
+            Ok(taken) => drop(self.typed.drain(..taken)),
+            Err(error) => {
+                tracing::warn!(%error, bytes = self.typed.len(), "serial input lost");
+                self.typed.clear();
+            }
+        }
+        self.typed.is_empty()
+    }
+
+    fn watch_input(&self, ops: &mut EventOps) {
         // A regular file cannot be watched, and a closed input need not be.
         if let Err(error) = ops.add(Events::new(self, EventSet::IN)) {
             tracing::info!(%error, "the guest's serial line has no input");
         }
     }
+}
+
+impl MutEventSubscriber for SerialInput {
+    fn init(&mut self, ops: &mut EventOps) {
+        watch(ops, &self.timer);
+        self.watch_input(ops);
+    }
 
     fn process(&mut self, events: Events, ops: &mut EventOps) {
-        let mut typed = [0u8; 64];
-        match read_fd(self.fd, &mut typed) {
-            Ok(0) | Err(_) => {
-                if let Err(error) = ops.remove(events) {
+        let again = events.fd() == self.timer.as_raw_fd();
+        if again {
+            // It was readable: this does not wait.
+            let _ = self.timer.wait();
+        } else if !self.read() {
+            if let Err(error) = ops.remove(events) {
+                tracing::debug!(%error, "serial input stays watched");
+            }
+            return;
+        }
+        match (self.offer(), again) {
+            (true, true) => self.watch_input(ops),
+            (true, false) => {}
+            (false, _) => {
+                // Not merely muted: a hang-up would be told of again and again.
+                if !again && let Err(error) = ops.remove(events) {
                     tracing::debug!(%error, "serial input stays watched");
                 }
-            }
-            // A real line has no flow control either: what the port has no room for is lost.
-            Ok(count) => {
-                let typed = self.vm.with_machine(|m| m.serial_input(&typed[..count]));
-                if let Err(error) = typed {
-                    tracing::warn!(%error, "serial input lost");
+                if let Err(error) = self.timer.reset(OFFER_AGAIN, None) {
+                    tracing::warn!(%error, "serial input is not offered again");
                 }
             }
         }

@@ -17,10 +17,9 @@
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
 
-/// Where a BIOS loads a boot sector, and where it runs.
-pub const BOOT_SECTOR_ADDRESS: u16 = 0x7c00;
-/// Its size, with the signature 55 aa at the end.
-pub const BOOT_SECTOR_BYTES: usize = 512;
+use super::sector::{
+    BOOT_SECTOR_ADDRESS, BOOT_SECTOR_BYTES, DEBUG_EXIT, SectorError, assemble, output, segments,
+};
 
 const PAGE: u32 = 4096;
 /// Pages that one turn of the loop of a pass visits.
@@ -28,19 +27,8 @@ const GROUP: u32 = 4;
 /// RAM ends here for a guest that looks no further than 4 GiB.
 const HOLE_START: u64 = crate::memory::HOLE_START;
 
-const CODE_SELECTOR: u16 = 0x08;
-const DATA_SELECTOR: u32 = 0x10;
-/// Flat 4 GiB segments: null, code, data.
-const GDT: [u64; 3] = [0, 0x00cf_9a00_0000_ffff, 0x00cf_9200_0000_ffff];
-
 /// Stacks grow down from the boot sector, this much for each CPU.
 const STACK_SHIFT: i32 = 8;
-
-const SERIAL_DATA: u32 = 0x3f8;
-const SERIAL_LINE_STATUS: u32 = 0x3fd;
-const TRANSMITTER_EMPTY: i32 = 0x20;
-const DEBUG_EXIT: i32 = 0xf4;
-const FAST_A20: i32 = 0x92;
 
 const APIC_SPURIOUS: u64 = 0xfee0_00f0;
 const APIC_ICR_LOW: u64 = 0xfee0_0300;
@@ -119,15 +107,9 @@ pub enum WorkloadError {
         /// Size of RAM, MiB.
         memory_mib: u64,
     },
-    /// The assembler refused.
-    #[error("the guest cannot be assembled")]
-    Assemble(#[from] IcedError),
-    /// The code has outgrown the sector.
-    #[error("the guest takes {bytes} bytes, a boot sector has room for 510")]
-    TooLong {
-        /// How many bytes it takes.
-        bytes: usize,
-    },
+    /// There is no boot sector that does this.
+    #[error(transparent)]
+    Sector(#[from] SectorError),
 }
 
 impl WorkloadConfig {
@@ -166,72 +148,8 @@ impl WorkloadConfig {
 /// The configuration makes no sense for its RAM.
 pub fn workload(config: &WorkloadConfig) -> Result<[u8; BOOT_SECTOR_BYTES], WorkloadError> {
     let region = config.region()?;
-    let base = u64::from(BOOT_SECTOR_ADDRESS);
-
-    // The lengths of the parts do not depend on the addresses in them: assemble the first once to
-    // learn where the second begins, and so on.
-    let real_length = real_mode(0, 0)?.len();
-    let protected_at = base + real_length as u64;
-    let protected_length = protected_mode(config, region, protected_at, 0)?.len();
-    let gdt_at = (protected_at + protected_length as u64).next_multiple_of(8);
-    let gdtr_at = gdt_at + size_of_val(&GDT) as u64;
-    let cpu_count_at = gdtr_at + 8;
-
-    let mut code = real_mode(protected_at, gdtr_at)?;
-    code.extend(protected_mode(config, region, protected_at, cpu_count_at)?);
-    code.resize(to_index(gdt_at - base), 0);
-    code.extend(GDT.iter().flat_map(|entry| entry.to_le_bytes()));
-    let limit = u16::try_from(size_of_val(&GDT) - 1).unwrap_or(u16::MAX);
-    code.extend(limit.to_le_bytes());
-    code.extend(low(gdt_at).to_le_bytes());
-    code.resize(to_index(cpu_count_at - base), 0);
-    code.extend(0u32.to_le_bytes());
-
-    let mut sector = [0; BOOT_SECTOR_BYTES];
-    let room = &mut sector[..BOOT_SECTOR_BYTES - 2];
-    match room.get_mut(..code.len()) {
-        Some(room) => room.copy_from_slice(&code),
-        None => return Err(WorkloadError::TooLong { bytes: code.len() }),
-    }
-    sector[BOOT_SECTOR_BYTES - 2..].copy_from_slice(&[0x55, 0xaa]);
+    let sector = assemble(|at, cpu_count_at| protected_mode(config, region, at, cpu_count_at))?;
     Ok(sector)
-}
-
-fn low(address: u64) -> u32 {
-    u32::try_from(address).unwrap_or(u32::MAX)
-}
-
-fn to_index(offset: u64) -> usize {
-    usize::try_from(offset).unwrap_or(usize::MAX)
-}
-
-/// A BIOS starts the first CPU here, the trampoline the others.
-fn real_mode(protected_at: u64, gdtr_at: u64) -> Result<Vec<u8>, IcedError> {
-    let mut a = CodeAssembler::new(16)?;
-    a.cli()?;
-    a.cld()?;
-    a.xor(eax, eax)?;
-    a.mov(ds, eax)?;
-    // A20 on; bit 0 would reset the machine.
-    a.in_(al, FAST_A20)?;
-    a.or(al, 2)?;
-    a.and(al, 0xfe)?;
-    a.out(FAST_A20, al)?;
-    // lgdt [gdtr], with a 32-bit base and a 16-bit address.
-    a.db(&[0x66, 0x0f, 0x01, 0x16])?;
-    a.db(&low16(gdtr_at).to_le_bytes())?;
-    a.mov(eax, cr0)?;
-    a.or(al, 1)?;
-    a.mov(cr0, eax)?;
-    // jmp CODE_SELECTOR:protected_at
-    a.db(&[0xea])?;
-    a.db(&low16(protected_at).to_le_bytes())?;
-    a.db(&CODE_SELECTOR.to_le_bytes())?;
-    a.assemble(BOOT_SECTOR_ADDRESS.into())
-}
-
-fn low16(address: u64) -> u16 {
-    u16::try_from(address).unwrap_or(u16::MAX)
 }
 
 /// EBX: number of this CPU; EBP: passes so far; `[esp]`: start of this CPU's region.
@@ -251,17 +169,10 @@ fn protected_mode(
     let mut bad = a.create_label();
     let mut halt = a.create_label();
     let mut hex = a.create_label();
-    let mut digit = a.create_label();
-    let mut decimal = a.create_label();
     let mut put = a.create_label();
-    let mut wait = a.create_label();
     let mut others = a.create_label();
 
-    a.mov(eax, DATA_SELECTOR)?;
-    a.mov(ds, eax)?;
-    a.mov(es, eax)?;
-    a.mov(ss, eax)?;
-    a.mov(esp, u32::from(BOOT_SECTOR_ADDRESS))?;
+    segments(&mut a)?;
     if config.cpus > 1 {
         // Numbers go by order of arrival. The first starts the others.
         a.mov(ebx, 1)?;
@@ -357,37 +268,7 @@ fn protected_mode(
     a.hlt()?;
     a.jmp(halt)?;
 
-    // EAX as eight digits. Destroys ECX and EDX.
-    a.set_label(&mut hex)?;
-    a.mov(ecx, 8)?;
-    a.set_label(&mut digit)?;
-    a.rol(eax, 4)?;
-    a.push(eax)?;
-    a.and(al, 0xf)?;
-    a.cmp(al, 10)?;
-    a.jb(decimal)?;
-    a.add(al, i32::from(b'a' - b'9' - 1))?;
-    a.set_label(&mut decimal)?;
-    a.add(al, i32::from(b'0'))?;
-    a.call(put)?;
-    a.pop(eax)?;
-    a.dec(ecx)?;
-    a.jnz(digit)?;
-    a.ret()?;
-
-    // AL to the serial port, when it is ready. Destroys AH and EDX.
-    a.set_label(&mut put)?;
-    a.mov(ah, al)?;
-    a.mov(edx, SERIAL_LINE_STATUS)?;
-    a.set_label(&mut wait)?;
-    a.in_(al, dx)?;
-    a.test(al, TRANSMITTER_EMPTY)?;
-    a.jz(wait)?;
-    a.mov(al, ah)?;
-    a.mov(edx, SERIAL_DATA)?;
-    a.out(dx, al)?;
-    a.ret()?;
-
+    output(&mut a, &mut hex, &mut put)?;
     a.assemble(at)
 }
 

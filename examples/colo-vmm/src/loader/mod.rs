@@ -11,7 +11,8 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 pub use kernel::LongModeTables;
 
 use crate::guest::{
-    BOOT_SECTOR_ADDRESS, BOOT_SECTOR_BYTES, WorkloadConfig, WorkloadError, workload,
+    BOOT_SECTOR_ADDRESS, BOOT_SECTOR_BYTES, SectorError, WorkloadConfig, WorkloadError, answers,
+    workload,
 };
 use crate::machine::GuestImage;
 use crate::memory::Memory;
@@ -88,6 +89,9 @@ pub enum LoadError {
     /// The built-in guest could not be made.
     #[error(transparent)]
     Workload(#[from] WorkloadError),
+    /// The one that answers could not be made.
+    #[error(transparent)]
+    Answers(#[from] SectorError),
 }
 
 /// Loads `image`, and says how the first vCPU is to enter it.
@@ -100,6 +104,7 @@ pub fn load(image: &GuestImage, memory: &Memory) -> Result<BootState, LoadError>
             let sector = workload(&fitted(config, memory))?;
             boot_sector(&sector, memory)
         }
+        GuestImage::Answers => boot_sector(&answers()?, memory),
         GuestImage::BootSector(file) => {
             let sector = read(file, BOOT_SECTOR_BYTES as u64)?;
             let not = |what| LoadError::NotBootSector {

@@ -72,6 +72,8 @@ impl fmt::Debug for MachineConfig {
 pub enum GuestImage {
     /// The built-in guest, see [`crate::guest`].
     Workload(WorkloadConfig),
+    /// The built-in guest that answers what is typed.
+    Answers,
     /// 512 bytes that run at 0x7c00 in real mode, as a BIOS would start them.
     BootSector(PathBuf),
     /// Bytes that run in real mode where they are put.

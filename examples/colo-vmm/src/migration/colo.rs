@@ -54,7 +54,7 @@ pub(super) fn parts(
         },
         replication: NoReplication,
         gate: match role {
-            Role::Primary => ConsoleGate::primary(console),
+            Role::Primary => ConsoleGate::primary(console, migration.options.output_commit),
             Role::Secondary => ConsoleGate::secondary(console),
         },
     }
@@ -132,7 +132,7 @@ impl ColoVm for CheckpointedVm {
     fn stop(&mut self) -> Result<(), VmError> {
         let stopped = self.migration.vm.stop_for_checkpoint();
         stopped.map_err(|e| VmError::new("stopping the guest", e))?;
-        self.said = self.migration.console.said();
+        self.said = self.migration.console.checkpoint();
         Ok(())
     }
 

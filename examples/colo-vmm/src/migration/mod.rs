@@ -98,6 +98,8 @@ pub struct MigrationOptions {
     pub io_limit: Duration,
     /// The VM's UUID.
     pub uuid: Option<Uuid>,
+    /// A primary's serial output waits for the checkpoint that contains what it came from.
+    pub output_commit: bool,
     /// What is done where something begins or ends.
     pub boundaries: Arc<Boundaries>,
 }
@@ -110,6 +112,7 @@ impl Default for MigrationOptions {
             deadlines: Deadlines::default(),
             io_limit: Duration::from_secs(30),
             uuid: None,
+            output_commit: false,
             boundaries: Arc::default(),
         }
     }
