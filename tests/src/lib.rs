@@ -26,6 +26,7 @@ pub mod qmp;
 pub mod relay;
 pub mod scripts;
 pub mod store;
+pub mod succession;
 pub mod vmm;
 
 use std::time::Duration;

@@ -1,8 +1,8 @@
 //! A child process that does not outlive its test and whose output can be waited for.
 
-use std::io::{self, Read};
+use std::io::{self, Read, Write};
 use std::path::PathBuf;
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -17,6 +17,7 @@ const POLL: Duration = Duration::from_millis(5);
 pub struct Process {
     name: String,
     child: Child,
+    stdin: Option<ChildStdin>,
     stdout: Output,
     stderr: Output,
 }
@@ -27,18 +28,30 @@ impl Process {
     /// # Errors
     /// The program cannot be started.
     pub fn spawn(name: impl Into<String>, command: &mut Command) -> Result<Self> {
-        let name = name.into();
+        Self::start(name.into(), command.stdin(Stdio::null()))
+    }
+
+    /// The same with an input for [`Process::type_in`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn spawn_with_input(name: impl Into<String>, command: &mut Command) -> Result<Self> {
+        Self::start(name.into(), command.stdin(Stdio::piped()))
+    }
+
+    fn start(name: String, command: &mut Command) -> Result<Self> {
         let mut child = command
-            .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .spawn()
             .map_err(|e| format!("{name} does not start: {:?}: {e}", command.get_program()))?;
+        let stdin = child.stdin.take();
         let stdout = Output::collect(child.stdout.take());
         let stderr = Output::collect(child.stderr.take());
         Ok(Self {
             name,
             child,
+            stdin,
             stdout,
             stderr,
         })
@@ -48,6 +61,17 @@ impl Process {
     #[must_use]
     pub fn id(&self) -> u32 {
         self.child.id()
+    }
+
+    /// Writes to its standard input.
+    ///
+    /// # Errors
+    /// It has none, or reads no more.
+    pub fn type_in(&mut self, bytes: &[u8]) -> Result<()> {
+        match &mut self.stdin {
+            Some(stdin) => Ok(stdin.write_all(bytes)?),
+            None => Err(self.failure("has no input")),
+        }
     }
 
     /// What it has written to standard output.
@@ -211,6 +235,19 @@ impl Output {
         } else {
             Err("the output does not end".into())
         }
+    }
+
+    /// Waits until there are more than `length` bytes, the output ends, or `deadline`. Returns those
+    /// behind the first `length`.
+    #[must_use]
+    pub fn more(&self, length: usize, deadline: Instant) -> Vec<u8> {
+        let (lock, changed) = &*self.0;
+        let captured = lock.lock().unwrap_or_else(PoisonError::into_inner);
+        let left = deadline.saturating_duration_since(Instant::now());
+        let (captured, _) = changed
+            .wait_timeout_while(captured, left, |c| !c.ended && c.bytes.len() <= length)
+            .unwrap_or_else(PoisonError::into_inner);
+        captured.bytes.get(length..).unwrap_or_default().to_vec()
     }
 
     /// Waits until `found` makes something of all bytes so far.

@@ -71,6 +71,7 @@ pub struct ColoVmm {
     dirty_pages: u32,
     incoming: bool,
     simulated: bool,
+    interactive: bool,
     args: Vec<OsString>,
 }
 
@@ -84,6 +85,7 @@ impl ColoVmm {
             dirty_pages: 256,
             incoming: false,
             simulated: false,
+            interactive: false,
             args: Vec::new(),
         }
     }
@@ -116,6 +118,13 @@ impl ColoVmm {
         self
     }
 
+    /// Has its serial line at the process's standard input and output instead of a file.
+    #[must_use]
+    pub const fn interactive(mut self) -> Self {
+        self.interactive = true;
+        self
+    }
+
     /// Further arguments, as they are.
     #[must_use]
     pub fn args<T: Into<OsString>>(mut self, args: impl IntoIterator<Item = T>) -> Self {
@@ -135,7 +144,11 @@ impl ColoVmm {
         command.arg("--qmp");
         command.arg(format!("unix:{}", dir.join(QMP).display()));
         command.arg("--serial");
-        command.arg(format!("file:{}", dir.join(SERIAL).display()));
+        if self.interactive {
+            command.arg("stdio");
+        } else {
+            command.arg(format!("file:{}", dir.join(SERIAL).display()));
+        }
         if self.simulated {
             command.arg("--sim");
         }
@@ -152,7 +165,11 @@ impl ColoVmm {
     /// It does not build, or does not come as far as QMP; the error quotes what it said.
     pub fn start(&self) -> Result<Vmm> {
         let dir = tempfile::Builder::new().prefix("colo-vmm-").tempdir()?;
-        let command = self.command(dir.path())?;
+        let mut command = self.command(dir.path())?;
+        if self.interactive {
+            let process = Process::spawn_with_input(self.name, &mut command)?;
+            return Vmm::connect(process, dir);
+        }
         Vmm::start(self.name, command, dir)
     }
 }
@@ -189,7 +206,10 @@ impl Vmm {
     /// # Errors
     /// It does not come as far as QMP; the error quotes what it said.
     pub fn start(name: &str, mut command: Command, dir: TempDir) -> Result<Self> {
-        let mut process = Process::spawn(name, &mut command)?;
+        Self::connect(Process::spawn(name, &mut command)?, dir)
+    }
+
+    fn connect(mut process: Process, dir: TempDir) -> Result<Self> {
         let qmp = Qmp::connect(&dir.path().join(QMP), || {
             if process.is_running()? {
                 Ok(())
@@ -366,6 +386,19 @@ impl Vmm {
         })
     }
 
+    /// Has it go on alone, its peer being dead, and waits until its guest runs.
+    ///
+    /// # Errors
+    /// It refuses, or does not go on within [`PATIENCE`].
+    pub fn go_on_alone(&mut self) -> Result<()> {
+        let instances = self.qmp.execute_oob("query-yank", Value::Null)?;
+        self.qmp
+            .execute_oob("yank", json!({"instances": instances}))?;
+        self.qmp.execute("x-colo-lost-heartbeat", Value::Null)?;
+        self.wait_migration("completed")?;
+        self.wait_status("running")
+    }
+
     /// Stops the process, which does not notice: a host that says nothing any more.
     ///
     /// # Errors
@@ -428,6 +461,28 @@ impl Connection {
         others.iter().copied().chain(multifd).collect()
     }
 
+    /// Sets a side's capabilities, these and those of the connection, and its parameters.
+    ///
+    /// # Errors
+    /// It refuses one.
+    pub fn prepare(&self, side: &mut Vmm, capabilities: &[&str]) -> Result<()> {
+        side.qmp.enable(&self.capabilities(capabilities))?;
+        side.qmp.set_parameters(self.parameters())
+    }
+
+    /// Has the target listen, and returns where, as a URI.
+    ///
+    /// # Errors
+    /// It refuses.
+    pub fn listen(&self, target: &mut Vmm) -> Result<String> {
+        if self.unix {
+            let path = target.dir().join("migration");
+            target.listen_on(&format!("unix:{}", path.display()))
+        } else {
+            target.listen()
+        }
+    }
+
     fn parameters(&self) -> Value {
         match self.multifd {
             None => json!({}),
@@ -462,10 +517,9 @@ impl Pair {
             primary: named("primary").start()?,
             secondary: named("secondary").incoming().start()?,
         };
-        let capabilities = connection.capabilities(&[&["events"], capabilities].concat());
+        let capabilities = [&["events"], capabilities].concat();
         for side in [&mut pair.secondary, &mut pair.primary] {
-            side.qmp.enable(&capabilities)?;
-            side.qmp.set_parameters(connection.parameters())?;
+            connection.prepare(side, &capabilities)?;
         }
         // Not before the guest has dirtied memory of its own.
         pair.primary.wait_lines(1)?;
@@ -481,13 +535,7 @@ impl Pair {
     /// # Errors
     /// A side refuses.
     pub fn migrate(&mut self, connection: Connection) -> Result<()> {
-        let uri = if connection.unix {
-            let path = self.secondary.dir().join("migration");
-            self.secondary
-                .listen_on(&format!("unix:{}", path.display()))?
-        } else {
-            self.secondary.listen()?
-        };
+        let uri = connection.listen(&mut self.secondary)?;
         self.primary.migrate(&uri)
     }
 

@@ -4,7 +4,7 @@
 //! guest counts it, folds it into a digest of all requests so far, writes the count into one of
 //! [`ANSWER_PAGES`] pages, the next in turn, and answers with count and digest, as eight hexadecimal
 //! digits each with a space between and a line feed behind. [`ASK`] is no request: it is answered
-//! with count and digest as they are.
+//! with count and digest as they are, behind a copy of itself.
 //!
 //! The count is in a register, the digest in memory, and a page that does not hold what the guest
 //! has last left there ends it: a mixture of two of its states is noticed.
@@ -17,7 +17,7 @@ use super::sector::{
     segments,
 };
 
-/// The byte that asks for the last answer again.
+/// The byte that asks for the present count and digest.
 pub const ASK: u8 = b'?';
 /// The pages that it writes to, one for each request; a power of two.
 pub const ANSWER_PAGES: u32 = 256;
@@ -55,6 +55,7 @@ fn protected_mode(at: u64) -> Result<Vec<u8>, IcedError> {
     let mut rest = a.create_label();
     let mut poll = a.create_label();
     let mut seen = a.create_label();
+    let mut request = a.create_label();
     let mut answer = a.create_label();
     let mut bad = a.create_label();
     let mut halt = a.create_label();
@@ -85,7 +86,10 @@ fn protected_mode(at: u64) -> Result<Vec<u8>, IcedError> {
     a.mov(edx, SERIAL_DATA)?;
     a.in_(al, dx)?;
     a.cmp(al, i32::from(ASK))?;
-    a.je(answer)?;
+    a.jne(request)?;
+    a.call(put)?;
+    a.jmp(answer)?;
+    a.set_label(&mut request)?;
 
     a.and(eax, 0xff)?;
     a.imul_3(ebx, dword_ptr(DIGEST), FACTOR)?;
