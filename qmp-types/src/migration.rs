@@ -94,6 +94,10 @@ pub struct ColoFigures {
     /// The last one; absent before the first.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub last: Option<LastCheckpoint>,
+    /// How long ago the other side's heartbeat was heard, µs; absent without a heartbeat, and before
+    /// the first.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub heartbeat_age_us: Option<u64>,
 }
 
 /// The last checkpoint in [`ColoFigures`].

@@ -20,6 +20,7 @@ pub mod gate;
 pub mod guest;
 pub mod harness;
 pub mod linux;
+pub mod metrics;
 pub mod process;
 pub mod qemu;
 pub mod qmp;

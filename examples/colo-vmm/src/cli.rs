@@ -23,6 +23,7 @@ use crate::heartbeat::HeartbeatArgs;
 use crate::lifecycle::{self, FailoverArgs, PairArgs, RejoinArgs, StatusArgs};
 use crate::machine::{GuestImage, KvmMachine, Machine, MachineConfig, SerialSink, SimMachine};
 use crate::memory::Memory;
+use crate::metrics;
 use crate::migration::{Boundaries, Boundary, IncomingMode, Migration, MigrationOptions};
 use crate::monitor::{self, COMMANDS, Monitor};
 use crate::operator::{EventBus, Operator};
@@ -118,6 +119,9 @@ struct RunArgs {
     /// Serve QMP here: unix:PATH or tcp:HOST:PORT.
     #[arg(long, value_name = "ADDRESS")]
     qmp: Option<QmpAddress>,
+    /// Serve figures for Prometheus here, at /metrics: unix:PATH or tcp:HOST:PORT.
+    #[arg(long, value_name = "ADDRESS")]
+    metrics: Option<QmpAddress>,
     /// Wait for a guest instead of starting one: `defer` until QMP says `migrate-incoming`, or an
     /// address to listen at.
     #[arg(long, value_name = "defer|URI")]
@@ -436,6 +440,13 @@ fn run(args: &RunArgs) -> Result<ExitCode, Box<dyn Error>> {
             qmp::serve(address, config, monitor, &events)
                 .map_err(|error| format!("qmp at {address}: {error}"))?,
         ),
+    };
+    let _metrics = match &args.metrics {
+        None => None,
+        Some(address) => {
+            let migration = Arc::clone(&migration);
+            Some(metrics::serve(address, move || vec![migration.observe()])?)
+        }
     };
     match &args.incoming {
         None if args.paused => {}

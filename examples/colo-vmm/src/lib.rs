@@ -35,6 +35,7 @@
 //! - [`vm`] and [`console`]: the machine with its run state, and the guest's output with its gate
 //! - [`migration`]: the crates at work, live migration and COLO
 //! - [`heartbeat`]: whether the other side lives
+//! - [`metrics`]: figures for Prometheus
 //! - [`monitor`], [`operator`] and [`qmp`]: what an operator can ask for, and how
 //! - [`lifecycle`]: a pair's life in one command each; [`demo`]: an operator of a pair, played
 //! - [`standby`]: guests of QEMU that are held, and restored when their primary is lost
@@ -47,12 +48,14 @@ pub mod devices;
 pub mod dirty_log;
 pub mod error_chain;
 pub mod event_loop;
+pub(crate) mod figures;
 pub mod guest;
 pub mod heartbeat;
 pub mod lifecycle;
 pub mod loader;
 pub mod machine;
 pub mod memory;
+pub mod metrics;
 pub mod migration;
 pub mod monitor;
 pub mod operator;

@@ -195,10 +195,7 @@ impl Operator for Monitor {
             Command::QueryMigrateParameters => returns(migration.settings().parameters()),
             Command::QueryMigrate => returns(&migration.status().info()),
             Command::XColoLostHeartbeat => {
-                migration
-                    .failover()
-                    .request()
-                    .map_err(|e| QmpError::generic(e.to_string()))?;
+                migration.go_on_alone()?;
                 done()
             }
             Command::XQueryColoHeartbeat => match migration.heartbeat() {
@@ -206,7 +203,7 @@ impl Operator for Monitor {
                 Some(heartbeat) => returns(&crate::heartbeat::describe(&heartbeat.report())),
             },
             Command::QueryColoStatus => returns(&colo_status(migration.failover().status())),
-            Command::XQueryColoFigures => returns(&migration.figures()),
+            Command::XQueryColoFigures => returns(&migration.observe().figures()),
             Command::Yank { instances } => self.yank(&instances),
             Command::QueryYank => {
                 let instances: &[YankInstance] = if migration.is_yankable() {

@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use colo_core::driver::{ColoControl, DriverConfig, Parts};
 use colo_core::{
-    CheckpointReport, ColoExit, ExitReason, Moment, NoReplication, Outcome, Role, Step,
+    CheckpointReport, ColoExit, ExitReason, Moment, NoReplication, OnPeerLoss, Outcome, Role, Step,
     Vm as ColoVm, VmError,
 };
 use qmp_types::{ColoCheckpoint, ColoCheckpointStep, ColoExitReason, ColoMode, Event};
@@ -16,6 +16,7 @@ use vmstate::{ResetDone, Staged};
 
 use super::{Migration, chain, devices, lock};
 use crate::console::ConsoleGate;
+use crate::figures::{Decider, Failover};
 use crate::memory::Memory;
 
 /// A control that other threads reach through the migration's job.
@@ -68,7 +69,15 @@ pub(super) fn finish(migration: &Migration, outcome: Outcome) {
         heartbeat.colo_ended(outcome);
     }
     match outcome {
-        Outcome::TookOver => migration.status.set(MigrationStatus::Completed),
+        Outcome::TookOver => {
+            let otherwise = match migration.options.on_peer_loss {
+                OnPeerLoss::TakeOver => Decider::Policy,
+                OnPeerLoss::Wait => Decider::Heartbeat,
+            };
+            let Failover { cause, decided_by } = migration.figures.went_on(otherwise);
+            tracing::warn!(cause, decided_by, "this side goes on alone");
+            migration.status.set(MigrationStatus::Completed);
+        }
         Outcome::Quit => {}
         Outcome::Broken(cause) => {
             migration.vm.set_state(RunState::InternalError);
@@ -191,7 +200,13 @@ impl ColoVm for CheckpointedVm {
             };
             self.migration.status.fail(MigrationStatus::Failing, cause);
         }
-        tracing::info!(%exit, "colo");
+        self.migration.figures.ended(&exit.cause);
+        tracing::info!(
+            role = %exit.role,
+            reason = %exit.reason(),
+            cause = %exit.cause,
+            "colo has ended"
+        );
         self.migration.vm.events().publish(&Event::ColoExit {
             mode: mode(self.role),
             reason,

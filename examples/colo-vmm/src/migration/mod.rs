@@ -9,7 +9,6 @@ mod boundary;
 mod colo;
 mod connections;
 pub mod devices;
-mod figures;
 mod global_state;
 mod incoming;
 mod outgoing;
@@ -30,9 +29,8 @@ use migration_stream::precopy::{BoxError, Limits};
 use migration_stream::ram;
 use multifd::{Address, ChannelCount, Compression, MultifdConfig, ZlibLevel, ZstdLevel};
 use qmp_types::{
-    ColoFigures, InetSocketAddress, MigrationAddress, MigrationCapability, MigrationStatus,
-    MultiFdCompression, Parameters, QmpError, RunState, Settings, SocketAddress, Support,
-    ZeroPageDetection,
+    InetSocketAddress, MigrationAddress, MigrationCapability, MigrationStatus, MultiFdCompression,
+    Parameters, QmpError, RunState, Settings, SocketAddress, Support, ZeroPageDetection,
 };
 use ram_cache::DiscardControl;
 use uuid::Uuid;
@@ -40,11 +38,12 @@ use uuid::Uuid;
 pub use self::boundary::{Boundaries, Boundary};
 pub(crate) use self::colo::checkpoint_event;
 pub(crate) use self::connections::Connections;
-pub(crate) use self::figures::Figures;
 use self::global_state::GlobalState;
 pub(crate) use self::status::Status;
 use crate::console::Console;
 use crate::error_chain::chain;
+use crate::figures::{Figures, Observation};
+use crate::monitor::colo_status;
 use crate::vm::Vm;
 
 /// The machine type in the stream. Its devices are this VMM's own, so it is no QEMU machine's name.
@@ -445,10 +444,30 @@ impl Migration {
         Ok(cancel)
     }
 
-    /// What checkpoints cost.
-    #[must_use]
-    pub fn figures(&self) -> ColoFigures {
-        self.figures.get()
+    /// All that is known of the guest now.
+    pub(crate) fn observe(&self) -> Observation {
+        Observation {
+            guest: None,
+            role: colo_status(self.failover.status()).mode,
+            state: self.vm.state(),
+            migration: self.status.info(),
+            totals: self.figures.totals(),
+            heartbeat: self.heartbeat().map(Heartbeat::report),
+            serial: Some((self.console.said(), self.console.held())),
+        }
+    }
+
+    /// `x-colo-lost-heartbeat`: an operator has this side go on alone.
+    ///
+    /// # Errors
+    /// It is not in COLO, or has been told already.
+    pub fn go_on_alone(&self) -> Result<(), QmpError> {
+        // Before, because the request may be carried out before it returns.
+        self.figures.operator_asks(true);
+        self.failover.request().map_err(|error| {
+            self.figures.operator_asks(false);
+            QmpError::generic(error.to_string())
+        })
     }
 
     /// What is agreed for a migration that begins now, frozen for its whole life.

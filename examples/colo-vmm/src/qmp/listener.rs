@@ -2,8 +2,8 @@
 
 use std::fs;
 use std::io::{self, Read, Write};
-use std::net::{TcpListener, TcpStream};
-use std::os::fd::{AsRawFd, RawFd};
+use std::net::{Shutdown, TcpListener, TcpStream};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -12,21 +12,21 @@ use super::address::QmpAddress;
 
 /// A socket that clients connect to. None of its calls waits.
 #[derive(Debug)]
-pub(super) enum Listener {
+pub(crate) enum Listener {
     Unix(SocketFile),
     Tcp(TcpListener),
 }
 
 /// A connection. None of its calls waits.
 #[derive(Debug)]
-pub(super) enum Stream {
+pub(crate) enum Stream {
     Unix(UnixStream),
     Tcp(TcpStream),
 }
 
 impl Listener {
     /// Listens. The address returned has the port that was found, if any was to be.
-    pub(super) fn bind(address: &QmpAddress) -> io::Result<(Self, QmpAddress)> {
+    pub(crate) fn bind(address: &QmpAddress) -> io::Result<(Self, QmpAddress)> {
         match address {
             QmpAddress::Unix(path) => {
                 let socket = SocketFile::bind(path)?;
@@ -45,7 +45,7 @@ impl Listener {
         }
     }
 
-    pub(super) fn accept(&self) -> io::Result<Stream> {
+    pub(crate) fn accept(&self) -> io::Result<Stream> {
         match self {
             Self::Unix(socket) => {
                 let (stream, _) = socket.listener.accept()?;
@@ -59,6 +59,17 @@ impl Listener {
                 Ok(Stream::Tcp(stream))
             }
         }
+    }
+}
+
+impl Stream {
+    /// Tells the client that this was all.
+    pub(crate) fn end_writing(&self) {
+        // It fails if the client has gone, which the next read tells.
+        let _ = match self {
+            Self::Unix(stream) => stream.shutdown(Shutdown::Write),
+            Self::Tcp(stream) => stream.shutdown(Shutdown::Write),
+        };
     }
 }
 
@@ -107,7 +118,7 @@ fn is_abandoned(path: &Path) -> io::Result<bool> {
 
 /// A socket in the file system. Its file is removed with it, unless it is somebody else's by then.
 #[derive(Debug)]
-pub(super) struct SocketFile {
+pub(crate) struct SocketFile {
     listener: UnixListener,
     path: PathBuf,
     id: (u64, u64),
@@ -128,7 +139,7 @@ impl Drop for SocketFile {
         if file_id(&self.path).is_ok_and(|id| id == self.id)
             && let Err(error) = fs::remove_file(&self.path)
         {
-            tracing::warn!(path = %self.path.display(), %error, "the qmp socket stays");
+            tracing::warn!(path = %self.path.display(), %error, "a socket stays behind");
         }
     }
 }
@@ -136,6 +147,24 @@ impl Drop for SocketFile {
 fn file_id(path: &Path) -> io::Result<(u64, u64)> {
     let metadata = fs::symlink_metadata(path)?;
     Ok((metadata.dev(), metadata.ino()))
+}
+
+impl AsFd for Listener {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Self::Unix(socket) => socket.listener.as_fd(),
+            Self::Tcp(listener) => listener.as_fd(),
+        }
+    }
+}
+
+impl AsFd for Stream {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Self::Unix(stream) => stream.as_fd(),
+            Self::Tcp(stream) => stream.as_fd(),
+        }
+    }
 }
 
 impl AsRawFd for Listener {

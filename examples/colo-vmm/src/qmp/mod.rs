@@ -56,7 +56,7 @@
 mod address;
 mod client;
 mod hub;
-mod listener;
+pub(crate) mod listener;
 #[cfg(test)]
 mod tests;
 mod wait;

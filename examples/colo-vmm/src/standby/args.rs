@@ -20,6 +20,7 @@ use super::monitor::{COMMANDS, StandbyMonitor};
 use super::{Destination, Ending, RestoreConfig, Standby, StandbyConfig};
 use crate::cli::PeerLossArg;
 use crate::event_loop;
+use crate::metrics;
 use crate::monitor;
 use crate::operator::Operator;
 use crate::qmp::{self, QmpAddress, QmpServer};
@@ -37,6 +38,9 @@ pub struct StandbyArgs {
     /// Serve QMP for this guest here: unix:PATH or tcp:HOST:PORT.
     #[arg(long, value_name = "ADDRESS", requires = "incoming")]
     qmp: Option<QmpAddress>,
+    /// Serve figures of all guests for Prometheus here: unix:PATH or tcp:HOST:PORT.
+    #[arg(long, value_name = "ADDRESS")]
+    metrics: Option<QmpAddress>,
     /// Restore it into the QEMU that waits here with -incoming: tcp:HOST:PORT or unix:PATH. With
     /// file:PATH, into a file that one can load.
     #[arg(long, value_name = "ADDRESS", requires = "incoming")]
@@ -251,6 +255,16 @@ pub fn run(args: &StandbyArgs) -> Result<ExitCode, Box<dyn Error>> {
         };
         guests.push((standby, server));
     }
+    // Until the last guest has ended.
+    let _metrics = match &args.metrics {
+        None => None,
+        Some(address) => {
+            let all: Vec<_> = guests.iter().map(|(guest, _)| Arc::clone(guest)).collect();
+            Some(metrics::serve(address, move || {
+                all.iter().map(|guest| guest.observe()).collect()
+            })?)
+        }
+    };
     let (ended, endings) = mpsc::channel();
     for (standby, _) in &guests {
         println!("{}: listening on {}", standby.name(), standby.address());

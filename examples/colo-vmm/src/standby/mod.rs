@@ -64,7 +64,9 @@ use self::incoming::{Arrived, take};
 use self::restore::SocketPath;
 pub use self::restore::{Destination, RestoreConfig, RestoreError};
 use crate::error_chain::chain;
-use crate::migration::{Connections, Figures, Status, checkpoint_event, qmp_address};
+use crate::figures::{Decider, Failover, Figures, Observation};
+use crate::migration::{Connections, Status, checkpoint_event, qmp_address};
+use crate::monitor::colo_status;
 use crate::operator::EventBus;
 
 /// How one guest is held.
@@ -377,7 +379,14 @@ impl Standby {
             };
             self.status.fail(MigrationStatus::Failing, cause);
         }
-        tracing::info!(guest = name, %exit, "colo");
+        self.figures.ended(&exit.cause);
+        tracing::info!(
+            guest = name,
+            role = %exit.role,
+            reason = %exit.reason(),
+            cause = %exit.cause,
+            "colo has ended"
+        );
         self.events.publish(&Event::ColoExit {
             mode: ColoMode::Secondary,
             reason,
@@ -410,7 +419,14 @@ impl Standby {
             tracing::info!(guest = name, %into, "restoring the guest");
             match self.config.restore.restore(guest, name) {
                 Ok(figures) => {
-                    tracing::info!(guest = name, ?figures, "the guest goes on");
+                    let Failover { cause, decided_by } = self.figures.went_on(Decider::Policy);
+                    tracing::warn!(
+                        guest = name,
+                        cause,
+                        decided_by,
+                        ?figures,
+                        "the guest goes on"
+                    );
                     self.set_state(RunState::PostMigrate);
                     self.status.set(MigrationStatus::Completed);
                     return Ending::Restored;
@@ -456,17 +472,29 @@ impl Standby {
                 return Ok(());
             }
         }
-        self.failover
-            .request()
-            .map_err(|e| QmpError::generic(e.to_string()))
+        // Before, because the request may be carried out before it returns.
+        self.figures.operator_asks(true);
+        self.failover.request().map_err(|error| {
+            self.figures.operator_asks(false);
+            QmpError::generic(error.to_string())
+        })
+    }
+
+    /// All that is known of the guest now.
+    fn observe(&self) -> Observation {
+        Observation {
+            guest: Some(self.name().to_owned()),
+            role: colo_status(self.failover.status()).mode,
+            state: self.state(),
+            migration: self.status.info(),
+            totals: self.figures.totals(),
+            heartbeat: None,
+            serial: None,
+        }
     }
 
     const fn status(&self) -> &Status {
         &self.status
-    }
-
-    const fn figures(&self) -> &Figures {
-        &self.figures
     }
 
     const fn failover(&self) -> &FailoverHandle {

@@ -54,7 +54,7 @@ impl Operator for StandbyMonitor {
                 done()
             }
             Command::QueryColoStatus => returns(&colo_status(standby.failover().status())),
-            Command::XQueryColoFigures => returns(&standby.figures().get()),
+            Command::XQueryColoFigures => returns(&standby.observe().figures()),
             _ => Err(QmpError::generic(
                 "a guest that is held has no such command",
             )),

@@ -1,0 +1,296 @@
+//! `--metrics`: what a monitoring system reads from `colo-vmm`, while all is well and when a side dies.
+
+use std::io::Write;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use serde_json::{Value, json};
+use tests::metrics::{Metrics, ask};
+use tests::vmm::{ColoVmm, Connection, Pair, Vmm};
+use tests::{Result, harness};
+
+fn main() -> ExitCode {
+    harness::run([
+        harness::anywhere(
+            "figures_of_a_pair_move_with_its_checkpoints_and_its_failover",
+            pair,
+        ),
+        harness::anywhere("clients_that_are_stuck_change_nothing", stuck),
+        harness::anywhere("what_is_no_request_is_refused", refused),
+        harness::anywhere("each_guest_of_a_standby_has_figures_of_its_own", standby),
+    ])
+}
+
+/// Where a side's figures are.
+fn socket(dir: &Path, name: &str) -> PathBuf {
+    dir.join(format!("{name}.metrics"))
+}
+
+fn address(path: &Path) -> String {
+    format!("unix:{}", path.display())
+}
+
+/// A simulated pair in COLO, with its figures and a heartbeat in `dir`.
+fn in_colo(dir: &Path) -> Result<Pair> {
+    let beat = address(&dir.join("beat"));
+    let side = |name: &'static str, policy: &str| {
+        ColoVmm::new(name).memory(16).simulated().args([
+            "--metrics",
+            &address(&socket(dir, name)),
+            "--uuid",
+            "8f2a3c1e-0b64-4f4e-9a53-4d1f6f0f7a11",
+            "--heartbeat",
+            &beat,
+            "--heartbeat-interval",
+            "300",
+            "--on-heartbeat-loss",
+            policy,
+        ])
+    };
+    let mut pair = Pair {
+        secondary: side("secondary", "take-over").incoming().start()?,
+        primary: side("primary", "stop").start()?,
+    };
+    for side in [&mut pair.secondary, &mut pair.primary] {
+        side.qmp.enable(&["events", "return-path", "x-colo"])?;
+        side.qmp.set_parameters(json!({"x-checkpoint-delay": 50}))?;
+    }
+    pair.primary.wait_lines(1)?;
+    for (side, name) in [
+        (&mut pair.primary, "primary"),
+        (&mut pair.secondary, "secondary"),
+    ] {
+        side.poll("heard peer", |_| {
+            let now = Metrics::scrape(&socket(dir, name))?;
+            Ok(is(&now, "colo_heartbeat_peer{state=\"alive\"}").then_some(()))
+        })?;
+    }
+    pair.migrate(Connection::default())?;
+    for side in [&mut pair.primary, &mut pair.secondary] {
+        side.wait_checkpoints(3)?;
+    }
+    Ok(pair)
+}
+
+fn is(metrics: &Metrics, series: &str) -> bool {
+    metrics.get(series).is_ok_and(|value| value == 1.0)
+}
+
+/// The one state of a family.
+fn present<'a>(metrics: &'a Metrics, name: &'a str) -> Vec<&'a str> {
+    let ones = metrics.of(name).filter(|(_, value)| *value == 1.0);
+    ones.map(|(series, _)| series).collect()
+}
+
+fn pair() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let mut pair = in_colo(dir.path())?;
+    for (side, name) in [
+        (&mut pair.primary, "primary"),
+        (&mut pair.secondary, "secondary"),
+    ] {
+        let before = Metrics::scrape(&socket(dir.path(), name))?;
+        let count = side.checkpoints()?.len();
+        side.wait_checkpoints(count + 3)?;
+        let after = Metrics::scrape(&socket(dir.path(), name))?;
+        moves_with_checkpoints(&before, &after)?;
+        let role = format!("colo_role{{role=\"{name}\"}}");
+        assert_eq!(present(&after, "colo_role"), [role]);
+        assert_eq!(
+            present(&after, "colo_migration_state"),
+            ["colo_migration_state{state=\"colo\"}"]
+        );
+        assert_eq!(
+            present(&after, "colo_heartbeat_phase"),
+            ["colo_heartbeat_phase{phase=\"paired\"}"]
+        );
+        assert!(is(&after, "colo_heartbeat_connected"));
+        // It was heard, and not longer ago than what makes it lost.
+        assert!(after.get("colo_heartbeat_age_seconds")? < 0.9);
+        assert!(after.get("colo_heartbeat_missed_beats")? <= 3.0);
+        assert_eq!(after.of("colo_failovers_total").count(), 0);
+        assert!(after.get("process_open_fds")? > 3.0);
+        // The guest's memory is part of it.
+        assert!(after.get("process_resident_memory_bytes")? > 1e6);
+        like_qmp(side, &after)?;
+    }
+
+    pair.primary.process.kill()?;
+    let survivor = &mut pair.secondary;
+    survivor.wait_migration("completed")?;
+    survivor.wait_status("running")?;
+    let alone = Metrics::scrape(&socket(dir.path(), "secondary"))?;
+    assert_eq!(present(&alone, "colo_role"), ["colo_role{role=\"none\"}"]);
+    assert_eq!(
+        present(&alone, "colo_vm_state"),
+        ["colo_vm_state{state=\"running\"}"]
+    );
+    let failovers: Vec<_> = alone.of("colo_failovers_total").collect();
+    assert_eq!(failovers.len(), 1);
+    let (series, count) = failovers[0];
+    // COLO's connection broke before the heartbeat had it go on, as a rule.
+    assert!(series.contains("decided_by=\"heartbeat\""), "{series}");
+    assert_eq!(count, 1.0);
+    assert_eq!(
+        present(&alone, "colo_heartbeat_peer"),
+        ["colo_heartbeat_peer{state=\"lost\"}"]
+    );
+    let said = alone.get("colo_serial_output_bytes_total")?;
+    survivor.wait_lines(3)?;
+    let later = Metrics::scrape(&socket(dir.path(), "secondary"))?;
+    assert!(later.get("colo_serial_output_bytes_total")? > said);
+    assert!(later.get("colo_checkpoint_age_seconds")? > alone.get("colo_checkpoint_age_seconds")?);
+    Ok(())
+}
+
+fn moves_with_checkpoints(before: &Metrics, after: &Metrics) -> Result<()> {
+    for series in [
+        "colo_checkpoints_total",
+        "colo_checkpoint_pause_seconds_sum",
+        "colo_checkpoint_pause_seconds_count",
+        "colo_checkpoint_bytes_total{content=\"ram\"}",
+        "colo_checkpoint_bytes_total{content=\"devices\"}",
+        "colo_checkpoint_dirty_pages_total",
+    ] {
+        let (before, after) = (before.get(series)?, after.get(series)?);
+        assert!(after > before, "{series}: {before}, then {after}");
+    }
+    let buckets: Vec<_> = after.of("colo_checkpoint_pause_seconds_bucket").collect();
+    let bound = |series: &str| {
+        let text = series.split('"').nth(1).unwrap_or_default();
+        match text {
+            "+Inf" => f64::INFINITY,
+            text => text.parse().unwrap_or(-1.0),
+        }
+    };
+    let mut buckets: Vec<_> = buckets.iter().map(|(s, n)| (bound(s), *n)).collect();
+    buckets.sort_by(|a, b| a.0.total_cmp(&b.0));
+    assert!(buckets.is_sorted_by(|a, b| a.1 <= b.1), "{buckets:?}");
+    let last = buckets.last().ok_or("no buckets")?;
+    assert!(last.0.is_infinite());
+    assert_eq!(last.1, after.get("colo_checkpoints_total")?);
+    assert_eq!(last.1, after.get("colo_checkpoint_pause_seconds_count")?);
+    Ok(())
+}
+
+/// QMP says the same, a moment later.
+fn like_qmp(side: &mut Vmm, metrics: &Metrics) -> Result<()> {
+    let figures = side.qmp.execute("x-query-colo-figures", Value::Null)?;
+    let number = |value: &Value| value.as_f64().ok_or("no number");
+    assert!(number(&figures["checkpoints"])? >= metrics.get("colo_checkpoints_total")?);
+    let pauses = metrics.get("colo_checkpoint_pause_seconds_sum")?;
+    assert!(number(&figures["total-pause-us"])? >= (pauses * 1e6).floor());
+    assert!(number(&figures["heartbeat-age-us"])? < 900e3, "{figures}");
+    for key in [
+        "pause-us",
+        "age-ms",
+        "ram-bytes",
+        "device-bytes",
+        "dirty-pages",
+    ] {
+        assert!(figures["last"][key].is_u64(), "{figures}");
+    }
+    Ok(())
+}
+
+fn stuck() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let mut pair = in_colo(dir.path())?;
+    let path = socket(dir.path(), "primary");
+    let mut held = Vec::new();
+    // Those who say nothing, who do not say all, and who do not read, more than there is room for.
+    for request in [
+        &b""[..],
+        b"GET /metrics HT",
+        b"GET /metrics HTTP/1.1\r\n\r\n",
+    ] {
+        for _ in 0..8 {
+            let mut stream = UnixStream::connect(&path)?;
+            stream.write_all(request)?;
+            held.push(stream);
+        }
+    }
+    let before = Metrics::scrape(&path)?;
+    let count = pair.primary.checkpoints()?.len();
+    pair.primary.wait_checkpoints(count + 5)?;
+    let after = Metrics::scrape(&path)?;
+    assert!(after.get("colo_checkpoints_total")? >= before.get("colo_checkpoints_total")? + 5.0);
+    // Those who do not go by themselves are let go of: no descriptor stays behind.
+    drop(held);
+    pair.primary.poll("closed connections", |_| {
+        let now = Metrics::scrape(&path)?.get("process_open_fds")?;
+        Ok((now < before.get("process_open_fds")?).then_some(()))
+    })
+}
+
+fn refused() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let path = socket(dir.path(), "vmm");
+    let mut vmm = ColoVmm::new("colo-vmm")
+        .memory(16)
+        .simulated()
+        .args(["--metrics", &address(&path)])
+        .start()?;
+    for (request, status) in [
+        (
+            &b"\x16\x03\x01\x02\0\x01\0\x01\xfc\x03\x03\n"[..],
+            "400 Bad Request",
+        ),
+        (b"{\"execute\": \"quit\"}\n", "400 Bad Request"),
+        (b"POST /metrics HTTP/1.1\r\n\r\n", "405 Method Not Allowed"),
+        (b"GET /../etc/passwd HTTP/1.1\r\n\r\n", "404 Not Found"),
+    ] {
+        let answer = ask(&path, request)?;
+        assert!(
+            answer.starts_with(&format!("HTTP/1.1 {status}\r\n")),
+            "{answer}"
+        );
+    }
+    let alone = Metrics::scrape(&path)?;
+    assert_eq!(alone.get("colo_checkpoints_total")?, 0.0);
+    assert_eq!(alone.of("colo_heartbeat_age_seconds").count(), 0);
+    vmm.wait_lines(1)?;
+    vmm.qmp.execute("quit", Value::Null)?;
+    assert!(vmm.process.wait()?.success());
+    assert!(!path.exists());
+
+    // An address that cannot be had is told before the guest runs.
+    let nowhere = format!("unix:{}/no/metrics", dir.path().display());
+    let guest = ColoVmm::new("colo-vmm").memory(16).simulated();
+    let error = guest.args(["--metrics", &nowhere]).start().err();
+    let error = error.ok_or("it serves metrics nowhere")?.to_string();
+    assert!(error.contains("metrics at unix:"), "{error}");
+    Ok(())
+}
+
+fn standby() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let path = socket(dir.path(), "standby");
+    let file = |name: &str| dir.path().join(name).display().to_string();
+    let guest = format!(
+        "name=web,incoming=unix:{},restore-into=file:{}",
+        file("web"),
+        file("web.saved")
+    );
+    let mut vmm = Vmm::standby([
+        "--metrics",
+        &address(&path),
+        "--guest",
+        &guest,
+        "--incoming",
+        &format!("unix:{}", file("one")),
+        "--restore-into",
+        &format!("file:{}", file("one.saved")),
+    ])?;
+    let metrics = vmm.poll("metrics", |_| Ok(Metrics::scrape(&path).ok()))?;
+    assert_eq!(
+        present(&metrics, "colo_vm_state"),
+        [
+            "colo_vm_state{guest=\"guest\",state=\"inmigrate\"}",
+            "colo_vm_state{guest=\"web\",state=\"inmigrate\"}"
+        ]
+    );
+    assert_eq!(metrics.get("colo_checkpoints_total{guest=\"web\"}")?, 0.0);
+    Ok(())
+}
