@@ -3,6 +3,7 @@
 
 use std::ffi::OsString;
 use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
@@ -245,7 +246,11 @@ impl Vmm {
     /// # Errors
     /// The file cannot be read.
     pub fn output(&self) -> Result<Vec<u8>> {
-        Ok(fs::read(self.dir.path().join(SERIAL))?)
+        match fs::read(self.dir.path().join(SERIAL)) {
+            // It is at the process's own output: see `ColoVmm::interactive`.
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(self.process.stdout().bytes()),
+            result => Ok(result?),
+        }
     }
 
     /// Waits until the guest has printed `lines` more lines than now.
@@ -527,6 +532,40 @@ impl Pair {
         pair.primary
             .qmp
             .set_parameters(json!({"max-bandwidth": 0, "downtime-limit": 2000}))?;
+        Ok(pair)
+    }
+
+    /// Starts both, waits until their heartbeats are heard, and brings them into COLO until the first
+    /// three checkpoints have been taken, one every `delay` ms. Their arguments say how the hearts
+    /// beat.
+    ///
+    /// # Errors
+    /// It does not come to that.
+    pub fn with_heartbeat(primary: &ColoVmm, secondary: &ColoVmm, delay: u32) -> Result<Self> {
+        let mut pair = Self {
+            secondary: secondary.clone().incoming().start()?,
+            primary: primary.start()?,
+        };
+        for side in [&mut pair.secondary, &mut pair.primary] {
+            side.qmp.enable(&["events", "return-path", "x-colo"])?;
+            side.qmp
+                .set_parameters(json!({"x-checkpoint-delay": delay}))?;
+        }
+        pair.primary.wait_lines(1)?;
+        for side in [&mut pair.primary, &mut pair.secondary] {
+            side.poll("heard peer", |vmm| {
+                let beat = vmm.qmp.execute("x-query-colo-heartbeat", Value::Null)?;
+                Ok((beat["peer"] == "alive").then_some(()))
+            })?;
+        }
+        pair.primary
+            .qmp
+            .set_parameters(json!({"max-bandwidth": 0, "downtime-limit": 2000}))?;
+        pair.migrate(Connection::default())?;
+        for side in [&mut pair.primary, &mut pair.secondary] {
+            side.wait_migration("colo")?;
+            side.wait_checkpoints(3)?;
+        }
         Ok(pair)
     }
 

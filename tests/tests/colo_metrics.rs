@@ -5,9 +5,9 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use serde_json::{Value, json};
+use serde_json::Value;
 use tests::metrics::{Metrics, ask};
-use tests::vmm::{ColoVmm, Connection, Pair, Vmm};
+use tests::vmm::{ColoVmm, Pair, Vmm};
 use tests::{Result, harness};
 
 fn main() -> ExitCode {
@@ -48,29 +48,8 @@ fn in_colo(dir: &Path) -> Result<Pair> {
             policy,
         ])
     };
-    let mut pair = Pair {
-        secondary: side("secondary", "take-over").incoming().start()?,
-        primary: side("primary", "stop").start()?,
-    };
-    for side in [&mut pair.secondary, &mut pair.primary] {
-        side.qmp.enable(&["events", "return-path", "x-colo"])?;
-        side.qmp.set_parameters(json!({"x-checkpoint-delay": 50}))?;
-    }
-    pair.primary.wait_lines(1)?;
-    for (side, name) in [
-        (&mut pair.primary, "primary"),
-        (&mut pair.secondary, "secondary"),
-    ] {
-        side.poll("heard peer", |_| {
-            let now = Metrics::scrape(&socket(dir, name))?;
-            Ok(is(&now, "colo_heartbeat_peer{state=\"alive\"}").then_some(()))
-        })?;
-    }
-    pair.migrate(Connection::default())?;
-    for side in [&mut pair.primary, &mut pair.secondary] {
-        side.wait_checkpoints(3)?;
-    }
-    Ok(pair)
+    let (primary, secondary) = (side("primary", "stop"), side("secondary", "take-over"));
+    Pair::with_heartbeat(&primary, &secondary, 50)
 }
 
 fn is(metrics: &Metrics, series: &str) -> bool {
