@@ -7,6 +7,7 @@ use std::process::ExitCode;
 
 use serde_json::Value;
 use tests::metrics::{Metrics, ask};
+use tests::process::Process;
 use tests::vmm::{ColoVmm, Pair, Vmm};
 use tests::{Result, harness};
 
@@ -115,6 +116,13 @@ fn pair() -> Result<()> {
         present(&alone, "colo_heartbeat_peer"),
         ["colo_heartbeat_peer{state=\"lost\"}"]
     );
+    // The log says the same, in fields.
+    let log = survivor.process.stderr().text();
+    let mut lines = log.lines();
+    let line = lines.find(|line| line.contains("decided_by="));
+    let line = line.ok_or_else(|| format!("no failover in the log: {log}"))?;
+    assert!(line.contains("decided_by=\"heartbeat\""), "{line}");
+    assert!(line.contains("cause=\""), "{line}");
     let said = alone.get("colo_serial_output_bytes_total")?;
     survivor.wait_lines(3)?;
     let later = Metrics::scrape(&socket(dir.path(), "secondary"))?;
@@ -237,9 +245,11 @@ fn refused() -> Result<()> {
     // An address that cannot be had is told before the guest runs.
     let nowhere = format!("unix:{}/no/metrics", dir.path().display());
     let guest = ColoVmm::new("colo-vmm").memory(16).simulated();
-    let error = guest.args(["--metrics", &nowhere]).start().err();
-    let error = error.ok_or("it serves metrics nowhere")?.to_string();
-    assert!(error.contains("metrics at unix:"), "{error}");
+    let mut command = guest.args(["--metrics", &nowhere]).command(dir.path())?;
+    let mut process = Process::spawn("colo-vmm", &mut command)?;
+    assert_eq!(process.wait()?.code(), Some(1));
+    let said = String::from_utf8(process.stderr().whole()?)?;
+    assert!(said.contains("metrics at unix:"), "{said}");
     Ok(())
 }
 

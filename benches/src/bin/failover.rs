@@ -352,8 +352,8 @@ struct Stray(PathBuf);
 impl Drop for Stray {
     fn drop(&mut self) {
         if let Ok(pid) = fs::read_to_string(&self.0) {
-            // It may have ended.
-            let _ = Command::new("kill").arg(pid.trim()).status();
+            // It may have ended, which nobody wants to read.
+            let _ = Command::new("kill").arg(pid.trim()).output();
         }
     }
 }

@@ -183,7 +183,7 @@ where
                     .unwrap_or_else(|error| {
                         let event = error.event();
                         let error: &dyn std::error::Error = &error;
-                        tracing::warn!(%step, error, ?event, "colo step failed");
+                        tracing::warn!(role = %control.role(), %step, error, ?event, "colo step failed");
                         event
                     });
                 let ended = Instant::now();

@@ -60,7 +60,10 @@ impl ModelRegisters {
             {
                 power_on.extend(values);
             } else {
-                tracing::debug!("msr {index:#x} cannot be saved on this host");
+                tracing::debug!(
+                    msr = format_args!("{index:#x}"),
+                    "cannot be saved on this host"
+                );
             }
         }
         drop(fd);

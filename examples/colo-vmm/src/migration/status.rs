@@ -82,13 +82,14 @@ impl Status {
 
     /// It went wrong.
     pub fn fail(&self, status: MigrationStatus, error: String) {
-        self.note_error(error);
+        tracing::error!(%status, %error, "migration");
+        self.lock().error = Some(error);
         self.set(status);
     }
 
-    /// Something went wrong that is worth telling.
+    /// Something went wrong that is worth telling, and goes on all the same.
     pub fn note_error(&self, error: String) {
-        tracing::error!(%error, "migration");
+        tracing::warn!(%error, "migration");
         self.lock().error = Some(error);
     }
 
