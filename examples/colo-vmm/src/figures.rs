@@ -209,3 +209,56 @@ impl Observation {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use colo_core::{PeerLoss, Step};
+
+    use super::*;
+
+    #[test]
+    fn a_pause_belongs_to_the_class_of_its_bound() {
+        let figures = Figures::default();
+        for us in [0, 1000, 1001, 2500, 1_000_000, 1_000_001] {
+            figures.note(&CheckpointReport {
+                pause: Duration::from_micros(us),
+                dirty_pages: 3,
+                ..CheckpointReport::default()
+            });
+        }
+        let totals = figures.totals();
+        assert_eq!(totals.pauses, [2, 2, 0, 0, 0, 0, 0, 0, 0, 1]);
+        assert_eq!((totals.checkpoints, totals.dirty_pages), (6, 18));
+        assert_eq!(totals.pause, Duration::from_micros(2_004_502));
+        let last = totals.last.unwrap();
+        assert_eq!(last.pause, Duration::from_micros(1_000_001));
+    }
+
+    #[test]
+    fn failovers_are_counted_by_cause_and_decider() {
+        let figures = Figures::default();
+        let lost = Cause::PeerLost {
+            during: Step::SendRam,
+            loss: PeerLoss::Closed,
+        };
+        for asks in [false, true, false] {
+            figures.operator_asks(asks);
+            figures.ended(&lost);
+            figures.went_on(Decider::Heartbeat);
+        }
+        // One that an operator was refused is not an operator's.
+        figures.operator_asks(true);
+        figures.operator_asks(false);
+        figures.ended(&Cause::FailoverRequested);
+        figures.went_on(Decider::Policy);
+        let failover = |cause, decided_by| Failover { cause, decided_by };
+        assert_eq!(
+            figures.totals().failovers,
+            [
+                (failover("peer-lost", "heartbeat"), 2),
+                (failover("peer-lost", "operator"), 1),
+                (failover("request", "policy"), 1),
+            ]
+        );
+    }
+}

@@ -7,7 +7,7 @@
 //! | `http.rs` | a request in, an answer out |
 //! | `server.rs` | the sockets |
 //!
-//! The figures themselves are [counted](crate::figures) elsewhere. HTTP and the format take some
+//! The figures themselves are counted in `figures.rs`. HTTP and the format take some
 //! two hundred lines here: a server crate would bring a runtime or a thread for each client, and
 //! a metrics crate counters of its own beside those that QMP is answered from.
 //!
