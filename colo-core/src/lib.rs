@@ -62,7 +62,7 @@ pub use deadline::{Deadlines, Timekeeper};
 pub use failover::{ColoMode, ColoStatus, FailoverHandle, RequestError, StatusReason};
 pub use machine::{Machine, OutOfStep, Script};
 pub use message::Message;
-pub use pages::IncomingPages;
+pub use pages::{EnterError, IncomingPages};
 pub use plan::{Capabilities, MigrationPlan, PlanError};
 pub use primary::Primary;
 pub use report::{CheckpointMeter, CheckpointReport};

@@ -6,7 +6,7 @@ use migration_stream::ram::NoMultifd;
 use migration_stream::{PageBarrier, PageStore, TransportError};
 use multifd::{RecvBarrier, RecvSet};
 
-use crate::store::ColoStore;
+use crate::store::{ColoStore, StoreError};
 
 /// A page store and who writes it: the loader of the main stream alone, or multifd's channels too.
 /// The store can only be had back, and so be released, when no thread writes it any more.
@@ -70,14 +70,24 @@ impl IncomingPages<ColoStore> {
     /// From here on pages belong to checkpoints (see [`ColoStore::enter_colo`]).
     ///
     /// # Errors
-    /// A channel is inside a packet and stays there: this is not the end of a migration.
-    pub fn enter_colo(&self, deadline: Option<Instant>) -> Result<(), TransportError> {
+    /// A channel is inside a packet and stays there: this is not the end of a migration. Or the
+    /// store's.
+    pub fn enter_colo(&self, deadline: Option<Instant>) -> Result<(), EnterError> {
         match &self.0 {
-            Kind::Plain(store, _) => {
-                store.enter_colo();
-                Ok(())
-            }
-            Kind::Multifd(set, _) => set.between_packets(deadline, ColoStore::enter_colo),
+            Kind::Plain(store, _) => Ok(store.enter_colo()?),
+            Kind::Multifd(set, _) => Ok(set.between_packets(deadline, ColoStore::enter_colo)??),
         }
     }
+}
+
+/// Why pages cannot belong to checkpoints.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum EnterError {
+    /// A channel's.
+    #[error(transparent)]
+    Transport(#[from] TransportError),
+    /// The store's.
+    #[error(transparent)]
+    Store(#[from] StoreError),
 }

@@ -1,37 +1,35 @@
 //! The secondary's page store: what the RAM cache is to the migration stream.
 
-use std::sync::atomic::{AtomicBool, Ordering};
-
 use migration_stream::ram::{BlockId, RamBlock, RamBlockError, RamBlockTable};
 use migration_stream::{DirtyLog, MemoryError, PageStore};
 use ram_cache::{
-    CacheBlockSpec, CacheError, DiscardInhibitor, FlushPool, FlushReport, GuestStopped, MirrorCache,
+    CacheBlockSpec, CacheError, CacheKind, DiscardInhibitor, FlushPool, FlushReport, GuestStopped,
+    RamCache,
 };
 use vm_memory::VolatileSlice;
 
 /// A RAM cache as the store of an incoming migration.
 ///
-/// During precopy a page goes to the cache and to the guest, and nothing is marked: at the
-/// switch-over both are equal. Once [`ColoStore::enter_colo`] was called it goes to the cache only
-/// and is marked, so that a running guest sees nothing of a checkpoint before the flush.
+/// During precopy what arrives is the guest's memory. Once [`ColoStore::enter_colo`] was called it
+/// belongs to a checkpoint, of which a running guest sees nothing before the flush.
 ///
-/// Which of the two is one question, asked in one place. It changes once, at a moment
+/// Which of the two is one question, asked in the cache. It changes once, at a moment
 /// at which no page is on its way: between the confirmation of the migration and
 /// *checkpoint-ready*, before which the primary sends nothing.
 #[derive(Debug)]
 pub struct ColoStore {
     table: RamBlockTable,
-    cache: MirrorCache,
-    in_colo: AtomicBool,
+    cache: Box<dyn RamCache>,
 }
 
 impl ColoStore {
-    /// A store over the guest's RAM, to be made before the first byte of RAM arrives. No RAM is
-    /// discarded as long as it lives.
+    /// A store over the guest's RAM with a cache of this kind, to be made before the first byte of RAM
+    /// arrives. No RAM is discarded as long as it lives.
     ///
     /// # Errors
     /// The blocks are no valid table, or there is no memory for the cache.
     pub fn new(
+        kind: CacheKind,
         blocks: Vec<CacheBlockSpec>,
         inhibitor: DiscardInhibitor,
     ) -> Result<Self, StoreError> {
@@ -40,27 +38,45 @@ impl ColoStore {
             .map(|spec| RamBlock::new(spec.name.clone(), spec.len as u64))
             .collect::<Result<_, _>>()
             .and_then(RamBlockTable::new)?;
-        let cache = MirrorCache::new(blocks, inhibitor)?;
-        Ok(Self {
-            table,
-            cache,
-            in_colo: AtomicBool::new(false),
-        })
+        let cache = kind.make(blocks, inhibitor)?;
+        Ok(Self { table, cache })
     }
 
     /// The migration is over, COLO begins: from here on pages belong to checkpoints.
-    pub fn enter_colo(&self) {
-        // Pages of checkpoints are received after the primary was sent a message, which is sent
-        // after this: the channels order it, and Release/Acquire says so.
-        self.in_colo.store(true, Ordering::Release);
+    ///
+    /// # Errors
+    /// The cache's; the guest must not run then.
+    pub fn enter_colo(&self) -> Result<(), StoreError> {
+        Ok(self.cache.enter_colo()?)
     }
 
-    fn in_colo(&self) -> bool {
-        self.in_colo.load(Ordering::Acquire)
+    /// The guest was stopped for a checkpoint, and has written since the last one what `log` knows.
+    /// Pages of the checkpoint may be arriving. Not needed before a flush, but saves it work.
+    ///
+    /// # Errors
+    /// The log could not be read, or the cache's.
+    pub fn guest_stopped(
+        &self,
+        stopped: GuestStopped<'_>,
+        log: &mut dyn DirtyLog,
+    ) -> Result<(), StoreError> {
+        self.note_written(log)?;
+        Ok(self.cache.guest_stopped(stopped)?)
+    }
+
+    fn note_written(&self, log: &mut dyn DirtyLog) -> Result<(), StoreError> {
+        let mut result = Ok(());
+        log.sync(&mut |block, first_page, word| {
+            if let Err(e) = self.cache.or_dirty_word(block.index(), first_page, word) {
+                result = Err(e);
+            }
+        })?;
+        Ok(result?)
     }
 
     /// Copies all of the checkpoint into the guest, and back over what the guest itself has written
-    /// since the last one, which `log` knows.
+    /// since the last one, which `log` knows: what the VMM has written for it since it was stopped, as
+    /// a device's reset does, included.
     ///
     /// # Errors
     /// The log could not be read, or a page could not be copied. The guest must not run then.
@@ -70,14 +86,17 @@ impl ColoStore {
         log: &mut dyn DirtyLog,
         pool: &FlushPool,
     ) -> Result<FlushReport, StoreError> {
-        let mut result = Ok(());
-        log.sync(&mut |block, first_page, word| {
-            if let Err(e) = self.cache.or_dirty_word(block.index(), first_page, word) {
-                result = Err(e);
-            }
-        })?;
-        result?;
-        Ok(self.cache.flush(stopped, pool)?)
+        self.note_written(log)?;
+        Ok(self.cache.commit(stopped, pool)?)
+    }
+
+    /// Gives back what the flush has left without use: after it and before the guest runs. Pages of
+    /// the next checkpoint may be arriving.
+    ///
+    /// # Errors
+    /// The cache's; it goes on as before.
+    pub fn tidy(&self, stopped: GuestStopped<'_>) -> Result<(), StoreError> {
+        Ok(self.cache.tidy(stopped)?)
     }
 
     /// Gives the memory back. A store that threads still write to cannot be released: whoever runs
@@ -98,35 +117,18 @@ impl PageStore for ColoStore {
         offset: u64,
         len: usize,
     ) -> Result<VolatileSlice<'_>, MemoryError> {
-        if self.in_colo() {
-            // Before the bytes are written: a page that arrives in half is dropped with its
-            // checkpoint, but never kept as clean.
-            self.cache
-                .mark(block.index(), offset, len)
-                .map_err(memory)?;
-        }
-        self.cache
-            .cache_slice(block.index(), offset, len)
-            .map_err(memory)
+        let slice = self.cache.prepare(block.index(), offset, len);
+        slice.map_err(memory)
     }
 
     fn landed(&self, block: BlockId, offset: u64, len: usize) -> Result<(), MemoryError> {
-        if self.in_colo() {
-            Ok(())
-        } else {
-            self.cache
-                .copy_to_guest(block.index(), offset, len)
-                .map_err(memory)
-        }
+        let landed = self.cache.landed(block.index(), offset, len);
+        landed.map_err(memory)
     }
 
     fn zero(&self, block: BlockId, offset: u64, len: usize) -> Result<(), MemoryError> {
-        if self.in_colo() {
-            self.cache.zero_cache_and_mark(block.index(), offset, len)
-        } else {
-            self.cache.zero_both(block.index(), offset, len)
-        }
-        .map_err(memory)
+        let zero = self.cache.zero(block.index(), offset, len);
+        zero.map_err(memory)
     }
 }
 
@@ -180,12 +182,22 @@ mod tests {
 
     const RAM: BlockId = BlockId::new(0);
 
-    fn store() -> (ColoStore, Arc<MmapRegion>, DiscardControl) {
+    const KINDS: [CacheKind; 2] = [CacheKind::Mirror, CacheKind::Cow];
+
+    fn store(kind: CacheKind) -> (ColoStore, Arc<MmapRegion>, DiscardControl) {
         let guest = Arc::new(MmapRegion::new(16 * 4096).unwrap());
         let discard = DiscardControl::new();
         let spec = CacheBlockSpec::whole_region("ram", Arc::clone(&guest));
-        let store = ColoStore::new(vec![spec], discard.disable().unwrap()).unwrap();
+        let store = ColoStore::new(kind, vec![spec], discard.disable().unwrap()).unwrap();
         (store, guest, discard)
+    }
+
+    fn flush(store: &ColoStore, written: Vec<(u64, u64)>, threads: usize) -> FlushReport {
+        let stopped = GuestStopped::witnessed_by(store);
+        let log = &mut Written(written);
+        let report = store.flush(stopped, log, &FlushPool::new(threads).unwrap());
+        store.tidy(stopped).unwrap();
+        report.unwrap()
     }
 
     fn receive(store: &ColoStore, page: u64, byte: u8) {
@@ -203,53 +215,54 @@ mod tests {
     }
 
     #[test]
-    fn precopy_writes_cache_and_guest_and_marks_nothing() {
-        let (store, guest, _) = store();
-        receive(&store, 3, 7);
-        store.zero(RAM, 4 * 4096, 4096).unwrap();
-        assert_eq!(guest_byte(&guest, 3), 7);
-        let pool = FlushPool::new(1).unwrap();
-        let report = store
-            .flush(
-                GuestStopped::witnessed_by(&guest),
-                &mut Written(Vec::new()),
-                &pool,
-            )
-            .unwrap();
-        assert_eq!(report.pages, 0);
+    fn precopy_reaches_the_guest_and_marks_nothing() {
+        for kind in KINDS {
+            let (store, guest, _) = store(kind);
+            receive(&store, 3, 7);
+            store.zero(RAM, 4 * 4096, 4096).unwrap();
+            assert_eq!(guest_byte(&guest, 3), 7);
+            assert_eq!(flush(&store, Vec::new(), 1).pages, 0);
+        }
     }
 
     #[test]
     fn a_checkpoint_reaches_the_guest_with_the_flush_and_undoes_what_the_guest_wrote() {
         use vm_memory::VolatileMemory;
-        let (store, guest, discard) = store();
-        receive(&store, 3, 7);
-        receive(&store, 5, 9);
-        store.enter_colo();
-        receive(&store, 3, 8);
-        store.zero(RAM, 5 * 4096, 4096).unwrap();
-        guest
-            .as_volatile_slice()
-            .write_obj(0x55u8, 6 * 4096 + 17)
-            .unwrap();
-        assert_eq!((guest_byte(&guest, 3), guest_byte(&guest, 5)), (7, 9));
-        let pool = FlushPool::new(2).unwrap();
-        let mut log = Written(vec![(0, 1 << 6)]);
-        let report = store
-            .flush(GuestStopped::witnessed_by(&guest), &mut log, &pool)
-            .unwrap();
-        assert_eq!(report.pages, 3);
-        assert_eq!([3, 5, 6].map(|p| guest_byte(&guest, p)), [8, 0, 0]);
-        assert!(!discard.allowed());
-        store.release();
-        assert!(discard.allowed());
+        for kind in KINDS {
+            let (store, guest, discard) = store(kind);
+            receive(&store, 3, 7);
+            receive(&store, 5, 9);
+            store.enter_colo().unwrap();
+            receive(&store, 3, 8);
+            store.zero(RAM, 5 * 4096, 4096).unwrap();
+            guest
+                .as_volatile_slice()
+                .write_obj(0x55u8, 6 * 4096 + 17)
+                .unwrap();
+            assert_eq!((guest_byte(&guest, 3), guest_byte(&guest, 5)), (7, 9));
+            let stopped = GuestStopped::witnessed_by(&store);
+            let log = &mut Written(vec![(0, 1 << 6)]);
+            store.guest_stopped(stopped, log).unwrap();
+            // A device's reset writes to the guest as well.
+            guest
+                .as_volatile_slice()
+                .write_obj(0x55u8, 7 * 4096 + 17)
+                .unwrap();
+            assert_eq!(flush(&store, vec![(0, 1 << 7)], 2).pages, 4);
+            assert_eq!([3, 5, 6, 7].map(|p| guest_byte(&guest, p)), [8, 0, 0, 0]);
+            assert!(!discard.allowed());
+            store.release();
+            assert!(discard.allowed());
+        }
     }
 
     #[test]
     fn a_page_outside_the_block_is_an_error() {
-        let (store, ..) = store();
-        assert!(store.prepare(RAM, 16 * 4096, 4096).is_err());
-        assert!(store.prepare(BlockId::new(1), 0, 4096).is_err());
-        assert!(store.zero(RAM, u64::MAX - 4095, 4096).is_err());
+        for kind in KINDS {
+            let (store, ..) = store(kind);
+            assert!(store.prepare(RAM, 16 * 4096, 4096).is_err());
+            assert!(store.prepare(BlockId::new(1), 0, 4096).is_err());
+            assert!(store.zero(RAM, u64::MAX - 4095, 4096).is_err());
+        }
     }
 }

@@ -71,7 +71,7 @@ mod writer;
 pub mod xbzrle;
 
 pub use error::{Cause, DecodeError};
-pub use memory::{DirtyLog, GuestRam, MemoryError, PageStore};
+pub use memory::{DirtyLog, GuestRam, MemoryError, PageStore, prepare_range};
 pub use reader::StreamReader;
 pub use transport::{PageBarrier, PageTransport, TransportCounters, TransportError};
 pub use writer::StreamWriter;

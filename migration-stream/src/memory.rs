@@ -35,6 +35,9 @@ pub trait PageStore: Send + Sync {
     /// The memory into which the bytes `offset .. offset + len` of a block are to be read. It holds
     /// what landed there before, of which XBZRLE leaves what did not change.
     ///
+    /// The slice begins at `offset` and may end before `len`, at the end of a page: where pages that
+    /// follow each other in the block do not in memory. The rest is then asked for again.
+    ///
     /// # Errors
     /// The block is not of this table, or the range does not lie in it.
     fn prepare(
@@ -56,6 +59,37 @@ pub trait PageStore: Send + Sync {
     /// # Errors
     /// As for [`PageStore::prepare`].
     fn zero(&self, block: BlockId, offset: u64, len: usize) -> Result<(), MemoryError>;
+}
+
+/// Prepares all of a range: hands each piece of its memory to `take`, with where it begins in the block.
+///
+/// # Errors
+/// Those of [`PageStore::prepare`], and of `take`; a store that gives no memory or more than it was
+/// asked for.
+pub fn prepare_range<'a, S: PageStore + ?Sized, E: From<MemoryError>>(
+    store: &'a S,
+    block: BlockId,
+    offset: u64,
+    len: usize,
+    mut take: impl FnMut(u64, VolatileSlice<'a>) -> Result<(), E>,
+) -> Result<(), E> {
+    let mut done = 0;
+    while done < len {
+        let (from, rest) = (offset + done as u64, len - done);
+        let slice = store.prepare(block, from, rest)?;
+        if slice.is_empty() || slice.len() > rest {
+            let block = store.blocks().get(block);
+            return Err(E::from(MemoryError::OutOfBlock {
+                name: block.map_or_else(String::new, |b| b.name().to_owned()),
+                offset: from,
+                len: rest,
+                used_length: block.map_or(0, |b| b.used_length()),
+            }));
+        }
+        done += slice.len();
+        take(from, slice)?;
+    }
+    Ok(())
 }
 
 impl<T: PageStore + ?Sized> PageStore for std::sync::Arc<T> {

@@ -29,7 +29,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 /// Pages in one word of the bitmap.
 pub const PAGES_PER_WORD: u64 = WORD_BITS as u64;
 
-const WORD_BITS: usize = u64::BITS as usize;
+/// [`PAGES_PER_WORD`] as memory counts them.
+pub(crate) const WORD_BITS: usize = u64::BITS as usize;
 
 /// One bit per page of a RAM block, safe to set and to drain from any number of threads.
 pub struct DirtyBitmap {
@@ -181,6 +182,29 @@ impl DirtyBitmap {
         self.words.len()
     }
 
+    /// The marks of the 64 pages of a word, as an estimate while others set them; 0 beyond the end.
+    pub(crate) fn word(&self, index: usize) -> u64 {
+        self.words
+            .get(index)
+            .map_or(0, |word| word.load(Ordering::Relaxed))
+    }
+
+    /// Takes the marks of a word out of the bitmap; see [`DirtyBitmap::drain_runs`].
+    pub(crate) fn take_word(&self, index: usize) -> u64 {
+        match self.words.get(index) {
+            Some(word) if word.load(Ordering::Relaxed) != 0 => word.swap(0, Ordering::Acquire),
+            _ => 0,
+        }
+    }
+
+    /// Clears those marks of a word that are in `mask`.
+    pub(crate) fn clear(&self, index: usize, mask: u64) {
+        if let Some(word) = self.words.get(index) {
+            // `AcqRel` keeps the order of the setters whose marks stay.
+            word.fetch_and(!mask, Ordering::AcqRel);
+        }
+    }
+
     /// Cuts the bitmap into ranges of words with about `pages` marked pages each: at least as many,
     /// at most 63 more, except that the last has what is left. Words without a marked page may be
     /// in any range or in none.
@@ -250,6 +274,11 @@ impl DrainRuns<'_> {
             _ => word.swap(0, Ordering::Acquire),
         };
         true
+    }
+
+    /// The runs as ranges of pages.
+    pub(crate) fn pages(mut self) -> impl Iterator<Item = Range<usize>> {
+        std::iter::from_fn(move || self.next_pages())
     }
 
     /// The pages of the next run.

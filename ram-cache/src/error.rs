@@ -62,6 +62,59 @@ pub enum CacheError {
         /// The host's answer.
         source: io::Error,
     },
+    /// There is no file in memory for a block, or the guest's memory cannot be mapped to it.
+    #[error("cannot make a file of {len:#x} bytes in memory the memory of ram block '{name}'")]
+    File {
+        /// The block.
+        name: String,
+        /// Bytes wanted.
+        len: usize,
+        /// The host's answer.
+        source: io::Error,
+    },
+    /// There is no memory for what is known of a block's pages.
+    #[error("no memory for a table of the {pages} pages of ram block '{name}'")]
+    Table {
+        /// The block.
+        name: String,
+        /// Its pages.
+        pages: usize,
+    },
+    /// The addresses in which pages wait cannot be had.
+    #[error("cannot map {len:#x} bytes for the pages of checkpoints")]
+    Staging {
+        /// Bytes wanted.
+        len: usize,
+        /// The host's answer.
+        source: MmapRegionError,
+    },
+    /// More pages have been received in one checkpoint than there are.
+    #[error("no place for another page of the checkpoint, of {pages}")]
+    StagingFull {
+        /// Places there are.
+        pages: u32,
+    },
+    /// A page of a checkpoint is whole.
+    #[error("range {offset:#x}+{len:#x} of ram block '{name}' is not whole pages")]
+    PartOfPage {
+        /// The block.
+        name: String,
+        /// Start of the range in the block, bytes.
+        offset: u64,
+        /// Length of the range, bytes.
+        len: usize,
+    },
+    /// Which pages are copies cannot be found out.
+    #[error("cannot read /proc/self/pagemap")]
+    Pagemap(#[source] io::Error),
+    /// Memory cannot be given back, as when it is locked.
+    #[error("cannot drop pages of '{name}'")]
+    Discard {
+        /// The block, or the memory in which pages wait.
+        name: String,
+        /// The host's answer.
+        source: io::Error,
+    },
     /// There is no block of that index.
     #[error("no ram block {block}: the cache has {blocks}")]
     NoBlock {

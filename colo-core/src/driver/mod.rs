@@ -141,6 +141,9 @@ trait Wire<V: Vm, R, G> {
         meter: &mut CheckpointMeter,
     ) -> Result<Event, StepError>;
 
+    /// The VM is about to be let run, if it does not run already.
+    fn before_resume(&mut self, _vm: &V) {}
+
     /// Shuts every connection.
     fn disconnect(&mut self);
 }
@@ -238,7 +241,10 @@ where
 {
     match step {
         Step::StopVm => parts.vm.stop()?,
-        Step::ResumeVm => meter.resumed(parts.vm.resume()?),
+        Step::ResumeVm => {
+            wire.before_resume(&parts.vm);
+            meter.resumed(parts.vm.resume()?);
+        }
         Step::StartReplication => parts.replication.start(control.role())?,
         Step::CheckReplication => parts.replication.check()?,
         Step::CheckpointReplication => parts.replication.checkpoint()?,

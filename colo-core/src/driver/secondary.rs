@@ -9,9 +9,9 @@ use ram_cache::{FlushPool, GuestStopped};
 
 use super::{ColoControl, DriverConfig, Parts, StepError, Wire, message_event, run};
 use crate::machine::OutOfStep;
-use crate::message::{DEVICE_SIZE_LEN, MESSAGE_LEN, decode_device_size};
-use crate::pages::IncomingPages;
-use crate::step::{Event, Step};
+use crate::message::{DEVICE_SIZE_LEN, MESSAGE_LEN, Message, decode_device_size};
+use crate::pages::{EnterError, IncomingPages};
+use crate::step::{Event, Step, Wait};
 use crate::store::{ColoStore, StoreError};
 use crate::{CheckpointMeter, Outcome, PacketGate, Replication, Secondary, Vm, VmError};
 
@@ -25,7 +25,7 @@ pub struct SecondaryLink<D> {
     pub pages: IncomingPages<ColoStore>,
     /// What this side's own guest writes.
     pub log: D,
-    /// Who copies the cache into the guest.
+    /// Who copies a checkpoint into the guest.
     pub pool: FlushPool,
 }
 
@@ -51,6 +51,7 @@ where
         devices: Vec::new(),
         staged: None,
         reset: None,
+        is_flushed: false,
         max_device_state: config.max_device_state(),
     };
     let outcome = run(
@@ -82,6 +83,8 @@ struct SecondaryWire<'a, D, S, R> {
     devices: Vec<u8>,
     staged: Option<S>,
     reset: Option<R>,
+    /// A checkpoint is in place from which the VM has not run yet.
+    is_flushed: bool,
     max_device_state: usize,
 }
 
@@ -105,12 +108,20 @@ impl<D: DirtyLog, V: Vm, R, G> Wire<V, R, G> for SecondaryWire<'_, D, V::Staged,
         match step {
             Step::StartDirtyLog => {
                 log.start().map_err(StoreError::Log)?;
-                pages.enter_colo(deadline).map_err(TargetError::Transport)?;
+                pages.enter_colo(deadline).map_err(|error| match error {
+                    EnterError::Transport(error) => TargetError::Transport(error).into(),
+                    EnterError::Store(error) => StepError::from(error),
+                })?;
             }
             Step::Send(message) => receiver
                 .out()
                 .write_all(&[Chunk::Bytes(&message.encode())])?,
-            Step::Await(_) => {
+            Step::Await(wait) => {
+                if wait == Wait::Message(Message::VmstateSend) {
+                    // The VM was stopped just now, and the primary is stopping its own.
+                    let stopped = GuestStopped::witnessed_by(&parts.vm);
+                    pages.store().guest_stopped(stopped, log)?;
+                }
                 let mut bytes = [0; MESSAGE_LEN];
                 receiver.reader().read_exact(&mut bytes)?;
                 return Ok(message_event(bytes));
@@ -146,6 +157,7 @@ impl<D: DirtyLog, V: Vm, R, G> Wire<V, R, G> for SecondaryWire<'_, D, V::Staged,
                     "ram cache flushed"
                 );
                 meter.flushed(report.pages);
+                self.is_flushed = true;
             }
             Step::InstallDevices => {
                 let reset = self.reset.take().ok_or_else(|| out_of_order("reset"))?;
@@ -155,6 +167,18 @@ impl<D: DirtyLog, V: Vm, R, G> Wire<V, R, G> for SecondaryWire<'_, D, V::Staged,
             _ => return Ok(Event::Failed),
         }
         Ok(Event::Done)
+    }
+
+    /// The primary does not wait for this any more.
+    fn before_resume(&mut self, vm: &V) {
+        if !std::mem::take(&mut self.is_flushed) {
+            return;
+        }
+        let stopped = GuestStopped::witnessed_by(vm);
+        if let Err(error) = self.link.pages.store().tidy(stopped) {
+            let error: &dyn std::error::Error = &error;
+            tracing::warn!(error, "the ram cache keeps memory that it does not need");
+        }
     }
 
     fn disconnect(&mut self) {

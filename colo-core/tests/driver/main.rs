@@ -18,13 +18,11 @@ use colo_core::{
 use migration_stream::Cause as DecodeCause;
 use migration_stream::precopy::TargetError;
 use migration_stream::ram::RamError;
-use rig::{How, LIMIT, NEVER, Side, end, migrated, migrated_by, patient};
+use ram_cache::CacheKind;
+use rig::{How, LIMIT, NEVER, Side, WAYS, end, migrated, migrated_by, patient};
 
-/// Plain, and with multifd.
-const CHANNELS: [u8; 2] = [0, 2];
-
-fn pair(channels: u8) -> (Side, Side) {
-    let (primary, secondary) = migrated(channels);
+fn pair(how: impl Into<How>) -> (Side, Side) {
+    let (primary, secondary) = migrated(how);
     (primary.start(patient(), NEVER), secondary.start(patient()))
 }
 
@@ -37,8 +35,8 @@ fn checkpoint(primary: &Side, secondary: &Side) {
 
 #[test]
 fn both_sides_are_equal_at_every_checkpoint_and_different_in_between() {
-    for channels in CHANNELS {
-        let (primary, secondary) = pair(channels);
+    for how in WAYS {
+        let (primary, secondary) = pair(how);
         for number in 1..=8 {
             primary.control.demand_checkpoint();
             let own = secondary.stopped();
@@ -59,6 +57,7 @@ fn both_sides_are_equal_at_every_checkpoint_and_different_in_between() {
 #[test]
 fn c1_colo_cannot_follow_a_migration_with_differences_at_either_side() {
     let (primary, secondary) = migrated_by(How {
+        cache: CacheKind::Mirror,
         channels: 0,
         xbzrle: true,
         return_path: true,
@@ -75,6 +74,7 @@ fn c1_colo_cannot_follow_a_migration_with_differences_at_either_side() {
 #[test]
 fn colo_cannot_follow_a_migration_without_a_return_path_at_either_side() {
     let (primary, secondary) = migrated_by(How {
+        cache: CacheKind::Mirror,
         channels: 0,
         xbzrle: false,
         return_path: false,
@@ -114,11 +114,11 @@ fn a_demand_and_a_new_delay_take_a_checkpoint_at_once() {
 
 #[test]
 fn a_failover_while_the_peer_is_alive_ends_by_request_on_the_side_that_was_asked() {
-    for channels in CHANNELS {
+    for how in WAYS {
         for asked in [Role::Primary, Role::Secondary] {
             // Between checkpoints, and again and again in the middle of one.
             for round in 0..12 {
-                let (primary, secondary) = pair(channels);
+                let (primary, secondary) = pair(how);
                 checkpoint(&primary, &secondary);
                 if round % 2 == 1 {
                     primary.control.demand_checkpoint();
@@ -167,8 +167,8 @@ fn the_status_says_how_far_a_failover_is() {
 
 #[test]
 fn a_vm_that_quits_leaves_colo_stopped_and_its_peer_waits_for_a_decision() {
-    for channels in CHANNELS {
-        let (primary, secondary) = pair(channels);
+    for how in WAYS {
+        let (primary, secondary) = pair(how);
         checkpoint(&primary, &secondary);
         primary.quit();
         let lost = secondary.exit();
@@ -202,8 +202,8 @@ fn a_secondary_that_is_to_take_over_does_so_without_being_asked() {
 
 #[test]
 fn ram_may_be_discarded_again_when_the_secondary_has_ended() {
-    for channels in CHANNELS {
-        let (primary, secondary) = migrated(channels);
+    for how in WAYS {
+        let (primary, secondary) = migrated(how);
         let discard = secondary.discard.clone();
         let (primary, secondary) = (primary.start(patient(), NEVER), secondary.start(patient()));
         checkpoint(&primary, &secondary);
@@ -218,8 +218,8 @@ fn ram_may_be_discarded_again_when_the_secondary_has_ended() {
 }
 
 /// Runs a pair whose secondary has a fault, to the exit of the secondary.
-fn with_fault(channels: u8, fault: &'static str) -> (Side, Side, Cause) {
-    let (primary, secondary) = migrated(channels);
+fn with_fault(how: impl Into<How>, fault: &'static str) -> (Side, Side, Cause) {
+    let (primary, secondary) = migrated(how);
     secondary.faults.inject(fault);
     let (primary, secondary) = (primary.start(patient(), NEVER), secondary.start(patient()));
     primary.control.demand_checkpoint();
@@ -230,7 +230,7 @@ fn with_fault(channels: u8, fault: &'static str) -> (Side, Side, Cause) {
 
 #[test]
 fn every_early_error_of_the_secondary_ends_with_one_exit_and_a_vm_that_can_run() {
-    for channels in CHANNELS {
+    for how in WAYS {
         for (fault, step) in [
             ("gate.hold", Step::HoldOutput),
             ("log.start", Step::StartDirtyLog),
@@ -239,7 +239,7 @@ fn every_early_error_of_the_secondary_ends_with_one_exit_and_a_vm_that_can_run()
             ("vm.stop", Step::StopVm),
             ("disk.check", Step::CheckReplication),
         ] {
-            let (primary, secondary, cause) = with_fault(channels, fault);
+            let (primary, secondary, cause) = with_fault(how, fault);
             assert_eq!(cause, Cause::StepFailed(step), "{fault}");
             assert_eq!(primary.exit().reason(), ExitReason::Error, "{fault}");
             primary.take_over();

@@ -25,7 +25,7 @@ use migration_stream::ram::{InStream, ZeroPageDetection};
 use migration_stream::xbzrle::PageCache;
 use migration_stream::{GuestRam, PageTransport, StreamReader, StreamWriter};
 use multifd::{ChannelCount, MultifdConfig, RecvSet, SendSet};
-use ram_cache::{CacheBlockSpec, DiscardControl, FlushPool};
+use ram_cache::{CacheBlockSpec, CacheKind, DiscardControl, FlushPool};
 
 use crate::guest::{BLOCKS, Faults, Guest, Log, Outside, State, Told};
 
@@ -97,17 +97,41 @@ fn pair() -> (FdChannel, FdChannel) {
 pub struct How {
     /// Multifd channels.
     pub channels: u8,
+    /// What the secondary keeps checkpoints in.
+    pub cache: CacheKind,
     pub xbzrle: bool,
     pub return_path: bool,
 }
 
-/// Migrates a guest, with as many multifd channels, up to where both sides enter COLO.
-pub fn migrated(channels: u8) -> (PrimaryEnd, SecondaryEnd) {
-    let (mut primary, secondary) = migrated_by(How {
-        channels,
-        xbzrle: false,
-        return_path: true,
-    });
+/// How a pair in COLO is made: plain or with multifd, with each cache. A number of channels alone is with
+/// the cache that shares pages with the guest.
+pub const WAYS: [How; 4] = [
+    How::colo(0, CacheKind::Mirror),
+    How::colo(2, CacheKind::Mirror),
+    How::colo(0, CacheKind::Cow),
+    How::colo(2, CacheKind::Cow),
+];
+
+impl How {
+    const fn colo(channels: u8, cache: CacheKind) -> Self {
+        Self {
+            channels,
+            cache,
+            xbzrle: false,
+            return_path: true,
+        }
+    }
+}
+
+impl From<u8> for How {
+    fn from(channels: u8) -> Self {
+        Self::colo(channels, CacheKind::Cow)
+    }
+}
+
+/// Migrates a guest up to where both sides enter COLO.
+pub fn migrated(how: impl Into<How>) -> (PrimaryEnd, SecondaryEnd) {
+    let (mut primary, secondary) = migrated_by(how.into());
     let mut secondary = secondary.unwrap();
     assert_eq!(primary.guest.state(), secondary.guest.state());
     primary.guest.settle();
@@ -196,7 +220,7 @@ fn take_in(connections: Vec<FdChannel>, how: How) -> Result<SecondaryEnd, Target
         .zip(&guest.ram.regions)
         .map(|((name, _), region)| CacheBlockSpec::whole_region(*name, Arc::clone(region)))
         .collect();
-    let store = ColoStore::new(blocks, discard.disable().unwrap()).unwrap();
+    let store = ColoStore::new(how.cache, blocks, discard.disable().unwrap()).unwrap();
     let (main, channels) = connections.split_first().unwrap();
     let mut pages = match multifd(channels) {
         None => IncomingPages::plain(store),

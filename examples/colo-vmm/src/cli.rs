@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use clap::{Args, Parser, Subcommand};
 use colo_core::{Deadlines, OnPeerLoss};
 use qmp_types::{MigrationAddress, RunState, SessionConfig};
+use ram_cache::CacheKind;
 use uuid::Uuid;
 
 use crate::console::Console;
@@ -139,6 +140,10 @@ struct RunArgs {
     /// Hash guest RAM and device state at every COLO checkpoint.
     #[arg(long)]
     verify: bool,
+    /// What a COLO secondary keeps checkpoints in until they are complete: a second copy of RAM, or
+    /// copies of what either side has dirtied.
+    #[arg(long, default_value_t = RamCacheArg::Mirror, value_enum)]
+    ram_cache: RamCacheArg,
     /// What to do when COLO has lost the other side: wait for `x-colo-lost-heartbeat`, or take over.
     /// At most one of the two sides may take over by itself.
     #[arg(long, default_value = "wait", value_name = "wait|take-over")]
@@ -187,6 +192,24 @@ impl FromStr for IncomingArg {
     }
 }
 
+/// The value of `--ram-cache`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum RamCacheArg {
+    /// A second copy of guest RAM.
+    Mirror,
+    /// Guest RAM is a private mapping of the last checkpoint.
+    Cow,
+}
+
+impl From<RamCacheArg> for CacheKind {
+    fn from(arg: RamCacheArg) -> Self {
+        match arg {
+            RamCacheArg::Mirror => Self::Mirror,
+            RamCacheArg::Cow => Self::Cow,
+        }
+    }
+}
+
 /// The value of `--on-peer-loss`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum PeerLossArg {
@@ -213,6 +236,7 @@ impl RunArgs {
         let timeout = self.peer_timeout.map(Duration::from_millis);
         Ok(MigrationOptions {
             verify: self.verify,
+            ram_cache: self.ram_cache.into(),
             on_peer_loss: self.on_peer_loss.into(),
             deadlines: timeout.map_or(defaults.deadlines, |t| Deadlines {
                 message: t,

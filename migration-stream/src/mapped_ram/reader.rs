@@ -10,7 +10,7 @@ use super::error::MappedRamError;
 use super::layout::MappedArea;
 use crate::io::PositionedFile;
 use crate::ram::{BlockId, RamError};
-use crate::{PAGE_SIZE, PageBarrier, PageStore, TransportError};
+use crate::{PAGE_SIZE, PageBarrier, PageStore, TransportError, prepare_range};
 
 /// Pages of one read at most: 4 MiB.
 const RUN_PAGES: u64 = 1024;
@@ -124,11 +124,11 @@ impl FileReader {
         store: &dyn PageStore,
     ) -> Result<(), MappedRamError> {
         let len = bytes(pages);
-        let memory = store.prepare(block, offset, len)?;
-        let at = area.pages() + offset;
-        self.pages
-            .read_guest(at, &memory)
-            .map_err(|source| MappedRamError::File { offset: at, source })?;
+        prepare_range(store, block, offset, len, |from, memory| {
+            let at = area.pages() + from;
+            let read = self.pages.read_guest(at, &memory);
+            read.map_err(|source| MappedRamError::File { offset: at, source })
+        })?;
         Ok(store.landed(block, offset, len)?)
     }
 

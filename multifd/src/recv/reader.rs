@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use migration_stream::io::ByteSource;
 use migration_stream::ram::BlockId;
-use migration_stream::{MemoryError, PageStore};
+use migration_stream::{MemoryError, PageStore, prepare_range};
 use vm_memory::VolatileSlice;
 
 use super::rendezvous::Rendezvous;
@@ -161,16 +161,12 @@ impl<'a, S: PageStore> Reader<'a, S> {
 
         self.landing.clear();
         for (offset, len) in runs(normal) {
-            let slice = self.store.prepare(block, offset, len).map_err(refused)?;
-            if slice.len() != len {
-                return Err(refused(MemoryError::OutOfBlock {
-                    name: block.to_string(),
-                    offset,
-                    len,
-                    used_length,
-                }));
-            }
-            self.landing.push(slice);
+            let landing = &mut self.landing;
+            prepare_range(self.store, block, offset, len, |_, slice| {
+                landing.push(slice);
+                Ok(())
+            })
+            .map_err(refused)?;
         }
         if self.decoder.is_some() {
             self.read_compressed(payload_len)?;

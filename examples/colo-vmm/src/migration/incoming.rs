@@ -61,6 +61,7 @@ pub(super) fn prepare(
             })
             .collect();
         Store::Colo(Box::new(ColoStore::new(
+            migration.options.ram_cache,
             blocks,
             migration.discard.disable()?,
         )?))

@@ -32,7 +32,7 @@ use qmp_types::{
     InetSocketAddress, MigrationAddress, MigrationCapability, MigrationStatus, MultiFdCompression,
     Parameters, QmpError, RunState, Settings, SocketAddress, Support, ZeroPageDetection,
 };
-use ram_cache::DiscardControl;
+use ram_cache::{CacheKind, DiscardControl};
 use uuid::Uuid;
 
 pub use self::boundary::{Boundaries, Boundary};
@@ -89,6 +89,8 @@ const SUPPORT: Support = Support {
 pub struct MigrationOptions {
     /// Hash guest RAM and device state at every checkpoint, for a comparison of both sides.
     pub verify: bool,
+    /// What a COLO secondary keeps checkpoints in.
+    pub ram_cache: CacheKind,
     /// What a COLO side does when it has lost its peer.
     pub on_peer_loss: OnPeerLoss,
     /// How long the peer may take in COLO.
@@ -107,6 +109,7 @@ impl Default for MigrationOptions {
     fn default() -> Self {
         Self {
             verify: false,
+            ram_cache: CacheKind::default(),
             on_peer_loss: OnPeerLoss::default(),
             deadlines: Deadlines::default(),
             io_limit: Duration::from_secs(30),

@@ -12,7 +12,7 @@ use migration_stream::precopy::{Loaded, Target, TargetConfig, TargetError};
 use migration_stream::{StreamReader, TransportError};
 use multifd::incoming::Incoming;
 use multifd::{ChannelError, RecvChannel, RecvSet};
-use ram_cache::{DiscardControl, DiscardInUse};
+use ram_cache::{CacheKind, DiscardControl, DiscardInUse};
 use stream_relay::guest::{Devices, Guest};
 use stream_relay::memory::{HoldError, Memory};
 
@@ -57,7 +57,11 @@ pub(super) fn take(
     let configuration = configuration.ok_or(TakeError::NoConfiguration)?;
     let memory = Memory::new(blocks, config.max_memory, Arc::default())?;
     // The memory is this process's own, and nobody balloons it.
-    let store = ColoStore::new(memory.cache_blocks(), DiscardControl::new().disable()?)?;
+    let store = ColoStore::new(
+        CacheKind::Mirror,
+        memory.cache_blocks(),
+        DiscardControl::new().disable()?,
+    )?;
     let mut pages = match &config.multifd {
         None => IncomingPages::plain(store),
         Some(multifd) => {

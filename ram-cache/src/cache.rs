@@ -1,0 +1,144 @@
+//! What every cache does for a COLO secondary.
+
+use std::fmt;
+
+use vm_memory::VolatileSlice;
+
+use crate::block::CacheBlockSpec;
+use crate::discard::DiscardInhibitor;
+use crate::error::CacheError;
+use crate::flush::{FlushPool, FlushReport, GuestStopped};
+use crate::{CowCache, MirrorCache};
+
+/// Where a COLO secondary keeps the pages of a checkpoint until it is complete.
+///
+/// Blocks are named by their index in the list that the cache was made for, offsets and lengths are
+/// bytes in the block. All methods take `&self` and may be called from any number of threads.
+///
+/// # The order of things
+/// *Before the first byte of RAM* the cache is made.
+///
+/// *In precopy* the guest does not run yet, and what arrives is its memory.
+///
+/// *After [`enter_colo`](RamCache::enter_colo)* pages belong to a checkpoint, and the running guest sees
+/// nothing of them. A page is known of before its first byte is written, so that a channel that breaks
+/// in the middle of one leaves nothing that is taken for whole. If the checkpoint never completes, the
+/// guest goes on with its memory as it is, and the cache is released.
+///
+/// *At a checkpoint* the guest is stopped, its own dirty log goes into
+/// [`or_dirty_word`](RamCache::or_dirty_word), and [`guest_stopped`](RamCache::guest_stopped) is
+/// called, before, while or after pages arrive. When all of them have, [`commit`](RamCache::commit)
+/// puts them in place, and puts back what only the secondary has written. What is left to be done
+/// before the guest runs again, and need not be waited for by the primary, is
+/// [`tidy`](RamCache::tidy).
+pub trait RamCache: fmt::Debug + Send + Sync {
+    /// Where the bytes `offset .. offset + len` of a block are to be written. The slice begins at
+    /// `offset`; it may end before `len`, at the end of a page, and the rest is then asked for
+    /// again. In precopy it holds what landed there before.
+    ///
+    /// # Errors
+    /// No such block, or the range does not lie in it; there is no memory for it.
+    fn prepare(
+        &self,
+        block: usize,
+        offset: u64,
+        len: usize,
+    ) -> Result<VolatileSlice<'_>, CacheError>;
+
+    /// The bytes of a prepared range are in place.
+    ///
+    /// # Errors
+    /// No such block, or the range does not lie in it.
+    fn landed(&self, block: usize, offset: u64, len: usize) -> Result<(), CacheError>;
+
+    /// The range is zero. Memory that is zero already is not written, so that pages that were never
+    /// used take none.
+    ///
+    /// # Errors
+    /// No such block, or the range does not lie in it.
+    fn zero(&self, block: usize, offset: u64, len: usize) -> Result<(), CacheError>;
+
+    /// Precopy is over: from here on pages belong to checkpoints. The guest has not run yet, and no
+    /// thread is inside a page.
+    ///
+    /// # Errors
+    /// The host's; the guest must not run then.
+    fn enter_colo(&self) -> Result<(), CacheError>;
+
+    /// Notes pages that the secondary's own guest has dirtied: bit `i` of `word` is page
+    /// `first_page + i` of the block, and `first_page` is a multiple of 64.
+    ///
+    /// # Errors
+    /// No such block, `first_page` is not a multiple of 64, or a set bit is beyond the block.
+    fn or_dirty_word(&self, block: usize, first_page: u64, word: u64) -> Result<(), CacheError>;
+
+    /// The guest is stopped for a checkpoint, and all of its dirty log was handed over. Not needed
+    /// before a commit, but saves it work: called while pages are still arriving, it lets the cache
+    /// know which of them the guest has copies of.
+    ///
+    /// # Errors
+    /// The host's.
+    fn guest_stopped(&self, stopped: GuestStopped<'_>) -> Result<(), CacheError>;
+
+    /// Number of pages that the next commit puts in place or back.
+    #[must_use]
+    fn dirty_pages(&self) -> u64;
+
+    /// Puts the received pages into the guest, and back what only the secondary has written.
+    ///
+    /// Runs of pages are copied whole, on as many cores as `pool` has. The work is divided by dirty
+    /// bytes, not by blocks or addresses; a small one is not divided at all.
+    ///
+    /// The witness says that the checkpoint is complete and that nobody else writes guest or cache.
+    /// Were it untrue, the commit would still be defined behaviour (the copies are of memory that is
+    /// never borrowed as Rust data), but what the guest then holds would mean nothing.
+    ///
+    /// # Errors
+    /// The host's. After an error the guest holds a part of the checkpoint and must not run.
+    fn commit(
+        &self,
+        stopped: GuestStopped<'_>,
+        pool: &FlushPool,
+    ) -> Result<FlushReport, CacheError>;
+
+    /// Gives back memory that the commit has left without use. Called between a commit and the guest's
+    /// running again, or not at all; pages of the next checkpoint may arrive meanwhile. Where no
+    /// commit came before, nothing happens.
+    ///
+    /// # Errors
+    /// The host's; the memory stays in use, and nothing else is amiss.
+    fn tidy(&self, stopped: GuestStopped<'_>) -> Result<(), CacheError>;
+
+    /// Gives the cache's memory back and allows RAM discard again. Dropping the cache does the same;
+    /// this is the name to read at the place where it must happen, after the receive channels have
+    /// been joined.
+    fn release(self: Box<Self>);
+}
+
+/// Which cache a secondary has.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum CacheKind {
+    /// [`MirrorCache`]: a second copy of guest RAM.
+    #[default]
+    Mirror,
+    /// [`CowCache`]: only the pages that the two sides have dirtied are there twice.
+    Cow,
+}
+
+impl CacheKind {
+    /// Makes a cache of this kind for `blocks`. It keeps `inhibitor` as long as it lives; if it cannot
+    /// be made, the inhibitor is dropped and discard is as it was before.
+    ///
+    /// # Errors
+    /// Those of [`MirrorCache::new`] or [`CowCache::new`].
+    pub fn make(
+        self,
+        blocks: Vec<CacheBlockSpec>,
+        inhibitor: DiscardInhibitor,
+    ) -> Result<Box<dyn RamCache>, CacheError> {
+        Ok(match self {
+            Self::Mirror => Box::new(MirrorCache::new(blocks, inhibitor)?),
+            Self::Cow => Box::new(CowCache::new(blocks, inhibitor)?),
+        })
+    }
+}

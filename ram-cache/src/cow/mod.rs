@@ -1,0 +1,240 @@
+//! Guest RAM as a private mapping of the last checkpoint.
+
+mod commit;
+mod ram;
+mod staging;
+mod table;
+
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use vm_memory::VolatileSlice;
+
+use self::commit::Commit;
+use self::ram::CowBlock;
+use self::staging::Staging;
+use crate::block::{self, CacheBlockSpec};
+use crate::cache::RamCache;
+use crate::copy::Copier;
+use crate::discard::DiscardInhibitor;
+use crate::error::CacheError;
+use crate::flush::{FlushPool, FlushReport, GuestStopped};
+use crate::pagemap::Pagemap;
+use crate::{PAGE_BYTES, PAGE_SIZE};
+
+/// The last checkpoint in a file in memory (the *base*), of which guest RAM is a private mapping.
+///
+/// The guest's own writes give it copies of single pages, and all others it shares with the base: RAM
+/// is there once, and twice only what one of the two sides has dirtied since the last checkpoint.
+///
+/// *In precopy* pages go into the base, where the guest sees them.
+///
+/// *In COLO* a page that the guest has a copy of goes into the base as well: the guest looks at its own.
+/// Any other is *staged* in memory that grows with what a checkpoint brings.
+///
+/// *The commit* copies staged pages into the base. The guest's own copies it does not drop, which
+/// would make the guest pay for the next write of each with a fault that takes as long as eight
+/// copies do: it writes the base's content over them. So every page is copied once, as with a
+/// [`MirrorCache`](crate::MirrorCache). Copies that the guest has not written since the checkpoint
+/// before are dropped when the commit is over and the primary need not wait any more
+/// ([`RamCache::tidy`]), once they are more than a thirty-second of RAM.
+///
+/// # What is asked of the VMM
+/// The cache replaces what is mapped in the place of guest RAM, at the same addresses, when it is
+/// made. What was there before is gone and reads as zero. The guest must not run yet, and nobody may
+/// have made copies of page addresses that outlast a change of the mapping without being told (KVM is
+/// told). The memory must not be locked.
+///
+/// The hypervisor's dirty log need not know of every copy that the guest has: of pages that arrive and
+/// of those in the log the kernel is asked (`/proc/self/pagemap`, opened when the cache is made).
+///
+/// # When it is released
+/// The guest goes on with the mapping that it has. A page that it shares with the base until it
+/// writes to it costs it a fault and a copy then, once, and the base's page stays: a guest that
+/// goes on to write all of its RAM needs it twice.
+///
+/// A checkpoint that is never committed leaves the guest as it is, while the base may have got pages of it
+/// behind the guest's own copies. So the copies must not be given back to the host after a failover
+/// either (`MADV_DONTNEED` would show what is behind them) without punching the hole in the file too.
+#[derive(Debug)]
+pub struct CowCache {
+    blocks: Vec<CowBlock>,
+    staging: Staging,
+    pagemap: Pagemap,
+    in_colo: AtomicBool,
+    /// A commit is over and the guest has not run since, as far as is known.
+    is_fresh: AtomicBool,
+    // Held, not used: discard is forbidden as long as the cache exists.
+    _no_discard: DiscardInhibitor,
+}
+
+/// A part of a commit.
+struct Share<'a> {
+    block: &'a CowBlock,
+    words: Range<usize>,
+}
+
+impl CowCache {
+    /// Makes a cache for `blocks`, whose memory it replaces: it is all zero then. Until it is released
+    /// (or dropped) it keeps `inhibitor`, so that no page of the guest is discarded behind its back; if
+    /// it cannot be made, the inhibitor is dropped and discard is as it was before.
+    ///
+    /// # Errors
+    /// A block is empty, not made of whole pages, outside its mapping or on top of another block;
+    /// or the host cannot provide what is needed.
+    pub fn new(
+        blocks: Vec<CacheBlockSpec>,
+        inhibitor: DiscardInhibitor,
+    ) -> Result<Self, CacheError> {
+        block::check(&blocks)?;
+        let pagemap = Pagemap::open().map_err(CacheError::Pagemap)?;
+        let staging = Staging::new(blocks.iter().map(CacheBlockSpec::pages).sum())?;
+        let blocks = blocks
+            .into_iter()
+            .map(CowBlock::new)
+            .collect::<Result<Vec<_>, _>>()?;
+        // Last: whatever fails before leaves guest memory as it was.
+        blocks.iter().try_for_each(CowBlock::put_in_place)?;
+        Ok(Self {
+            blocks,
+            staging,
+            pagemap,
+            in_colo: AtomicBool::new(false),
+            is_fresh: AtomicBool::new(false),
+            _no_discard: inhibitor,
+        })
+    }
+
+    /// Gives the memory back and allows RAM discard again; see [`RamCache::release`].
+    pub fn release(self) {
+        drop(self);
+    }
+
+    fn in_colo(&self) -> bool {
+        self.in_colo.load(Ordering::Acquire)
+    }
+
+    fn commit_words(&self, share: &Share<'_>, bytes: u64) -> Result<FlushReport, CacheError> {
+        Commit {
+            block: share.block,
+            staging: &self.staging,
+            pagemap: &self.pagemap,
+            copier: &Copier::for_flush(bytes),
+        }
+        .words(share.words.clone())
+    }
+
+    /// All words of all blocks, cut into pieces with about `pages` dirty pages each.
+    fn shares(&self, pages: u64) -> Vec<Share<'_>> {
+        self.blocks
+            .iter()
+            .flat_map(|block| {
+                let words = block.shares(pages).into_iter();
+                words.map(move |words| Share { block, words })
+            })
+            .collect()
+    }
+}
+
+impl RamCache for CowCache {
+    fn prepare(
+        &self,
+        block: usize,
+        offset: u64,
+        len: usize,
+    ) -> Result<VolatileSlice<'_>, CacheError> {
+        let (block, offset) = block::locate(&self.blocks, block, offset, len)?;
+        if self.in_colo() {
+            block.stage(offset, len, &self.staging)
+        } else {
+            block.prepare(offset, len)
+        }
+    }
+
+    fn landed(&self, block: usize, offset: u64, len: usize) -> Result<(), CacheError> {
+        block::locate(&self.blocks, block, offset, len).map(drop)
+    }
+
+    fn zero(&self, block: usize, offset: u64, len: usize) -> Result<(), CacheError> {
+        let (block, offset) = block::locate(&self.blocks, block, offset, len)?;
+        if self.in_colo() {
+            block.stage_zero(offset, len)
+        } else {
+            block.zero(offset, len)
+        }
+    }
+
+    fn enter_colo(&self) -> Result<(), CacheError> {
+        // From here on whether the guest has a copy of a page is kept account of.
+        self.blocks.iter().try_for_each(CowBlock::drop_copies)?;
+        // Pages of checkpoints are received after the primary was sent a message, which is sent
+        // after this: the channels order it, and Release/Acquire says so.
+        self.in_colo.store(true, Ordering::Release);
+        Ok(())
+    }
+
+    fn or_dirty_word(&self, block: usize, first_page: u64, word: u64) -> Result<(), CacheError> {
+        self.is_fresh.store(false, Ordering::Release);
+        block::find(&self.blocks, block)?.note_dirtied(first_page, word)
+    }
+
+    fn guest_stopped(&self, _stopped: GuestStopped<'_>) -> Result<(), CacheError> {
+        self.is_fresh.store(false, Ordering::Release);
+        self.blocks
+            .iter()
+            .try_for_each(|block| block.find_copies_of_dirtied(&self.pagemap))
+    }
+
+    fn dirty_pages(&self) -> u64 {
+        self.blocks.iter().map(CowBlock::dirty_pages).sum()
+    }
+
+    fn commit(
+        &self,
+        _stopped: GuestStopped<'_>,
+        pool: &FlushPool,
+    ) -> Result<FlushReport, CacheError> {
+        let bytes = self.dirty_pages() * PAGE_SIZE;
+        let report = match pool.share(bytes) {
+            None => self
+                .shares(u64::MAX)
+                .iter()
+                .try_fold(FlushReport::default(), |sum, share| {
+                    Ok(sum + self.commit_words(share, bytes)?)
+                })?,
+            Some(share) => pool.run(&self.shares(share / PAGE_SIZE), |share| {
+                self.commit_words(share, bytes)
+            })?,
+        };
+        self.staging.clear()?;
+        self.is_fresh.store(true, Ordering::Release);
+        Ok(report)
+    }
+
+    fn tidy(&self, _stopped: GuestStopped<'_>) -> Result<(), CacheError> {
+        // A copy that the guest has written since must never be dropped.
+        if !self.is_fresh.swap(false, Ordering::AcqRel) {
+            return Ok(());
+        }
+        self.blocks.iter().try_for_each(CowBlock::drop_cold_copies)
+    }
+
+    fn release(self: Box<Self>) {
+        drop(self);
+    }
+}
+
+/// A page of nothing.
+const ZEROES: [u8; PAGE_BYTES] = [0; PAGE_BYTES];
+
+/// Makes memory zero, whatever it holds.
+fn write_zeroes(memory: &VolatileSlice<'_>) {
+    let mut at = 0;
+    while let Ok(rest) = memory.offset(at) {
+        if rest.is_empty() {
+            break;
+        }
+        rest.copy_from(&ZEROES);
+        at += rest.len().min(PAGE_BYTES);
+    }
+}
