@@ -119,9 +119,9 @@ pub trait RamCache: fmt::Debug + Send + Sync {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum CacheKind {
     /// [`MirrorCache`]: a second copy of guest RAM.
-    #[default]
     Mirror,
     /// [`CowCache`]: only the pages that the two sides have dirtied are there twice.
+    #[default]
     Cow,
 }
 

@@ -105,8 +105,12 @@ impl Dirtier {
     /// The 512 bytes.
     #[must_use]
     pub fn boot_sector(&self) -> [u8; 512] {
+        protected(&[&self.code()])
+    }
+
+    fn code(&self) -> Vec<u8> {
         let (start, pages) = (self.start.to_le_bytes(), self.pages.to_le_bytes());
-        protected(&[
+        let code: &[&[u8]] = &[
             &[0x31, 0xdb],             // xor ebx, ebx
             &[0x66, 0xba, 0xf8, 0x03], // mov dx, 0x3f8
             // round:
@@ -122,7 +126,41 @@ impl Dirtier {
             &[0xfe, 0xc3],                         // inc bl
             &[0x88, 0xd8, 0xee],                   // mov al, bl; out dx, al
             &[0xeb, 0xe4],                         // jmp round
-        ])
+        ];
+        code.concat()
+    }
+}
+
+/// A boot sector whose guest uses all of its memory: it writes something into every page from 1 MiB on,
+/// once, and then goes on as a [`Dirtier`].
+#[derive(Clone, Copy, Debug)]
+pub struct Filler {
+    /// Guest physical address of the end of memory.
+    pub end: u32,
+    /// What it does then.
+    pub then: Dirtier,
+}
+
+impl Filler {
+    /// As [`Dirtier::write_disk`].
+    ///
+    /// # Errors
+    /// The file system's.
+    pub fn write_disk(&self, path: &Path) -> Result<()> {
+        let end = self.end.to_le_bytes();
+        write_disk(
+            path,
+            &protected(&[
+                &[0xbf, 0x00, 0x00, 0x10, 0x00], // mov edi, 1 MiB
+                // page:
+                &[0xc7, 0x47, 0x08, 0x01, 0x00, 0x00, 0x00], // mov dword [edi + 8], 1
+                &[0x81, 0xc7, 0x00, 0x10, 0x00, 0x00],       // add edi, 4096
+                &[0x81, 0xff],
+                &end,          // cmp edi, end
+                &[0x72, 0xeb], // jb page
+                &self.then.code(),
+            ]),
+        )
     }
 }
 

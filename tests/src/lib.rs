@@ -25,6 +25,7 @@ pub mod process;
 pub mod qemu;
 pub mod qmp;
 pub mod relay;
+pub mod resident;
 pub mod scripts;
 pub mod store;
 pub mod succession;

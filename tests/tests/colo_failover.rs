@@ -67,7 +67,24 @@ fn main() -> ExitCode {
         harness::anywhere("simulated_secondary_goes_on", || {
             failover_of(&guest().simulated(), MULTIFD, Secondary, Within)
         }),
-        kvm("both_sides_are_equal_at_every_checkpoint", equal_sides),
+        kvm(
+            "secondary_with_a_mirror_goes_on_between_checkpoints",
+            || failover_of(&mirror(), PLAIN, Secondary, Between),
+        ),
+        kvm(
+            "secondary_with_a_mirror_goes_on_in_the_middle_of_a_checkpoint",
+            || failover_of(&mirror(), MULTIFD, Secondary, Within),
+        ),
+        harness::anywhere("simulated_secondary_with_a_mirror_goes_on", || {
+            failover_of(&mirror().simulated(), MULTIFD, Secondary, Within)
+        }),
+        kvm("both_sides_are_equal_at_every_checkpoint", || {
+            equal_sides("cow")
+        }),
+        kvm(
+            "both_sides_are_equal_at_every_checkpoint_with_a_mirror",
+            || equal_sides("mirror"),
+        ),
         kvm(
             "primary_told_to_go_on_while_its_peer_lives_exits_by_request",
             || by_request(Primary),
@@ -171,6 +188,11 @@ enum Moment {
 /// More dirty memory than sockets hold: a checkpoint of it cannot be on its way as a whole.
 fn guest() -> ColoVmm {
     ColoVmm::new("colo-vmm").memory(32).dirty_pages(5000)
+}
+
+/// The same whose secondary holds guest memory twice.
+fn mirror() -> ColoVmm {
+    guest().args(["--ram-cache", "mirror"])
 }
 
 fn failover(connection: Connection, survivor: Side, moment: Moment) -> Result<()> {
@@ -314,11 +336,16 @@ fn guest_lost_nothing(pair: &mut Pair, survivor: Side) -> Result<()> {
         return Ok(());
     }
     let cut = cut(pair, &secondary)?;
+    goes_on_at(cut, &primary, &secondary)
+}
+
+/// The secondary is heard from a byte on that the primary has let out too, or from the next one.
+fn goes_on_at(cut: u64, primary: &[u8], secondary: &[u8]) -> Result<()> {
     assert!(
         cut <= primary.len() as u64,
         "the secondary is ahead of its primary"
     );
-    check_count(cut, &secondary)?;
+    check_count(cut, secondary)?;
     Ok(())
 }
 
@@ -328,18 +355,28 @@ fn cut(pair: &mut Pair, secondary: &[u8]) -> Result<u64> {
     let known = pair.primary.checkpoints()?;
     let same = known.iter().find(|c| c["checkpoint"] == last["checkpoint"]);
     let at = |c: &Value| c["serial-bytes"].as_u64().ok_or("no serial-bytes");
-    if let Some(same) = same {
-        return Ok(at(same)?);
+    match same {
+        Some(same) => Ok(at(same)?),
+        // The primary died, or was frozen, before it could tell of it.
+        None => cut_by_line(pair, secondary),
     }
-    // The primary died, or was frozen, before it could tell of it: by the first whole line.
+}
+
+/// The same by the first whole line that the secondary lets out: for a checkpoint of which not both sides
+/// have told.
+fn cut_by_line(pair: &mut Pair, secondary: &[u8]) -> Result<u64> {
     let (cut, _) = tests::vmm::first_line(secondary)?;
-    let before = known.last().map(at).transpose()?.unwrap_or(0);
+    let known = pair.primary.checkpoints()?;
+    let before = known.last().map_or(Some(0), |c| c["serial-bytes"].as_u64());
+    let before = before.ok_or("no serial-bytes")?;
     assert!(cut >= before, "the secondary fell back behind a checkpoint");
     Ok(cut)
 }
 
-fn equal_sides() -> Result<()> {
-    let guest = ColoVmm::new("colo-vmm").memory(16).args(["--verify"]);
+fn equal_sides(cache: &str) -> Result<()> {
+    let guest = ColoVmm::new("colo-vmm")
+        .memory(16)
+        .args(["--verify", "--ram-cache", cache]);
     let mut pair = Pair::in_colo(&guest, MULTIFD, DELAY)?;
     rest(&mut pair)?;
     let theirs = pair.secondary.checkpoints()?;
@@ -372,7 +409,14 @@ fn by_request(survivor: Side) -> Result<()> {
     assert_eq!(other.migration()?["status"], "failing");
     other.qmp.execute("quit", Value::Null)?;
     assert!(other.process.wait()?.success());
-    guest_lost_nothing(&mut pair, survivor)
+    if survivor == Primary {
+        return guest_lost_nothing(&mut pair, Primary);
+    }
+    // Told in the middle of a commit it goes on after it, and nobody tells of that checkpoint.
+    let (primary, secondary) = (pair.primary.output()?, pair.secondary.output()?);
+    check_count(0, &primary)?;
+    let cut = cut_by_line(&mut pair, &secondary)?;
+    goes_on_at(cut, &primary, &secondary)
 }
 
 /// A peer that is there and says nothing: its deadlines end COLO, and nothing waits with it.

@@ -142,7 +142,7 @@ struct RunArgs {
     verify: bool,
     /// What a COLO secondary keeps checkpoints in until they are complete: a second copy of RAM, or
     /// copies of what either side has dirtied.
-    #[arg(long, default_value_t = RamCacheArg::Mirror, value_enum)]
+    #[arg(long, default_value_t = RamCacheArg::Cow, value_enum)]
     ram_cache: RamCacheArg,
     /// What to do when COLO has lost the other side: wait for `x-colo-lost-heartbeat`, or take over.
     /// At most one of the two sides may take over by itself.

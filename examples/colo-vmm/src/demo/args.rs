@@ -4,6 +4,7 @@ use clap::{Args, ValueEnum};
 use qmp_types::MultiFdCompression;
 
 use super::report::Setup;
+use crate::cli::RamCacheArg;
 
 /// What the demo shows.
 #[derive(Clone, Debug, Args)]
@@ -36,6 +37,9 @@ pub struct DemoArgs {
     /// What the pair is connected by.
     #[arg(long, value_enum, default_value_t = Transport::Tcp)]
     pub transport: Transport,
+    /// What the secondary keeps checkpoints in.
+    #[arg(long, value_enum, default_value_t = RamCacheArg::Cow)]
+    pub ram_cache: RamCacheArg,
     /// Compare hashes of guest RAM and device state at every checkpoint; makes pauses longer.
     #[arg(long)]
     pub verify: bool,
@@ -97,6 +101,7 @@ impl DemoArgs {
             ("--memory", self.memory.to_string()),
             ("--vcpus", self.vcpus.to_string()),
             ("--dirty-pages", self.dirty_pages.to_string()),
+            ("--ram-cache", name(&self.ram_cache)),
         ] {
             line.extend([option.to_owned(), value]);
         }
@@ -157,12 +162,12 @@ mod tests {
         assert_eq!((args.multifd, args.transport), (2, Transport::Tcp));
         assert_eq!(
             args.machine_args().join(" "),
-            "run --guest workload --memory 256 --vcpus 1 --dirty-pages 2560"
+            "run --guest workload --memory 256 --vcpus 1 --dirty-pages 2560 --ram-cache cow"
         );
-        let args = parse("--sim --verify --memory 32").unwrap();
+        let args = parse("--sim --verify --memory 32 --ram-cache mirror").unwrap();
         assert_eq!(
             args.machine_args().join(" "),
-            "run --guest workload --memory 32 --vcpus 1 --dirty-pages 2560 --sim --verify"
+            "run --guest workload --memory 32 --vcpus 1 --dirty-pages 2560 --ram-cache mirror --sim --verify"
         );
     }
 

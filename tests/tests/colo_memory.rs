@@ -1,0 +1,73 @@
+//! What a secondary takes of memory, by what it keeps checkpoints in.
+
+use std::process::ExitCode;
+use std::thread;
+use std::time::Duration;
+
+use serde_json::Value;
+use tests::guest::{Dirtier, Filler};
+use tests::resident::Resident;
+use tests::vmm::{ColoVmm, Connection, Pair};
+use tests::{Result, harness};
+
+fn main() -> ExitCode {
+    harness::run([
+        harness::on_kvm(
+            "secondary_has_guest_memory_once_and_what_was_dirtied",
+            || {
+                let most = most_taken("cow")?;
+                assert!(most <= 1.3, "{most:.3} times guest memory");
+                Ok(())
+            },
+        ),
+        harness::on_kvm("secondary_with_a_mirror_has_guest_memory_twice", || {
+            let most = most_taken("mirror")?;
+            assert!(most >= 1.9, "{most:.3} times guest memory");
+            Ok(())
+        }),
+    ])
+}
+
+/// Guest memory, MiB: much more than a process takes for itself.
+const MEMORY: u32 = 256;
+/// A tenth of it.
+const DIRTIED_PAGES: u32 = (MEMORY << 8) / 10;
+/// Between checkpoints, ms.
+const DELAY: u32 = 200;
+
+/// The most that a secondary takes while its guest uses all of its memory and dirties a tenth of it between
+/// checkpoints, in parts of guest memory. The guest goes on in it afterwards.
+fn most_taken(cache: &str) -> Result<f64> {
+    let dir = tempfile::tempdir()?;
+    let disk = dir.path().join("disk");
+    let guest = Filler {
+        end: MEMORY << 20,
+        then: Dirtier {
+            start: 16 << 20,
+            pages: DIRTIED_PAGES,
+        },
+    };
+    guest.write_disk(&disk)?;
+    let vmm = ColoVmm::new("colo-vmm")
+        .memory(MEMORY)
+        .args(["--ram-cache", cache, "--guest"])
+        .args([format!("boot:{}", disk.display())]);
+    let mut pair = Pair::in_colo(&vmm, Connection::channels(2), DELAY)?;
+    let mut most = 0;
+    let wanted = pair.secondary.checkpoints()?.len() + 10;
+    while pair.secondary.checkpoints()?.len() < wanted {
+        most = most.max(Resident::of(pair.secondary.process.id())?.total());
+        thread::sleep(Duration::from_millis(5));
+    }
+    let checkpoints = pair.primary.checkpoints()?;
+    let dirty = |c: &Value| c["dirty-pages"].as_u64().unwrap_or_default();
+    let most_dirty = checkpoints.iter().map(dirty).max();
+    assert!(most_dirty >= Some(DIRTIED_PAGES.into()), "{checkpoints:?}");
+    pair.primary.process.kill()?;
+    pair.secondary.qmp.wait_event("COLO_EXIT")?;
+    let go_on = "x-colo-lost-heartbeat";
+    pair.secondary.qmp.execute(go_on, Value::Null)?;
+    pair.secondary.wait_status("running")?;
+    pair.secondary.wait_lines(2)?;
+    Ok(most as f64 / f64::from(MEMORY << 20))
+}
