@@ -14,7 +14,7 @@ use libtest_mimic::{Arguments, Completion, Failed, Trial};
 use crate::Result;
 use crate::linux::Linux;
 use crate::qemu::{self, Accel, Binary};
-use crate::scripts;
+use crate::{netns, scripts};
 
 /// Runs the trials as `cargo test` expects, after a line on what they run against.
 pub fn run(trials: impl IntoIterator<Item = Trial>) -> ExitCode {
@@ -42,6 +42,24 @@ pub fn on_kvm_with(name: &str, test: impl FnOnce() -> Result<()> + Send + 'stati
         Some(reason) => missing(reason),
     })
     .with_kind("KVM")
+}
+
+/// A test that needs [networks](netns::Network) of its own, and `/dev/kvm` too if `kvm` says so.
+pub fn on_network(
+    name: &str,
+    kvm: bool,
+    test: impl FnOnce() -> Result<()> + Send + 'static,
+) -> Trial {
+    let reason = move || {
+        let kvm = missing_kvm().filter(|_| kvm);
+        kvm.or_else(|| netns::missing().map(str::to_owned))
+    };
+    let kind = if kvm { "KVM, network" } else { "network" };
+    Trial::ignorable_test(name, move || match reason() {
+        None => Ok(test().map(|()| Completion::Completed)?),
+        Some(reason) => missing(reason),
+    })
+    .with_kind(kind)
 }
 
 /// A version of QEMU, major and minor.

@@ -21,6 +21,8 @@ pub mod guest;
 pub mod harness;
 pub mod linux;
 pub mod metrics;
+pub mod moments;
+pub mod netns;
 pub mod process;
 pub mod qemu;
 pub mod qmp;

@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
+use crate::netns::{Host, Network};
 use crate::process::{Process, workspace_program};
 use crate::qmp::Qmp;
 use crate::{PATIENCE, Result};
@@ -171,6 +172,16 @@ impl ColoVmm {
             let process = Process::spawn_with_input(self.name, &mut command)?;
             return Vmm::connect(process, dir);
         }
+        Vmm::start(self.name, command, dir)
+    }
+
+    /// Starts it on a host of `network`.
+    ///
+    /// # Errors
+    /// As for [`ColoVmm::start`].
+    pub fn start_on(&self, network: &Network, host: Host) -> Result<Vmm> {
+        let dir = tempfile::Builder::new().prefix("colo-vmm-").tempdir()?;
+        let command = network.on(host, &self.command(dir.path())?);
         Vmm::start(self.name, command, dir)
     }
 }

@@ -3,16 +3,14 @@
 //! a later one. The moments are those that a pair notes which nobody kills.
 
 use std::collections::BTreeSet;
-use std::fs;
-use std::path::Path;
 use std::process::ExitCode;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
+use tests::moments::noted;
 use tests::vmm::{ColoVmm, Connection, Pair, Vmm, check_count, first_line};
-use tests::{PATIENCE, Result, harness};
+use tests::{PATIENCE, Result, harness, moments};
 
 fn main() -> ExitCode {
     let mut trials = Vec::new();
@@ -101,7 +99,7 @@ fn configure(pair: &mut Pair, connection: Connection) -> Result<()> {
 }
 
 /// The moments of the victim's life, of precopy and of the checkpoints that are tried.
-fn moments(connection: Connection, victim: Side) -> Result<BTreeSet<String>> {
+fn moments_of(connection: Connection, victim: Side) -> Result<BTreeSet<String>> {
     let dir = tempfile::tempdir()?;
     let log = dir.path().join("boundaries");
     let path = log.to_str().ok_or("a path that is no text")?;
@@ -109,49 +107,20 @@ fn moments(connection: Connection, victim: Side) -> Result<BTreeSet<String>> {
     for side in [&mut pair.primary, &mut pair.secondary] {
         side.wait_checkpoints(5)?;
     }
-    read(&log)
-}
-
-fn read(log: &Path) -> Result<BTreeSet<String>> {
-    let wanted = |line: &&str| {
-        let occurrence = line.rsplit_once('#').map(|(_, n)| n.parse());
-        matches!(occurrence, Some(Ok(n)) if CHECKPOINTS.contains(&n))
-    };
-    let text = fs::read_to_string(log)?;
-    Ok(text.lines().filter(wanted).map(str::to_owned).collect())
+    noted(&log, &CHECKPOINTS)
 }
 
 /// Kills the victim at each moment, some pairs at a time.
 fn everywhere(connection: Connection, victim: Side) -> Result<()> {
-    let moments: Vec<String> = moments(connection, victim)?.into_iter().collect();
+    let moments: Vec<String> = moments_of(connection, victim)?.into_iter().collect();
     // A checkpoint has more steps than that on either side, and is there twice.
     assert!(moments.len() > 40, "{moments:?}");
-    let (next, unprotected) = (AtomicUsize::new(0), AtomicUsize::new(0));
-    let failures: Vec<String> = thread::scope(|scope| {
-        let workers: Vec<_> = (0..AT_ONCE)
-            .map(|_| {
-                scope.spawn(|| {
-                    let mut failures = Vec::new();
-                    while let Some(moment) = moments.get(next.fetch_add(1, Ordering::Relaxed)) {
-                        match dies_at(connection, victim, moment) {
-                            Ok(Survivor::Guest) => {}
-                            Ok(Survivor::Nobody) => {
-                                unprotected.fetch_add(1, Ordering::Relaxed);
-                            }
-                            Err(error) => failures.push(format!("{moment}: {error}")),
-                        }
-                    }
-                    failures
-                })
-            })
-            .collect();
-        workers
-            .into_iter()
-            .flat_map(|worker| worker.join().unwrap_or_else(|_| vec!["panicked".into()]))
-            .collect()
+    let (survivors, failures) = moments::each(&moments, AT_ONCE, |moment| {
+        dies_at(connection, victim, moment)
     });
+    let lost = survivors.iter().filter(|s| **s == Survivor::Nobody);
+    let unprotected = lost.count();
     let (all, failed) = (moments.len(), failures.len());
-    let unprotected = unprotected.into_inner();
     println!(
         "{} killed at {all} moments, {failed} failures, {unprotected} before the guest was protected",
         victim.name()

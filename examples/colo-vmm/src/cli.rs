@@ -25,7 +25,7 @@ use crate::lifecycle::{self, FailoverArgs, PairArgs, RejoinArgs, StatusArgs};
 use crate::machine::{GuestImage, KvmMachine, Machine, MachineConfig, SerialSink, SimMachine};
 use crate::memory::Memory;
 use crate::metrics;
-use crate::migration::{Boundaries, Boundary, IncomingMode, Migration, MigrationOptions};
+use crate::migration::{Boundaries, Boundary, Halt, IncomingMode, Migration, MigrationOptions};
 use crate::monitor::{self, COMMANDS, Monitor};
 use crate::operator::{EventBus, Operator};
 use crate::qmp::{self, QmpAddress};
@@ -169,6 +169,9 @@ struct RunArgs {
     /// Die there; for tests.
     #[arg(long, value_name = "NAME#OCCURRENCE", hide = true)]
     die_at: Option<Boundary>,
+    /// Wait there until somebody has had the FIFO open for writing; for tests.
+    #[arg(long, value_name = "NAME#OCCURRENCE=FIFO", hide = true)]
+    halt_at: Option<Halt>,
 }
 
 /// The value of `--incoming`.
@@ -231,7 +234,7 @@ impl From<PeerLossArg> for OnPeerLoss {
 impl RunArgs {
     fn migration_options(&self) -> io::Result<MigrationOptions> {
         let log = self.boundaries.as_ref().map(File::create).transpose()?;
-        let boundaries = Boundaries::new(log, self.die_at.clone());
+        let boundaries = Boundaries::new(log, self.die_at.clone(), self.halt_at.clone());
         let defaults = MigrationOptions::default();
         let timeout = self.peer_timeout.map(Duration::from_millis);
         Ok(MigrationOptions {

@@ -35,7 +35,7 @@ use qmp_types::{
 use ram_cache::{CacheKind, DiscardControl};
 use uuid::Uuid;
 
-pub use self::boundary::{Boundaries, Boundary};
+pub use self::boundary::{Boundaries, Boundary, Halt};
 pub(crate) use self::colo::checkpoint_event;
 pub(crate) use self::connections::Connections;
 use self::global_state::GlobalState;
