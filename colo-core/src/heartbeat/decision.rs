@@ -9,6 +9,9 @@
 //!                              +--> stopped <-----------+
 //!     peer lost: stop; the peer goes on alone; refused; the right has run out
 //! ```
+//! To a primary COLO begins when it is about to send the last of what its secondary needs to begin: from
+//! then on it cannot know whether the other guest runs ([`Decider::begins`]).
+//!
 //! A primary that holds a right may run its guest as long as that is valid, **or** as long as the
 //! peer certainly hears it and so does not ask for the right: an arbiter that cannot be reached does
 //! not disturb a pair whose sides hear each other.
@@ -149,12 +152,6 @@ impl Decider {
         self.stop
     }
 
-    /// Has COLO begun?
-    #[must_use]
-    pub const fn is_engaged(&self) -> bool {
-        !matches!(self.state, State::Idle)
-    }
-
     /// Does this side need the arbiter's right as long as it is one of two?
     #[must_use]
     pub fn holds(&self) -> bool {
@@ -172,6 +169,23 @@ impl Decider {
     pub fn held(&mut self, until: Option<Instant>, now: Instant) {
         self.until = until;
         self.ask_at = Some(now + self.pause());
+    }
+
+    /// The peer is about to get all that it needs to be in COLO.
+    pub fn begins(&mut self) {
+        if self.state == State::Idle {
+            self.state = State::Paired;
+        }
+    }
+
+    /// COLO does not begin here after all, and the guest goes on. Where an arbiter is asked the right is
+    /// claimed for good: the peer may have begun.
+    pub fn keep(&mut self) {
+        let asks = self.on_loss == OnHeartbeatLoss::Ask && self.term.is_some();
+        if asks && matches!(self.state, State::Idle | State::Paired) {
+            self.state = State::Asking { runs: true };
+            self.ask_at = None;
+        }
     }
 
     /// The right was given up before COLO.
@@ -250,7 +264,8 @@ impl Decider {
         match self.state {
             State::Paired if self.holds() => self.renewal(now),
             State::Asking { .. } => self.claim(now),
-            State::Alone { told: false } => {
+            // COLO may still begin, and is told then.
+            State::Alone { told: false } if view.colo != Colo::Outside => {
                 self.state = State::Alone { told: true };
                 Some(Order::TakeOver)
             }
@@ -322,5 +337,99 @@ impl Decider {
             return Some(order);
         }
         None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::arbiter::{Grant, Owner};
+
+    const TERM: Duration = Duration::from_secs(1);
+
+    fn holder(now: Instant) -> Decider {
+        let mut decider = Decider::new(Role::Primary, OnHeartbeatLoss::Ask, Some(TERM));
+        decider.held(Some(now + TERM), now);
+        decider
+    }
+
+    /// Before COLO, with a peer that was lost.
+    const fn before() -> View {
+        View {
+            colo: Colo::Outside,
+            peer: PeerState::Lost,
+            peer_phase: Some(Phase::Paired),
+            hears_until: None,
+        }
+    }
+
+    fn won() -> Answer {
+        Answer::Won(Grant {
+            generation: 1,
+            until: None,
+        })
+    }
+
+    #[test]
+    fn a_primary_is_one_of_two_before_it_knows_that_the_other_has_begun() {
+        let now = Instant::now();
+        let mut decider = holder(now);
+        assert_eq!(decider.next(&before(), now), None);
+        decider.begins();
+        assert_eq!(decider.next(&before(), now), Some(Order::Claim));
+        // The other has begun, has lost this side too, and was faster.
+        let lost = Answer::Lost(Owner::new(2));
+        decider.answer(Order::Claim, &lost, now);
+        let refused = Order::Stop(StopReason::Refused);
+        assert_eq!(decider.next(&before(), now), Some(refused));
+
+        let mut decider = holder(now);
+        decider.begins();
+        let ran_out = Order::Stop(StopReason::RanOut);
+        assert_eq!(decider.next(&before(), now + TERM), Some(ran_out));
+        for (on_loss, order) in [
+            (
+                OnHeartbeatLoss::Stop,
+                Some(Order::Stop(StopReason::PeerLost)),
+            ),
+            (OnHeartbeatLoss::TakeOver, None),
+        ] {
+            let mut decider = Decider::new(Role::Primary, on_loss, None);
+            decider.begins();
+            assert_eq!(decider.next(&before(), now), order);
+        }
+    }
+
+    #[test]
+    fn a_guest_that_stays_where_it_was_has_the_right_to_for_good() {
+        let now = Instant::now();
+        let mut decider = holder(now);
+        decider.begins();
+        let heard = View {
+            peer: PeerState::Alive,
+            ..before()
+        };
+        assert_eq!(decider.next(&heard, now), None);
+        decider.keep();
+        assert_eq!(decider.next(&heard, now), Some(Order::Claim));
+        decider.answer(Order::Claim, &won(), now);
+        assert_eq!(decider.phase(), Phase::Alone);
+        assert_eq!(decider.next(&heard, now + TERM * 2), None);
+    }
+
+    #[test]
+    fn colo_that_begins_after_the_decision_is_told_of_it() {
+        let now = Instant::now();
+        let mut decider = holder(now);
+        decider.begins();
+        assert_eq!(decider.next(&before(), now), Some(Order::Claim));
+        decider.answer(Order::Claim, &won(), now);
+        assert_eq!(decider.next(&before(), now), None);
+        let within = View {
+            colo: Colo::Within,
+            ..before()
+        };
+        assert_eq!(decider.next(&within, now), Some(Order::TakeOver));
+        assert_eq!(decider.next(&within, now), None);
     }
 }

@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use multifd::Address;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::decision::{Colo, Decider, Order, StopReason, View};
@@ -67,6 +68,8 @@ pub struct HeartbeatReport {
     pub stop: Option<StopReason>,
     /// How it beats.
     pub rhythm: Rhythm,
+    /// Where.
+    pub endpoint: Endpoint,
     /// The arbiter's kind.
     pub arbiter: &'static str,
     /// What it has last said, `None` before it was asked.
@@ -81,11 +84,14 @@ pub struct HeartbeatReport {
 pub struct Heartbeat {
     shared: Arc<Shared>,
     questions: Sender<Question>,
+    news: Sender<News>,
     threads: Vec<JoinHandle<()>>,
 }
 
 struct Shared {
     report: Mutex<(HeartbeatReport, Instant)>,
+    /// It has survived another pair: its right is never given up as long as its guest runs.
+    survivor: AtomicBool,
     /// What has become of COLO: see [`Heartbeat::colo_ended`].
     ended: Mutex<Option<Colo>>,
     quit: AtomicBool,
@@ -110,6 +116,9 @@ enum News {
     Answer(Order, Answer),
     Held(Option<Instant>, Instant),
     Released,
+    Begins(Sender<()>),
+    Keep,
+    NewPair(Address, Sender<io::Result<()>>),
 }
 
 /// The longest that an arbiter without a term is waited for.
@@ -139,6 +148,7 @@ impl Heartbeat {
             phase: Phase::Paired,
             stop: None,
             rhythm,
+            endpoint: config.endpoint.clone(),
             arbiter: arbiter.kind(),
             answer: None,
             generation: None,
@@ -146,6 +156,7 @@ impl Heartbeat {
         };
         let shared = Arc::new(Shared {
             report: Mutex::new((report, now)),
+            survivor: AtomicBool::new(false),
             ended: Mutex::new(None),
             quit: AtomicBool::new(false),
             wake: Mutex::new(wake),
@@ -163,7 +174,9 @@ impl Heartbeat {
             questions: questions.clone(),
             news,
             woken,
+            entered: false,
         };
+        let to_beats = answers.clone();
         let for_arbiter = Arc::clone(&shared);
         let arbiter = thread::Builder::new()
             .name("arbiter".into())
@@ -171,6 +184,7 @@ impl Heartbeat {
         let mut this = Self {
             shared,
             questions,
+            news: to_beats,
             threads: vec![arbiter],
         };
         let beats = thread::Builder::new().name("heartbeat".into());
@@ -195,11 +209,50 @@ impl Heartbeat {
         receiver.recv().map_err(|_| HoldError::Ended)?
     }
 
-    /// COLO has not begun after all: the right is given up.
+    /// The peer is about to get the last of what it needs to be in COLO: from now on this side is one of
+    /// two, whatever it hears of the other. To be called before that is sent.
+    pub fn begins(&self) {
+        let (sender, receiver) = channel();
+        self.tell(News::Begins(sender));
+        // A heartbeat that has ended has ended with its guest.
+        let _ = receiver.recv();
+    }
+
+    /// COLO has not begun after all, and the peer does not have what it needs to have begun: the right
+    /// is given up. A survivor of another pair [keeps](Heartbeat::keep) it.
     pub fn give_up(&self) {
+        if self.shared.survivor.load(Ordering::Acquire) {
+            self.keep();
+            return;
+        }
         let _ = self
             .questions
             .send(Question::Release(Instant::now() + PATIENCE));
+    }
+
+    /// COLO has not begun on this side, whose guest goes on, but the peer may have begun: the right is
+    /// claimed for good. The guest is stopped if it is refused.
+    pub fn keep(&self) {
+        self.tell(News::Keep);
+    }
+
+    /// The survivor of a pair is to be the primary of a new one, with a secondary whose heartbeat listens
+    /// at `address`. Its right stays what it is, until [`Heartbeat::hold`].
+    ///
+    /// # Errors
+    /// The heartbeat has ended.
+    pub fn new_pair(&self, address: Address) -> io::Result<()> {
+        self.shared.survivor.store(true, Ordering::Release);
+        let (sender, receiver) = channel();
+        self.tell(News::NewPair(address, sender));
+        receiver
+            .recv()
+            .unwrap_or_else(|_| Err(io::Error::other("the heartbeat has ended")))
+    }
+
+    fn tell(&self, news: News) {
+        let _ = self.news.send(news);
+        self.shared.wake();
     }
 
     /// COLO has ended on this side, and this has become of the VM.
@@ -266,6 +319,8 @@ struct Beating {
     questions: Sender<Question>,
     news: Receiver<News>,
     woken: PipeReader,
+    /// COLO has been seen.
+    entered: bool,
 }
 
 impl Beating {
@@ -342,21 +397,49 @@ impl Beating {
                 }
                 News::Held(until, asked) => self.decider.held(until, asked),
                 News::Released => self.decider.given_up(),
+                News::Begins(reply) => {
+                    self.peer.pin();
+                    self.decider.begins();
+                    let _ = reply.send(());
+                }
+                News::Keep => self.decider.keep(),
+                News::NewPair(address, reply) => {
+                    let made = self.new_pair(address, now);
+                    self.publish(now);
+                    let _ = reply.send(made);
+                }
             }
         }
     }
 
-    fn view(&self, now: Instant) -> View {
+    fn new_pair(&mut self, address: Address, now: Instant) -> io::Result<()> {
+        let peer = self.peer.renewed(now);
+        let rhythm = *peer.rhythm();
+        let endpoint = Endpoint::Connect(address);
+        self.link = Link::open(endpoint.clone(), rhythm.timeout(), now)?;
+        self.decider = Decider::new(rhythm.role, rhythm.on_loss, self.term);
+        self.peer = peer;
+        self.entered = false;
+        *lock(&self.shared.ended) = None;
+        let mut shared = lock(&self.shared.report);
+        shared.0.rhythm = rhythm;
+        shared.0.endpoint = endpoint;
+        shared.0.refused = None;
+        Ok(())
+    }
+
+    fn view(&mut self, now: Instant) -> View {
         let status = self.failover.status();
         let within = status.mode != ColoMode::None;
         let ended = *lock(&self.shared.ended);
+        self.entered |= within;
         View {
             colo: match ended {
                 Some(ended) => ended,
                 None if within && status.reason == StatusReason::Error => Colo::Broken,
                 None if within => Colo::Within,
                 // Between the end and the word of what it was.
-                None if self.decider.is_engaged() => Colo::Within,
+                None if self.entered => Colo::Within,
                 None => Colo::Outside,
             },
             peer: self.peer.state(now),

@@ -87,6 +87,20 @@ impl Peer {
         }
     }
 
+    /// The same side, as the primary of a new pair: its peer was not heard yet.
+    #[must_use]
+    pub fn renewed(&self, now: Instant) -> Self {
+        let rhythm = Rhythm {
+            role: Role::Primary,
+            ..self.rhythm
+        };
+        Self {
+            // It may be the same process as before, which knows our numbers.
+            next: self.next,
+            ..Self::new(rhythm, now)
+        }
+    }
+
     /// How this side beats.
     #[must_use]
     pub const fn rhythm(&self) -> &Rhythm {
@@ -324,6 +338,29 @@ mod tests {
         assert_eq!(a.state(start), PeerState::Lost);
         a.receive(&b.beat_now(Phase::Paired, start), start).unwrap();
         assert_eq!(a.state(start), PeerState::Alive);
+    }
+
+    #[test]
+    fn a_survivor_is_the_primary_of_its_next_pair() {
+        let start = Instant::now();
+        let (mut a, mut b) = pair(start);
+        b.receive(&a.beat_now(Phase::Paired, start), start).unwrap();
+        a.receive(&b.beat_now(Phase::Alone, start), start).unwrap();
+        b.pin();
+        let mut b = b.renewed(start);
+        assert_eq!(b.state(start + INTERVAL * 100), PeerState::Unheard);
+        assert_eq!(b.phase(), None);
+        // The one that was pinned is nobody to it, and its role is the other one.
+        let error = b.receive(&a.beat_now(Phase::Stopped, start), start);
+        assert_eq!(error, Err(BeatError::Role(Role::Primary)));
+        let mut c = peer(Role::Secondary, start);
+        c.rhythm.process = 30;
+        b.receive(&c.beat_now(Phase::Paired, start), start).unwrap();
+        c.receive(&b.beat_now(Phase::Paired, start), start).unwrap();
+        assert_eq!(c.state(start), PeerState::Alive);
+        // One that it had before goes on counting its beats.
+        let mut b = b.renewed(start);
+        c.receive(&b.beat_now(Phase::Paired, start), start).unwrap();
     }
 
     #[test]

@@ -5,7 +5,8 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use colo_core::driver::{PrimaryLink, run_primary};
-use colo_core::{MigrationPlan, Role};
+use colo_core::heartbeat::{Endpoint, Heartbeat, Phase};
+use colo_core::{MigrationPlan, Outcome, Role};
 use migration_stream::io::FdChannel;
 use migration_stream::precopy::{
     BoxError, Control, Progress, RamSetup, ReturnPathReader, Source, SourceConfig, SourceEvent,
@@ -33,20 +34,25 @@ pub(super) fn run(
     address: &Address,
     cancel: &Cancel,
 ) {
+    let heartbeat = migration.heartbeat().filter(|_| plan.migrate_colo());
     let mut vm = SourceSide {
         migration,
+        heartbeat,
         cancel,
         ran: false,
         before: RunState::Running,
+        peer_may_run: false,
     };
-    let colo = plan.migrate_colo();
-    let held = match migration.heartbeat().filter(|_| colo) {
-        None => Ok(()),
-        Some(heartbeat) => heartbeat.hold(CONNECT_TIMEOUT).map_err(BoxError::from),
-    };
-    match held.and_then(|()| migrate(&mut vm, plan, multifd, address)) {
+    match heartbeat
+        .map_or(Ok(()), watch)
+        .and_then(|()| migrate(&mut vm, plan, multifd, address))
+    {
         Ok(switched) if plan.migrate_colo() => {
             if let Err(error) = enter_colo(migration, switched, vm.ran) {
+                // The guest stands still, and the secondary has it too.
+                if let Some(heartbeat) = heartbeat {
+                    heartbeat.colo_ended(Outcome::Quit);
+                }
                 failed(migration, cancel, &*error);
             }
         }
@@ -57,12 +63,24 @@ pub(super) fn run(
             migration.status.set(MigrationStatus::Completed);
         }
         Err(error) => {
-            if let Some(heartbeat) = migration.heartbeat().filter(|_| colo) {
-                heartbeat.give_up();
+            match heartbeat {
+                None => {}
+                Some(heartbeat) if vm.peer_may_run => heartbeat.keep(),
+                Some(heartbeat) => heartbeat.give_up(),
             }
             failed(migration, cancel, &*error);
         }
     }
+}
+
+/// Takes the right to run for the pair that is to be.
+fn watch(heartbeat: &Heartbeat) -> Result<(), BoxError> {
+    let report = heartbeat.report();
+    // A primary that has gone on alone tries again, with the same or another secondary in its place.
+    if let (Phase::Alone, Endpoint::Connect(address)) = (report.phase, report.endpoint) {
+        heartbeat.new_pair(address)?;
+    }
+    Ok(heartbeat.hold(CONNECT_TIMEOUT)?)
 }
 
 fn migrate(
@@ -154,10 +172,14 @@ fn enter_colo(
 /// The VM as the source's driver sees it.
 struct SourceSide<'a> {
     migration: &'a Arc<Migration>,
+    /// That of the pair that is to be.
+    heartbeat: Option<&'a Heartbeat>,
     cancel: &'a Cancel,
     /// The guest ran when the migration stopped it.
     ran: bool,
     before: RunState,
+    /// The peer may have all that it needs to go on as a COLO secondary.
+    peer_may_run: bool,
 }
 
 impl SourceVm for SourceSide<'_> {
@@ -187,6 +209,11 @@ impl SourceVm for SourceSide<'_> {
             .vm
             .with_machine(|machine| devices::save_described(machine.devices()?, out));
         boundaries.reach("devices saved");
+        // They are sent next.
+        self.peer_may_run = true;
+        if let Some(heartbeat) = self.heartbeat {
+            heartbeat.begins();
+        }
         saved
     }
 
