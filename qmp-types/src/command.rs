@@ -16,6 +16,8 @@ qapi_enum! {
     pub enum CommandKind {
         /// Whether the other side lives. Not part of QEMU's schema.
         XQueryColoHeartbeat = "x-query-colo-heartbeat",
+        /// Watch the secondary of a new pair. Not part of QEMU's schema.
+        XSetColoHeartbeat = "x-set-colo-heartbeat",
         /// Ends the negotiation.
         QmpCapabilities = "qmp_capabilities",
         /// What the server is.
@@ -167,6 +169,11 @@ pub enum Command {
     XQueryColoFigures,
     /// `x-query-colo-heartbeat`: a [`ColoHeartbeat`](crate::ColoHeartbeat), an extension.
     XQueryColoHeartbeat,
+    /// `x-set-colo-heartbeat`, an extension: the survivor of a pair is to watch a new secondary.
+    XSetColoHeartbeat {
+        /// Where the secondary's heartbeat listens: `uri` on the wire.
+        address: MigrationAddress,
+    },
     /// `yank`. All instances are looked for before any is yanked.
     Yank {
         /// Which.
@@ -233,6 +240,12 @@ impl Command {
             CommandKind::QueryColoStatus => Self::QueryColoStatus,
             CommandKind::XQueryColoFigures => Self::XQueryColoFigures,
             CommandKind::XQueryColoHeartbeat => Self::XQueryColoHeartbeat,
+            CommandKind::XSetColoHeartbeat => {
+                let uri: String = members.take("uri")?;
+                members.finish()?;
+                let address = uri.parse()?;
+                return Ok(Self::XSetColoHeartbeat { address });
+            }
             CommandKind::Yank => Self::Yank {
                 instances: members.take("instances")?,
             },
@@ -267,6 +280,7 @@ impl Command {
             Self::QueryColoStatus => CommandKind::QueryColoStatus,
             Self::XQueryColoFigures => CommandKind::XQueryColoFigures,
             Self::XQueryColoHeartbeat => CommandKind::XQueryColoHeartbeat,
+            Self::XSetColoHeartbeat { .. } => CommandKind::XSetColoHeartbeat,
             Self::Yank { .. } => CommandKind::Yank,
             Self::QueryYank => CommandKind::QueryYank,
         }
@@ -298,6 +312,7 @@ impl Command {
             }
             Self::MigrateSetParameters(changes) => Some(json!(changes)),
             Self::Yank { instances } => Some(json!({ "instances": instances })),
+            Self::XSetColoHeartbeat { address } => Some(json!({ "uri": address.to_string() })),
             Self::QueryVersion
             | Self::QueryCommands
             | Self::QueryStatus

@@ -13,6 +13,10 @@ pub struct ColoHeartbeat {
     pub peer_age_us: Option<u64>,
     /// Whether there is a connection on which it was heard.
     pub connected: bool,
+    /// Where beats are exchanged, as a URI, and whether this side listens there.
+    pub address: String,
+    /// See `address`.
+    pub listening: bool,
     /// Between two beats, ms.
     pub interval: u64,
     /// How many beats have to be missing for the other side to be lost.

@@ -8,7 +8,9 @@ use std::process::{Command, ExitCode};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use serde_json::{Value, json};
 use tests::process::workspace_program;
+use tests::qmp::Qmp;
 use tests::vmm::{check_count, first_line};
 use tests::{PATIENCE, Result, harness};
 
@@ -25,6 +27,18 @@ fn main() -> ExitCode {
         kvm(
             "primary_is_given_a_new_secondary_while_its_guest_runs",
             new_secondary,
+        ),
+        kvm(
+            "guest_outlives_its_primaries_by_itself_with_a_heartbeat",
+            || outlives_by_itself(&["--memory", "16"]),
+        ),
+        harness::anywhere(
+            "simulated_guest_outlives_its_primaries_by_itself_with_a_heartbeat",
+            || outlives_by_itself(&["--memory", "16", "--sim", "--pass-delay", "2000000"]),
+        ),
+        harness::anywhere(
+            "survivor_with_a_heartbeat_takes_no_secondary_that_it_cannot_watch",
+            unwatched,
         ),
         harness::anywhere(
             "what_cannot_be_done_is_refused_and_nothing_is_left_behind",
@@ -156,6 +170,136 @@ fn outlives(run: &[&str]) -> Result<()> {
         survivor = format!("unix:{next}/secondary.qmp");
     }
     Ok(())
+}
+
+/// Options of a side whose heartbeat is at `beat`, with a lock file in `dir`.
+fn watched(dir: &Path, beat: &str, run: &[&str]) -> Vec<String> {
+    let heartbeat = format!("unix:{}", dir.join(beat).display());
+    let arbiter = format!("file:{}", dir.join("right").display());
+    let options = [
+        "--uuid",
+        "8f2a3c1e-0b64-4f4e-9a53-4d1f6f0f7a13",
+        "--heartbeat",
+        &heartbeat,
+        "--heartbeat-interval",
+        "200",
+        "--on-heartbeat-loss",
+        "ask",
+        "--arbiter",
+        &arbiter,
+        "--arbiter-term",
+        "2000",
+    ];
+    let all = run.iter().chain(&options);
+    all.map(|option| (*option).to_owned()).collect()
+}
+
+fn heartbeat(qmp: &mut Qmp) -> Result<Value> {
+    qmp.execute("x-query-colo-heartbeat", Value::Null)
+}
+
+/// Waits until the side at the socket has gone on alone by itself.
+fn wait_alone(qmp: &mut Qmp) -> Result<()> {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let beat = heartbeat(qmp)?;
+        if beat["state"] == "alone" {
+            let status = qmp.execute("query-status", Value::Null)?;
+            if status["status"] == "running" {
+                return Ok(());
+            }
+        }
+        if Instant::now() > deadline {
+            return Err(format!("does not go on alone: {beat}").into());
+        }
+        thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// As [`outlives`], and nobody says `failover`: each new pair is watched as the first one. At the end
+/// the last survivor loses its secondary, and gets another in its place.
+fn outlives_by_itself(run: &[&str]) -> Result<()> {
+    let mut life = Life::new()?;
+    let dir = tempfile::tempdir()?;
+    let place = |i: usize| dir.path().join(i.to_string());
+    let options = watched(dir.path(), "beat-0", run);
+    let options: Vec<&str> = options.iter().map(String::as_str).collect();
+    let first = place(0);
+    let args = ["pair", "--dir", text(&first)?, "--delay", "50"];
+    life.run(&with(&args, &options))?;
+    let mut victim = "primary".to_owned();
+    let mut socket = first.join("secondary.qmp");
+    let mut serial = first.join("primary.serial");
+    wait_for_more(&serial)?;
+    for i in 1..4 {
+        life.kill(&victim)?;
+        let mut qmp = Qmp::connect(&socket, || Ok(()))?;
+        wait_alone(&mut qmp)?;
+        assert_eq!(heartbeat(&mut qmp)?["generation"], i + 1);
+        serial = socket.with_extension("serial");
+        wait_for_more(&serial)?;
+        victim = format!("survivor {i}");
+        let pid = life.pids.remove("secondary").ok_or("no secondary")?;
+        life.pids.insert(victim.clone(), pid);
+
+        let next = place(i);
+        let options = watched(dir.path(), &format!("beat-{i}"), run);
+        let options: Vec<&str> = options.iter().map(String::as_str).collect();
+        let survivor = format!("unix:{}", text(&socket)?);
+        let args = ["rejoin", &survivor, "--dir", text(&next)?, "--delay", "50"];
+        life.run(&with(&args, &options))?;
+        let beat = heartbeat(&mut qmp)?;
+        assert_eq!(
+            (&beat["state"], &beat["peer"]),
+            (&"paired".into(), &"alive".into())
+        );
+        socket = next.join("secondary.qmp");
+    }
+    // The survivor is a primary now, and may lose its secondary too.
+    life.kill("secondary")?;
+    let mut qmp = Qmp::connect(&place(2).join("secondary.qmp"), || Ok(()))?;
+    wait_alone(&mut qmp)?;
+    wait_for_more(&serial)?;
+    let options = watched(dir.path(), "beat-3", run);
+    let options: Vec<&str> = options.iter().map(String::as_str).collect();
+    let survivor = format!("unix:{}", text(&place(2).join("secondary.qmp"))?);
+    let last = place(4);
+    let args = ["rejoin", &survivor, "--dir", text(&last)?, "--delay", "50"];
+    life.run(&with(&args, &options))?;
+    assert_eq!(heartbeat(&mut qmp)?["state"], "paired");
+    let heard = fs::read(&serial)?;
+    let (begin, _) = first_line(&heard)?;
+    check_count(begin, &heard)?;
+    Ok(())
+}
+
+fn unwatched() -> Result<()> {
+    let mut life = Life::new()?;
+    let dir = tempfile::tempdir()?;
+    let pair = dir.path().join("pair");
+    let run = ["--memory", "16", "--sim", "--pass-delay", "2000000"];
+    let options = watched(dir.path(), "beat", &run);
+    let options: Vec<&str> = options.iter().map(String::as_str).collect();
+    life.run(&with(&["pair", "--dir", text(&pair)?], &options))?;
+    let socket = pair.join("secondary.qmp");
+    let mut qmp = Qmp::connect(&socket, || Ok(()))?;
+    let elsewhere = json!({"uri": "unix:/nowhere"});
+    let refusal = qmp.refused("x-set-colo-heartbeat", elsewhere.clone())?;
+    assert!(refusal.desc.contains("migration"), "{refusal}");
+    life.kill("primary")?;
+    wait_alone(&mut qmp)?;
+    // Without a heartbeat, or one of another guest.
+    let survivor = format!("unix:{}", text(&socket)?);
+    let next = dir.path().join("next");
+    let args = ["rejoin", &survivor, "--dir", text(&next)?];
+    let error = life.run(&with(&args, &run)).unwrap_err().to_string();
+    assert!(error.contains("the secondary has no heartbeat"), "{error}");
+    // By hand, it is not forgotten either.
+    qmp.enable(&["return-path", "x-colo"])?;
+    let refusal = qmp.refused("migrate", elsewhere)?;
+    assert!(refusal.desc.contains("new secondary's first"), "{refusal}");
+    assert_eq!(heartbeat(&mut qmp)?["state"], "alone");
+    wait_for_more(&socket.with_extension("serial"))
 }
 
 fn new_secondary() -> Result<()> {

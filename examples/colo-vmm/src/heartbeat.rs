@@ -141,6 +141,10 @@ impl Guest for Fence {
 #[must_use]
 pub fn describe(report: &HeartbeatReport) -> ColoHeartbeat {
     let whole = |n: u128| u64::try_from(n).unwrap_or(u64::MAX);
+    let (address, listening) = match &report.endpoint {
+        Endpoint::Listen(address) => (address, true),
+        Endpoint::Connect(address) => (address, false),
+    };
     ColoHeartbeat {
         peer: match report.peer {
             PeerState::Unheard => "unheard",
@@ -150,6 +154,8 @@ pub fn describe(report: &HeartbeatReport) -> ColoHeartbeat {
         .to_owned(),
         peer_age_us: report.peer_age.map(|age| whole(age.as_micros())),
         connected: report.connected,
+        address: address.to_string(),
+        listening,
         interval: whole(report.rhythm.interval.as_millis()),
         missed: report.rhythm.missed,
         policy: match report.rhythm.on_loss {

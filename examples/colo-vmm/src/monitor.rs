@@ -8,7 +8,7 @@ use qmp_types::{
 };
 
 use crate::machine::MachineError;
-use crate::migration::Migration;
+use crate::migration::{Migration, no_heartbeat};
 use crate::operator::Operator;
 
 /// Carries out commands.
@@ -41,6 +41,7 @@ pub const COMMANDS: &[CommandKind] = &[
     CommandKind::QueryColoStatus,
     CommandKind::XQueryColoFigures,
     CommandKind::XQueryColoHeartbeat,
+    CommandKind::XSetColoHeartbeat,
     CommandKind::Yank,
     CommandKind::QueryYank,
 ];
@@ -199,9 +200,13 @@ impl Operator for Monitor {
                 done()
             }
             Command::XQueryColoHeartbeat => match migration.heartbeat() {
-                None => Err(QmpError::generic("This VM has no heartbeat")),
+                None => Err(no_heartbeat()),
                 Some(heartbeat) => returns(&crate::heartbeat::describe(&heartbeat.report())),
             },
+            Command::XSetColoHeartbeat { address } => {
+                migration.watch_new_secondary(&address)?;
+                done()
+            }
             Command::QueryColoStatus => returns(&colo_status(migration.failover().status())),
             Command::XQueryColoFigures => returns(&migration.observe().figures()),
             Command::Yank { instances } => self.yank(&instances),

@@ -194,6 +194,7 @@ pub fn rejoin(args: &RejoinArgs) -> Result<(), Box<dyn Error>> {
         (None, Some(dir)) => start("secondary", dir, true, &args.run)?,
         (None, None) => return Err("neither --dir nor --secondary".into()),
     };
+    procedure::watch(&mut survivor, &mut secondary.0, &connection)?;
     let first = procedure::replicate(&mut survivor, &mut secondary.0, &connection)?;
     said(&mut secondary);
     println!("first checkpoint after {} ms", first.as_millis());

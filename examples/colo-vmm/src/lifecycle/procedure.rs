@@ -4,10 +4,10 @@ use std::time::{Duration, Instant};
 
 use multifd::Address;
 use qmp_types::{
-    ColoMode, ColoStatus, Command, Event, InetSocketAddress, Migrate, MigrateIncoming,
-    MigrateSetParameters, MigrationAddress, MigrationCapability, MigrationCapabilityStatus,
-    MigrationInfo, MigrationStatus, MultiFdCompression, RunState, SocketAddress, StatusInfo,
-    YankInstance,
+    ColoHeartbeat, ColoMode, ColoStatus, Command, Event, InetSocketAddress, Migrate,
+    MigrateIncoming, MigrateSetParameters, MigrationAddress, MigrationCapability,
+    MigrationCapabilityStatus, MigrationInfo, MigrationStatus, MultiFdCompression, RunState,
+    SocketAddress, StatusInfo, YankInstance,
 };
 
 use super::remote::{Remote, RemoteError};
@@ -158,6 +158,63 @@ pub(super) fn go_on_alone(survivor: &mut Remote) -> Result<Duration, RemoteError
         Ok((info.status == Some(MigrationStatus::Completed) && rests).then_some(()))
     })?;
     Ok(begun.elapsed())
+}
+
+/// Has `survivor` watch the heartbeat of `secondary`, and waits until it hears it. Either both have one
+/// or neither has.
+pub(super) fn watch(
+    survivor: &mut Remote,
+    secondary: &mut Remote,
+    connection: &Connection,
+) -> Result<(), RemoteError> {
+    let lacks = |side: &Remote, other: &Remote| RemoteError::State {
+        name: side.name(),
+        what: format!("has no heartbeat, and the {} has one", other.name()),
+    };
+    let theirs = match (heartbeat(survivor)?, heartbeat(secondary)?) {
+        (None, None) => return Ok(()),
+        (Some(_), None) => return Err(lacks(secondary, survivor)),
+        (None, Some(_)) => return Err(lacks(survivor, secondary)),
+        (Some(_), Some(theirs)) => theirs,
+    };
+    let address: Address = theirs.address.parse().map_err(|_| RemoteError::State {
+        name: secondary.name(),
+        what: format!("has a heartbeat at {}, which is no address", theirs.address),
+    })?;
+    let address = migration_address(&from_outside(address, &connection.address));
+    survivor.execute(&Command::XSetColoHeartbeat { address })?;
+    survivor.wait("beat of the new secondary", |side| {
+        let report: ColoHeartbeat = side.query(&Command::XQueryColoHeartbeat)?;
+        match report.refused {
+            Some(why) => Err(RemoteError::State {
+                name: side.name(),
+                what: format!("does not take the new secondary's heartbeat: {why}"),
+            }),
+            None => Ok((report.peer == "alive").then_some(())),
+        }
+    })
+}
+
+fn heartbeat(side: &mut Remote) -> Result<Option<ColoHeartbeat>, RemoteError> {
+    match side.query(&Command::XQueryColoHeartbeat) {
+        Ok(report) => Ok(Some(report)),
+        Err(RemoteError::Refused { .. }) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// Where somebody else finds what listens at `address`: one that is every address of its host is that
+/// of `host`.
+fn from_outside(address: Address, host: &Address) -> Address {
+    match (address, host) {
+        (Address::Tcp { host, port }, Address::Tcp { host: known, .. })
+            if ["", "0.0.0.0", "::"].contains(&host.as_str()) =>
+        {
+            let host = known.clone();
+            Address::Tcp { host, port }
+        }
+        (address, _) => address,
+    }
 }
 
 /// Fails if `survivor` has a peer, or no guest.

@@ -22,7 +22,7 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use colo_core::driver::ColoControl;
-use colo_core::heartbeat::Heartbeat;
+use colo_core::heartbeat::{Endpoint, Heartbeat, Phase};
 use colo_core::{Deadlines, FailoverHandle, MigrationPlan, OnPeerLoss};
 use migration_stream::configuration::{Configuration, MachineName};
 use migration_stream::precopy::{BoxError, Limits};
@@ -263,6 +263,23 @@ impl Migration {
         let _ = self.heartbeat.set(heartbeat);
     }
 
+    /// This VM has survived its pair, and is to watch the secondary of a new one, whose heartbeat
+    /// listens at `address`.
+    ///
+    /// # Errors
+    /// It has no heartbeat, or is not a survivor without a peer.
+    pub fn watch_new_secondary(&self, address: &MigrationAddress) -> Result<(), QmpError> {
+        let heartbeat = self.heartbeat().ok_or_else(no_heartbeat)?;
+        if self.status.is_busy() {
+            return Err(QmpError::migration_in_progress());
+        }
+        if heartbeat.report().phase != Phase::Alone {
+            return Err(QmpError::generic("This VM has not gone on alone"));
+        }
+        let renewed = heartbeat.new_pair(socket(address)?);
+        renewed.map_err(|error| QmpError::generic(error.to_string()))
+    }
+
     /// The guest is to stand still for good: COLO, if there is any, ends.
     pub fn fence(&self, reason: &str) {
         if let Err(error) = self.vm.fence() {
@@ -346,6 +363,15 @@ impl Migration {
         }
         let (plan, multifd) = self.plan()?;
         let address = socket(address)?;
+        if let Some(heartbeat) = self.heartbeat().filter(|_| plan.migrate_colo()) {
+            let report = heartbeat.report();
+            // Where its next secondary is to be heard it cannot know.
+            if report.phase == Phase::Alone && matches!(report.endpoint, Endpoint::Listen(_)) {
+                return Err(QmpError::generic(
+                    "The heartbeat has to be set to the new secondary's first",
+                ));
+            }
+        }
         let cancel = self.begin(&mut job, None)?;
         let this = Arc::clone(self);
         job.thread = Some(spawn("migration", move || {
@@ -533,6 +559,11 @@ impl std::fmt::Debug for Migration {
             .field("status", &self.status)
             .finish_non_exhaustive()
     }
+}
+
+/// What is answered where a heartbeat is asked for.
+pub(crate) fn no_heartbeat() -> QmpError {
+    QmpError::generic("This VM has no heartbeat")
 }
 
 fn zero_pages(parameters: &Parameters) -> ram::ZeroPageDetection {
