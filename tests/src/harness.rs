@@ -27,6 +27,11 @@ pub fn run(trials: impl IntoIterator<Item = Trial>) -> ExitCode {
 
 /// A test that runs anywhere.
 pub fn anywhere(name: &str, test: fn() -> Result<()>) -> Trial {
+    anywhere_with(name, test)
+}
+
+/// As [`anywhere`], for a test with parameters.
+pub fn anywhere_with(name: &str, test: impl FnOnce() -> Result<()> + Send + 'static) -> Trial {
     Trial::test(name, move || Ok(test()?))
 }
 

@@ -1,27 +1,42 @@
 //! A pair of `colo-vmm` with a heartbeat: who is lost is noticed, and one side goes on by itself.
 
 use std::process::ExitCode;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
-use tests::vmm::{ColoVmm, Connection, Pair, Vmm};
+use tests::vmm::{ColoVmm, Connection, Pair, Vmm, check_count, first_line};
 use tests::{Result, harness};
 
+/// Of a pair that is simulated or not.
+type Test = fn(bool) -> Result<()>;
+
 fn main() -> ExitCode {
-    harness::run([
-        harness::anywhere(
+    let tests: [(&str, Test); 6] = [
+        (
             "secondary_of_a_killed_primary_is_given_the_right_by_the_lock_file",
-            || killed(false),
+            |is_simulated| killed(is_simulated, false),
         ),
-        harness::anywhere(
+        (
             "primary_of_a_killed_secondary_goes_on_by_the_lock_file",
-            || killed(true),
+            |is_simulated| killed(is_simulated, true),
         ),
-        harness::anywhere(
+        (
             "primary_that_was_frozen_finds_its_right_another_s_and_stops",
             frozen,
         ),
-        harness::anywhere("secondary_set_to_take_over_does", take_over),
-    ])
+        (
+            "primary_of_a_frozen_secondary_goes_on_in_time_and_answers_meanwhile",
+            frozen_secondary,
+        ),
+        ("secondary_set_to_take_over_does", take_over),
+        ("primary_set_to_take_over_does", primary_takes_over),
+    ];
+    let simulated = tests.map(|(name, test)| {
+        harness::anywhere_with(&format!("simulated_{name}"), move || test(true))
+    });
+    let kvm =
+        tests.map(|(name, test)| harness::on_kvm_with(&format!("kvm_{name}"), move || test(false)));
+    harness::run(simulated.into_iter().chain(kvm))
 }
 
 const CONNECTION: Connection = Connection {
@@ -30,13 +45,24 @@ const CONNECTION: Connection = Connection {
 };
 
 /// A pair in COLO that beats slowly enough for a busy machine.
-fn pair(primary: &str, secondary: &str, arbiter: bool) -> Result<(Pair, tempfile::TempDir)> {
+fn pair(
+    is_simulated: bool,
+    primary: &str,
+    secondary: &str,
+    arbiter: bool,
+) -> Result<(Pair, tempfile::TempDir)> {
     let dir = tempfile::tempdir()?;
     let beat = format!("unix:{}", dir.path().join("beat").display());
     let file = format!("file:{}", dir.path().join("right").display());
     let vmm = |policy: &str| {
         let arbiter = if arbiter { file.as_str() } else { "none" };
-        ColoVmm::new("colo-vmm").memory(16).simulated().args([
+        let guest = ColoVmm::new("colo-vmm").memory(16);
+        let guest = if is_simulated {
+            guest.simulated()
+        } else {
+            guest
+        };
+        guest.args([
             "--uuid",
             "8f2a3c1e-0b64-4f4e-9a53-4d1f6f0f7a11",
             "--heartbeat",
@@ -85,8 +111,8 @@ fn goes_on(side: &mut Vmm) -> Result<()> {
     side.wait_lines(3)
 }
 
-fn killed(survivor_is_primary: bool) -> Result<()> {
-    let (mut pair, _dir) = pair("ask", "ask", true)?;
+fn killed(is_simulated: bool, survivor_is_primary: bool) -> Result<()> {
+    let (mut pair, _dir) = pair(is_simulated, "ask", "ask", true)?;
     let (survivor, victim) = if survivor_is_primary {
         (&mut pair.primary, &mut pair.secondary)
     } else {
@@ -102,13 +128,13 @@ fn killed(survivor_is_primary: bool) -> Result<()> {
     assert_eq!(beat["arbiter-state"], "won");
     let generation = if survivor_is_primary { 1 } else { 2 };
     assert_eq!(beat["generation"], generation);
-    Ok(())
+    check_history(&mut pair, survivor_is_primary)
 }
 
 /// The lease of a process that does not run is the other side's in the end, and what was frozen does
 /// not go on beside it.
-fn frozen() -> Result<()> {
-    let (mut pair, _dir) = pair("ask", "ask", true)?;
+fn frozen(is_simulated: bool) -> Result<()> {
+    let (mut pair, _dir) = pair(is_simulated, "ask", "ask", true)?;
     pair.primary.freeze()?;
     goes_on(&mut pair.secondary)?;
     pair.primary.thaw()?;
@@ -116,11 +142,63 @@ fn frozen() -> Result<()> {
     pair.primary.wait_status("internal-error")?;
     assert_eq!(heartbeat(&mut pair.primary)?["state"], "stopped");
     pair.primary.qmp.refused("cont", Value::Null)?;
-    pair.secondary.wait_lines(3)
+    pair.secondary.wait_lines(3)?;
+    check_history(&mut pair, false)
 }
 
-fn take_over() -> Result<()> {
-    let (mut pair, _dir) = pair("stop", "take-over", false)?;
+/// A process that does not run any more, at either end of whose connections nothing breaks.
+fn frozen_secondary(is_simulated: bool) -> Result<()> {
+    let (mut pair, _dir) = pair(is_simulated, "ask", "ask", true)?;
+    let since = Instant::now();
+    pair.secondary.freeze()?;
+    let mut slowest = Duration::ZERO;
+    pair.primary.poll("state alone", |vmm| {
+        let asked = Instant::now();
+        let beat = heartbeat(vmm)?;
+        vmm.migration()?;
+        slowest = slowest.max(asked.elapsed());
+        Ok((beat["state"] == "alone").then_some(()))
+    })?;
+    // COLO's own deadlines are 5 s and more.
+    let took = since.elapsed();
+    assert!(took < Duration::from_secs(4), "it took {took:?}");
+    assert!(
+        slowest < Duration::from_secs(1),
+        "an answer took {slowest:?}"
+    );
+    goes_on(&mut pair.primary)?;
+    pair.secondary.thaw()?;
+    pair.secondary.qmp.wait_event("X_COLO_STOPPED")?;
+    pair.secondary.wait_status("internal-error")?;
+    pair.secondary.qmp.refused("cont", Value::Null)?;
+    pair.primary.wait_lines(3)?;
+    check_history(&mut pair, true)
+}
+
+fn take_over(is_simulated: bool) -> Result<()> {
+    let (mut pair, _dir) = pair(is_simulated, "stop", "take-over", false)?;
     pair.primary.process.kill()?;
-    goes_on(&mut pair.secondary)
+    goes_on(&mut pair.secondary)?;
+    check_history(&mut pair, false)
+}
+
+fn primary_takes_over(is_simulated: bool) -> Result<()> {
+    let (mut pair, _dir) = pair(is_simulated, "take-over", "stop", false)?;
+    pair.secondary.process.kill()?;
+    goes_on(&mut pair.primary)?;
+    check_history(&mut pair, true)
+}
+
+/// What the guest has said has no gap, and its memory was always as it had left it.
+fn check_history(pair: &mut Pair, survivor_is_primary: bool) -> Result<()> {
+    let (said, heard) = (pair.primary.output()?, pair.secondary.output()?);
+    check_count(0, &said)?;
+    if survivor_is_primary {
+        assert_eq!(heard, b"", "the secondary was heard");
+        return Ok(());
+    }
+    let (begin, _) = first_line(&heard)?;
+    check_count(begin, &heard)?;
+    assert!(begin <= said.len() as u64, "the secondary is ahead");
+    Ok(())
 }
