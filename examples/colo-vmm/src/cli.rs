@@ -2,7 +2,7 @@
 
 use std::error::Error;
 use std::fs::{self, File};
-use std::io::{self, Write};
+use std::io;
 use std::os::fd::AsRawFd;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -28,6 +28,7 @@ use crate::metrics;
 use crate::migration::{Boundaries, Boundary, Halt, IncomingMode, Migration, MigrationOptions};
 use crate::monitor::{self, COMMANDS, Monitor};
 use crate::operator::{EventBus, Operator};
+use crate::outlet::{Outlet, complain};
 use crate::qmp::{self, QmpAddress};
 use crate::standby::{self, StandbyArgs};
 use crate::vm::Vm;
@@ -343,25 +344,11 @@ impl SerialArg {
     /// The file cannot be made.
     pub fn sink(&self) -> io::Result<SerialSink> {
         Ok(match self {
-            Self::Stdio => Box::new(Unbuffered(io::stdout())),
-            Self::File(path) => Box::new(File::create(path)?),
+            Self::Stdio => Box::new(Outlet::new(io::stdout())),
+            // It may be a FIFO.
+            Self::File(path) => Box::new(Outlet::new(File::create(path)?)),
             Self::Null => Box::new(io::sink()),
         })
-    }
-}
-
-/// A guest's prompt has no line feed.
-struct Unbuffered<W>(W);
-
-impl<W: Write> Write for Unbuffered<W> {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let written = self.0.write(bytes)?;
-        self.0.flush()?;
-        Ok(written)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        self.0.flush()
     }
 }
 
@@ -503,7 +490,7 @@ fn run(args: &RunArgs) -> Result<ExitCode, Box<dyn Error>> {
     Ok(match ending {
         Ending::Guest(exit) => {
             if exit.status() != 0 {
-                eprintln!("colo-vmm: {exit}");
+                complain(format!("colo-vmm: {exit}"));
             }
             ExitCode::from(exit.status())
         }
@@ -513,11 +500,8 @@ fn run(args: &RunArgs) -> Result<ExitCode, Box<dyn Error>> {
         }
         Ending::Request(Request::Quit) => ExitCode::SUCCESS,
         Ending::Request(Request::IncomingFailed) => {
-            let error = migration.status().info().error_desc;
-            eprintln!(
-                "colo-vmm: incoming migration: {}",
-                error.unwrap_or_default()
-            );
+            let error = migration.status().info().error_desc.unwrap_or_default();
+            complain(format!("colo-vmm: incoming migration: {error}"));
             ExitCode::FAILURE
         }
     })

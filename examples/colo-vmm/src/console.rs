@@ -10,8 +10,11 @@
 //! survivor contradicts what the world has heard; the price is that the world waits for a checkpoint.
 //! What a primary was about to let out when it died is lost, as on a line with noise: whoever waits
 //! for an answer asks again.
+//!
+//! The guest does not notice that nobody takes what it says: a disk that is full, a pipe that nobody
+//! reads ([`Outlet`](crate::outlet::Outlet)). That is lost, as on a real line, and a warning says so.
 
-use std::io::{self, Write};
+use std::io::{self, ErrorKind, Write};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use colo_core::{PacketGate, VmError};
@@ -34,31 +37,12 @@ struct Shared {
     /// Bytes that there was no room for since the last checkpoint.
     lost: u64,
     said: u64,
-}
-
-impl Shared {
-    /// Lets out the first `count` bytes that are held.
-    fn let_out(&mut self, count: usize) {
-        let Self { out, held, .. } = self;
-        let Some(held) = held else { return };
-        let count = count.min(held.len());
-        if let Err(error) = out.write_all(&held[..count]).and_then(|()| out.flush()) {
-            tracing::warn!(%error, bytes = count, "serial output could not be written");
-        }
-        held.drain(..count);
-    }
-
-    /// Tells of output that there was no room for, once.
-    fn report_lost(&mut self) {
-        let bytes = std::mem::take(&mut self.lost);
-        if bytes > 0 {
-            tracing::warn!(bytes, "serial output since the last checkpoint was lost");
-        }
-    }
+    /// Bytes that the way out has not taken since it last took any.
+    unheard: u64,
 }
 
 impl Console {
-    /// A line that ends in `out`.
+    /// A line that ends in `out`, which has no buffer of its own.
     #[must_use]
     pub fn new(out: Box<dyn Write + Send>) -> Self {
         let shared = Shared {
@@ -67,6 +51,7 @@ impl Console {
             covered: 0,
             lost: 0,
             said: 0,
+            unheard: 0,
         };
         Self {
             shared: Arc::new(Mutex::new(shared)),
@@ -105,12 +90,63 @@ impl Console {
     }
 }
 
+impl Shared {
+    /// Lets out the first `count` bytes that are held.
+    fn let_out(&mut self, count: usize) {
+        let Some(mut held) = self.held.take() else {
+            return;
+        };
+        let count = count.min(held.len());
+        self.put(&held[..count]);
+        held.drain(..count);
+        self.held = Some(held);
+    }
+
+    /// Tells of output that there was no room for, once.
+    fn report_lost(&mut self) {
+        let bytes = std::mem::take(&mut self.lost);
+        if bytes > 0 {
+            tracing::warn!(bytes, "serial output since the last checkpoint was lost");
+        }
+    }
+
+    /// Lets bytes out.
+    fn put(&mut self, bytes: &[u8]) {
+        let mut rest = bytes;
+        let mut error = None;
+        while !rest.is_empty() && error.is_none() {
+            match self.out.write(rest) {
+                Ok(0) => error = Some(ErrorKind::WriteZero.into()),
+                Ok(n) => rest = rest.get(n..).unwrap_or_default(),
+                Err(e) if e.kind() == ErrorKind::Interrupted => {}
+                Err(e) => error = Some(e),
+            }
+        }
+        match error {
+            Some(error) => {
+                if self.unheard == 0 {
+                    tracing::warn!(%error, "nobody takes the guest's serial output: it is lost");
+                }
+                self.unheard += rest.len() as u64;
+            }
+            None if self.unheard > 0 => {
+                let bytes = std::mem::take(&mut self.unheard);
+                tracing::warn!(bytes, "the guest's serial output is taken again");
+            }
+            None => {}
+        }
+    }
+}
+
 impl Write for Console {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let mut shared = self.lock();
         shared.said += bytes.len() as u64;
         let room = match &mut shared.held {
-            None => return shared.out.write_all(bytes).map(|()| bytes.len()),
+            None => {
+                shared.put(bytes);
+                return Ok(bytes.len());
+            }
             Some(held) => {
                 let room = bytes.len().min(MAX_HELD - held.len());
                 held.extend_from_slice(&bytes[..room]);
@@ -123,7 +159,8 @@ impl Write for Console {
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        self.lock().out.flush()
+        // Nothing is kept back.
+        Ok(())
     }
 }
 
@@ -233,6 +270,29 @@ mod tests {
         sink.write_all(b"after").unwrap();
         assert_eq!(out.0.lock().unwrap().as_slice(), b"before since after");
         assert_eq!(console.said(), 7 + 21 + 6 + 5);
+    }
+
+    #[test]
+    fn a_guest_does_not_notice_that_nobody_takes_what_it_says() {
+        struct Full;
+        impl Write for Full {
+            fn write(&mut self, _: &[u8]) -> io::Result<usize> {
+                Err(ErrorKind::StorageFull.into())
+            }
+            fn flush(&mut self) -> io::Result<()> {
+                Ok(())
+            }
+        }
+        let console = Console::new(Box::new(Full));
+        let mut sink = console.sink();
+        sink.write_all(b"0123").unwrap();
+        sink.write_all(b"4567").unwrap();
+        assert_eq!((console.said(), console.lock().unheard), (8, 8));
+        let out = Out::default();
+        console.lock().out = Box::new(out.clone());
+        sink.write_all(b"89").unwrap();
+        assert_eq!((console.said(), console.lock().unheard), (10, 0));
+        assert_eq!(out.0.lock().unwrap().as_slice(), b"89");
     }
 
     #[test]

@@ -33,6 +33,7 @@
 //! - [`devices`]: one file each, with its state
 //! - [`loader`] and [`guest`]: what runs
 //! - [`vm`] and [`console`]: the machine with its run state, and the guest's output with its gate
+//! - [`outlet`]: writing where nobody may read
 //! - [`migration`]: the crates at work, live migration and COLO
 //! - [`heartbeat`]: whether the other side lives
 //! - [`metrics`]: figures for Prometheus
@@ -59,6 +60,7 @@ pub mod metrics;
 pub mod migration;
 pub mod monitor;
 pub mod operator;
+pub mod outlet;
 pub mod qmp;
 pub mod standby;
 pub mod vcpu;

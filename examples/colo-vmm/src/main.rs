@@ -2,10 +2,12 @@
 
 use std::io::IsTerminal;
 use std::process::ExitCode;
+use std::sync::Mutex;
 
 use clap::Parser;
 use colo_vmm::cli::Cli;
 use colo_vmm::error_chain::chain;
+use colo_vmm::outlet::{Outlet, complain};
 use tracing_subscriber::EnvFilter;
 
 fn main() -> ExitCode {
@@ -14,10 +16,10 @@ fn main() -> ExitCode {
             EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("warn")),
         )
         .with_ansi(std::io::stderr().is_terminal())
-        .with_writer(std::io::stderr)
+        .with_writer(Mutex::new(Outlet::new(std::io::stderr())))
         .init();
     Cli::parse().run().unwrap_or_else(|error| {
-        eprintln!("colo-vmm: {}", chain(&*error));
+        complain(format!("colo-vmm: {}", chain(&*error)));
         ExitCode::FAILURE
     })
 }

@@ -23,6 +23,7 @@ use crate::event_loop;
 use crate::metrics;
 use crate::monitor;
 use crate::operator::Operator;
+use crate::outlet::say;
 use crate::qmp::{self, QmpAddress, QmpServer};
 
 /// How long QMP clients have to take their last replies.
@@ -267,7 +268,11 @@ pub fn run(args: &StandbyArgs) -> Result<ExitCode, Box<dyn Error>> {
     };
     let (ended, endings) = mpsc::channel();
     for (standby, _) in &guests {
-        println!("{}: listening on {}", standby.name(), standby.address());
+        say(format!(
+            "{}: listening on {}",
+            standby.name(),
+            standby.address()
+        ));
         let (standby, ended) = (Arc::clone(standby), ended.clone());
         thread::Builder::new()
             .name(format!("guest {}", standby.name()))
@@ -295,7 +300,7 @@ pub fn run(args: &StandbyArgs) -> Result<ExitCode, Box<dyn Error>> {
     // A thread that panicked sends nothing, and its guest is lost.
     let mut sound = 0;
     for (name, ending) in &endings {
-        println!("{name}: {ending}");
+        say(format!("{name}: {ending}"));
         match ending {
             Ending::Restored | Ending::Quit => sound += 1,
             Ending::Lost => {}
