@@ -10,6 +10,7 @@
 //! |                                -- checkpoint-request -------------->
 //! |                                <------------ checkpoint-reply ------  stops its VM
 //! | stop the vm
+//! | mark what was put out so far
 //! | save devices
 //! |                                -- vmstate-send, RAM ... EOF ------->  into the cache
 //! |                                -- vmstate-size, size, devices ----->  into a buffer
@@ -48,6 +49,7 @@ pub enum PrimaryScript {
     SendRequest,
     AwaitReply,
     StopVm,
+    CutOutput,
     CheckReplication,
     CheckpointReplication,
     SaveDevices,
@@ -78,6 +80,7 @@ impl Script for PrimaryScript {
             Self::SendRequest => Step::Send(Message::CheckpointRequest),
             Self::AwaitReply => Step::Await(Wait::Message(Message::CheckpointReply)),
             Self::StopVm => Step::StopVm,
+            Self::CutOutput => Step::CutOutput,
             Self::CheckReplication => Step::CheckReplication,
             Self::CheckpointReplication => Step::CheckpointReplication,
             Self::SaveDevices => Step::SaveDevices,
@@ -101,7 +104,8 @@ impl Script for PrimaryScript {
             Self::AwaitCheckpoint => Self::SendRequest,
             Self::SendRequest => Self::AwaitReply,
             Self::AwaitReply => Self::StopVm,
-            Self::StopVm => Self::CheckReplication,
+            Self::StopVm => Self::CutOutput,
+            Self::CutOutput => Self::CheckReplication,
             Self::CheckReplication => Self::CheckpointReplication,
             Self::CheckpointReplication => Self::SaveDevices,
             Self::SaveDevices => Self::SendVmstate,

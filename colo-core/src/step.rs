@@ -87,6 +87,9 @@ pub enum Step {
     },
     /// Hold the guest's output back from now on.
     HoldOutput,
+    /// Take note, with the VM stopped, that what the guest has put out so far came before the
+    /// checkpoint.
+    CutOutput,
     /// Let out what the guest has put out before the checkpoint.
     ReleaseOutput,
     /// Forget what the guest has put out: its state was replaced by the primary's, which puts out
@@ -162,6 +165,7 @@ impl fmt::Display for Step {
             Self::StopReplication { failover: false } => "stopping replication",
             Self::StopReplication { failover: true } => "failing over replication",
             Self::HoldOutput => "holding output",
+            Self::CutOutput => "marking output",
             Self::ReleaseOutput => "releasing output",
             Self::DiscardOutput => "discarding output",
             Self::OpenOutput => "opening output",

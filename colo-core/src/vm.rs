@@ -129,7 +129,15 @@ pub trait PacketGate {
     /// COLO ends.
     fn hold(&mut self) -> Result<(), VmError>;
 
-    /// Primary: lets out what is held. The other side has the state it came from.
+    /// Primary: the VM has stopped for a checkpoint, which will contain the state that all output
+    /// so far came from. It is held on, and told apart from what the guest puts out from now on.
+    ///
+    /// # Errors
+    /// COLO ends.
+    fn cut(&mut self) -> Result<(), VmError>;
+
+    /// Primary: lets out what was held at the last [`PacketGate::cut`], and no more: the other side
+    /// has the state it came from. The guest may run by now.
     ///
     /// # Errors
     /// COLO ends.
@@ -153,6 +161,10 @@ pub struct NoGate;
 
 impl PacketGate for NoGate {
     fn hold(&mut self) -> Result<(), VmError> {
+        Ok(())
+    }
+
+    fn cut(&mut self) -> Result<(), VmError> {
         Ok(())
     }
 

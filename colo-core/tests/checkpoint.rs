@@ -90,6 +90,7 @@ mod tests {
                 Step::Send(Message::CheckpointRequest),
                 message(Message::CheckpointReply),
                 Step::StopVm,
+                Step::CutOutput,
                 Step::CheckReplication,
                 Step::CheckpointReplication,
                 Step::SaveDevices,

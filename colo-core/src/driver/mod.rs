@@ -250,6 +250,7 @@ where
         Step::CheckpointReplication => parts.replication.checkpoint()?,
         Step::StopReplication { failover } => parts.replication.stop(failover)?,
         Step::HoldOutput => parts.gate.hold()?,
+        Step::CutOutput => parts.gate.cut()?,
         Step::ReleaseOutput => parts.gate.release()?,
         Step::DiscardOutput => parts.gate.discard()?,
         Step::OpenOutput => parts.gate.open(),

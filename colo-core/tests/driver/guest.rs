@@ -415,6 +415,9 @@ impl PacketGate for Outside {
     fn hold(&mut self) -> Result<(), VmError> {
         self.0.check("gate.hold")
     }
+    fn cut(&mut self) -> Result<(), VmError> {
+        self.0.check("gate.cut")
+    }
     fn release(&mut self) -> Result<(), VmError> {
         self.0.check("gate.release")
     }

@@ -272,6 +272,7 @@ fn an_error_of_the_primary_ends_with_one_exit_and_a_vm_that_runs_on() {
         ("disk.start", Step::StartReplication),
         ("vm.resume", Step::ResumeVm),
         ("vm.stop", Step::StopVm),
+        ("gate.cut", Step::CutOutput),
         ("disk.check", Step::CheckReplication),
         ("disk.checkpoint", Step::CheckpointReplication),
         ("gate.release", Step::ReleaseOutput),

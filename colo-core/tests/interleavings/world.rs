@@ -207,6 +207,9 @@ pub struct World {
     // The primary's guest.
     captured: u8,
     saved: u8,
+    // Its output, by the checkpoint that contains what the newest of it came from.
+    said: u8,
+    cut: u8,
     released: u8,
     // The secondary's guest.
     ram: Content,
@@ -251,6 +254,8 @@ impl World {
             budget,
             captured: 0,
             saved: 0,
+            said: 0,
+            cut: 0,
             released: 0,
             ram: Content::Checkpoint(0),
             devices: Content::Checkpoint(0),
@@ -522,7 +527,14 @@ impl World {
                 self.to_primary.remove(0);
             }
             Step::StopVm if whole => self.primary.vm_runs = false,
-            Step::ResumeVm if whole => self.primary.vm_runs = true,
+            Step::ResumeVm if whole => {
+                self.primary.vm_runs = true;
+                self.said = self.captured + 1;
+            }
+            Step::CutOutput if self.primary.vm_runs => {
+                return Err(format!("{step} with the vm running"));
+            }
+            Step::CutOutput if whole => self.cut = self.said,
             Step::OpenOutput if whole => self.primary.output_open = true,
             Step::Disconnect => {
                 self.primary.connected = false;
@@ -536,7 +548,7 @@ impl World {
                 self.captured += 1;
                 self.saved = self.captured;
             }
-            Step::ReleaseOutput => self.released = self.captured,
+            Step::ReleaseOutput => self.released = self.cut,
             Step::Send(message) => self.send(Role::Primary, &[Item::Message(message)]),
             Step::SendRam => {
                 let version = self.captured;
@@ -715,6 +727,7 @@ impl World {
             Role::Primary => {
                 self.primary = Side::dead();
                 self.to_primary.clear();
+                (self.said, self.cut) = (0, 0);
             }
             Role::Secondary => {
                 self.secondary = Side::dead();

@@ -64,14 +64,6 @@ impl Console {
         self.lock().said
     }
 
-    /// The guest stands still for a checkpoint: what it has put out so far belongs to it. Returns
-    /// what [`Console::said`] does.
-    pub fn checkpoint(&self) -> u64 {
-        let mut shared = self.lock();
-        shared.covered = shared.held.as_ref().map_or(0, Vec::len);
-        shared.said
-    }
-
     /// Bytes that are held back now.
     #[must_use]
     pub fn held(&self) -> usize {
@@ -209,6 +201,12 @@ impl PacketGate for ConsoleGate {
         Ok(())
     }
 
+    fn cut(&mut self) -> Result<(), VmError> {
+        let mut shared = self.console.lock();
+        shared.covered = shared.held.as_ref().map_or(0, Vec::len);
+        Ok(())
+    }
+
     fn release(&mut self) -> Result<(), VmError> {
         let mut shared = self.console.lock();
         shared.report_lost();
@@ -316,9 +314,9 @@ mod tests {
         sink.write_all(b"one ").unwrap();
         assert_eq!(heard(), "");
         // A checkpoint that does not come to its end lets nothing out.
-        console.checkpoint();
+        gate.cut().unwrap();
         sink.write_all(b"two ").unwrap();
-        assert_eq!(console.checkpoint(), 8);
+        gate.cut().unwrap();
         sink.write_all(b"three ").unwrap();
         assert_eq!(heard(), "");
         gate.release().unwrap();

@@ -141,7 +141,7 @@ impl ColoVm for CheckpointedVm {
     fn stop(&mut self) -> Result<(), VmError> {
         let stopped = self.migration.vm.stop_for_checkpoint();
         stopped.map_err(|e| VmError::new("stopping the guest", e))?;
-        self.said = self.migration.console.checkpoint();
+        self.said = self.migration.console.said();
         Ok(())
     }
 
