@@ -64,7 +64,7 @@ pub use machine::{Machine, OutOfStep, Script};
 pub use message::Message;
 pub use pages::{EnterError, IncomingPages};
 pub use plan::{Capabilities, MigrationPlan, PlanError};
-pub use primary::Primary;
+pub use primary::{Primary, Resume};
 pub use report::{CheckpointMeter, CheckpointReport};
 pub use schedule::Schedule;
 pub use secondary::Secondary;

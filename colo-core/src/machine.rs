@@ -96,8 +96,13 @@ impl<S: Script> Machine<S> {
     /// A machine at its beginning: precopy is over, the VM is stopped and in step with the peer's.
     #[must_use]
     pub fn new(on_loss: OnPeerLoss) -> Self {
+        Self::at(S::FIRST, on_loss)
+    }
+
+    /// A machine that begins at `first`.
+    pub(crate) fn at(first: S, on_loss: OnPeerLoss) -> Self {
         Self {
-            state: State::At(S::FIRST),
+            state: State::At(first),
             on_loss,
             vm_runs: false,
             pending: Pending::default(),

@@ -22,14 +22,43 @@
 //! `-- report the checkpoint
 //! ```
 //!
+//! With [`Resume::Early`] the VM runs again as soon as its state is safe on this side:
+//!
+//! ```text
+//! ,-> wait until a checkpoint is due
+//! |                                -- checkpoint-request -------------->
+//! |                                <------------ checkpoint-reply ------  stops its VM
+//! | copy ram, the vm runs
+//! | stop the vm
+//! | mark what was put out so far
+//! | save devices
+//! | copy what ram was written since
+//! | resume the vm
+//! |                                -- vmstate-send, RAM ... EOF ------->  into the cache
+//! |                                -- vmstate-size, size, devices ----->  into a buffer
+//! |                                <------------ vmstate-received ------  commit begins
+//! | release output up to the mark
+//! |                                <------------ vmstate-loaded --------  resumes its VM
+//! `-- report the checkpoint
+//! ```
+//!
 //! - The VM stops only when the reply has come: a secondary that does not answer costs no pause.
 //! - Devices are saved before RAM is sent although they travel after it, because saving may still
 //!   write guest memory (a queue that is drained), and those pages belong to this checkpoint.
 //! - Output of the time before the checkpoint is released when the secondary has received all of it
 //!   and not before: then a survivor on either side knows what the world has seen.
 //! - The primary's VM is sound at every moment, so the script can be left after any step.
+//! - With an early resume the guest may be ahead of a checkpoint that comes to nothing. The primary
+//!   goes on with it as it is. What it has put out since the mark is held until the *next*
+//!   checkpoint has been received, so a secondary that goes on from an older one contradicts
+//!   nothing that the world has heard. Without a gate that holds output (as with
+//!   [`NoGate`](crate::NoGate)) the world has heard all of it, with an early resume and without.
+//! - A checkpoint does not begin before the one before it was loaded, early resume or not.
+//! - Pages may be sent [in the gap](Step::is_gap): while the primary waits for a checkpoint to
+//!   become due, and at no other time. Between the last synchronisation of a checkpoint and
+//!   *vmstate-loaded* the secondary's cache is flushed, and holds nothing but that checkpoint.
 
-use crate::cause::Role;
+use crate::cause::{OnPeerLoss, Role};
 use crate::machine::{Machine, Script, sealed};
 use crate::message::Message;
 use crate::step::{Step, Wait};
@@ -37,10 +66,38 @@ use crate::step::{Step, Wait};
 /// The primary's machine.
 pub type Primary = Machine<PrimaryScript>;
 
+/// When the primary's VM runs again in a checkpoint.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Resume {
+    /// When the secondary has loaded the checkpoint, as in QEMU.
+    #[default]
+    AfterLoaded,
+    /// When its state was copied on this side.
+    Early,
+}
+
+impl Primary {
+    /// A primary whose VM runs again in every checkpoint when `resume` says.
+    #[must_use]
+    pub fn resuming(resume: Resume, on_loss: OnPeerLoss) -> Self {
+        let first = PrimaryScript {
+            resume,
+            ..PrimaryScript::FIRST
+        };
+        Self::at(first, on_loss)
+    }
+}
+
 /// The primary's steps, in order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[allow(missing_docs, reason = "each names the step it stands for")]
-pub enum PrimaryScript {
+pub struct PrimaryScript {
+    at: At,
+    resume: Resume,
+}
+
+/// Each names the step it stands for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum At {
     AwaitReady,
     HoldOutput,
     StartReplication,
@@ -48,11 +105,13 @@ pub enum PrimaryScript {
     AwaitCheckpoint,
     SendRequest,
     AwaitReply,
+    CopyRam,
     StopVm,
     CutOutput,
     CheckReplication,
     CheckpointReplication,
     SaveDevices,
+    KeepRam,
     SendVmstate,
     SendRam,
     SendDevices,
@@ -63,59 +122,78 @@ pub enum PrimaryScript {
     Report,
 }
 
+impl At {
+    fn next(self, resume: Resume) -> Self {
+        match (self, resume) {
+            (Self::AwaitReady, _) => Self::HoldOutput,
+            (Self::HoldOutput, _) => Self::StartReplication,
+            (Self::StartReplication, _) => Self::Start,
+            (Self::Start | Self::Report, _) => Self::AwaitCheckpoint,
+            (Self::AwaitCheckpoint, _) => Self::SendRequest,
+            (Self::SendRequest, _) => Self::AwaitReply,
+            (Self::AwaitReply, Resume::AfterLoaded) | (Self::CopyRam, _) => Self::StopVm,
+            (Self::AwaitReply, Resume::Early) => Self::CopyRam,
+            (Self::StopVm, _) => Self::CutOutput,
+            (Self::CutOutput, _) => Self::CheckReplication,
+            (Self::CheckReplication, _) => Self::CheckpointReplication,
+            (Self::CheckpointReplication, _) => Self::SaveDevices,
+            (Self::SaveDevices, Resume::AfterLoaded) | (Self::Resume, Resume::Early) => {
+                Self::SendVmstate
+            }
+            (Self::SaveDevices, Resume::Early) => Self::KeepRam,
+            (Self::SendVmstate, _) => Self::SendRam,
+            (Self::SendRam, _) => Self::SendDevices,
+            (Self::SendDevices, _) => Self::AwaitReceived,
+            (Self::AwaitReceived, _) => Self::ReleaseOutput,
+            (Self::ReleaseOutput, _) => Self::AwaitLoaded,
+            (Self::AwaitLoaded, Resume::AfterLoaded) | (Self::KeepRam, _) => Self::Resume,
+            (Self::AwaitLoaded, Resume::Early) | (Self::Resume, Resume::AfterLoaded) => {
+                Self::Report
+            }
+        }
+    }
+}
+
 impl sealed::Sealed for PrimaryScript {}
 
 impl Script for PrimaryScript {
     const ROLE: Role = Role::Primary;
 
-    const FIRST: Self = Self::AwaitReady;
+    const FIRST: Self = Self {
+        at: At::AwaitReady,
+        resume: Resume::AfterLoaded,
+    };
 
     fn step(self) -> Step {
-        match self {
-            Self::AwaitReady => Step::Await(Wait::Message(Message::CheckpointReady)),
-            Self::HoldOutput => Step::HoldOutput,
-            Self::StartReplication => Step::StartReplication,
-            Self::Start => Step::ResumeVm,
-            Self::AwaitCheckpoint => Step::Await(Wait::CheckpointDue),
-            Self::SendRequest => Step::Send(Message::CheckpointRequest),
-            Self::AwaitReply => Step::Await(Wait::Message(Message::CheckpointReply)),
-            Self::StopVm => Step::StopVm,
-            Self::CutOutput => Step::CutOutput,
-            Self::CheckReplication => Step::CheckReplication,
-            Self::CheckpointReplication => Step::CheckpointReplication,
-            Self::SaveDevices => Step::SaveDevices,
-            Self::SendVmstate => Step::Send(Message::VmstateSend),
-            Self::SendRam => Step::SendRam,
-            Self::SendDevices => Step::SendDevices,
-            Self::AwaitReceived => Step::Await(Wait::Message(Message::VmstateReceived)),
-            Self::ReleaseOutput => Step::ReleaseOutput,
-            Self::AwaitLoaded => Step::Await(Wait::Message(Message::VmstateLoaded)),
-            Self::Resume => Step::ResumeVm,
-            Self::Report => Step::ReportCheckpoint,
+        match self.at {
+            At::AwaitReady => Step::Await(Wait::Message(Message::CheckpointReady)),
+            At::HoldOutput => Step::HoldOutput,
+            At::StartReplication => Step::StartReplication,
+            At::Start | At::Resume => Step::ResumeVm,
+            At::AwaitCheckpoint => Step::Await(Wait::CheckpointDue),
+            At::SendRequest => Step::Send(Message::CheckpointRequest),
+            At::AwaitReply => Step::Await(Wait::Message(Message::CheckpointReply)),
+            At::CopyRam => Step::CopyRam,
+            At::StopVm => Step::StopVm,
+            At::CutOutput => Step::CutOutput,
+            At::CheckReplication => Step::CheckReplication,
+            At::CheckpointReplication => Step::CheckpointReplication,
+            At::SaveDevices => Step::SaveDevices,
+            At::KeepRam => Step::KeepRam,
+            At::SendVmstate => Step::Send(Message::VmstateSend),
+            At::SendRam => Step::SendRam,
+            At::SendDevices => Step::SendDevices,
+            At::AwaitReceived => Step::Await(Wait::Message(Message::VmstateReceived)),
+            At::ReleaseOutput => Step::ReleaseOutput,
+            At::AwaitLoaded => Step::Await(Wait::Message(Message::VmstateLoaded)),
+            At::Report => Step::ReportCheckpoint,
         }
     }
 
     fn next(self) -> Self {
-        match self {
-            Self::AwaitReady => Self::HoldOutput,
-            Self::HoldOutput => Self::StartReplication,
-            Self::StartReplication => Self::Start,
-            Self::Start | Self::Report => Self::AwaitCheckpoint,
-            Self::AwaitCheckpoint => Self::SendRequest,
-            Self::SendRequest => Self::AwaitReply,
-            Self::AwaitReply => Self::StopVm,
-            Self::StopVm => Self::CutOutput,
-            Self::CutOutput => Self::CheckReplication,
-            Self::CheckReplication => Self::CheckpointReplication,
-            Self::CheckpointReplication => Self::SaveDevices,
-            Self::SaveDevices => Self::SendVmstate,
-            Self::SendVmstate => Self::SendRam,
-            Self::SendRam => Self::SendDevices,
-            Self::SendDevices => Self::AwaitReceived,
-            Self::AwaitReceived => Self::ReleaseOutput,
-            Self::ReleaseOutput => Self::AwaitLoaded,
-            Self::AwaitLoaded => Self::Resume,
-            Self::Resume => Self::Report,
+        Self {
+            at: self.at.next(self.resume),
+            ..self
         }
     }
 

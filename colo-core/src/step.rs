@@ -48,7 +48,8 @@ pub enum Step {
     Send(Message),
     /// Wire: wait.
     Await(Wait),
-    /// Wire: send the RAM as a section stream that ends with EOF, with the VM stopped.
+    /// Wire: send the RAM as a section stream that ends with EOF: as it is, with the VM stopped, or
+    /// as it was kept by [`Step::KeepRam`].
     SendRam,
     /// Wire: send [`Message::VmstateSize`], the size, and the device state that was saved.
     SendDevices,
@@ -65,6 +66,12 @@ pub enum Step {
     StartDirtyLog,
     /// Save the state of all devices into a buffer, with the VM stopped.
     SaveDevices,
+    /// Copy RAM that the guest has written, while it runs on: all that is copied now need not be
+    /// when it stands still, unless it is written again.
+    CopyRam,
+    /// Copy what the guest has written since, with the VM stopped: [`Step::SendRam`] sends the RAM
+    /// of this moment, and the VM may run.
+    KeepRam,
     /// Parse and check all of the received device state without touching a device, and check that
     /// the received RAM is complete. After this nothing that can be foreseen may fail.
     StageDevices,
@@ -126,6 +133,14 @@ impl Step {
         )
     }
 
+    /// Is this the gap between two checkpoints, in which pages may be sent on channels beside the
+    /// main one, for the checkpoint to come? A secondary takes them into its cache, of which its
+    /// guest sees nothing before that checkpoint is complete.
+    #[must_use]
+    pub const fn is_gap(self) -> bool {
+        matches!(self, Self::Await(Wait::CheckpointDue))
+    }
+
     /// Can the step fail on its own side? Letting go of something cannot, nor can reporting.
     #[must_use]
     pub const fn may_fail(self) -> bool {
@@ -155,6 +170,8 @@ impl fmt::Display for Step {
             Self::ResumeVm => "resuming the vm",
             Self::StartDirtyLog => "starting the dirty log",
             Self::SaveDevices => "saving device state",
+            Self::CopyRam => "copying ram of the running vm",
+            Self::KeepRam => "keeping ram",
             Self::StageDevices => "checking received device state",
             Self::Reset => "resetting devices",
             Self::Flush => "flushing the ram cache",

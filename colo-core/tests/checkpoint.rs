@@ -2,11 +2,9 @@
 
 #[cfg(test)]
 mod tests {
-    use colo_core::primary::PrimaryScript;
-    use colo_core::secondary::SecondaryScript;
     use colo_core::{
         Action, Cause, ColoExit, Event, ExitReason, Machine, Message, OnPeerLoss, Outcome,
-        PeerLoss, Primary, Role, Script, Secondary, Step, Wait,
+        PeerLoss, Primary, Resume, Role, Script, Secondary, Step, Wait,
     };
 
     const CLOSED: Event = Event::PeerLost(PeerLoss::Closed);
@@ -101,6 +99,36 @@ mod tests {
                 Step::ReleaseOutput,
                 message(Message::VmstateLoaded),
                 Step::ResumeVm,
+                Step::ReportCheckpoint,
+            ]
+        );
+    }
+
+    #[test]
+    fn a_primary_that_resumes_early_has_copied_all_before_and_sends_it_after() {
+        assert_eq!(
+            round(
+                Primary::resuming(Resume::Early, OnPeerLoss::Wait),
+                Step::Await(Wait::CheckpointDue)
+            ),
+            [
+                Step::Await(Wait::CheckpointDue),
+                Step::Send(Message::CheckpointRequest),
+                message(Message::CheckpointReply),
+                Step::CopyRam,
+                Step::StopVm,
+                Step::CutOutput,
+                Step::CheckReplication,
+                Step::CheckpointReplication,
+                Step::SaveDevices,
+                Step::KeepRam,
+                Step::ResumeVm,
+                Step::Send(Message::VmstateSend),
+                Step::SendRam,
+                Step::SendDevices,
+                message(Message::VmstateReceived),
+                Step::ReleaseOutput,
+                message(Message::VmstateLoaded),
                 Step::ReportCheckpoint,
             ]
         );
@@ -284,8 +312,11 @@ mod tests {
     }
 
     /// Ends a script at each of its steps with `event`, where it belongs there.
-    fn every_end_has_one_exit<S: Script>(event: Event, on_loss: OnPeerLoss) {
-        let mut machine = Machine::<S>::new(on_loss);
+    fn every_end_has_one_exit<S: Script>(
+        mut machine: Machine<S>,
+        event: Event,
+        on_loss: OnPeerLoss,
+    ) {
         for _ in 0..64 {
             let mut ended = machine.clone();
             if let Ok(next) = ended.handle(event) {
@@ -315,8 +346,10 @@ mod tests {
             Event::Quit,
         ] {
             for on_loss in [OnPeerLoss::Wait, OnPeerLoss::TakeOver] {
-                every_end_has_one_exit::<PrimaryScript>(event, on_loss);
-                every_end_has_one_exit::<SecondaryScript>(event, on_loss);
+                for resume in [Resume::AfterLoaded, Resume::Early] {
+                    every_end_has_one_exit(Primary::resuming(resume, on_loss), event, on_loss);
+                }
+                every_end_has_one_exit(Secondary::new(on_loss), event, on_loss);
             }
         }
     }

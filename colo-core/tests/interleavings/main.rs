@@ -12,9 +12,9 @@ use std::collections::HashMap;
 use std::fmt::Write;
 use std::rc::Rc;
 
-use colo_core::{OnPeerLoss, Role};
+use colo_core::{OnPeerLoss, Resume, Role};
 
-use crate::world::{Budget, By, Label, Quiet, Transition, World};
+use crate::world::{Budget, By, Label, Quiet, Setting, Transition, World};
 
 /// What an exploration has seen.
 #[derive(Debug, Default)]
@@ -33,8 +33,8 @@ struct Visit {
 }
 
 /// Explores everything, or returns the shortest way to a violation.
-fn explore(primary: OnPeerLoss, secondary: OnPeerLoss, budget: Budget) -> Result<Explored, String> {
-    let start = Rc::new(World::new(primary, secondary, budget));
+fn explore(setting: Setting, budget: Budget) -> Result<Explored, String> {
+    let start = Rc::new(World::new(setting, budget));
     let mut known = HashMap::from([(start.clone(), 0)]);
     let mut visits = vec![Visit {
         world: start,
@@ -137,16 +137,28 @@ const BUDGET: Budget = Budget {
     mishaps: 2,
 };
 
+fn setting(primary: OnPeerLoss, secondary: OnPeerLoss, resume: Resume) -> Setting {
+    Setting {
+        primary,
+        secondary,
+        resume,
+        marks: true,
+    }
+}
+
 fn holds_for(primary: OnPeerLoss, secondary: OnPeerLoss, at_least: usize) {
-    let explored = explore(primary, secondary, BUDGET).unwrap_or_else(|trace| panic!("{trace}"));
-    println!("{primary:?}/{secondary:?}: {explored:?}");
-    // The exploration is worth nothing if it has not been everywhere.
-    assert!(explored.states >= at_least, "{explored:?}");
-    assert_eq!(explored.deepest_in_step, BUDGET.checkpoints);
-    assert!(explored.alone[&Role::Primary] > 0);
-    assert!(explored.alone[&Role::Secondary] > 0);
-    assert!(explored.undecided > 0);
-    assert!(explored.lost > 0);
+    for resume in [Resume::AfterLoaded, Resume::Early] {
+        let explored = explore(setting(primary, secondary, resume), BUDGET)
+            .unwrap_or_else(|trace| panic!("{trace}"));
+        println!("{primary:?}/{secondary:?}, {resume:?}: {explored:?}");
+        // The exploration is worth nothing if it has not been everywhere.
+        assert!(explored.states >= at_least, "{explored:?}");
+        assert_eq!(explored.deepest_in_step, BUDGET.checkpoints);
+        assert!(explored.alone[&Role::Primary] > 0);
+        assert!(explored.alone[&Role::Secondary] > 0);
+        assert!(explored.undecided > 0);
+        assert!(explored.lost > 0);
+    }
 }
 
 #[cfg(test)]
@@ -168,25 +180,46 @@ mod tests {
         holds_for(OnPeerLoss::Wait, OnPeerLoss::TakeOver, 100_000);
     }
 
+    /// Why output is marked, and proof that the exploration finds it.
+    #[test]
+    fn a_gate_without_marks_lets_out_too_much_when_the_vm_resumes_early() {
+        for (resume, holds) in [(Resume::AfterLoaded, true), (Resume::Early, false)] {
+            let unmarked = Setting {
+                marks: false,
+                ..setting(OnPeerLoss::Wait, OnPeerLoss::Wait, resume)
+            };
+            match explore(unmarked, BUDGET) {
+                Ok(_) => assert!(holds, "{resume:?}"),
+                Err(trace) => {
+                    assert!(!holds, "{trace}");
+                    assert!(trace.starts_with("output of checkpoint"), "{trace}");
+                }
+            }
+        }
+    }
+
     /// Why at most one side may be set to take over, and proof that the exploration finds it.
     #[test]
     fn two_sides_that_take_over_by_themselves_split_the_brain_when_the_link_breaks() {
-        let cut = Budget {
-            deaths: 0,
-            failures: 0,
-            deadlines: 0,
-            requests: 0,
-            ..BUDGET
-        };
-        let split = explore(OnPeerLoss::TakeOver, OnPeerLoss::TakeOver, cut).unwrap_err();
-        assert!(split.starts_with("both sides own the output"), "{split}");
-        // A death is the one loss that both may answer by taking over: one of them cannot.
-        let death = Budget {
-            deaths: 1,
-            cuts: 0,
-            ..cut
-        };
-        let explored = explore(OnPeerLoss::TakeOver, OnPeerLoss::TakeOver, death).unwrap();
-        assert_eq!((explored.undecided, explored.lost), (0, 0));
+        for resume in [Resume::AfterLoaded, Resume::Early] {
+            let both = setting(OnPeerLoss::TakeOver, OnPeerLoss::TakeOver, resume);
+            let cut = Budget {
+                deaths: 0,
+                failures: 0,
+                deadlines: 0,
+                requests: 0,
+                ..BUDGET
+            };
+            let split = explore(both, cut).unwrap_err();
+            assert!(split.starts_with("both sides own the output"), "{split}");
+            // A death is the one loss that both may answer by taking over: one of them cannot.
+            let death = Budget {
+                deaths: 1,
+                cuts: 0,
+                ..cut
+            };
+            let explored = explore(both, death).unwrap();
+            assert_eq!((explored.undecided, explored.lost), (0, 0));
+        }
     }
 }

@@ -10,8 +10,8 @@ use std::fmt;
 use colo_core::primary::PrimaryScript;
 use colo_core::secondary::SecondaryScript;
 use colo_core::{
-    Action, Cause, Event, ExitReason, Machine, Message, OnPeerLoss, Outcome, PeerLoss, Role,
-    Script, Step, Wait,
+    Action, Cause, Event, ExitReason, Machine, Message, OnPeerLoss, Outcome, PeerLoss, Primary,
+    Resume, Role, Script, Secondary, Step, Wait,
 };
 
 /// The content of the secondary's RAM or devices.
@@ -56,9 +56,9 @@ struct Side<S> {
 }
 
 impl<S: Script> Side<S> {
-    fn new(on_loss: OnPeerLoss) -> Self {
+    fn new(machine: Machine<S>) -> Self {
         Self {
-            machine: Machine::new(on_loss),
+            machine,
             alive: true,
             connected: true,
             vm_runs: false,
@@ -73,7 +73,7 @@ impl<S: Script> Side<S> {
         Self {
             alive: false,
             connected: false,
-            ..Self::new(OnPeerLoss::Wait)
+            ..Self::new(Machine::new(OnPeerLoss::Wait))
         }
     }
 
@@ -117,6 +117,19 @@ impl<S: Script> Side<S> {
         }
         Ok(())
     }
+}
+
+/// What is explored.
+#[derive(Clone, Copy, Debug)]
+pub struct Setting {
+    /// What the primary does without its peer.
+    pub primary: OnPeerLoss,
+    /// What the secondary does.
+    pub secondary: OnPeerLoss,
+    /// When the primary's VM runs again.
+    pub resume: Resume,
+    /// The primary's gate tells output before a checkpoint from output after it.
+    pub marks: bool,
 }
 
 /// How often the environment may still interfere.
@@ -207,10 +220,12 @@ pub struct World {
     // The primary's guest.
     captured: u8,
     saved: u8,
+    kept: u8,
     // Its output, by the checkpoint that contains what the newest of it came from.
     said: u8,
     cut: u8,
     released: u8,
+    marks: bool,
     // The secondary's guest.
     ram: Content,
     devices: Content,
@@ -244,19 +259,27 @@ pub enum Quiet {
 }
 
 impl World {
-    pub fn new(primary: OnPeerLoss, secondary: OnPeerLoss, budget: Budget) -> Self {
+    pub fn new(setting: Setting, budget: Budget) -> Self {
+        let Setting {
+            primary,
+            secondary,
+            resume,
+            marks,
+        } = setting;
         Self {
-            primary: Side::new(primary),
-            secondary: Side::new(secondary),
+            primary: Side::new(Primary::resuming(resume, primary)),
+            secondary: Side::new(Secondary::new(secondary)),
             to_secondary: Vec::new(),
             to_primary: Vec::new(),
             link_up: true,
             budget,
             captured: 0,
             saved: 0,
+            kept: 0,
             said: 0,
             cut: 0,
             released: 0,
+            marks,
             ram: Content::Checkpoint(0),
             devices: Content::Checkpoint(0),
             cache: [0; 2],
@@ -534,21 +557,26 @@ impl World {
             Step::CutOutput if self.primary.vm_runs => {
                 return Err(format!("{step} with the vm running"));
             }
-            Step::CutOutput if whole => self.cut = self.said,
+            Step::CutOutput if whole && self.marks => self.cut = self.said,
             Step::OpenOutput if whole => self.primary.output_open = true,
             Step::Disconnect => {
                 self.primary.connected = false;
                 self.to_primary.clear();
             }
             Step::ReportCheckpoint if whole => self.primary.completed = self.captured,
-            Step::SaveDevices | Step::SendRam if self.primary.vm_runs => {
+            Step::SaveDevices | Step::KeepRam if self.primary.vm_runs => {
                 return Err(format!("{step} with the vm running"));
             }
+            Step::SendRam if self.primary.vm_runs && self.kept != self.captured => {
+                return Err(format!("{step} of a running vm that was not kept"));
+            }
+            Step::KeepRam if whole => self.kept = self.captured,
             Step::SaveDevices if whole => {
                 self.captured += 1;
                 self.saved = self.captured;
             }
-            Step::ReleaseOutput => self.released = self.cut,
+            Step::ReleaseOutput if self.marks => self.released = self.cut,
+            Step::ReleaseOutput => self.released = self.said,
             Step::Send(message) => self.send(Role::Primary, &[Item::Message(message)]),
             Step::SendRam => {
                 let version = self.captured;
@@ -727,7 +755,7 @@ impl World {
             Role::Primary => {
                 self.primary = Side::dead();
                 self.to_primary.clear();
-                (self.said, self.cut) = (0, 0);
+                (self.kept, self.said, self.cut) = (0, 0, 0);
             }
             Role::Secondary => {
                 self.secondary = Side::dead();
