@@ -2,7 +2,8 @@
 
 use std::time::{Duration, Instant};
 
-use crate::step::Step;
+use crate::message::Message;
+use crate::step::{Step, Wait};
 
 /// One complete checkpoint, as one side saw it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -12,12 +13,19 @@ pub struct CheckpointReport {
     /// How long this side's guest did not run: from the beginning of [`Step::StopVm`] until the VM
     /// was let go in [`Step::ResumeVm`].
     pub pause: Duration,
+    /// Primary: how long the checkpoint's RAM and device state took to leave.
+    pub transfer: Duration,
+    /// Primary: from the beginning of [`Step::StopVm`] until the secondary had loaded the checkpoint.
+    /// The pause ends there, or long before with [`Resume::Early`](crate::Resume::Early).
+    pub until_loaded: Duration,
     /// The steps in order, each with the time it took.
     pub steps: Vec<(Step, Duration)>,
     /// Bytes of RAM on the wire, with their headers, on all channels.
     pub ram_bytes: u64,
     /// Pages on the wire, zero pages included.
     pub dirty_pages: u64,
+    /// Primary: those that were copied while the VM stood still, if it resumes early.
+    pub kept_pages: u64,
     /// Secondary: pages copied into the guest, those its own guest had dirtied included.
     pub flushed_pages: u64,
     /// Bytes of device state.
@@ -40,6 +48,9 @@ pub struct CheckpointMeter {
     report: CheckpointReport,
     stopped: Option<Instant>,
     resumed: Option<Instant>,
+    /// When the VM stopped for this checkpoint, and when its state began to leave.
+    captured: Option<Instant>,
+    sending: Option<Instant>,
 }
 
 impl CheckpointMeter {
@@ -52,12 +63,18 @@ impl CheckpointMeter {
     /// A step has been carried out.
     pub fn step(&mut self, step: Step, began: Instant, ended: Instant) {
         match step {
-            Step::StopVm => self.stopped = Some(began),
+            Step::StopVm => {
+                self.stopped = Some(began);
+                self.captured = Some(began);
+            }
+            Step::Send(Message::VmstateSend) => self.sending = Some(began),
+            Step::SendDevices => self.report.transfer = since(self.sending.take(), ended),
+            Step::Await(Wait::Message(Message::VmstateLoaded)) => {
+                self.report.until_loaded = since(self.captured.take(), ended);
+            }
             Step::ResumeVm => {
                 let ended = self.resumed.take().unwrap_or(ended);
-                self.report.pause = self.stopped.take().map_or(Duration::ZERO, |stopped| {
-                    ended.saturating_duration_since(stopped)
-                });
+                self.report.pause = since(self.stopped.take(), ended);
             }
             _ => {}
         }
@@ -74,6 +91,11 @@ impl CheckpointMeter {
     pub const fn ram(&mut self, bytes: u64, dirty_pages: u64) {
         self.report.ram_bytes = bytes;
         self.report.dirty_pages = dirty_pages;
+    }
+
+    /// RAM was copied while the VM stood still.
+    pub const fn kept(&mut self, pages: u64) {
+        self.report.kept_pages = pages;
     }
 
     /// The cache was flushed.
@@ -103,11 +125,13 @@ impl CheckpointMeter {
     }
 }
 
+fn since(begin: Option<Instant>, end: Instant) -> Duration {
+    begin.map_or(Duration::ZERO, |begin| end.saturating_duration_since(begin))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::message::Message;
-    use crate::step::Wait;
 
     const MS: Duration = Duration::from_millis(1);
 
@@ -123,16 +147,22 @@ mod tests {
         meter.step(due, start, start + 200 * MS);
         meter.step(request, start + 200 * MS, start + 201 * MS);
         meter.step(Step::StopVm, start + 201 * MS, start + 202 * MS);
-        meter.step(Step::SendRam, start + 202 * MS, start + 209 * MS);
+        let send = Step::Send(Message::VmstateSend);
+        meter.step(send, start + 202 * MS, start + 202 * MS);
+        meter.step(Step::SendRam, start + 202 * MS, start + 205 * MS);
         meter.ram(8192, 2);
+        meter.step(Step::SendDevices, start + 205 * MS, start + 206 * MS);
         meter.devices(100);
+        let loaded = Step::Await(Wait::Message(Message::VmstateLoaded));
+        meter.step(loaded, start + 206 * MS, start + 209 * MS);
         meter.step(Step::ResumeVm, start + 209 * MS, start + 210 * MS);
         let report = meter.complete();
         assert_eq!(report.number, 1);
         assert_eq!(report.pause, 9 * MS);
-        assert_eq!(report.time_of(Step::SendRam), Some(7 * MS));
+        assert_eq!((report.transfer, report.until_loaded), (4 * MS, 8 * MS));
+        assert_eq!(report.time_of(Step::SendRam), Some(3 * MS));
         assert_eq!(report.time_of(due), None);
-        assert_eq!(report.steps.len(), 4);
+        assert_eq!(report.steps.len(), 7);
         assert_eq!(
             (report.ram_bytes, report.dirty_pages, report.device_bytes),
             (8192, 2, 100)

@@ -43,7 +43,8 @@
 //!
 //! # Features
 //!
-//! `fd` (default): `io::FdChannel`.
+//! `fd` (default): `io::FdChannel`. `staged` (default): `StagedRam`, memory of a stopped guest that is
+//! sent while the guest runs on.
 #![deny(unsafe_code)]
 
 pub mod codec;
@@ -65,6 +66,8 @@ pub mod ram;
 mod reader;
 pub mod return_path;
 pub mod section;
+#[cfg(feature = "staged")]
+mod staged;
 mod transport;
 pub mod vmdesc;
 mod writer;
@@ -73,6 +76,8 @@ pub mod xbzrle;
 pub use error::{Cause, DecodeError};
 pub use memory::{DirtyLog, GuestRam, MemoryError, PageStore, prepare_range};
 pub use reader::StreamReader;
+#[cfg(feature = "staged")]
+pub use staged::StagedRam;
 pub use transport::{PageBarrier, PageTransport, TransportCounters, TransportError};
 pub use writer::StreamWriter;
 

@@ -23,7 +23,7 @@ use migration_stream::precopy::{
 };
 use migration_stream::ram::{InStream, ZeroPageDetection};
 use migration_stream::xbzrle::PageCache;
-use migration_stream::{GuestRam, PageTransport, StreamReader, StreamWriter};
+use migration_stream::{GuestRam, PageTransport, StagedRam, StreamReader, StreamWriter};
 use multifd::{ChannelCount, MultifdConfig, RecvSet, SendSet};
 use ram_cache::{CacheBlockSpec, CacheKind, DiscardControl, FlushPool};
 
@@ -68,6 +68,8 @@ pub struct PrimaryEnd {
     pub guest: Guest,
     pub faults: Faults,
     switched: Switched,
+    staged: Arc<StagedRam>,
+    early: bool,
     /// Its first is the main channel.
     connections: Vec<FdChannel>,
     told: Receiver<Told>,
@@ -167,7 +169,8 @@ fn migrate_away(connections: Vec<FdChannel>, how: How) -> PrimaryEnd {
     let faults = Faults::default();
     let mut guest = Guest::new(0x5eed_0001, &faults, tell);
     guest.run();
-    let ram: Arc<dyn GuestRam> = Arc::clone(&guest.ram) as _;
+    let staged = Arc::new(StagedRam::new(Arc::clone(&guest.ram) as _).unwrap());
+    let ram: Arc<dyn GuestRam> = Arc::clone(&staged) as _;
     let (main, channels) = connections.split_first().unwrap();
     let transport: Box<dyn PageTransport> = match multifd(channels) {
         None => {
@@ -205,6 +208,8 @@ fn migrate_away(connections: Vec<FdChannel>, how: How) -> PrimaryEnd {
         guest,
         faults,
         switched,
+        staged,
+        early: false,
         connections,
         told,
     }
@@ -284,6 +289,21 @@ fn parts(guest: Guest, faults: &Faults) -> Parts<Guest, Outside, Outside> {
 }
 
 impl PrimaryEnd {
+    /// The VM is to resume in a checkpoint when it was copied.
+    pub fn resuming_early(self) -> Self {
+        Self {
+            early: true,
+            ..self
+        }
+    }
+
+    /// Why another memory is no place for copies.
+    pub fn refused_staging(self) -> LinkError {
+        let other = StagedRam::new(Arc::clone(&self.guest.ram) as _).unwrap();
+        let link = PrimaryLink::new(self.switched).unwrap();
+        link.resuming_early(Arc::new(other)).expect_err("no link")
+    }
+
     /// Runs the driver, with a checkpoint after each `delay`.
     pub fn start(self, config: DriverConfig, delay: Duration) -> Side {
         self.start_after(config, delay, || {})
@@ -292,7 +312,10 @@ impl PrimaryEnd {
     fn start_after(self, config: DriverConfig, delay: Duration, wait: fn()) -> Side {
         let control = control(Role::Primary, delay, self.connections);
         wait();
-        let link = PrimaryLink::new(self.switched).unwrap();
+        let mut link = PrimaryLink::new(self.switched).unwrap();
+        if self.early {
+            link = link.resuming_early(self.staged).unwrap();
+        }
         let (done, ended) = mpsc::channel();
         let (in_driver, mut parts) = (control.clone(), parts(self.guest, &self.faults));
         thread::spawn(move || {

@@ -34,6 +34,8 @@ mod throttle;
 
 pub use error::{BoxError, SourceError, TargetError};
 pub use limits::Limits;
+#[cfg(feature = "staged")]
+pub(crate) use pending::PageRun;
 pub use ram::{RamSender, RamSetup};
 pub use return_path::ReturnPathReader;
 pub use source::{

@@ -17,10 +17,19 @@ pub struct PageRun {
     pub pages: u64,
 }
 
+impl PageRun {
+    /// Where it lies in the block, and how long it is, bytes.
+    pub fn bytes(self) -> (u64, usize) {
+        let bytes = |pages: u64| pages.saturating_mul(PAGE_SIZE);
+        let len = usize::try_from(bytes(self.pages)).unwrap_or(usize::MAX);
+        (bytes(self.first), len)
+    }
+}
+
 /// Which pages of which block are still to be sent, and where the scan stands.
 ///
 /// Bit `i` of a block's map is its page `i`. Bits beyond a block's end are never set.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct PendingPages {
     blocks: Vec<BitVec<u64, Lsb0>>,
     count: u64,

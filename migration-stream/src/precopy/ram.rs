@@ -6,6 +6,8 @@ use std::time::Instant;
 
 use super::error::SourceError;
 use super::pending::PendingPages;
+#[cfg(feature = "staged")]
+use crate::StagedRam;
 use crate::codec::IdStr;
 use crate::ram::{RAM_VERSION, encode_end_of_section};
 use crate::section::{self, Announcement, Continuation, InstanceId, SectionHeader, SectionId};
@@ -62,6 +64,8 @@ impl<T: PageTransport, D: DirtyLog> RamSetup<T, D> {
             transport: self.transport,
             section,
             pending,
+            #[cfg(feature = "staged")]
+            uncopied: None,
             unsynced: false,
         };
         sender.close_body(out)?;
@@ -86,6 +90,9 @@ pub struct RamSender<T, D: DirtyLog> {
     transport: T,
     section: SectionId,
     pending: PendingPages,
+    /// Those of them that were written since they were last copied, if they are being copied.
+    #[cfg(feature = "staged")]
+    uncopied: Option<PendingPages>,
     /// Pages were sent since the transport was last synchronised.
     unsynced: bool,
 }
@@ -127,8 +134,14 @@ impl<T: PageTransport, D: DirtyLog> RamSender<T, D> {
     pub fn sync_dirty(&mut self) -> Result<u64, SourceError> {
         let mut added = 0;
         let pending = &mut self.pending;
+        #[cfg(feature = "staged")]
+        let uncopied = &mut self.uncopied;
         self.log.sync(&mut |block, first_page, word| {
             added += pending.or_word(block, first_page, word);
+            #[cfg(feature = "staged")]
+            if let Some(uncopied) = uncopied {
+                uncopied.or_word(block, first_page, word);
+            }
         })?;
         Ok(added)
     }
@@ -160,6 +173,66 @@ impl<T: PageTransport, D: DirtyLog> RamSender<T, D> {
     /// # Errors
     /// The log's, the transport's, the stream's.
     pub fn end(&mut self, out: &mut StreamWriter) -> Result<u64, SourceError> {
+        self.begin_end(out)?;
+        self.sync_dirty()?;
+        self.send_end(out)
+    }
+
+    /// Reads the dirty log, and copies what is pending into `staged`, the memory that this sender
+    /// was made with, but for what was copied already and not written since. Returns how many
+    /// pages were copied. The guest may run, and this be done again.
+    ///
+    /// # Errors
+    /// The log's; memory that cannot be reached.
+    #[cfg(feature = "staged")]
+    pub fn copy(&mut self, staged: &StagedRam) -> Result<u64, SourceError> {
+        self.copy_pending(staged, false)
+    }
+
+    /// As [`RamSender::copy`], with a guest that stands still: all that is pending is copied then,
+    /// and the guest may run before it is sent, by [`RamSender::end_kept`].
+    ///
+    /// # Errors
+    /// As for [`RamSender::copy`].
+    #[cfg(feature = "staged")]
+    pub fn keep(&mut self, staged: &StagedRam) -> Result<u64, SourceError> {
+        let pages = self.copy_pending(staged, true)?;
+        self.uncopied = None;
+        staged.keep();
+        Ok(pages)
+    }
+
+    /// Sends all that was pending when it was [kept](RamSender::keep) in an END section, and returns
+    /// how many pages that were. The guest may run.
+    ///
+    /// # Errors
+    /// The transport's, the stream's.
+    #[cfg(feature = "staged")]
+    pub fn end_kept(
+        &mut self,
+        out: &mut StreamWriter,
+        staged: &StagedRam,
+    ) -> Result<u64, SourceError> {
+        self.begin_end(out)?;
+        let pages = self.send_end(out)?;
+        staged.let_go();
+        Ok(pages)
+    }
+
+    #[cfg(feature = "staged")]
+    fn copy_pending(&mut self, staged: &StagedRam, still: bool) -> Result<u64, SourceError> {
+        self.uncopied.get_or_insert_with(|| self.pending.clone());
+        self.sync_dirty()?;
+        let Some(uncopied) = &mut self.uncopied else {
+            return Ok(0);
+        };
+        let pages = uncopied.count();
+        let runs: Vec<_> = std::iter::from_fn(|| uncopied.take_run(RUN_PAGES)).collect();
+        staged.copy(&runs, still)?;
+        Ok(pages)
+    }
+
+    fn begin_end(&mut self, out: &mut StreamWriter) -> Result<(), SourceError> {
         let mut bytes = bytes::BytesMut::new();
         section::encode_continuation(Continuation::End, self.section, &mut bytes);
         out.write_bytes(&bytes)?;
@@ -167,7 +240,10 @@ impl<T: PageTransport, D: DirtyLog> RamSender<T, D> {
         if self.unsynced {
             self.sync(out)?;
         }
-        self.sync_dirty()?;
+        Ok(())
+    }
+
+    fn send_end(&mut self, out: &mut StreamWriter) -> Result<u64, SourceError> {
         self.transport.begin_round();
         let pages = self.pending.count();
         while self.send_run(out)? {}

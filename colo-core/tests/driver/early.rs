@@ -1,0 +1,102 @@
+//! A primary whose VM resumes before its checkpoint is complete. The guest writes in the moment that it
+//! is let run, so what is sent after that is never what its memory holds.
+
+use colo_core::driver::LinkError;
+use colo_core::{Cause, ExitReason, Message, Step};
+
+use crate::rig::{LIMIT, NEVER, Side, end, impatient, migrated, patient};
+
+fn pair(channels: u8) -> (Side, Side) {
+    let (primary, secondary) = migrated(channels);
+    let primary = primary.resuming_early();
+    (primary.start(patient(), NEVER), secondary.start(patient()))
+}
+
+#[test]
+fn the_secondary_gets_what_the_primary_was_when_it_stopped_though_it_has_gone_on() {
+    for channels in crate::CHANNELS {
+        let (primary, secondary) = pair(channels);
+        for number in 1..=8 {
+            primary.control.demand_checkpoint();
+            let captured = primary.checkpoint_state();
+            assert_eq!(primary.resumed(), captured);
+            assert_eq!(
+                secondary.checkpoint_state(),
+                captured,
+                "checkpoint {number}"
+            );
+            let (sent, received) = (primary.checkpoint(), secondary.checkpoint());
+            assert!(sent.kept_pages > 0 && sent.kept_pages <= sent.dirty_pages);
+            assert!(sent.pause <= sent.until_loaded && sent.transfer <= sent.until_loaded);
+            assert_eq!(sent.device_bytes, received.device_bytes);
+            let at = |step| sent.steps.iter().position(|(taken, _)| *taken == step);
+            assert!(at(Step::ResumeVm) < at(Step::SendRam), "{:?}", sent.steps);
+        }
+        end(primary, secondary);
+    }
+}
+
+#[test]
+fn a_primary_that_loses_its_peer_after_it_has_resumed_goes_on_as_it_is() {
+    for channels in crate::CHANNELS {
+        // The secondary has received all but fails before its promise, or in its commit.
+        for fault in ["disk.check", "vm.reset"] {
+            let (primary, secondary) = migrated(channels);
+            secondary.faults.inject(fault);
+            let primary = primary.resuming_early().start(patient(), NEVER);
+            let secondary = secondary.start(patient());
+            primary.control.demand_checkpoint();
+            let captured = primary.checkpoint_state();
+            assert_eq!(primary.resumed(), captured);
+            assert_eq!(secondary.exit().reason(), ExitReason::Error, "{fault}");
+            assert_eq!(primary.exit().reason(), ExitReason::Error, "{fault}");
+            let gone_on = primary.take_over().guest;
+            assert!(gone_on.undisturbed, "{fault}");
+            assert_ne!(gone_on.state(), captured);
+        }
+    }
+}
+
+#[test]
+fn a_peer_that_takes_no_ram_does_not_hold_the_vm_up() {
+    let (mut primary, secondary) = migrated(0);
+    primary.guest.write_everything();
+    let secondary = secondary.saying(&[Message::CheckpointReady, Message::CheckpointReply]);
+    let primary = primary.resuming_early().start_due(impatient());
+    let captured = primary.checkpoint_state();
+    assert_eq!(primary.resumed(), captured);
+    let during = Step::SendRam;
+    assert_eq!(primary.exit().cause, Cause::DeadlineExpired { during });
+    assert!(primary.take_over().guest.undisturbed);
+    drop(secondary);
+}
+
+#[test]
+fn a_failover_requested_after_the_resume_ends_by_request_on_either_side() {
+    let began = std::time::Instant::now();
+    for channels in crate::CHANNELS {
+        for primary_asked in [true, false] {
+            let (primary, secondary) = pair(channels);
+            primary.control.demand_checkpoint();
+            let captured = primary.checkpoint_state();
+            assert_eq!(primary.resumed(), captured);
+            let (side, peer) = if primary_asked {
+                (primary, secondary)
+            } else {
+                (secondary, primary)
+            };
+            side.control.failover().request().unwrap();
+            assert_eq!(side.exit().cause, Cause::FailoverRequested);
+            assert!(side.alone().guest.undisturbed);
+            peer.exit();
+            peer.give_up();
+        }
+    }
+    assert!(began.elapsed() < LIMIT / 2);
+}
+
+#[test]
+fn copies_of_another_memory_are_refused() {
+    let (primary, _secondary) = migrated(0);
+    assert_eq!(primary.refused_staging(), LinkError::OtherRam);
+}
