@@ -46,6 +46,13 @@ pub struct ColoCheckpoint {
     pub checkpoint: u64,
     /// How long the guest stood still for it, µs.
     pub pause_us: u64,
+    /// How long its memory and device state took to leave, µs. Primary only, else 0.
+    #[serde(default)]
+    pub transfer_us: u64,
+    /// From the guest's standing still until the secondary had loaded the checkpoint, µs. Primary
+    /// only, else 0.
+    #[serde(default)]
+    pub loaded_us: u64,
     /// How much guest memory was sent or received, bytes.
     pub ram_bytes: u64,
     /// How many pages the guest had written since the checkpoint before.

@@ -154,6 +154,10 @@ struct RunArgs {
     /// to be the primary.
     #[arg(long)]
     output_commit: bool,
+    /// As a primary, let the guest run again in a checkpoint as soon as it was copied on this side,
+    /// not only when the secondary has loaded it. Takes up memory for the copies.
+    #[arg(long, requires = "output_commit")]
+    early_resume: bool,
     /// The VM's UUID. Both sides must have the same where multifd channels or the capability
     /// `validate-uuid` compare it.
     #[arg(long)]
@@ -250,6 +254,7 @@ impl RunArgs {
             io_limit: timeout.unwrap_or(defaults.io_limit),
             uuid: self.uuid,
             output_commit: self.output_commit,
+            early_resume: self.early_resume,
             boundaries: Arc::new(boundaries),
         })
     }

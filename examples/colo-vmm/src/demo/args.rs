@@ -40,6 +40,13 @@ pub struct DemoArgs {
     /// What the secondary keeps checkpoints in.
     #[arg(long, value_enum, default_value_t = RamCacheArg::Cow)]
     pub ram_cache: RamCacheArg,
+    /// Hold the primary's output until the secondary has the checkpoint that it came from, and let
+    /// the guest run again as soon as it was copied.
+    #[arg(long)]
+    pub early_resume: bool,
+    /// Turns of an empty loop that each vCPU of the guest makes after it has dirtied its pages.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub pass_delay: u32,
     /// Compare hashes of guest RAM and device state at every checkpoint; makes pauses longer.
     #[arg(long)]
     pub verify: bool,
@@ -101,11 +108,17 @@ impl DemoArgs {
             ("--memory", self.memory.to_string()),
             ("--vcpus", self.vcpus.to_string()),
             ("--dirty-pages", self.dirty_pages.to_string()),
+            ("--pass-delay", self.pass_delay.to_string()),
             ("--ram-cache", name(&self.ram_cache)),
         ] {
             line.extend([option.to_owned(), value]);
         }
-        for (option, given) in [("--sim", self.sim), ("--verify", self.verify)] {
+        for (option, given) in [
+            ("--sim", self.sim),
+            ("--verify", self.verify),
+            ("--output-commit", self.early_resume),
+            ("--early-resume", self.early_resume),
+        ] {
             if given {
                 line.push(option.to_owned());
             }
@@ -124,6 +137,7 @@ impl DemoArgs {
             multifd_channels: self.multifd,
             compression: name(&self.compression),
             checkpoint_delay_ms: self.delay,
+            early_resume: self.early_resume,
             verify: self.verify,
         }
     }
@@ -162,12 +176,12 @@ mod tests {
         assert_eq!((args.multifd, args.transport), (2, Transport::Tcp));
         assert_eq!(
             args.machine_args().join(" "),
-            "run --guest workload --memory 256 --vcpus 1 --dirty-pages 2560 --ram-cache cow"
+            "run --guest workload --memory 256 --vcpus 1 --dirty-pages 2560 --pass-delay 0 --ram-cache cow"
         );
         let args = parse("--sim --verify --memory 32 --ram-cache mirror").unwrap();
         assert_eq!(
             args.machine_args().join(" "),
-            "run --guest workload --memory 32 --vcpus 1 --dirty-pages 2560 --ram-cache mirror --sim --verify"
+            "run --guest workload --memory 32 --vcpus 1 --dirty-pages 2560 --pass-delay 0 --ram-cache mirror --sim --verify"
         );
     }
 

@@ -338,6 +338,8 @@ mod tests {
             device_hash: ram_hash.map(|_| "d".to_owned()),
             mode: ColoMode::Primary,
             pause_us: 0,
+            transfer_us: 0,
+            loaded_us: 0,
             ram_bytes: 0,
             dirty_pages: 0,
             flushed_pages: 0,

@@ -48,6 +48,8 @@ pub struct Setup {
     pub compression: String,
     /// Between two checkpoints.
     pub checkpoint_delay_ms: u32,
+    /// Whether the guest ran again as soon as it was copied, its output held until that had arrived.
+    pub early_resume: bool,
     /// Whether both sides hashed RAM and device state at every checkpoint, which takes its time.
     pub verify: bool,
 }
@@ -76,6 +78,10 @@ pub struct Checkpoints {
     pub secondary: u64,
     /// How long the primary's guest stood still.
     pub pause_ms: Option<Spread>,
+    /// How long RAM and device state took to leave.
+    pub transfer_ms: Option<Spread>,
+    /// From the primary's guest standing still until the secondary had loaded the checkpoint.
+    pub loaded_ms: Option<Spread>,
     /// How long the secondary's guest stood still.
     pub secondary_pause_ms: Option<Spread>,
     /// RAM on the wire, with its headers.
@@ -135,14 +141,16 @@ impl Checkpoints {
     pub fn of(primary: &[ColoCheckpoint], secondary: &[ColoCheckpoint]) -> Self {
         let counts =
             |field: fn(&ColoCheckpoint) -> u64| Spread::of_counts(primary.iter().map(field));
-        let pauses = |side: &[ColoCheckpoint]| {
-            Spread::of(side.iter().map(|report| us_to_ms(report.pause_us)))
+        let times = |side: &[ColoCheckpoint], field: fn(&ColoCheckpoint) -> u64| {
+            Spread::of(side.iter().map(field).map(us_to_ms))
         };
         Self {
             primary: primary.len() as u64,
             secondary: secondary.len() as u64,
-            pause_ms: pauses(primary),
-            secondary_pause_ms: pauses(secondary),
+            pause_ms: times(primary, |report| report.pause_us),
+            transfer_ms: times(primary, |report| report.transfer_us),
+            loaded_ms: times(primary, |report| report.loaded_us),
+            secondary_pause_ms: times(secondary, |report| report.pause_us),
             ram_bytes: counts(|report| report.ram_bytes),
             dirty_pages: counts(|report| report.dirty_pages),
             flushed_pages: Spread::of_counts(secondary.iter().map(|report| report.flushed_pages)),
@@ -217,6 +225,9 @@ impl fmt::Display for Setup {
             )?,
         }
         write!(f, "; a checkpoint every {} ms", self.checkpoint_delay_ms)?;
+        if self.early_resume {
+            f.write_str(", resumed early")?;
+        }
         if self.verify {
             f.write_str(", verified (pauses include the hashing)")?;
         }
@@ -269,6 +280,8 @@ impl Checkpoints {
         )?;
         for (label, spread, decimals) in [
             ("  pause of the primary, ms", self.pause_ms, 2),
+            ("  transfer, ms", self.transfer_ms, 2),
+            ("  stop until loaded, ms", self.loaded_ms, 2),
             ("  pause of the secondary, ms", self.secondary_pause_ms, 2),
             ("  RAM, bytes", self.ram_bytes, 0),
             ("  dirty pages", self.dirty_pages, 0),
@@ -356,6 +369,8 @@ mod tests {
             mode: ColoMode::Primary,
             checkpoint: 1,
             pause_us,
+            transfer_us: pause_us / 2,
+            loaded_us: pause_us + 500,
             ram_bytes: 1000,
             dirty_pages: 5,
             flushed_pages: 7,
@@ -392,6 +407,7 @@ mod tests {
                 multifd_channels: 2,
                 compression: "zstd".to_owned(),
                 checkpoint_delay_ms: 200,
+                early_resume: true,
                 verify: true,
             },
             precopy: Precopy {
@@ -441,13 +457,15 @@ mod tests {
             report().to_string(),
             "\
 KVM guest: 256 MiB, 1 vCPU, 2560 dirty pages; over tcp, 2 multifd channels, compression zstd; \
-a checkpoint every 200 ms, verified (pauses include the hashing)
+a checkpoint every 200 ms, resumed early, verified (pauses include the hashing)
 
 precopy                       100 ms, 3 passes over 268.4 MB of guest memory
 on the wire                   11.0 MB, 110.0 MB/s
 
 checkpoints: 2 primary, 1 secondary          mean         p50         p99         max
   pause of the primary, ms                   6.00        4.00        8.00        8.00
+  transfer, ms                               3.00        2.00        4.00        4.00
+  stop until loaded, ms                      6.50        4.50        8.50        8.50
   pause of the secondary, ms                 3.00        3.00        3.00        3.00
   RAM, bytes                                 1000        1000        1000        1000
   dirty pages                                   5           5           5           5
@@ -496,7 +514,7 @@ passed: the primary was killed, and the guest lost nothing"
                 "setup": {
                     "machine": "kvm", "memory_mib": 256, "vcpus": 1, "dirty_pages": 2560,
                     "transport": "tcp", "multifd_channels": 2, "compression": "zstd",
-                    "checkpoint_delay_ms": 200, "verify": true,
+                    "checkpoint_delay_ms": 200, "early_resume": true, "verify": true,
                 },
                 "precopy": {
                     "total_ms": 100.0, "wire_bytes": 11_000_000, "throughput_mb_s": 110.0,
@@ -505,6 +523,8 @@ passed: the primary was killed, and the guest lost nothing"
                 "checkpoints": {
                     "primary": 2, "secondary": 1,
                     "pause_ms": {"mean": 6.0, "p50": 4.0, "p99": 8.0, "max": 8.0},
+                    "transfer_ms": {"mean": 3.0, "p50": 2.0, "p99": 4.0, "max": 4.0},
+                    "loaded_ms": {"mean": 6.5, "p50": 4.5, "p99": 8.5, "max": 8.5},
                     "secondary_pause_ms": {"mean": 3.0, "p50": 3.0, "p99": 3.0, "max": 3.0},
                     "ram_bytes": {"mean": 1000.0, "p50": 1000.0, "p99": 1000.0, "max": 1000.0},
                     "dirty_pages": {"mean": 5.0, "p50": 5.0, "p99": 5.0, "max": 5.0},

@@ -235,6 +235,8 @@ pub(crate) fn checkpoint_event(role: Role, report: &CheckpointReport) -> ColoChe
         mode: mode(role),
         checkpoint: report.number,
         pause_us: us(report.pause),
+        transfer_us: us(report.transfer),
+        loaded_us: us(report.until_loaded),
         ram_bytes: report.ram_bytes,
         dirty_pages: report.dirty_pages,
         flushed_pages: report.flushed_pages,

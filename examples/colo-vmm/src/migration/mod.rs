@@ -101,6 +101,8 @@ pub struct MigrationOptions {
     pub uuid: Option<Uuid>,
     /// A primary's serial output waits for the checkpoint that contains what it came from.
     pub output_commit: bool,
+    /// As a primary, run again in a checkpoint as soon as it was copied on this side.
+    pub early_resume: bool,
     /// What is done where something begins or ends.
     pub boundaries: Arc<Boundaries>,
 }
@@ -115,6 +117,7 @@ impl Default for MigrationOptions {
             io_limit: Duration::from_secs(30),
             uuid: None,
             output_commit: false,
+            early_resume: false,
             boundaries: Arc::default(),
         }
     }

@@ -14,7 +14,7 @@ use migration_stream::precopy::{
 };
 use migration_stream::ram::InStream;
 use migration_stream::xbzrle::PageCache;
-use migration_stream::{DirtyLog, GuestRam, PageTransport, StreamWriter};
+use migration_stream::{DirtyLog, GuestRam, PageTransport, StagedRam, StreamWriter};
 use multifd::{Address, MultifdConfig, SendChannel, SendSet, outgoing};
 use qmp_types::{MigrationCapability, MigrationStatus, RunState};
 
@@ -47,8 +47,8 @@ pub(super) fn run(
         .map_or(Ok(()), watch)
         .and_then(|()| migrate(&mut vm, plan, multifd, address))
     {
-        Ok(switched) if plan.migrate_colo() => {
-            if let Err(error) = enter_colo(migration, switched, vm.ran) {
+        Ok((switched, staged)) if plan.migrate_colo() => {
+            if let Err(error) = enter_colo(migration, switched, staged, vm.ran) {
                 // The guest stands still, and the secondary has it too.
                 if let Some(heartbeat) = heartbeat {
                     heartbeat.colo_ended(Outcome::Quit);
@@ -88,7 +88,7 @@ fn migrate(
     plan: &MigrationPlan,
     multifd: Option<&MultifdConfig>,
     address: &Address,
-) -> Result<SwitchedOver<Transport, Log>, BoxError> {
+) -> Result<(SwitchedOver<Transport, Log>, Option<Arc<StagedRam>>), BoxError> {
     let migration = vm.migration;
     let limit = migration.options.io_limit;
     let connected = outgoing::connect(address, multifd, CONNECT_TIMEOUT.min(limit), limit)?;
@@ -99,6 +99,12 @@ fn migrate(
         .iter()
         .for_each(|channel| migration.connections.add(channel));
     let ram: Arc<dyn GuestRam> = Arc::clone(migration.vm.memory()) as _;
+    let staged = if plan.migrate_colo() && migration.options.early_resume {
+        Some(Arc::new(StagedRam::new(Arc::clone(&ram))?))
+    } else {
+        None
+    };
+    let ram = staged.clone().map_or(ram, |staged| staged as _);
     let transport: Transport = match multifd {
         Some(config) => {
             let channels = connected
@@ -152,15 +158,19 @@ fn migrate(
     migration.options.boundaries.reach("target confirmed");
     migration.status.progress(&switched.progress);
     migration.status.downtime(switched.downtime);
-    Ok(switched)
+    Ok((switched, staged))
 }
 
 fn enter_colo(
     migration: &Arc<Migration>,
     switched: SwitchedOver<Transport, Log>,
+    staged: Option<Arc<StagedRam>>,
     ran: bool,
 ) -> Result<(), BoxError> {
-    let link = PrimaryLink::new(switched)?;
+    let mut link = PrimaryLink::new(switched)?;
+    if let Some(staged) = staged {
+        link = link.resuming_early(staged)?;
+    }
     let control = colo::control(migration, Role::Primary)?;
     migration.status.set(MigrationStatus::Colo);
     let mut parts = colo::parts(migration, Role::Primary, ran);

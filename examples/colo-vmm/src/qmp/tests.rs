@@ -341,6 +341,8 @@ fn a_client_that_never_reads_is_dropped_and_stalls_nobody() {
         mode: ColoMode::Primary,
         checkpoint: 1,
         pause_us: 0,
+        transfer_us: 0,
+        loaded_us: 0,
         ram_bytes: 0,
         dirty_pages: 0,
         flushed_pages: 0,
