@@ -22,9 +22,11 @@ pub struct CheckpointReport {
     pub steps: Vec<(Step, Duration)>,
     /// Bytes of RAM on the wire, with their headers, on all channels.
     pub ram_bytes: u64,
-    /// Pages on the wire, zero pages included.
+    /// Pages on the wire within the checkpoint, zero pages included.
     pub dirty_pages: u64,
-    /// Primary: those that were copied while the VM stood still, if it resumes early.
+    /// Primary: pages sent since the checkpoint before, ahead of this one.
+    pub ahead_pages: u64,
+    /// Primary: dirty pages that were copied while the VM stood still, if it resumes early.
     pub kept_pages: u64,
     /// Secondary: pages copied into the guest, those its own guest had dirtied included.
     pub flushed_pages: u64,
@@ -91,6 +93,11 @@ impl CheckpointMeter {
     pub const fn ram(&mut self, bytes: u64, dirty_pages: u64) {
         self.report.ram_bytes = bytes;
         self.report.dirty_pages = dirty_pages;
+    }
+
+    /// Pages have crossed ahead of the next checkpoint.
+    pub const fn ahead(&mut self, pages: u64) {
+        self.report.ahead_pages += pages;
     }
 
     /// RAM was copied while the VM stood still.

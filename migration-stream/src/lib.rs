@@ -78,7 +78,7 @@ pub use memory::{DirtyLog, GuestRam, MemoryError, PageStore, prepare_range};
 pub use reader::StreamReader;
 #[cfg(feature = "staged")]
 pub use staged::StagedRam;
-pub use transport::{PageBarrier, PageTransport, TransportCounters, TransportError};
+pub use transport::{PageBarrier, PageTransport, PagesBeside, TransportCounters, TransportError};
 pub use writer::StreamWriter;
 
 /// The page size of the stream, bytes. x86 guests have no other.

@@ -81,6 +81,35 @@ pub trait PageTransport: Send {
 
     /// What was sent so far.
     fn counters(&self) -> TransportCounters;
+
+    /// The transport's channels, if pages can leave on them while the main stream says nothing.
+    fn beside(&mut self) -> Option<&mut dyn PagesBeside> {
+        None
+    }
+}
+
+/// Channels beside the main stream, for pages that belong to no section of it.
+pub trait PagesBeside {
+    /// From now on pages of one place, those of [`PageTransport::send`] included, land in the order
+    /// in which they were sent, without a [`PageTransport::sync`] in between.
+    fn keep_order(&mut self);
+
+    /// Sends pages as [`PageTransport::send`] does, and nothing on the main stream.
+    ///
+    /// # Errors
+    /// As there.
+    fn send_beside(
+        &mut self,
+        block: BlockId,
+        offset: u64,
+        pages: u64,
+    ) -> Result<(), TransportError>;
+
+    /// Returns when all that was sent has been read out of memory and has left.
+    ///
+    /// # Errors
+    /// As there.
+    fn drain(&mut self) -> Result<(), TransportError>;
 }
 
 impl<T: PageTransport + ?Sized> PageTransport for Box<T> {
@@ -123,6 +152,9 @@ impl<T: PageTransport + ?Sized> PageTransport for Box<T> {
     }
     fn counters(&self) -> TransportCounters {
         (**self).counters()
+    }
+    fn beside(&mut self) -> Option<&mut dyn PagesBeside> {
+        (**self).beside()
     }
 }
 

@@ -231,6 +231,11 @@ impl<T: Send + 'static> Threads<T> {
 }
 
 impl<T> Threads<T> {
+    /// How many there are.
+    pub(crate) fn len(&self) -> usize {
+        self.handles.len()
+    }
+
     /// Waits until all threads have ended by themselves, then shuts the channels; or until
     /// `deadline` (without one, until nothing moves any more), then shuts them all the same.
     pub(crate) fn drain(&self, deadline: Option<Instant>) -> Result<(), Failure> {

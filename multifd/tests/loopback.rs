@@ -333,3 +333,37 @@ fn a_peer_that_is_idle_for_longer_than_the_channels_limit_is_no_error() {
     wait_for_flush(&mut incoming_main, &mut recv.barrier());
     assert_eq!(ram.differing_pages(recv.store()), []);
 }
+
+#[test]
+fn pages_sent_again_beside_the_main_stream_land_in_the_order_in_which_they_were_sent() {
+    for channels in [1, 2, 5] {
+        let mut m = Migration::start(&tcp(), &config(channels, Compression::None));
+        let beside = m.send.beside().unwrap();
+        beside.keep_order();
+        for round in 1..30 {
+            for block in [0, 1] {
+                let pages = PAGES[block as usize];
+                for page in 0..pages {
+                    m.ram.fill(block, page, round);
+                }
+                // Not all of them, in two pieces that meet within a stretch.
+                let (first, middle) = (u64::from(round) % 7, pages / 2 + 3);
+                let beside = m.send.beside().unwrap();
+                for (from, to) in [(middle, pages), (first, middle)] {
+                    let (offset, count) = (from * PAGE_SIZE, to - from);
+                    beside
+                        .send_beside(BlockId::new(block), offset, count)
+                        .unwrap();
+                }
+            }
+            // Read, but not landed: the next round may not overtake it.
+            m.send.beside().unwrap().drain().unwrap();
+        }
+        // A section of the main stream goes on with it.
+        m.ram.fill(0, 20, 99);
+        m.send(0, 0, PAGES[0]);
+        m.send(1, 0, 7);
+        m.sync();
+        m.finish();
+    }
+}

@@ -53,6 +53,9 @@ pub struct ColoCheckpoint {
     /// only, else 0.
     #[serde(default)]
     pub loaded_us: u64,
+    /// How many pages were sent since the checkpoint before, ahead of this one. Primary only, else 0.
+    #[serde(default)]
+    pub ahead_pages: u64,
     /// How much guest memory was sent or received, bytes.
     pub ram_bytes: u64,
     /// How many pages the guest had written since the checkpoint before.

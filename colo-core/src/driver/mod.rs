@@ -5,6 +5,7 @@
 //! that stalls stalls nothing but the checkpoint.
 
 mod control;
+mod gap;
 mod primary;
 mod secondary;
 
@@ -16,6 +17,7 @@ use migration_stream::precopy::{SourceError, TargetError};
 use multifd::ChannelError;
 
 pub use control::ColoControl;
+pub use gap::GapConfig;
 pub use primary::{LinkError, PrimaryLink, run_primary};
 pub use secondary::{SecondaryLink, run_secondary};
 
@@ -36,6 +38,8 @@ pub struct DriverConfig {
     pub on_loss: OnPeerLoss,
     /// The most device state accepted in a checkpoint, bytes; 0 for the default of 64 MiB.
     pub max_device_state: usize,
+    /// Primary: whether, and how, pages are sent between checkpoints.
+    pub gap: Option<GapConfig>,
 }
 
 /// Far more than the devices of any machine; what a hostile primary can make a secondary take.

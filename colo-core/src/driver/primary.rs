@@ -1,17 +1,18 @@
 //! The primary over its channels.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use migration_stream::io::{ByteSource, Chunk, Readiness};
 use migration_stream::precopy::{RamSender, SwitchedOver};
 use migration_stream::section::encode_eof;
 use migration_stream::{DirtyLog, PAGE_SIZE, PageTransport, StagedRam, StreamWriter};
 
+use super::gap::Gap;
 use super::{ColoControl, DriverConfig, Parts, StepError, Wire, message_event, run};
 use crate::machine::OutOfStep;
 use crate::message::{MESSAGE_LEN, encode_vmstate_size};
-use crate::step::{Event, Step, Wait};
+use crate::step::{Event, Step};
 use crate::{CheckpointMeter, Outcome, PacketGate, Primary, Replication, Resume, Vm, VmError};
 
 /// The primary's end of the connection: what a migration leaves behind when it has switched over.
@@ -92,7 +93,7 @@ impl<T, D: DirtyLog> std::fmt::Debug for PrimaryLink<T, D> {
 /// # Errors
 /// [`OutOfStep`] is a mistake of this crate, never the peer's. The VM is left as it was.
 pub fn run_primary<T, D, V, R, G>(
-    link: PrimaryLink<T, D>,
+    mut link: PrimaryLink<T, D>,
     parts: &mut Parts<V, R, G>,
     control: &ColoControl,
     config: DriverConfig,
@@ -108,8 +109,11 @@ where
         None => Resume::AfterLoaded,
         Some(_) => Resume::Early,
     };
+    let gap = config.gap.and_then(|gap| Gap::begin(gap, &mut link.ram));
     let mut wire = PrimaryWire {
         link,
+        gap,
+        patience: config.deadlines.message,
         control,
         devices: Vec::new(),
     };
@@ -125,6 +129,9 @@ where
 struct PrimaryWire<'a, T, D: DirtyLog> {
     link: PrimaryLink<T, D>,
     control: &'a ColoControl,
+    gap: Option<Gap>,
+    /// How long a channel may block in the gap.
+    patience: Duration,
     /// Saved device state. Kept from checkpoint to checkpoint for its memory.
     devices: Vec<u8>,
 }
@@ -137,6 +144,9 @@ impl<T: PageTransport, D: DirtyLog, V: Vm, R, G> Wire<V, R, G> for PrimaryWire<'
         parts: &mut Parts<V, R, G>,
         meter: &mut CheckpointMeter,
     ) -> Result<Event, StepError> {
+        if step.is_gap() {
+            return self.wait_until_due(meter);
+        }
         let PrimaryLink {
             out,
             replies,
@@ -149,7 +159,6 @@ impl<T: PageTransport, D: DirtyLog, V: Vm, R, G> Wire<V, R, G> for PrimaryWire<'
                 out.set_deadline(deadline);
                 out.write_bytes(&message.encode())?;
             }
-            Step::Await(Wait::CheckpointDue) => return self.wait_until_due(),
             Step::Await(_) => {
                 replies.set_read_deadline(deadline);
                 return read_message(&mut **replies);
@@ -193,16 +202,25 @@ impl<T: PageTransport, D: DirtyLog, V: Vm, R, G> Wire<V, R, G> for PrimaryWire<'
 
 impl<T: PageTransport, D: DirtyLog> PrimaryWire<'_, T, D> {
     /// Waits for the schedule, and notices meanwhile what the peer does: it may go away, and it has
-    /// nothing to say.
-    fn wait_until_due(&mut self) -> Result<Event, StepError> {
-        let replies = &mut self.link.replies;
+    /// nothing to say. Pages are sent ahead.
+    fn wait_until_due(&mut self, meter: &mut CheckpointMeter) -> Result<Event, StepError> {
+        let PrimaryLink { replies, ram, .. } = &mut self.link;
         loop {
             let due = self.control.next_due();
             if due.is_some_and(|due| due <= Instant::now()) {
                 return Ok(Event::CheckpointDue);
             }
-            match replies.wait(Some(self.control.wake_fd()), due)? {
-                Readiness::TimedOut => {}
+            let wake = match &self.gap {
+                None => due,
+                Some(gap) => Some(due.map_or(gap.next(), |due| due.min(gap.next()))),
+            };
+            match replies.wait(Some(self.control.wake_fd()), wake)? {
+                Readiness::TimedOut => {
+                    if let Some(gap) = &mut self.gap {
+                        let deadline = Instant::now().checked_add(self.patience);
+                        meter.ahead(gap.send(ram, due, deadline)?);
+                    }
+                }
                 Readiness::Channel => {
                     // Bytes are there, or the end: a read does not block.
                     replies.set_read_deadline(Some(Instant::now()));

@@ -1,6 +1,8 @@
 //! A primary whose VM resumes before its checkpoint is complete. The guest writes in the moment that it
 //! is let run, so what is sent after that is never what its memory holds.
 
+use std::time::Instant;
+
 use colo_core::driver::LinkError;
 use colo_core::{Cause, ExitReason, Message, Step};
 
@@ -73,7 +75,7 @@ fn a_peer_that_takes_no_ram_does_not_hold_the_vm_up() {
 
 #[test]
 fn a_failover_requested_after_the_resume_ends_by_request_on_either_side() {
-    let began = std::time::Instant::now();
+    let began = Instant::now();
     for channels in crate::CHANNELS {
         for primary_asked in [true, false] {
             let (primary, secondary) = pair(channels);

@@ -2,6 +2,7 @@
 //! same on both sides.
 #![allow(clippy::tests_outside_test_module)] // this whole crate is tests
 
+mod ahead;
 mod early;
 mod guest;
 mod hostile;

@@ -46,6 +46,7 @@ pub fn patient() -> DriverConfig {
         },
         on_loss: OnPeerLoss::Wait,
         max_device_state: 1000,
+        gap: None,
     }
 }
 

@@ -14,7 +14,7 @@ use std::rc::Rc;
 
 use colo_core::{OnPeerLoss, Resume, Role};
 
-use crate::world::{Budget, By, Label, Quiet, Setting, Transition, World};
+use crate::world::{Ahead, Budget, By, Label, Quiet, Setting, Transition, World};
 
 /// What an exploration has seen.
 #[derive(Debug, Default)]
@@ -134,7 +134,18 @@ const BUDGET: Budget = Budget {
     deadlines: 1,
     cuts: 1,
     requests: 1,
+    ahead: 0,
+    writes: 0,
     mishaps: 2,
+};
+
+/// With pages that are sent between checkpoints, of which the guest writes some again.
+const AHEAD: Budget = Budget {
+    checkpoints: 2,
+    ahead: 2,
+    writes: 1,
+    mishaps: 1,
+    ..BUDGET
 };
 
 fn setting(primary: OnPeerLoss, secondary: OnPeerLoss, resume: Resume) -> Setting {
@@ -143,6 +154,7 @@ fn setting(primary: OnPeerLoss, secondary: OnPeerLoss, resume: Resume) -> Settin
         secondary,
         resume,
         marks: true,
+        ahead: Ahead::Never,
     }
 }
 
@@ -195,6 +207,43 @@ mod tests {
                     assert!(trace.starts_with("output of checkpoint"), "{trace}");
                 }
             }
+        }
+    }
+
+    #[test]
+    fn pages_that_are_sent_in_the_gap_become_part_of_a_whole_checkpoint_or_of_nothing() {
+        for (resume, secondary) in [
+            (Resume::AfterLoaded, OnPeerLoss::Wait),
+            (Resume::Early, OnPeerLoss::TakeOver),
+        ] {
+            let ahead = Setting {
+                ahead: Ahead::InGap,
+                ..setting(OnPeerLoss::Wait, secondary, resume)
+            };
+            let explored = explore(ahead, AHEAD).unwrap_or_else(|trace| panic!("{trace}"));
+            println!("{secondary:?}, {resume:?}, ahead: {explored:?}");
+            assert!(explored.states >= 100_000, "{explored:?}");
+            assert_eq!(explored.deepest_in_step, AHEAD.checkpoints);
+            assert!(explored.alone[&Role::Secondary] > 0);
+        }
+    }
+
+    /// Why a page keeps its channel, and why nothing is sent but in the gap; and proof that the
+    /// exploration finds it.
+    #[test]
+    fn pages_sent_ahead_out_of_order_or_out_of_the_gap_spoil_a_checkpoint() {
+        let quiet = Budget {
+            mishaps: 0,
+            requests: 0,
+            ..AHEAD
+        };
+        for ahead in [Ahead::InGapUnordered, Ahead::Always] {
+            let setting = Setting {
+                ahead,
+                ..setting(OnPeerLoss::Wait, OnPeerLoss::Wait, Resume::Early)
+            };
+            let spoilt = explore(setting, quiet).unwrap_err();
+            assert!(spoilt.contains("the secondary runs (Spoilt"), "{spoilt}");
         }
     }
 

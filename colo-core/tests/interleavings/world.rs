@@ -2,8 +2,8 @@
 //! environment that breaks things.
 //!
 //! Guest state is a version: `n` is the state of the primary when it stopped for checkpoint `n`
-//! (0: the end of precopy). RAM and device state are kept apart, and the RAM cache in two halves,
-//! so that a mixture would show.
+//! (0: the end of precopy). RAM and device state are kept apart, and RAM in two halves that the guest
+//! writes by itself, so that a mixture would show.
 
 use std::fmt;
 
@@ -28,9 +28,30 @@ enum Content {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Item {
     Message(Message),
-    HalfOfRam(usize, u8),
+    HalfOfRam(usize, Written),
     EndOfRam,
     Devices(u8),
+}
+
+/// What the primary's guest has made of half of its RAM: in which epoch it wrote there, counted by the
+/// checkpoint that contains it, and how often since.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+struct Written {
+    epoch: u8,
+    again: u8,
+}
+
+/// Whether pages are sent between checkpoints.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Ahead {
+    /// No.
+    Never,
+    /// When [`Step::is_gap`] says so, each half on a channel of its own.
+    InGap,
+    /// The same, on whichever channel is free.
+    InGapUnordered,
+    /// Whenever the guest runs.
+    Always,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -130,6 +151,8 @@ pub struct Setting {
     pub resume: Resume,
     /// The primary's gate tells output before a checkpoint from output after it.
     pub marks: bool,
+    /// Whether pages are sent between checkpoints.
+    pub ahead: Ahead,
 }
 
 /// How often the environment may still interfere.
@@ -147,7 +170,11 @@ pub struct Budget {
     pub cuts: u8,
     /// Requests of an operator, who kills the other side first.
     pub requests: u8,
-    /// All of these together, checkpoints and requests apart.
+    /// Halves of RAM that are sent between checkpoints.
+    pub ahead: u8,
+    /// Halves that the guest writes again after that.
+    pub writes: u8,
+    /// All of these together, checkpoints, requests and what the guest does apart.
     pub mishaps: u8,
 }
 
@@ -220,7 +247,15 @@ pub struct World {
     // The primary's guest.
     captured: u8,
     saved: u8,
-    kept: u8,
+    guest: [Written; 2],
+    dirty: [bool; 2],
+    /// Its RAM at the last checkpoint.
+    taken: [Written; 2],
+    /// What of it is still to be sent, if the guest runs.
+    kept: Option<[Option<Written>; 2]>,
+    /// On the way beside the main channel.
+    beside: [Vec<Written>; 2],
+    ahead: Ahead,
     // Its output, by the checkpoint that contains what the newest of it came from.
     said: u8,
     cut: u8,
@@ -229,7 +264,7 @@ pub struct World {
     // The secondary's guest.
     ram: Content,
     devices: Content,
-    cache: [u8; 2],
+    cache: [Written; 2],
     buffer: u8,
     staged: u8,
 }
@@ -265,6 +300,7 @@ impl World {
             secondary,
             resume,
             marks,
+            ahead,
         } = setting;
         Self {
             primary: Side::new(Primary::resuming(resume, primary)),
@@ -275,14 +311,19 @@ impl World {
             budget,
             captured: 0,
             saved: 0,
-            kept: 0,
+            guest: [Written::default(); 2],
+            dirty: [false; 2],
+            taken: [Written::default(); 2],
+            kept: None,
+            beside: [Vec::new(), Vec::new()],
+            ahead,
             said: 0,
             cut: 0,
             released: 0,
             marks,
             ram: Content::Checkpoint(0),
             devices: Content::Checkpoint(0),
-            cache: [0; 2],
+            cache: [Written::default(); 2],
             buffer: 0,
             staged: 0,
         }
@@ -361,6 +402,7 @@ impl World {
             self.of_side(role, &mut out);
             self.of_environment(role, &mut out);
         }
+        self.of_guest(&mut out);
         if self.budget.may(|budget| budget.cuts) && self.link_up {
             let mut next = self.clone();
             next.budget.spend(|budget| &mut budget.cuts);
@@ -372,6 +414,53 @@ impl World {
             });
         }
         out
+    }
+
+    /// What the primary's guest writes again, and what of it is sent ahead and lands.
+    fn of_guest(&self, out: &mut Vec<Transition>) {
+        let mut add = |by, role, what, next| {
+            out.push(Transition {
+                by,
+                label: Label(Some(role), What::Happens(what)),
+                next: Ok(next),
+            });
+        };
+        let is_open = match (self.ahead, self.primary.machine.action()) {
+            (Ahead::Never, _) => false,
+            (Ahead::Always, _) => true,
+            (_, Action::Perform(step)) => step.is_gap(),
+            _ => false,
+        };
+        for half in [0, 1] {
+            let runs = self.primary.alive && self.primary.vm_runs;
+            if runs && is_open && self.dirty[half] && self.budget.ahead > 0 {
+                let mut next = self.clone();
+                next.budget.ahead -= 1;
+                next.dirty[half] = false;
+                if next.link_up && !next.is_cut_off(Role::Primary) {
+                    next.beside[half].push(next.guest[half]);
+                }
+                let what = "sends half of ram ahead";
+                add(By::Environment, Role::Primary, what, next);
+            }
+            // Before that nobody can tell the difference.
+            if runs && !self.dirty[half] && self.budget.writes > 0 {
+                let mut next = self.clone();
+                next.budget.writes -= 1;
+                next.dirty[half] = true;
+                next.guest[half] = Written {
+                    epoch: self.captured + 1,
+                    again: self.guest[half].again + 1,
+                };
+                add(By::Environment, Role::Primary, "writes again", next);
+            }
+            if self.secondary.alive && self.secondary.connected && !self.beside[half].is_empty() {
+                let mut next = self.clone();
+                next.cache[half] = next.beside[half].remove(0);
+                let what = "receives half of ram ahead";
+                add(By::System, Role::Secondary, what, next);
+            }
+        }
     }
 
     /// Kills, quits and operators.
@@ -476,9 +565,13 @@ impl World {
                 let pay: fn(&mut Budget) = |budget| budget.checkpoints -= 1;
                 add(By::Environment, Way::Whole, Event::CheckpointDue, pay);
             }
-            (Step::ReceiveRam, Some(&Item::HalfOfRam(half, version))) => {
+            // In order with what was sent ahead, which is not looked at here.
+            (Step::ReceiveRam, Some(&Item::HalfOfRam(half, _)))
+                if self.ahead != Ahead::InGapUnordered && !self.beside[half].is_empty() => {}
+            (Step::ReceiveRam, Some(Item::EndOfRam)) if self.beside != [[], []] => {}
+            (Step::ReceiveRam, Some(&Item::HalfOfRam(half, written))) => {
                 let mut next = self.clone();
-                next.cache[half] = version;
+                next.cache[half] = written;
                 next.to_secondary.remove(0);
                 out.push(Transition {
                     by: By::System,
@@ -553,6 +646,11 @@ impl World {
             Step::ResumeVm if whole => {
                 self.primary.vm_runs = true;
                 self.said = self.captured + 1;
+                self.guest = [Written {
+                    epoch: self.captured + 1,
+                    again: 0,
+                }; 2];
+                self.dirty = [true; 2];
             }
             Step::CutOutput if self.primary.vm_runs => {
                 return Err(format!("{step} with the vm running"));
@@ -567,25 +665,33 @@ impl World {
             Step::SaveDevices | Step::KeepRam if self.primary.vm_runs => {
                 return Err(format!("{step} with the vm running"));
             }
-            Step::SendRam if self.primary.vm_runs && self.kept != self.captured => {
+            Step::SendRam if self.primary.vm_runs && self.kept.is_none() => {
                 return Err(format!("{step} of a running vm that was not kept"));
             }
-            Step::KeepRam if whole => self.kept = self.captured,
+            Step::KeepRam if whole => self.kept = Some(self.take_dirty()),
             Step::SaveDevices if whole => {
                 self.captured += 1;
                 self.saved = self.captured;
+                self.taken = self.guest;
             }
             Step::ReleaseOutput if self.marks => self.released = self.cut,
             Step::ReleaseOutput => self.released = self.said,
             Step::Send(message) => self.send(Role::Primary, &[Item::Message(message)]),
             Step::SendRam => {
-                let version = self.captured;
-                let items = [
-                    Item::HalfOfRam(0, version),
-                    Item::HalfOfRam(1, version),
-                    Item::EndOfRam,
-                ];
-                self.send(Role::Primary, &items[..if whole { 3 } else { 1 }]);
+                let dirty = self.kept.take().unwrap_or_else(|| self.take_dirty());
+                let mut items: Vec<Item> = (0..)
+                    .zip(dirty)
+                    .filter_map(|(half, dirty)| Some(Item::HalfOfRam(half, dirty?)))
+                    .collect();
+                items.push(Item::EndOfRam);
+                self.send(
+                    Role::Primary,
+                    &items[..if whole {
+                        items.len()
+                    } else {
+                        items.len().min(2) - 1
+                    }],
+                );
             }
             Step::SendDevices => {
                 let items = [
@@ -597,6 +703,13 @@ impl World {
             _ => {}
         }
         Ok(())
+    }
+
+    /// The content of what is dirty, which is clean then.
+    fn take_dirty(&mut self) -> [Option<Written>; 2] {
+        let guest = self.guest;
+        let dirty = std::mem::take(&mut self.dirty);
+        [0, 1].map(|half| dirty[half].then_some(guest[half]))
     }
 
     fn effect_on_secondary(&mut self, step: Step, way: Way) -> Result<(), String> {
@@ -635,6 +748,7 @@ impl World {
             Step::Disconnect => {
                 self.secondary.connected = false;
                 self.to_secondary.clear();
+                self.beside = Default::default();
             }
             Step::ReportCheckpoint if whole => {
                 if let Content::Own(version) = self.ram {
@@ -644,9 +758,8 @@ impl World {
             Step::StageDevices if whole => self.staged = self.buffer,
             Step::Reset => self.devices = Content::Spoilt,
             Step::Flush => {
-                let [first, second] = self.cache;
-                self.ram = if whole && first == second {
-                    Content::Checkpoint(first)
+                self.ram = if whole && self.cache == self.taken {
+                    Content::Checkpoint(self.staged)
                 } else {
                     Content::Spoilt
                 };
@@ -755,13 +868,17 @@ impl World {
             Role::Primary => {
                 self.primary = Side::dead();
                 self.to_primary.clear();
-                (self.kept, self.said, self.cut) = (0, 0, 0);
+                (self.said, self.cut) = (0, 0);
+                (self.guest, self.dirty, self.kept) = Default::default();
+                (self.budget.ahead, self.budget.writes) = (0, 0);
             }
             Role::Secondary => {
                 self.secondary = Side::dead();
                 self.to_secondary.clear();
                 (self.ram, self.devices) = (Content::Spoilt, Content::Spoilt);
-                (self.cache, self.buffer, self.staged) = ([0; 2], 0, 0);
+                (self.cache, self.buffer, self.staged) = Default::default();
+                self.beside = Default::default();
+                self.budget.ahead = 0;
             }
         }
     }

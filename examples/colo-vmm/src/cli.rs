@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use clap::{Args, Parser, Subcommand};
+use colo_core::driver::GapConfig;
 use colo_core::{Deadlines, OnPeerLoss};
 use qmp_types::{MigrationAddress, RunState, SessionConfig};
 use ram_cache::CacheKind;
@@ -158,6 +159,10 @@ struct RunArgs {
     /// not only when the secondary has loaded it. Takes up memory for the copies.
     #[arg(long, requires = "output_commit")]
     early_resume: bool,
+    /// As a primary with multifd, send pages between checkpoints already, at most this many MiB a
+    /// second, so that fewer are left for the checkpoint; 0 for no limit.
+    #[arg(long, value_name = "MIB")]
+    gap_bandwidth: Option<u64>,
     /// The VM's UUID. Both sides must have the same where multifd channels or the capability
     /// `validate-uuid` compare it.
     #[arg(long)]
@@ -255,6 +260,10 @@ impl RunArgs {
             uuid: self.uuid,
             output_commit: self.output_commit,
             early_resume: self.early_resume,
+            gap: self.gap_bandwidth.map(|mib| GapConfig {
+                bandwidth: mib.saturating_mul(1 << 20),
+                ..GapConfig::default()
+            }),
             boundaries: Arc::new(boundaries),
         })
     }

@@ -23,6 +23,7 @@
 //! [`DirtyLog`]: crate::DirtyLog
 
 mod error;
+mod heat;
 mod limits;
 mod pending;
 mod ram;
@@ -36,7 +37,7 @@ pub use error::{BoxError, SourceError, TargetError};
 pub use limits::Limits;
 #[cfg(feature = "staged")]
 pub(crate) use pending::PageRun;
-pub use ram::{RamSender, RamSetup};
+pub use ram::{Budget, RamSender, RamSetup};
 pub use return_path::ReturnPathReader;
 pub use source::{
     Control, FIRST_DEVICE_SECTION, Progress, Source, SourceConfig, SourceEvent, SourceStatus,

@@ -104,6 +104,12 @@ impl PendingPages {
     /// Takes the next run of at most `max` pending pages, going on where the last one ended and
     /// wrapping around once; `None` when nothing is pending.
     pub fn take_run(&mut self, max: u64) -> Option<PageRun> {
+        self.take_run_but(max, |_, _| 0)
+    }
+
+    /// As [`PendingPages::take_run`], without the pages for which `but(block, index)` has a bit in the
+    /// `index`-th word of a block's map; `None` when nothing else is pending.
+    pub fn take_run_but(&mut self, max: u64, but: impl Fn(usize, usize) -> u64) -> Option<PageRun> {
         if self.count == 0 || max == 0 {
             return None;
         }
@@ -111,11 +117,13 @@ impl PendingPages {
         for _ in 0..=self.blocks.len() {
             let (index, from) = self.cursor;
             let map = self.blocks.get_mut(index)?;
-            if let Some(first) = next_one(map.as_raw_slice(), from, map.len()) {
+            let words = map.as_raw_slice();
+            let word = |at: usize| words.get(at).map(|word| word & !but(index, at));
+            if let Some(first) = next_one(word, from, map.len()) {
                 let limit = map
                     .len()
                     .min(first.saturating_add(usize::try_from(max).unwrap_or(usize::MAX)));
-                let end = next_zero(map.as_raw_slice(), first, limit);
+                let end = next_zero(word, first, limit);
                 clear(map.as_raw_mut_slice(), first, end);
                 let pages = (end - first) as u64;
                 self.count -= pages;
@@ -134,28 +142,28 @@ impl PendingPages {
 }
 
 /// The first set bit in `from .. end`.
-fn next_one(words: &[u64], from: usize, end: usize) -> Option<usize> {
+fn next_one(words: impl Fn(usize) -> Option<u64>, from: usize, end: usize) -> Option<usize> {
     if from >= end {
         return None;
     }
     let mut index = from / 64;
-    let mut word = words.get(index)? & (u64::MAX << (from % 64));
+    let mut word = words(index)? & (u64::MAX << (from % 64));
     while word == 0 {
         index += 1;
         if index * 64 >= end {
             return None;
         }
-        word = *words.get(index)?;
+        word = words(index)?;
     }
     Some(index * 64 + word.trailing_zeros() as usize).filter(|bit| *bit < end)
 }
 
 /// The first clear bit in `from .. end`, `end` if there is none.
-fn next_zero(words: &[u64], from: usize, end: usize) -> usize {
+fn next_zero(words: impl Fn(usize) -> Option<u64>, from: usize, end: usize) -> usize {
     let mut index = from / 64;
     let mut mask = u64::MAX << (from % 64);
     while index * 64 < end {
-        let Some(word) = words.get(index) else { break };
+        let Some(word) = words(index) else { break };
         let zeros = !word & mask;
         if zeros != 0 {
             return end.min(index * 64 + zeros.trailing_zeros() as usize);

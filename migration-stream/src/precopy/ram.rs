@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::error::SourceError;
+use super::heat::Heat;
 use super::pending::PendingPages;
 #[cfg(feature = "staged")]
 use crate::StagedRam;
@@ -67,13 +68,14 @@ impl<T: PageTransport, D: DirtyLog> RamSetup<T, D> {
             #[cfg(feature = "staged")]
             uncopied: None,
             unsynced: false,
+            ahead: None,
         };
         sender.close_body(out)?;
         Ok(sender)
     }
 }
 
-/// How much one PART may take.
+/// How much one PART may take, or one round of [`RamSender::send_ahead`].
 #[derive(Clone, Copy, Debug)]
 pub struct Budget {
     /// Bytes on all channels, at least one run is sent.
@@ -95,6 +97,8 @@ pub struct RamSender<T, D: DirtyLog> {
     uncopied: Option<PendingPages>,
     /// Pages were sent since the transport was last synchronised.
     unsynced: bool,
+    /// What is known of how often pages are written, if they are sent ahead.
+    ahead: Option<Heat>,
 }
 
 impl<T: PageTransport, D: DirtyLog> RamSender<T, D> {
@@ -144,6 +148,57 @@ impl<T: PageTransport, D: DirtyLog> RamSender<T, D> {
             }
         })?;
         Ok(added)
+    }
+
+    /// From now on [`RamSender::send_ahead`] can be called between sections. False if it cannot: the
+    /// transport has no channels beside the main stream.
+    pub fn begin_ahead(&mut self) -> bool {
+        let Some(beside) = self.transport.beside() else {
+            return false;
+        };
+        beside.keep_order();
+        self.ahead = Some(Heat::new(self.ram.blocks()));
+        true
+    }
+
+    /// Reads the dirty log, and sends pages ahead of the next section, beside the main stream, while
+    /// the budget lasts; but for those that most of the last readings have reported, which would
+    /// only have to be sent again. The guest may run: what it writes after the log was read is
+    /// reported by the next reading, whatever was sent. Returns how many pages were sent when
+    /// nothing of them waits any more.
+    ///
+    /// The receiver takes them in as it does pages of a section. It may be told to throw away what
+    /// was sent since it last had all, as COLO's secondary does at a failover, and no section may
+    /// come after that.
+    ///
+    /// # Errors
+    /// The log's, the transport's.
+    pub fn send_ahead(&mut self, budget: Budget) -> Result<u64, SourceError> {
+        let (Some(heat), Some(beside)) = (&mut self.ahead, self.transport.beside()) else {
+            return Ok(0);
+        };
+        let pending = &mut self.pending;
+        heat.begin_round();
+        self.log.sync(&mut |block, first_page, word| {
+            pending.or_word(block, first_page, word);
+            heat.note(block, first_page, word);
+        })?;
+        let mut sent = 0;
+        let most = (budget.bytes / PAGE_SIZE).max(1);
+        while sent < most && Instant::now() < budget.until {
+            let room = (most - sent).min(RUN_PAGES);
+            let Some(run) = pending.take_run_but(room, |block, index| heat.hot(block, index))
+            else {
+                break;
+            };
+            self.unsynced = true;
+            beside.send_beside(run.block, run.first * PAGE_SIZE, run.pages)?;
+            sent += run.pages;
+        }
+        if sent > 0 {
+            beside.drain()?;
+        }
+        Ok(sent)
     }
 
     /// Sends pending pages in a PART section while the budget lasts.
@@ -236,8 +291,9 @@ impl<T: PageTransport, D: DirtyLog> RamSender<T, D> {
         let mut bytes = bytes::BytesMut::new();
         section::encode_continuation(Continuation::End, self.section, &mut bytes);
         out.write_bytes(&bytes)?;
-        // Pages on their way must land before newer copies of them follow on another channel.
-        if self.unsynced {
+        // Pages on their way must land before newer copies of them follow on another channel; those
+        // that were sent ahead are in order as it is.
+        if self.unsynced && self.ahead.is_none() {
             self.sync(out)?;
         }
         Ok(())

@@ -3,7 +3,11 @@
 //! Whichever channel is free takes the next packet, so no channel has to be looked for and a slow
 //! one holds up nothing but its own packet. The queue is empty before any channel writes its SYNC
 //! packet, and nothing enters it before all have: that is the sync point.
+//!
+//! Where pages are sent again without a sync point in between (COLO, between two checkpoints), each
+//! place in memory has its own channel instead: see [`PagesBeside::keep_order`].
 
+mod places;
 mod queue;
 mod writer;
 
@@ -16,7 +20,7 @@ use migration_stream::ram::{
     BlockId, PageAddress, RecordEncoder, ZeroPageDetection, encode_multifd_flush, zero_check,
 };
 use migration_stream::{
-    GuestRam, MemoryError, PAGE_SIZE, PageTransport, StreamWriter, TransportCounters,
+    GuestRam, MemoryError, PAGE_SIZE, PageTransport, PagesBeside, StreamWriter, TransportCounters,
     TransportError,
 };
 
@@ -26,6 +30,7 @@ use crate::crew::{AbortHandle, Crew, Threads};
 use crate::device_state::{DeviceId, DeviceStateHeader};
 use crate::error::{ChannelError, Failure};
 use crate::packet::PAGES_PER_PACKET;
+use places::Places;
 use queue::{Batch, DeviceState, Queue, Work};
 use writer::{Totals, Writer};
 
@@ -44,6 +49,8 @@ pub struct SendSet {
     totals: Arc<Totals>,
     /// Pages that wait for more of their block.
     batch: Option<Batch>,
+    /// The same by channel, where each place has its own.
+    places: Option<Places>,
     deadline: Option<Instant>,
     flush: Flush,
     is_compressed: bool,
@@ -107,7 +114,9 @@ impl SendSet {
             threads.spawn(
                 format!("mfd-send-{id}"),
                 id,
-                move || Writer::new(&*ram, sink, encoder, method, zero_page, &totals).run(&crew),
+                move || {
+                    Writer::new(&*ram, sink, encoder, method, zero_page, &totals).run(id, &crew)
+                },
                 |_| {},
             )?;
         }
@@ -117,6 +126,7 @@ impl SendSet {
             threads,
             totals,
             batch: None,
+            places: None,
             deadline: None,
             flush: config.flush,
             is_compressed,
@@ -167,7 +177,8 @@ impl SendSet {
             device,
             payload_len,
         };
-        Ok(self.queue(Work::DeviceState(DeviceState { header, payload }))?)
+        let work = Work::DeviceState(DeviceState { header, payload });
+        Ok(self.queue(None, work)?)
     }
 
     fn finish_queue(&mut self) -> Result<(), Failure> {
@@ -207,6 +218,17 @@ impl SendSet {
     /// Collects pages for the channels.
     fn queue_pages(&mut self, block: BlockId, offset: u64, end: u64) -> Result<(), Failure> {
         let mut offset = offset;
+        while let Some(places) = &mut self.places
+            && offset < end
+        {
+            let crew = &self.crew;
+            let (next, channel, full) =
+                places.extend(block, offset, end, || crew.lock().empty_batch(block));
+            offset = next;
+            for batch in full.into_iter().flatten() {
+                self.queue(Some(channel), Work::Pages(batch))?;
+            }
+        }
         while offset < end {
             if self.batch.as_ref().is_some_and(|b| b.block() != block) {
                 self.queue_batch()?;
@@ -244,23 +266,32 @@ impl SendSet {
         Ok(true)
     }
 
-    /// Hands the pages that were collected to whichever channel is free first.
+    /// Hands the pages that were collected to whichever channel is free first, or to the one that
+    /// they belong to.
     fn queue_batch(&mut self) -> Result<(), Failure> {
+        let begun: Vec<_> = self.places.iter_mut().flat_map(Places::take_all).collect();
+        for (channel, batch) in begun {
+            self.queue(Some(channel), Work::Pages(batch))?;
+        }
         match self.batch.take() {
-            Some(batch) => self.queue(Work::Pages(batch)),
+            Some(batch) => self.queue(None, Work::Pages(batch)),
             None => Ok(()),
         }
     }
 
-    /// Hands out what one packet is made of.
-    fn queue(&mut self, work: Work) -> Result<(), Failure> {
+    /// Hands out what one packet is made of, to `channel` or to any.
+    fn queue(&mut self, channel: Option<usize>, work: Work) -> Result<(), Failure> {
         let mut state = self.crew.lock();
         let mut patience = self.crew.patience(self.deadline, &state);
         loop {
             state.check()?;
-            if state.has_room() {
-                state.push(work);
-                self.crew.for_channels.notify_one();
+            if state.has_room(channel) {
+                state.push(channel, work);
+                match channel {
+                    None => self.crew.for_channels.notify_one(),
+                    // They all wait at the same place.
+                    Some(_) => self.crew.for_channels.notify_all(),
+                }
                 return Ok(());
             }
             let in_time;
@@ -268,6 +299,25 @@ impl SendSet {
             if !in_time {
                 drop(state);
                 return Err(self.give_up("a channel that takes the next packet"));
+            }
+        }
+    }
+
+    /// Waits until the channels have written all that is queued.
+    fn wait_written(&mut self) -> Result<(), Failure> {
+        self.queue_batch()?;
+        let mut state = self.crew.lock();
+        let mut patience = self.crew.patience(self.deadline, &state);
+        loop {
+            state.check()?;
+            if state.is_drained() {
+                return Ok(());
+            }
+            let in_time;
+            (state, in_time) = patience.wait(&self.crew.for_owner, state, |s| s.progress);
+            if !in_time {
+                drop(state);
+                return Err(self.give_up("the channels to write what is queued"));
             }
         }
     }
@@ -353,6 +403,34 @@ impl PageTransport for SendSet {
         let mut counters = self.totals.counters();
         counters.zero_pages += self.main_zero.as_ref().map_or(0, |z| z.pages);
         counters
+    }
+
+    fn beside(&mut self) -> Option<&mut dyn PagesBeside> {
+        Some(self)
+    }
+}
+
+impl PagesBeside for SendSet {
+    fn keep_order(&mut self) {
+        if self.places.is_none() {
+            self.places = Some(Places::new(self.threads.len()));
+        }
+    }
+
+    fn send_beside(
+        &mut self,
+        block: BlockId,
+        offset: u64,
+        pages: u64,
+    ) -> Result<(), TransportError> {
+        self.crew.check()?;
+        self.check_range(block, offset, pages)
+            .map_err(TransportError::main)?;
+        Ok(self.queue_pages(block, offset, offset + pages * PAGE_SIZE)?)
+    }
+
+    fn drain(&mut self) -> Result<(), TransportError> {
+        Ok(self.wait_written()?)
     }
 }
 

@@ -1,5 +1,5 @@
-//! What the channels have to do: packets of pages that any of them may take, and a SYNC packet
-//! that each of them owes.
+//! What the channels have to do: packets of pages that any of them may take, packets that only one
+//! of them may, and a SYNC packet that each of them owes.
 
 use std::collections::VecDeque;
 use std::time::Instant;
@@ -60,6 +60,10 @@ pub(super) enum Work {
 pub(super) struct Queue {
     channels: usize,
     work: VecDeque<Work>,
+    /// What only one channel may take, by channel.
+    own: Vec<VecDeque<Work>>,
+    /// Packets that were queued and are not written yet.
+    unwritten: usize,
     /// Batches to be used again.
     spare: Vec<Batch>,
     /// How many sync points there were. A channel owes SYNC packets up to this number.
@@ -78,6 +82,10 @@ impl Queue {
         Self {
             channels,
             work: VecDeque::with_capacity(channels * DEPTH),
+            own: (0..channels)
+                .map(|_| VecDeque::with_capacity(DEPTH))
+                .collect(),
+            unwritten: 0,
             spare: Vec::new(),
             syncs: 0,
             synced: channels,
@@ -86,12 +94,34 @@ impl Queue {
         }
     }
 
-    pub(super) fn has_room(&self) -> bool {
-        self.work.len() < self.channels * DEPTH
+    /// Whether there is room for another packet, of this channel's own or of any.
+    pub(super) fn has_room(&self, channel: Option<usize>) -> bool {
+        match channel {
+            None => self.work.len() < self.channels * DEPTH,
+            Some(channel) => self.own.get(channel).is_some_and(|own| own.len() < DEPTH),
+        }
     }
 
-    pub(super) fn push(&mut self, work: Work) {
-        self.work.push_back(work);
+    pub(super) fn push(&mut self, channel: Option<usize>, work: Work) {
+        let queue = match channel {
+            None => &mut self.work,
+            Some(channel) => match self.own.get_mut(channel) {
+                Some(own) => own,
+                None => return,
+            },
+        };
+        queue.push_back(work);
+        self.unwritten += 1;
+    }
+
+    /// Whether nothing that was queued is still to be written.
+    pub(super) const fn is_drained(&self) -> bool {
+        self.unwritten == 0
+    }
+
+    fn pop(&mut self, channel: usize) -> Option<Work> {
+        let own = self.own.get_mut(channel).and_then(VecDeque::pop_front);
+        own.or_else(|| self.work.pop_front())
     }
 
     /// An empty batch for pages of `block`.
@@ -133,17 +163,17 @@ pub(super) enum Job {
 }
 
 impl Crew<Queue> {
-    /// Waits for work for a channel that has written `syncs` SYNC packets. Pages go first: a SYNC
+    /// Waits for work for `channel`, which has written `syncs` SYNC packets. Pages go first: a SYNC
     /// packet stands behind everything that was queued before it. An idle channel waits without
     /// end; the owner of the set is what wakes it.
-    pub(super) fn next_job(&self, syncs: u64) -> (Job, Option<Instant>) {
+    pub(super) fn next_job(&self, channel: usize, syncs: u64) -> (Job, Option<Instant>) {
         let mut state = self.lock();
         loop {
             let deadline = state.deadline;
             if state.is_over() {
                 return (Job::End, deadline);
             }
-            match state.work.pop_front() {
+            match state.pop(channel) {
                 Some(Work::Pages(batch)) => return (Job::Pages(batch), deadline),
                 Some(Work::DeviceState(state)) => return (Job::DeviceState(state), deadline),
                 None => {}
@@ -165,13 +195,17 @@ impl Crew<Queue> {
     pub(super) fn wrote_pages(&self, batch: Batch) {
         let mut state = self.lock();
         state.spare.push(batch);
+        state.unwritten = state.unwritten.saturating_sub(1);
         state.progress += 1;
         self.for_owner.notify_all();
     }
 
     /// A channel has written the state of a device.
     pub(super) fn wrote_device_state(&self) {
-        self.lock().progress += 1;
+        let mut state = self.lock();
+        state.unwritten = state.unwritten.saturating_sub(1);
+        state.progress += 1;
+        drop(state);
         self.for_owner.notify_all();
     }
 

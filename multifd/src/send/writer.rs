@@ -81,10 +81,10 @@ impl<'a> Writer<'a> {
         }
     }
 
-    pub(super) fn run(mut self, crew: &Crew<Queue>) -> Result<(), ChannelError> {
+    pub(super) fn run(mut self, channel: u8, crew: &Crew<Queue>) -> Result<(), ChannelError> {
         let mut syncs = 0;
         loop {
-            let (job, deadline) = crew.next_job(syncs);
+            let (job, deadline) = crew.next_job(usize::from(channel), syncs);
             self.sink.set_write_deadline(deadline);
             match job {
                 Job::Pages(batch) => {

@@ -44,6 +44,9 @@ pub struct DemoArgs {
     /// the guest run again as soon as it was copied.
     #[arg(long)]
     pub early_resume: bool,
+    /// Send pages between checkpoints, at most this many MiB a second; 0 for no limit.
+    #[arg(long, value_name = "MIB")]
+    pub gap_bandwidth: Option<u64>,
     /// Turns of an empty loop that each vCPU of the guest makes after it has dirtied its pages.
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub pass_delay: u32,
@@ -113,6 +116,9 @@ impl DemoArgs {
         ] {
             line.extend([option.to_owned(), value]);
         }
+        if let Some(mib) = self.gap_bandwidth {
+            line.extend(["--gap-bandwidth".to_owned(), mib.to_string()]);
+        }
         for (option, given) in [
             ("--sim", self.sim),
             ("--verify", self.verify),
@@ -138,6 +144,7 @@ impl DemoArgs {
             compression: name(&self.compression),
             checkpoint_delay_ms: self.delay,
             early_resume: self.early_resume,
+            gap_bandwidth_mib: self.gap_bandwidth,
             verify: self.verify,
         }
     }

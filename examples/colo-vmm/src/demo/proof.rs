@@ -340,6 +340,7 @@ mod tests {
             pause_us: 0,
             transfer_us: 0,
             loaded_us: 0,
+            ahead_pages: 0,
             ram_bytes: 0,
             dirty_pages: 0,
             flushed_pages: 0,

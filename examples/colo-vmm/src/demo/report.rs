@@ -50,6 +50,8 @@ pub struct Setup {
     pub checkpoint_delay_ms: u32,
     /// Whether the guest ran again as soon as it was copied, its output held until that had arrived.
     pub early_resume: bool,
+    /// What may be sent between checkpoints, MiB a second, 0 for no limit; `null` if nothing is.
+    pub gap_bandwidth_mib: Option<u64>,
     /// Whether both sides hashed RAM and device state at every checkpoint, which takes its time.
     pub verify: bool,
 }
@@ -86,7 +88,9 @@ pub struct Checkpoints {
     pub secondary_pause_ms: Option<Spread>,
     /// RAM on the wire, with its headers.
     pub ram_bytes: Option<Spread>,
-    /// Pages on the wire.
+    /// Pages that were sent ahead of the checkpoint.
+    pub ahead_pages: Option<Spread>,
+    /// Pages on the wire within it.
     pub dirty_pages: Option<Spread>,
     /// Pages the secondary copied from its cache: those that either side had dirtied.
     pub flushed_pages: Option<Spread>,
@@ -152,6 +156,7 @@ impl Checkpoints {
             loaded_ms: times(primary, |report| report.loaded_us),
             secondary_pause_ms: times(secondary, |report| report.pause_us),
             ram_bytes: counts(|report| report.ram_bytes),
+            ahead_pages: counts(|report| report.ahead_pages),
             dirty_pages: counts(|report| report.dirty_pages),
             flushed_pages: Spread::of_counts(secondary.iter().map(|report| report.flushed_pages)),
             device_bytes: counts(|report| report.device_bytes),
@@ -225,6 +230,11 @@ impl fmt::Display for Setup {
             )?,
         }
         write!(f, "; a checkpoint every {} ms", self.checkpoint_delay_ms)?;
+        match self.gap_bandwidth_mib {
+            None => {}
+            Some(0) => f.write_str(", pages sent between them")?,
+            Some(mib) => write!(f, ", pages sent between them at {mib} MiB/s")?,
+        }
         if self.early_resume {
             f.write_str(", resumed early")?;
         }
@@ -284,6 +294,7 @@ impl Checkpoints {
             ("  stop until loaded, ms", self.loaded_ms, 2),
             ("  pause of the secondary, ms", self.secondary_pause_ms, 2),
             ("  RAM, bytes", self.ram_bytes, 0),
+            ("  pages sent ahead", self.ahead_pages, 0),
             ("  dirty pages", self.dirty_pages, 0),
             ("  flushed pages", self.flushed_pages, 0),
             ("  device state, bytes", self.device_bytes, 0),
@@ -371,6 +382,7 @@ mod tests {
             pause_us,
             transfer_us: pause_us / 2,
             loaded_us: pause_us + 500,
+            ahead_pages: 3,
             ram_bytes: 1000,
             dirty_pages: 5,
             flushed_pages: 7,
@@ -408,6 +420,7 @@ mod tests {
                 compression: "zstd".to_owned(),
                 checkpoint_delay_ms: 200,
                 early_resume: true,
+                gap_bandwidth_mib: Some(64),
                 verify: true,
             },
             precopy: Precopy {
@@ -457,7 +470,7 @@ mod tests {
             report().to_string(),
             "\
 KVM guest: 256 MiB, 1 vCPU, 2560 dirty pages; over tcp, 2 multifd channels, compression zstd; \
-a checkpoint every 200 ms, resumed early, verified (pauses include the hashing)
+a checkpoint every 200 ms, pages sent between them at 64 MiB/s, resumed early, verified (pauses include the hashing)
 
 precopy                       100 ms, 3 passes over 268.4 MB of guest memory
 on the wire                   11.0 MB, 110.0 MB/s
@@ -468,6 +481,7 @@ checkpoints: 2 primary, 1 secondary          mean         p50         p99       
   stop until loaded, ms                      6.50        4.50        8.50        8.50
   pause of the secondary, ms                 3.00        3.00        3.00        3.00
   RAM, bytes                                 1000        1000        1000        1000
+  pages sent ahead                              3           3           3           3
   dirty pages                                   5           5           5           5
   flushed pages                                 7           7           7           7
   device state, bytes                         300         300         300         300
@@ -514,7 +528,8 @@ passed: the primary was killed, and the guest lost nothing"
                 "setup": {
                     "machine": "kvm", "memory_mib": 256, "vcpus": 1, "dirty_pages": 2560,
                     "transport": "tcp", "multifd_channels": 2, "compression": "zstd",
-                    "checkpoint_delay_ms": 200, "early_resume": true, "verify": true,
+                    "checkpoint_delay_ms": 200, "early_resume": true,
+                    "gap_bandwidth_mib": 64, "verify": true,
                 },
                 "precopy": {
                     "total_ms": 100.0, "wire_bytes": 11_000_000, "throughput_mb_s": 110.0,
@@ -527,6 +542,7 @@ passed: the primary was killed, and the guest lost nothing"
                     "loaded_ms": {"mean": 6.5, "p50": 4.5, "p99": 8.5, "max": 8.5},
                     "secondary_pause_ms": {"mean": 3.0, "p50": 3.0, "p99": 3.0, "max": 3.0},
                     "ram_bytes": {"mean": 1000.0, "p50": 1000.0, "p99": 1000.0, "max": 1000.0},
+                    "ahead_pages": {"mean": 3.0, "p50": 3.0, "p99": 3.0, "max": 3.0},
                     "dirty_pages": {"mean": 5.0, "p50": 5.0, "p99": 5.0, "max": 5.0},
                     "flushed_pages": {"mean": 7.0, "p50": 7.0, "p99": 7.0, "max": 7.0},
                     "device_bytes": {"mean": 300.0, "p50": 300.0, "p99": 300.0, "max": 300.0},

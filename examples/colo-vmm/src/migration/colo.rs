@@ -33,6 +33,7 @@ pub(super) fn config(migration: &Migration) -> DriverConfig {
         // A primary has nothing to say between two checkpoints.
         deadlines: (migration.options.deadlines).for_checkpoint_delay(migration.checkpoint_delay()),
         on_loss: migration.options.on_peer_loss,
+        gap: migration.options.gap,
         ..DriverConfig::default()
     }
 }
@@ -237,6 +238,7 @@ pub(crate) fn checkpoint_event(role: Role, report: &CheckpointReport) -> ColoChe
         pause_us: us(report.pause),
         transfer_us: us(report.transfer),
         loaded_us: us(report.until_loaded),
+        ahead_pages: report.ahead_pages,
         ram_bytes: report.ram_bytes,
         dirty_pages: report.dirty_pages,
         flushed_pages: report.flushed_pages,

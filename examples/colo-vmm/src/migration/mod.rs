@@ -21,7 +21,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use colo_core::driver::ColoControl;
+use colo_core::driver::{ColoControl, GapConfig};
 use colo_core::heartbeat::{Endpoint, Heartbeat, Phase};
 use colo_core::{Deadlines, FailoverHandle, MigrationPlan, OnPeerLoss};
 use migration_stream::configuration::{Configuration, MachineName};
@@ -103,6 +103,8 @@ pub struct MigrationOptions {
     pub output_commit: bool,
     /// As a primary, run again in a checkpoint as soon as it was copied on this side.
     pub early_resume: bool,
+    /// As a primary, whether and how pages are sent between checkpoints.
+    pub gap: Option<GapConfig>,
     /// What is done where something begins or ends.
     pub boundaries: Arc<Boundaries>,
 }
@@ -118,6 +120,7 @@ impl Default for MigrationOptions {
             uuid: None,
             output_commit: false,
             early_resume: false,
+            gap: None,
             boundaries: Arc::default(),
         }
     }

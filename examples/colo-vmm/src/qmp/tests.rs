@@ -343,6 +343,7 @@ fn a_client_that_never_reads_is_dropped_and_stalls_nobody() {
         pause_us: 0,
         transfer_us: 0,
         loaded_us: 0,
+        ahead_pages: 0,
         ram_bytes: 0,
         dirty_pages: 0,
         flushed_pages: 0,

@@ -1,0 +1,92 @@
+//! Pages that are sent between two checkpoints.
+
+use std::time::{Duration, Instant};
+
+use migration_stream::precopy::{Budget, RamSender};
+use migration_stream::{DirtyLog, PageTransport};
+
+use super::StepError;
+
+/// How pages are sent while no checkpoint is under way, so that fewer are left for it. Multifd's
+/// channels take them; without any, none are sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GapConfig {
+    /// The most that is sent, bytes a second; 0 for no limit.
+    pub bandwidth: u64,
+    /// How often the dirty log is read. Every reading makes the guest's next write to each page a
+    /// little slower; a page that most of the last three readings report is left for the checkpoint.
+    pub interval: Duration,
+}
+
+impl Default for GapConfig {
+    /// No limit, every 20 ms.
+    fn default() -> Self {
+        Self {
+            bandwidth: 0,
+            interval: Duration::from_millis(20),
+        }
+    }
+}
+
+/// When the next round of pages is due.
+#[derive(Debug)]
+pub(super) struct Gap {
+    config: GapConfig,
+    next: Instant,
+}
+
+impl Gap {
+    /// Pages go ahead of checkpoints from now on; `None` if the transport has no channels for it.
+    pub(super) fn begin<T: PageTransport, D: DirtyLog>(
+        config: GapConfig,
+        ram: &mut RamSender<T, D>,
+    ) -> Option<Self> {
+        if !ram.begin_ahead() {
+            tracing::info!("pages are sent in checkpoints only: there are no channels beside");
+            return None;
+        }
+        Some(Self {
+            config,
+            next: Instant::now(),
+        })
+    }
+
+    /// When there is something to do.
+    pub(super) const fn next(&self) -> Instant {
+        self.next
+    }
+
+    /// Sends a round of pages if it is time for one. It ends when a checkpoint is `due`, or after
+    /// what the bandwidth has room for; no channel blocks longer than until `deadline`.
+    pub(super) fn send<T: PageTransport, D: DirtyLog>(
+        &mut self,
+        ram: &mut RamSender<T, D>,
+        due: Option<Instant>,
+        deadline: Option<Instant>,
+    ) -> Result<u64, StepError> {
+        let now = Instant::now();
+        if now < self.next {
+            return Ok(0);
+        }
+        let end = now + self.config.interval;
+        let budget = Budget {
+            bytes: self.round(),
+            until: due.map_or(end, |due| due.min(end)),
+        };
+        ram.set_deadline(deadline);
+        let pages = ram.send_ahead(budget)?;
+        // The guest has the time between rounds, however long they take.
+        self.next = Instant::now().max(end);
+        Ok(pages)
+    }
+
+    /// What one round may take, bytes.
+    fn round(&self) -> u64 {
+        if self.config.bandwidth == 0 {
+            return u64::MAX;
+        }
+        let bytes =
+            u128::from(self.config.bandwidth) * self.config.interval.as_micros() / 1_000_000;
+        u64::try_from(bytes).unwrap_or(u64::MAX)
+    }
+}

@@ -1,0 +1,117 @@
+//! Pages that are sent between two checkpoints. The guest writes in the moment that it is let run, so
+//! all of that can be sent before the next checkpoint.
+
+use std::thread;
+use std::time::{Duration, Instant};
+
+use colo_core::driver::{DriverConfig, GapConfig};
+use colo_core::{Cause, ExitReason};
+
+use crate::rig::{LIMIT, NEVER, Side, end, migrated, patient};
+
+/// Some rounds of pages.
+const A_WHILE: Duration = Duration::from_millis(5);
+
+fn config() -> DriverConfig {
+    DriverConfig {
+        gap: Some(GapConfig {
+            interval: Duration::from_millis(1),
+            ..GapConfig::default()
+        }),
+        ..patient()
+    }
+}
+
+fn pair(channels: u8, early: bool) -> (Side, Side) {
+    let (mut primary, secondary) = migrated(channels);
+    if early {
+        primary = primary.resuming_early();
+    }
+    (primary.start(config(), NEVER), secondary.start(patient()))
+}
+
+#[test]
+fn both_sides_are_equal_at_every_checkpoint_of_which_pages_were_sent_ahead() {
+    for early in [false, true] {
+        let (primary, secondary) = pair(2, early);
+        let began = Instant::now();
+        let (mut ahead, mut within) = (0, 0);
+        // On a slow machine a checkpoint may come before any page was sent ahead of it.
+        for number in 1.. {
+            if number > 8 && ahead > 0 && within > 0 {
+                break;
+            }
+            assert!(began.elapsed() < LIMIT, "{ahead} ahead, {within} within");
+            thread::sleep(A_WHILE);
+            primary.control.demand_checkpoint();
+            let own = secondary.stopped();
+            let (left, right) = (primary.checkpoint_state(), secondary.checkpoint_state());
+            assert_eq!(left, right, "checkpoint {number}");
+            assert_ne!(own, right, "a guest that ran on its own");
+            let sent = primary.checkpoint();
+            secondary.checkpoint();
+            ahead += sent.ahead_pages;
+            within += sent.dirty_pages;
+        }
+        end(primary, secondary);
+    }
+}
+
+#[test]
+fn a_secondary_that_takes_over_has_seen_nothing_of_pages_that_were_sent_ahead() {
+    let began = Instant::now();
+    let mut ahead = 0;
+    for round in 0.. {
+        if round >= 6 && ahead > 0 {
+            break;
+        }
+        assert!(began.elapsed() < LIMIT);
+        let (primary, secondary) = pair(2, true);
+        thread::sleep(A_WHILE);
+        primary.control.demand_checkpoint();
+        ahead += primary.checkpoint().ahead_pages;
+        let installed = secondary.checkpoint_state();
+        assert_eq!(secondary.resumed(), installed);
+        thread::sleep(A_WHILE);
+        secondary.control.failover().request().unwrap();
+        assert_eq!(secondary.exit().cause, Cause::FailoverRequested);
+        // Its guest checks as it is stopped that nobody else has written to it.
+        assert!(secondary.alone().guest.undisturbed);
+        assert_eq!(primary.exit().reason(), ExitReason::Error);
+        primary.give_up();
+    }
+}
+
+#[test]
+fn a_primary_that_loses_its_peer_while_it_sends_ahead_goes_on() {
+    for asked in [false, true] {
+        let (primary, secondary) = pair(2, false);
+        primary.control.demand_checkpoint();
+        primary.checkpoint();
+        if asked {
+            primary.control.failover().request().unwrap();
+            assert_eq!(primary.exit().cause, Cause::FailoverRequested);
+        } else {
+            secondary.control.quit();
+            assert_eq!(primary.exit().reason(), ExitReason::Error);
+            primary.control.failover().request().unwrap();
+        }
+        assert!(primary.alone().guest.undisturbed);
+        drop(secondary);
+    }
+}
+
+#[test]
+fn without_channels_nothing_is_sent_between_checkpoints() {
+    let began = Instant::now();
+    let (primary, secondary) = pair(0, false);
+    for _ in 0..2 {
+        thread::sleep(A_WHILE);
+        primary.control.demand_checkpoint();
+        assert_eq!(primary.checkpoint_state(), secondary.checkpoint_state());
+        assert_eq!(primary.checkpoint().ahead_pages, 0);
+        secondary.checkpoint();
+    }
+    end(primary, secondary);
+    assert!(began.elapsed() < LIMIT);
+}
