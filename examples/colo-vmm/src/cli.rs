@@ -85,6 +85,9 @@ pub struct WorkloadArgs {
     /// Turns of an empty loop that each vCPU of the workload makes after a pass.
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub pass_delay: u32,
+    /// The workload first writes to every page of RAM below 3 GiB, so that none is zero.
+    #[arg(long)]
+    pub fill_ram: bool,
 }
 
 impl WorkloadArgs {
@@ -96,6 +99,7 @@ impl WorkloadArgs {
             dirty_pages: self.dirty_pages,
             pass_delay: self.pass_delay,
             cpus,
+            fills_ram: self.fill_ram,
             ..WorkloadConfig::default()
         }
     }

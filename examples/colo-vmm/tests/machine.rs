@@ -448,8 +448,40 @@ fn clocks_stand_while_the_machine_is_stopped() -> Outcome {
     Ok(())
 }
 
+fn a_guest_that_fills_ram_leaves_no_page_zero() -> Outcome {
+    for vcpus in [1, 2] {
+        let kind = Kind::Kvm { vcpus };
+        let line = Line::default();
+        let workload = WorkloadConfig {
+            fills_ram: true,
+            ..kind.workload()
+        };
+        let mut machine = kind.build(16 * MIB, Some(workload), &line)?;
+        machine.resume()?;
+        line.wait_for(3)?;
+        machine.stop()?;
+        consecutive(&line.counters()?)?;
+        // Behind the regions every page holds its address.
+        let regions = u64::from(vcpus) * u64::from(PAGES);
+        for address in (2 * MIB..16 * MIB)
+            .step_by(4096)
+            .skip(usize::try_from(regions)?)
+        {
+            let word: u32 = machine.memory().guest().read_obj(GuestAddress(address))?;
+            assert_eq!(u64::from(word), address);
+        }
+    }
+    Ok(())
+}
+
 fn a_machine_refuses_what_it_cannot_run() -> Outcome {
     let line = Line::default();
+    let filling = WorkloadConfig {
+        fills_ram: true,
+        ..Kind::Sim.workload()
+    };
+    let error = Kind::Sim.build(MIB * 16, Some(filling), &line).err();
+    assert!(error.is_some_and(|error| error.to_string().contains("does not fill ram")));
     let image = GuestImage::BootSector("/nonexistent".into());
     let error = Kind::Sim.build_image(MIB, Some(image), &line).err();
     assert!(error.is_some_and(|error| error.to_string().contains("only the built-in workload")));
@@ -493,7 +525,11 @@ fn main() -> ExitCode {
             a_page_that_lost_its_value_ends_the_guest,
         ),
     ];
-    let on_kvm: [(&str, OnKvm); 3] = [
+    let on_kvm: [(&str, OnKvm); 4] = [
+        (
+            "a_guest_that_fills_ram_leaves_no_page_zero",
+            a_guest_that_fills_ram_leaves_no_page_zero,
+        ),
         (
             "the_debug_exit_port_ends_the_guest",
             the_debug_exit_port_ends_the_guest,

@@ -1,9 +1,9 @@
 //! Mean and percentiles.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// How a figure spreads.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Spread {
     /// Arithmetic mean.
     pub mean: f64,

@@ -35,6 +35,7 @@ use tempfile::TempDir;
 
 pub use args::{Compression, DemoArgs, Transport, Victim};
 pub use error::{DemoError, LastWords};
+pub use figures::Spread;
 pub use side::Role;
 
 use crate::machine::kvm_unavailable;

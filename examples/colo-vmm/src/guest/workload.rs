@@ -52,6 +52,9 @@ pub struct WorkloadConfig {
     pub pass_delay: u32,
     /// How many CPUs take part.
     pub cpus: u8,
+    /// Whether the first CPU writes to every page of RAM from `start` on before its first pass, as a
+    /// guest that has run for a while has.
+    pub fills_ram: bool,
 }
 
 impl Default for WorkloadConfig {
@@ -62,6 +65,7 @@ impl Default for WorkloadConfig {
             start: 2 << 20,
             pass_delay: 0,
             cpus: 1,
+            fills_ram: false,
         }
     }
 }
@@ -121,9 +125,9 @@ impl WorkloadConfig {
         if !self.start.is_multiple_of(PAGE) || self.start < 1 << 20 {
             return Err(WorkloadError::Start { start: self.start });
         }
-        let end = self.memory_mib.saturating_mul(1 << 20).min(HOLE_START);
-        let room =
-            end.saturating_sub(self.start.into()) / u64::from(PAGE) / u64::from(self.cpus).max(1);
+        let room = self.ram_end().saturating_sub(self.start.into())
+            / u64::from(PAGE)
+            / u64::from(self.cpus).max(1);
         let pages = u32::try_from(room)
             .unwrap_or(u32::MAX)
             .min(self.dirty_pages);
@@ -139,6 +143,11 @@ impl WorkloadConfig {
             start: self.start,
             pages,
         })
+    }
+
+    /// Where RAM ends, as far as the guest looks.
+    fn ram_end(&self) -> u64 {
+        self.memory_mib.saturating_mul(1 << 20).min(HOLE_START)
     }
 }
 
@@ -179,6 +188,7 @@ fn protected_mode(
         a.lock().xadd(dword_ptr(cpu_count_at), ebx)?;
         a.test(ebx, ebx)?;
         a.jnz(others)?;
+        fill(&mut a, config)?;
         a.mov(dword_ptr(TRAMPOLINE), trampoline())?;
         a.mov(byte_ptr(TRAMPOLINE + 4), 0)?;
         a.mov(dword_ptr(APIC_SPURIOUS), APIC_ENABLE)?;
@@ -191,6 +201,7 @@ fn protected_mode(
         a.imul_3(eax, ebx, region.bytes())?;
         a.add(eax, region.start)?;
     } else {
+        fill(&mut a, config)?;
         a.xor(ebx, ebx)?;
         a.mov(eax, region.start)?;
     }
@@ -272,6 +283,21 @@ fn protected_mode(
     a.assemble(at)
 }
 
+/// Writes its address to every page of RAM. Destroys EDI.
+fn fill(a: &mut CodeAssembler, config: &WorkloadConfig) -> Result<(), IcedError> {
+    if config.fills_ram {
+        let end = u32::try_from(config.ram_end()).unwrap_or(u32::MAX);
+        let mut page = a.create_label();
+        a.mov(edi, config.start)?;
+        a.set_label(&mut page)?;
+        a.mov(dword_ptr(edi), edi)?;
+        a.add(edi, PAGE)?;
+        a.cmp(edi, end)?;
+        a.jb(page)?;
+    }
+    Ok(())
+}
+
 /// The first four bytes of `jmp 0:BOOT_SECTOR_ADDRESS`; the fifth is zero.
 const fn trampoline() -> u32 {
     let [low, high] = BOOT_SECTOR_ADDRESS.to_le_bytes();
@@ -285,10 +311,11 @@ mod tests {
     #[test]
     fn every_variant_fits_in_a_boot_sector() {
         for (cpus, memory_mib) in [(1, 1 << 20), (2, 1 << 20), (8, 1 << 20), (1, 3), (7, 5)] {
-            for pass_delay in [0, u32::MAX] {
+            for (pass_delay, fills_ram) in [(0, true), (u32::MAX, false), (u32::MAX, true)] {
                 let sector = workload(&WorkloadConfig {
                     cpus,
                     pass_delay,
+                    fills_ram,
                     dirty_pages: u32::MAX,
                     memory_mib,
                     ..WorkloadConfig::default()

@@ -247,6 +247,9 @@ pub enum MachineError {
     /// The simulated machine runs nothing but the built-in workload.
     #[error("the simulated machine runs only the built-in workload")]
     SimGuest,
+    /// The simulated guest touches nothing but its region.
+    #[error("the simulated guest does not fill ram")]
+    SimFill,
     /// Nobody said what a reset loads.
     #[error("there is no guest that a reset could load")]
     NoImage,

@@ -129,6 +129,9 @@ impl SimMachine {
 
 fn loaded(workload: &WorkloadConfig, memory: &Memory) -> Result<SimCpuState, MachineError> {
     let workload = fitted(workload, memory);
+    if workload.fills_ram {
+        return Err(MachineError::SimFill);
+    }
     let Region { start, pages } = workload
         .region()
         .map_err(|error| MachineError::Load(LoadError::from(error)))?;
