@@ -1,5 +1,10 @@
-//! What the benchmarks share: how long they measure, and memory that is there.
+//! What the benchmarks share: how long they measure, memory that is there, what a process uses, where
+//! something was measured, and a drawing of it.
 #![forbid(unsafe_code)]
+
+pub mod chart;
+pub mod host;
+pub mod usage;
 
 use std::time::Duration;
 

@@ -149,7 +149,7 @@ impl ColoVmm {
         if self.interactive {
             command.arg("stdio");
         } else {
-            command.arg(format!("file:{}", dir.join(SERIAL).display()));
+            command.arg(format!("file:{}", Self::serial_in(dir).display()));
         }
         if self.simulated {
             command.arg("--sim");
@@ -159,6 +159,13 @@ impl ColoVmm {
         }
         command.args(&self.args);
         Ok(command)
+    }
+
+    /// Where the guest's output goes with a [`ColoVmm::command`] for `dir`: to a new file, or to what is
+    /// there.
+    #[must_use]
+    pub fn serial_in(dir: &Path) -> PathBuf {
+        dir.join(SERIAL)
     }
 
     /// Starts it.

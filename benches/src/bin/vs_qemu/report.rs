@@ -1,0 +1,320 @@
+//! What was measured: as a table, as JSON, and drawn.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::time::Duration;
+
+use benches::chart::{self, Bar, Group, Series};
+use benches::host::Host;
+use colo_vmm::demo::Spread;
+use serde::{Deserialize, Serialize};
+
+use crate::case::Case;
+use crate::sample::Sample;
+
+/// The name of our pair among those of QEMU's machines.
+pub const OURS: &str = "colo-vmm";
+
+/// All there is to show.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Report {
+    /// Where it was measured.
+    pub host: Host,
+    /// Whose QEMU it was.
+    pub qemu: Option<String>,
+    /// One for each case.
+    pub rows: Vec<Row>,
+}
+
+/// One case.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Row {
+    /// The case.
+    pub case: Case,
+    /// Further options of our sides.
+    pub colo_options: Vec<String>,
+    /// By QEMU's machine, or [`OURS`].
+    pub pairs: BTreeMap<String, Figures>,
+}
+
+/// What one pair has shown in one case. Times are milliseconds.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Figures {
+    /// Every pause.
+    pub pauses_ms: Vec<f64>,
+    /// How long the primary's guest stood still.
+    pub pause_ms: Spread,
+    /// From the stop until the secondary had everything.
+    pub transfer_ms: Spread,
+    /// Until it had put it in place.
+    pub load_ms: Spread,
+    /// Until the guest ran.
+    pub resume_ms: Spread,
+    /// The longest silence of the guest's serial line around each checkpoint.
+    pub stall_ms: Spread,
+    /// The usual silence: the time of one pass of the guest.
+    pub usual_gap_ms: f64,
+    /// Pages that were sent for a checkpoint.
+    pub sent_pages: Spread,
+    /// On the wire for a checkpoint, in the mean.
+    pub bytes: Option<f64>,
+    /// CPU time for a checkpoint and the time before it, in the mean.
+    pub cpu: Cpu,
+    /// Memory of the secondary.
+    pub memory: Memory,
+    /// The steps of both sides.
+    pub steps: BTreeMap<String, Spread>,
+}
+
+/// CPU time for one checkpoint and the guest's work between two, in the mean.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Cpu {
+    /// All of the primary.
+    pub primary_ms: f64,
+    /// All of the secondary.
+    pub secondary_ms: f64,
+    /// Of the primary without the threads that run a vCPU.
+    pub primary_without_guest_ms: f64,
+    /// Of the secondary without them.
+    pub secondary_without_guest_ms: f64,
+    /// Seconds of both sides for 10^9 bytes on the wire.
+    pub s_per_gb: Option<f64>,
+    /// The same without the threads that run a vCPU.
+    pub s_per_gb_without_guest: Option<f64>,
+}
+
+/// Resident memory of the secondary's process.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Memory {
+    /// `VmHWM`, bytes.
+    pub peak: u64,
+    /// `Pss` behind the last checkpoint, bytes.
+    pub proportional: u64,
+    /// The first over guest RAM.
+    pub peak_over_ram: f64,
+}
+
+const fn ms(time: Duration) -> f64 {
+    time.as_secs_f64() * 1e3
+}
+
+impl Figures {
+    /// Those of several runs; `None` without a checkpoint.
+    pub fn of(samples: &[Sample], case: &Case) -> Option<Self> {
+        let checkpoints = || samples.iter().flat_map(|s| &s.checkpoints);
+        let spread = |part: fn(&crate::sample::Checkpoint) -> Duration| {
+            Spread::of(checkpoints().map(|c| ms(part(c))))
+        };
+        let mut steps = BTreeMap::<_, Vec<f64>>::new();
+        for (name, time) in checkpoints().flat_map(|c| &c.steps) {
+            steps.entry(name.clone()).or_default().push(ms(*time));
+        }
+        let steps = steps
+            .into_iter()
+            .filter_map(|(name, times)| Some((name, Spread::of(times)?)));
+        let runs = samples.len() as f64;
+        let bytes: Option<f64> = samples.iter().map(|s| s.bytes).sum();
+        let gaps = Spread::of(samples.iter().map(|s| ms(s.usual_gap)))?;
+        Some(Self {
+            pauses_ms: checkpoints().map(|c| ms(c.pause)).collect(),
+            pause_ms: spread(|c| c.pause)?,
+            transfer_ms: spread(|c| c.transfer)?,
+            load_ms: spread(|c| c.load)?,
+            resume_ms: spread(|c| c.resume)?,
+            stall_ms: Spread::of(samples.iter().flat_map(|s| &s.stalls).copied().map(ms))?,
+            usual_gap_ms: gaps.p50,
+            sent_pages: Spread::of_counts(checkpoints().map(|c| c.dirty_pages))?,
+            bytes: bytes.map(|bytes| bytes / runs),
+            cpu: Cpu::of(
+                samples,
+                checkpoints().count(),
+                bytes.map(|bytes| bytes / runs),
+            ),
+            memory: Memory::of(samples, case),
+            steps: steps.collect(),
+        })
+    }
+}
+
+impl Cpu {
+    fn of(samples: &[Sample], checkpoints: usize, bytes: Option<f64>) -> Self {
+        let each = |side: usize, time: fn(benches::usage::CpuTime) -> Duration| {
+            let all: Duration = samples.iter().map(|s| time(s.cpu[side])).sum();
+            ms(all) / checkpoints as f64
+        };
+        let without_guest = |side| each(side, |cpu| cpu.total.saturating_sub(cpu.vcpus));
+        let primary_ms = each(0, |cpu| cpu.total);
+        let secondary_ms = each(1, |cpu| cpu.total);
+        let (primary_without_guest_ms, secondary_without_guest_ms) =
+            (without_guest(0), without_guest(1));
+        // Seconds for 10^9 bytes are nanoseconds for a byte.
+        let per_gb = |ms: f64| bytes.filter(|b| *b > 0.0).map(|bytes| ms * 1e6 / bytes);
+        Self {
+            primary_ms,
+            secondary_ms,
+            primary_without_guest_ms,
+            secondary_without_guest_ms,
+            s_per_gb: per_gb(primary_ms + secondary_ms),
+            s_per_gb_without_guest: per_gb(primary_without_guest_ms + secondary_without_guest_ms),
+        }
+    }
+}
+
+impl Memory {
+    fn of(samples: &[Sample], case: &Case) -> Self {
+        let most = |bytes: fn(&Sample) -> u64| samples.iter().map(bytes).max().unwrap_or(0);
+        let peak = most(|s| s.memory.peak);
+        Self {
+            peak,
+            proportional: most(|s| s.memory.proportional),
+            peak_over_ram: peak as f64 / (f64::from(case.memory_mib) * f64::from(1 << 20)),
+        }
+    }
+}
+
+impl Report {
+    /// Takes a row in; one of the same case makes way, for those who are measured anew.
+    pub fn add(&mut self, new: Row) {
+        let is_same = |row: &&mut Row| row.case == new.case && row.colo_options == new.colo_options;
+        match self.rows.iter_mut().find(is_same) {
+            Some(row) => row.pairs.extend(new.pairs),
+            None => self.rows.push(new),
+        }
+    }
+
+    /// The JSON object.
+    pub fn json(&self) -> serde_json::Result<String> {
+        let mut text = serde_json::to_string_pretty(self)?;
+        text.push('\n');
+        Ok(text)
+    }
+
+    /// Bars of the median pause, each with a line as far as p99.
+    pub fn svg(&self) -> String {
+        const COLOURS: [&str; 5] = ["#1b4f72", "#9aa0a6", "#d5b27f", "#7fb3d5", "#77aa77"];
+        let mut names: Vec<&str> = vec![OURS];
+        for name in self.rows.iter().flat_map(|row| row.pairs.keys()) {
+            if !names.contains(&name.as_str()) {
+                names.push(name);
+            }
+        }
+        let titles: Vec<_> = names.iter().map(|name| title(name)).collect();
+        let series: Vec<_> = (titles.iter().zip(COLOURS.iter().cycle()))
+            .map(|(name, colour)| Series { name, colour })
+            .collect();
+        let group = |row: &Row| {
+            let bars = row.pairs.iter().map(|(name, figures)| {
+                let Spread { p50, p99, .. } = figures.pause_ms;
+                Bar {
+                    series: names.iter().position(|n| n == name).unwrap_or(0),
+                    value: p50,
+                    reaches: Some(p99),
+                    text: format!("{p50:.1} ms, p99 {p99:.1}"),
+                }
+            });
+            Group {
+                label: label(row),
+                bars: bars.collect(),
+            }
+        };
+        let groups: Vec<_> = self.rows.iter().map(group).collect();
+        chart::bars(&series, &groups)
+    }
+
+    /// The table for people.
+    pub fn table(&self) -> String {
+        let mut table = String::from(HEAD);
+        // Writing to a string cannot fail.
+        for row in &self.rows {
+            let _ = write!(table, "{}", row.lines());
+        }
+        table
+    }
+}
+
+/// How a pair is called in the drawing and the table.
+fn title(name: &str) -> String {
+    if name == OURS {
+        name.to_owned()
+    } else {
+        format!("QEMU {name}")
+    }
+}
+
+fn label(row: &Row) -> String {
+    let mut label = row.case.to_string();
+    for option in &row.colo_options {
+        label.push(' ');
+        label.push_str(option);
+    }
+    label
+}
+
+/// Above the lines of [`Row::lines`].
+pub const HEAD: &str = "\
+| case | pair | pages sent | pause mean | p50 | p99 | max | transfer | load | resume | stall p50 | max | usual gap \
+| MB | CPU ms | without guest | s/GB | memory/RAM | ours over it: pause p50 | p99 | stall | CPU |\n\
+|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|\n";
+
+impl Row {
+    /// A line for each pair: what it has shown, and how much of that ours needs.
+    pub fn lines(&self) -> String {
+        let mut lines = String::new();
+        let ours = self.pairs.get(OURS);
+        for (name, figures) in &self.pairs {
+            let pause = figures.pause_ms;
+            let none = || "-".to_owned();
+            let cpu = &figures.cpu;
+            let _ = write!(
+                lines,
+                "| {} | {} | {:.0} | {:.1} | {:.1} | {:.1} | {:.1} | {:.1} | {:.1} | {:.1} | {:.1} | {:.1} | {:.1} \
+                 | {} | {:.1} | {:.1} | {} | {:.2} |",
+                label(self),
+                title(name),
+                figures.sent_pages.p50,
+                pause.mean,
+                pause.p50,
+                pause.p99,
+                pause.max,
+                figures.transfer_ms.p50,
+                figures.load_ms.p50,
+                figures.resume_ms.p50,
+                figures.stall_ms.p50,
+                figures.stall_ms.max,
+                figures.usual_gap_ms,
+                figures
+                    .bytes
+                    .map_or_else(none, |b| format!("{:.2}", b / 1e6)),
+                cpu.primary_ms + cpu.secondary_ms,
+                cpu.primary_without_guest_ms + cpu.secondary_without_guest_ms,
+                (cpu.s_per_gb_without_guest).map_or_else(none, |s| format!("{s:.2}")),
+                figures.memory.peak_over_ram,
+            );
+            let ratios = ours
+                .filter(|_| name != OURS)
+                .map(|ours| ratios(ours, figures));
+            match ratios {
+                Some([pause, p99, stall, cpu]) => {
+                    let _ = writeln!(
+                        lines,
+                        " **{pause:.3}** | {p99:.3} | {stall:.3} | {cpu:.3} |"
+                    );
+                }
+                None => lines.push_str(" | | | |\n"),
+            }
+        }
+        lines
+    }
+}
+
+/// Ours over theirs: median and p99 of the pause, median of the stall, CPU time besides the guests'.
+fn ratios(ours: &Figures, theirs: &Figures) -> [f64; 4] {
+    let cpu = |f: &Figures| f.cpu.primary_without_guest_ms + f.cpu.secondary_without_guest_ms;
+    [
+        |f: &Figures| f.pause_ms.p50,
+        |f: &Figures| f.pause_ms.p99,
+        |f: &Figures| f.stall_ms.p50,
+        cpu,
+    ]
+    .map(|of| of(ours) / of(theirs))
+}
