@@ -2,8 +2,11 @@
 
 use std::fs;
 use std::io;
+use std::ops::Range;
 use std::time::Duration;
 
+use nix::errno::Errno;
+use nix::sched::{CpuSet, sched_setaffinity};
 use nix::time::{clock_getcpuclockid, clock_gettime};
 use nix::unistd::Pid;
 
@@ -47,6 +50,45 @@ impl CpuTime {
             vcpus: self.vcpus.saturating_sub(earlier.vcpus),
         }
     }
+}
+
+/// What everything on the machine has used of its CPUs since it was started.
+///
+/// # Errors
+/// There is no `/proc/stat`.
+pub fn whole_machine() -> io::Result<Duration> {
+    let text = fs::read_to_string("/proc/stat")?;
+    // cpu user nice system idle iowait irq softirq steal, hundredths of a second
+    let numbers = text.lines().next().unwrap_or_default();
+    let mut numbers = numbers.split_whitespace().skip(1);
+    let mut ticks = 0;
+    for is_busy in [true, true, true, false, false, true, true, true] {
+        let number = number(numbers.next())?;
+        ticks += if is_busy { number } else { 0 };
+    }
+    Ok(Duration::from_millis(ticks * 10))
+}
+
+/// Lets a process run only on some CPUs: the threads it has, and those that they make.
+///
+/// # Errors
+/// There is no such process, or no such CPU.
+pub fn pin(process: u32, cpus: &Range<usize>) -> io::Result<()> {
+    let mut set = CpuSet::new();
+    for cpu in cpus.clone() {
+        set.set(cpu)?;
+    }
+    for thread in fs::read_dir(format!("/proc/{process}/task"))? {
+        let name = thread?.file_name();
+        let thread = name.to_str().and_then(|name| name.parse().ok());
+        let thread = thread.ok_or_else(|| io::Error::other("expected a number in /proc"))?;
+        match sched_setaffinity(Pid::from_raw(thread), &set) {
+            // It has ended meanwhile.
+            Err(Errno::ESRCH) => {}
+            set => set?,
+        }
+    }
+    Ok(())
 }
 
 /// Memory of a process that is resident, bytes.
@@ -119,6 +161,13 @@ mod tests {
         let after = mine(|name| name == "vcpu7");
         assert_eq!(after.vcpus, Duration::ZERO);
         assert!(after.total >= before.total + spent.total);
+    }
+
+    #[test]
+    fn a_machine_has_used_no_less_than_a_process() {
+        let process = mine(|_| false).total;
+        // A tick is 10 ms.
+        assert!(whole_machine().unwrap() + Duration::from_millis(10) >= process);
     }
 
     #[test]

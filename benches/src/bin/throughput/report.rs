@@ -1,8 +1,9 @@
 //! What was measured: as a table, as JSON, and drawn.
 
-use std::fmt::{self, Write};
+use std::fmt;
 use std::time::Duration;
 
+use benches::chart::{self, Bar, Group, Series};
 use serde_json::json;
 
 use crate::{PAIRS, Pair};
@@ -98,10 +99,6 @@ pub fn json(qemu: &str, rows: &[Row]) -> String {
     text
 }
 
-const BAR: f64 = 12.0;
-const WIDTH: f64 = 720.0;
-const LEFT: f64 = 130.0;
-
 fn colour(pair: Pair) -> &'static str {
     match pair {
         Pair::QemuToQemu => "#9aa0a6",
@@ -113,55 +110,31 @@ fn colour(pair: Pair) -> &'static str {
 
 /// Bars of gigabytes a second, one group for each row.
 pub fn svg(rows: &[Row]) -> String {
-    let most = rows
+    let names = PAIRS.map(|pair| pair.to_string());
+    let series: Vec<_> = names
         .iter()
-        .flat_map(Row::speeds)
-        .map(|(speed, _)| speed)
-        .fold(f64::MIN_POSITIVE, f64::max);
-    let group = BAR * 5.0;
-    let mut y = 40.0;
-    let mut bars = String::new();
-    let mut x = LEFT;
-    for pair in PAIRS {
-        let fill = colour(pair);
-        // Writing to a string cannot fail.
-        let _ = writeln!(
-            bars,
-            r#"<rect x="{x}" y="10" width="12" height="12" fill="{fill}"/>"#
-        );
-        let _ = writeln!(bars, r#"<text x="{}" y="20">{pair}</text>"#, x + 16.0);
-        x += 130.0;
-    }
-    for row in rows {
-        let middle = y + 2.0 * BAR + 4.0;
-        let _ = writeln!(
-            bars,
-            r#"<text x="4" y="{middle}">{} {}</text>"#,
-            row.content, row.way
-        );
-        for (pair, (speed, ratio)) in PAIRS.into_iter().zip(row.speeds()) {
-            let width = (WIDTH - LEFT - 130.0) * speed / most;
-            let fill = colour(pair);
-            let _ = writeln!(
-                bars,
-                r#"<rect x="{LEFT}" y="{y}" width="{width:.1}" height="{}" fill="{fill}"/>"#,
-                BAR - 1.0
-            );
-            let _ = writeln!(
-                bars,
-                r#"<text x="{:.1}" y="{}">{speed:.2} GB/s ({ratio:.2})</text>"#,
-                LEFT + width + 4.0,
-                y + BAR - 2.0
-            );
-            y += BAR;
-        }
-        y += group - 4.0 * BAR;
-    }
-    format!(
-        "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{WIDTH}\" height=\"{y}\" \
-         font-family=\"sans-serif\" font-size=\"10\">\n\
-         <rect width=\"100%\" height=\"100%\" fill=\"white\"/>\n{bars}</svg>\n"
-    )
+        .zip(PAIRS)
+        .map(|(name, pair)| Series {
+            name,
+            colour: colour(pair),
+        })
+        .collect();
+    let group = |row: &Row| Group {
+        label: format!("{} {}", row.content, row.way),
+        bars: row
+            .speeds()
+            .into_iter()
+            .enumerate()
+            .map(|(series, (speed, ratio))| Bar {
+                series,
+                value: speed,
+                reaches: None,
+                text: format!("{speed:.2} GB/s ({ratio:.2})"),
+            })
+            .collect(),
+    };
+    let groups: Vec<_> = rows.iter().map(group).collect();
+    chart::bars(&series, &groups)
 }
 
 #[cfg(test)]

@@ -27,6 +27,8 @@ pub struct Case {
     pub pass_delay: u32,
     /// From one checkpoint to the next, ms.
     pub delay_ms: u32,
+    /// Whether each side has half of the CPUs for itself.
+    pub is_pinned: bool,
 }
 
 impl Case {
@@ -68,6 +70,7 @@ impl fmt::Display for Case {
         )?;
         for (is_so, text) in [
             (!self.is_filled, ", empty"),
+            (self.is_pinned, ", pinned"),
             (self.pass_delay > 0, ", passes delayed"),
         ] {
             if is_so {

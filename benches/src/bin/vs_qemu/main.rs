@@ -74,6 +74,9 @@ struct Arguments {
     /// Milliseconds from one checkpoint to the next.
     #[arg(long, default_value_t = 200)]
     delay: u32,
+    /// Give each side half of the CPUs for itself, as if it were on a host of its own.
+    #[arg(long)]
+    pin: bool,
     /// Further options of both our sides, separated by spaces.
     #[arg(long, default_value = "", allow_hyphen_values = true)]
     colo_options: String,
@@ -147,6 +150,7 @@ impl Arguments {
                         is_filled: !self.empty && !is_simulated,
                         pass_delay: self.pass_delay,
                         delay_ms: self.delay,
+                        is_pinned: self.pin,
                     }));
                 }
             }
@@ -234,11 +238,11 @@ impl Arguments {
             for machine in &self.machine {
                 let Some(qemu) = qemu else { continue };
                 let (pair, line) = QemuPair::in_colo(case, machine, qemu, accel)?;
-                let sample = measure(pair, line, self.checkpoints)?;
+                let sample = measure(pair, line, self.checkpoints, case.is_pinned)?;
                 samples.entry(machine.clone()).or_default().push(sample);
             }
             let (pair, line) = OurPair::in_colo(case, &options, accel == Accel::Tcg)?;
-            let sample = measure(pair, line, self.checkpoints)?;
+            let sample = measure(pair, line, self.checkpoints, case.is_pinned)?;
             samples.entry(OURS.to_owned()).or_default().push(sample);
         }
         let figures = |samples: Vec<Sample>| {

@@ -42,6 +42,8 @@ pub struct Row {
 pub struct Figures {
     /// Every pause.
     pub pauses_ms: Vec<f64>,
+    /// The longest silence of the guest's serial line around each checkpoint.
+    pub stalls_ms: Vec<f64>,
     /// How long the primary's guest stood still.
     pub pause_ms: Spread,
     /// From the stop until the secondary had everything.
@@ -50,7 +52,7 @@ pub struct Figures {
     pub load_ms: Spread,
     /// Until the guest ran.
     pub resume_ms: Spread,
-    /// The longest silence of the guest's serial line around each checkpoint.
+    /// How long its client heard nothing.
     pub stall_ms: Spread,
     /// The usual silence: the time of one pass of the guest.
     pub usual_gap_ms: f64,
@@ -62,6 +64,9 @@ pub struct Figures {
     pub cpu: Cpu,
     /// Memory of the secondary.
     pub memory: Memory,
+    /// How many CPUs others took meanwhile, in the run in which that was most: a figure that was
+    /// disturbed says nothing.
+    pub others_cpus: f64,
     /// The steps of both sides.
     pub steps: BTreeMap<String, Spread>,
 }
@@ -115,13 +120,17 @@ impl Figures {
         let runs = samples.len() as f64;
         let bytes: Option<f64> = samples.iter().map(|s| s.bytes).sum();
         let gaps = Spread::of(samples.iter().map(|s| ms(s.usual_gap)))?;
+        let stalls: Vec<f64> = (samples.iter().flat_map(|s| &s.stalls).copied())
+            .map(ms)
+            .collect();
         Some(Self {
             pauses_ms: checkpoints().map(|c| ms(c.pause)).collect(),
             pause_ms: spread(|c| c.pause)?,
             transfer_ms: spread(|c| c.transfer)?,
             load_ms: spread(|c| c.load)?,
             resume_ms: spread(|c| c.resume)?,
-            stall_ms: Spread::of(samples.iter().flat_map(|s| &s.stalls).copied().map(ms))?,
+            stall_ms: Spread::of(stalls.iter().copied())?,
+            stalls_ms: stalls,
             usual_gap_ms: gaps.p50,
             sent_pages: Spread::of_counts(checkpoints().map(|c| c.dirty_pages))?,
             bytes: bytes.map(|bytes| bytes / runs),
@@ -131,6 +140,7 @@ impl Figures {
                 bytes.map(|bytes| bytes / runs),
             ),
             memory: Memory::of(samples, case),
+            others_cpus: samples.iter().map(|s| s.others).fold(0.0, f64::max),
             steps: steps.collect(),
         })
     }
@@ -253,8 +263,8 @@ fn label(row: &Row) -> String {
 /// Above the lines of [`Row::lines`].
 pub const HEAD: &str = "\
 | case | pair | pages sent | pause mean | p50 | p99 | max | transfer | load | resume | stall p50 | max | usual gap \
-| MB | CPU ms | without guest | s/GB | memory/RAM | ours over it: pause p50 | p99 | stall | CPU |\n\
-|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|\n";
+| MB | others' CPUs | CPU ms | without guest | s/GB | memory/RAM | ours over it: pause p50 | p99 | stall | CPU |\n\
+|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|\n";
 
 impl Row {
     /// A line for each pair: what it has shown, and how much of that ours needs.
@@ -268,7 +278,7 @@ impl Row {
             let _ = write!(
                 lines,
                 "| {} | {} | {:.0} | {:.1} | {:.1} | {:.1} | {:.1} | {:.1} | {:.1} | {:.1} | {:.1} | {:.1} | {:.1} \
-                 | {} | {:.1} | {:.1} | {} | {:.2} |",
+                 | {} | {:.2} | {:.1} | {:.1} | {} | {:.2} |",
                 label(self),
                 title(name),
                 figures.sent_pages.p50,
@@ -285,6 +295,7 @@ impl Row {
                 figures
                     .bytes
                     .map_or_else(none, |b| format!("{:.2}", b / 1e6)),
+                figures.others_cpus,
                 cpu.primary_ms + cpu.secondary_ms,
                 cpu.primary_without_guest_ms + cpu.secondary_without_guest_ms,
                 (cpu.s_per_gb_without_guest).map_or_else(none, |s| format!("{s:.2}")),
@@ -317,4 +328,102 @@ fn ratios(ours: &Figures, theirs: &Figures) -> [f64; 4] {
         cpu,
     ]
     .map(|of| of(ours) / of(theirs))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::case::{Transport, Way};
+    use crate::sample::Checkpoint;
+
+    fn case() -> Case {
+        Case {
+            transport: Transport::Unix,
+            way: Way::Multifd2,
+            dirty_pages: 256,
+            memory_mib: 256,
+            is_filled: true,
+            pass_delay: 0,
+            delay_ms: 200,
+            is_pinned: false,
+        }
+    }
+
+    fn figures(pauses: [u64; 3]) -> Figures {
+        let checkpoint = |pause| Checkpoint {
+            pause: Duration::from_millis(pause),
+            steps: vec![("flush".to_owned(), Duration::from_millis(1))],
+            ..Checkpoint::default()
+        };
+        let sample = Sample {
+            checkpoints: pauses.map(checkpoint).to_vec(),
+            stalls: pauses.map(|p| Duration::from_millis(p + 1)).to_vec(),
+            bytes: Some(2e6),
+            cpu: [benches::usage::CpuTime {
+                total: Duration::from_millis(90),
+                vcpus: Duration::from_millis(60),
+            }; 2],
+            memory: benches::usage::Resident {
+                peak: 512 << 20,
+                proportional: 0,
+            },
+            ..Sample::default()
+        };
+        Figures::of(&[sample], &case()).unwrap()
+    }
+
+    fn report() -> Report {
+        let row = |name: &str, pauses| Row {
+            case: case(),
+            colo_options: Vec::new(),
+            pairs: [(name.to_owned(), figures(pauses))].into(),
+        };
+        let mut report = Report {
+            host: Host::this(),
+            qemu: None,
+            rows: Vec::new(),
+        };
+        report.add(row(OURS, [1, 1, 9]));
+        report.add(row("pc", [1, 4, 9]));
+        report.add(row(OURS, [1, 2, 9]));
+        report
+    }
+
+    #[test]
+    fn cpu_time_and_memory_are_put_beside_what_was_done() {
+        let Figures { cpu, memory, .. } = figures([1, 2, 3]);
+        assert_eq!((cpu.primary_ms, cpu.primary_without_guest_ms), (30.0, 10.0));
+        assert_eq!(cpu.s_per_gb, Some(30.0));
+        assert_eq!(cpu.s_per_gb_without_guest, Some(10.0));
+        assert_eq!(memory.peak_over_ram, 2.0);
+    }
+
+    #[test]
+    fn pairs_of_one_case_share_a_row_and_the_later_figures_count() {
+        let report = report();
+        assert_eq!(report.rows.len(), 1);
+        let lines = report.rows[0].lines();
+        let (ours, theirs) = lines.split_once('\n').unwrap();
+        assert!(ours.contains("| colo-vmm |"), "{ours}");
+        assert!(
+            theirs.contains(" **0.500** | 1.000 | 0.600 | 1.000 |"),
+            "{theirs}"
+        );
+        let columns = |line: &str| line.matches('|').count();
+        for line in HEAD.lines().chain(lines.lines()) {
+            assert_eq!(columns(line), columns(ours), "{line}");
+        }
+    }
+
+    #[test]
+    fn what_was_written_can_be_added_to() {
+        let report = report();
+        let text = report.json().unwrap();
+        let read: Report = serde_json::from_str(&text).unwrap();
+        assert_eq!(read.json().unwrap(), text);
+        let drawing = read.svg();
+        for name in ["colo-vmm", "QEMU pc", "unix multifd-2 256 pages"] {
+            assert!(drawing.contains(name), "{name}");
+        }
+    }
 }

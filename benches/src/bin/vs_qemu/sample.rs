@@ -1,11 +1,12 @@
 //! What a measured pair of processes shows, and how it is measured.
 
+use std::ops::Range;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use ::tests::Result;
 use ::tests::process::Process;
-use benches::usage::{CpuTime, Resident};
+use benches::usage::{self, CpuTime, Resident};
 
 use crate::serial::{Line, Stalls, now};
 
@@ -63,34 +64,51 @@ pub struct Sample {
     pub cpu: [CpuTime; 2],
     /// Memory of the secondary.
     pub memory: Resident,
+    /// How many CPUs had others to run meanwhile, this process included: what disturbs.
+    pub others: f64,
 }
 
 /// The first checkpoints are slow: what they touch is touched for the first time.
 const WARM_UP: usize = 2;
-/// The trace of an end may be that far behind its event; far less than from one checkpoint to the next.
-const BEHIND: Duration = Duration::from_millis(5);
+/// Less than from one checkpoint to the next.
+const BEHIND: Duration = Duration::from_millis(20);
 
 /// Measures so many checkpoints of a pair that is in COLO.
-pub fn measure<P: Pair>(mut pair: P, line: Line, wanted: usize) -> Result<Sample> {
+pub fn measure<P: Pair>(mut pair: P, line: Line, wanted: usize, is_pinned: bool) -> Result<Sample> {
+    if is_pinned {
+        for (process, half) in pair.processes().into_iter().zip(halves()?) {
+            usage::pin(process.id(), &half)?;
+        }
+    }
     for _ in 0..WARM_UP {
         pair.wait_checkpoint()?;
     }
-    thread::sleep(BEHIND);
-    let (from, before) = (now(), cpu(&pair)?);
+    let (begun, all_before) = (Instant::now(), usage::whole_machine()?);
+    let before = cpu_of(&pair)?;
     for _ in 0..wanted {
         pair.wait_checkpoint()?;
     }
-    thread::sleep(BEHIND);
-    let (to, after) = (now(), cpu(&pair)?);
+    let after = cpu_of(&pair)?;
+    let all = usage::whole_machine()?.saturating_sub(all_before);
+    let cpu = [0, 1].map(|side: usize| after[side].since(before[side]));
+    let others = all.saturating_sub(cpu[0].total + cpu[1].total);
+    let others = others.div_duration_f64(begun.elapsed());
     let [_, secondary] = pair.processes();
     let memory = Resident::of(secondary.id())?;
+    // The trace of an end may be behind its event, and what the guest says behind both.
+    thread::sleep(BEHIND);
+    let to = now();
     line.wait(to)?;
     let mut checkpoints = pair.checkpoints()?;
-    checkpoints.retain(|checkpoint| (from..to).contains(&checkpoint.ended));
-    if checkpoints.len() != wanted {
-        let what = format!("{} checkpoints of {wanted} are known", checkpoints.len());
-        return Err(what.into());
-    }
+    checkpoints.retain(|checkpoint| checkpoint.ended < to);
+    let first = checkpoints.len().checked_sub(wanted);
+    let last_before = first.and_then(|first| checkpoints.get(first.checked_sub(1)?));
+    let from = last_before.ok_or_else(|| {
+        let known = checkpoints.len();
+        format!("of {wanted} checkpoints and one before {known} are known")
+    })?;
+    let from = from.ended;
+    checkpoints.drain(..checkpoints.len() - wanted);
     let ends: Vec<_> = checkpoints.iter().map(|c| c.ended).collect();
     let stalls = Stalls::of(&line.finish()?, from, &ends);
     let each: Option<u64> = checkpoints.iter().map(|c| c.bytes).sum();
@@ -103,12 +121,21 @@ pub fn measure<P: Pair>(mut pair: P, line: Line, wanted: usize) -> Result<Sample
         stalls: stalls.longest,
         usual_gap: stalls.usual,
         bytes,
-        cpu: [0, 1].map(|side: usize| after[side].since(before[side])),
+        cpu,
         memory,
+        others,
     })
 }
 
-fn cpu<P: Pair>(pair: &P) -> Result<[CpuTime; 2]> {
+/// The machine's CPUs, for two hosts that do not share one.
+fn halves() -> Result<[Range<usize>; 2]> {
+    match thread::available_parallelism()?.get() / 2 {
+        0 => Err("needs two CPUs to give each side its own".into()),
+        half => Ok([0..half, half..2 * half]),
+    }
+}
+
+fn cpu_of<P: Pair>(pair: &P) -> Result<[CpuTime; 2]> {
     let [primary, secondary] = pair.processes();
     let of = |process: &Process| CpuTime::of(process.id(), P::is_vcpu);
     Ok([of(primary)?, of(secondary)?])
