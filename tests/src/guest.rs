@@ -261,8 +261,11 @@ impl Checker {
     }
 }
 
-/// Writes a disk with `boot_sector` on it.
-fn write_disk(path: &Path, boot_sector: &[u8; 512]) -> Result<()> {
+/// Writes a disk with `boot_sector` on it, for [`crate::qemu::Machine::boot`].
+///
+/// # Errors
+/// The file system's.
+pub fn write_disk(path: &Path, boot_sector: &[u8; 512]) -> Result<()> {
     /// SeaBIOS boots no AHCI or virtio disk that is as small as one sector.
     const DISK_BYTES: u64 = 1 << 20;
     let mut file = File::create(path)?;

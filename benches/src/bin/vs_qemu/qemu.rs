@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use ::tests::Result;
+use ::tests::guest::write_disk;
 use ::tests::process::Process;
 use ::tests::qemu::{Accel, Binary, Machine, Qemu};
 use colo_vmm::guest::workload;
@@ -36,7 +37,7 @@ impl QemuPair {
         let dir = tempfile::Builder::new().prefix("vs-qemu-").tempdir()?;
         let line = Line::listen(&dir.path().join("line"))?;
         let disk = dir.path().join("disk");
-        fs::write(&disk, workload(&case.workload())?)?;
+        write_disk(&disk, &workload(&case.workload())?)?;
         let traces = ["primary", "secondary"].map(|side| dir.path().join(side));
         let side = |serial: OsString, trace: &PathBuf| {
             Machine::new(machine, case.memory_mib)
