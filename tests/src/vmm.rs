@@ -532,13 +532,26 @@ impl Pair {
     /// # Errors
     /// One does not start, or refuses a capability.
     pub fn start(vmm: &ColoVmm, connection: Connection, capabilities: &[&str]) -> Result<Self> {
-        let named = |name| ColoVmm {
+        Self::start_both(vmm, vmm, connection, capabilities)
+    }
+
+    /// As [`Pair::start`], with sides that differ.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn start_both(
+        primary: &ColoVmm,
+        secondary: &ColoVmm,
+        connection: Connection,
+        capabilities: &[&str],
+    ) -> Result<Self> {
+        let named = |name, vmm: &ColoVmm| ColoVmm {
             name,
             ..vmm.clone()
         };
         let mut pair = Self {
-            primary: named("primary").start()?,
-            secondary: named("secondary").incoming().start()?,
+            primary: named("primary", primary).start()?,
+            secondary: named("secondary", secondary).incoming().start()?,
         };
         let capabilities = [&["events"], capabilities].concat();
         for side in [&mut pair.secondary, &mut pair.primary] {

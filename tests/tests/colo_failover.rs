@@ -61,6 +61,26 @@ fn main() -> ExitCode {
             };
             failover(unix, Secondary, Between)
         }),
+        kvm(
+            "secondary_of_a_primary_that_resumes_early_goes_on_between_checkpoints",
+            || committed(&early(), Between),
+        ),
+        kvm(
+            "secondary_of_a_primary_that_resumes_early_goes_on_in_the_middle_of_a_checkpoint",
+            || committed(&early(), Within),
+        ),
+        harness::anywhere(
+            "simulated_secondary_of_a_primary_that_resumes_early_goes_on",
+            || committed(&early().simulated(), Within),
+        ),
+        kvm(
+            "primary_that_has_resumed_goes_on_when_its_peer_dies_while_it_receives",
+            || dies_receiving(&early()),
+        ),
+        harness::anywhere(
+            "simulated_primary_that_has_resumed_goes_on_when_its_peer_dies",
+            || dies_receiving(&early().simulated()),
+        ),
         harness::anywhere("simulated_primary_goes_on", || {
             failover_of(&guest().simulated(), MULTIFD, Primary, Within)
         }),
@@ -234,6 +254,63 @@ fn failover_of(
     side.qmp.execute("x-colo-lost-heartbeat", Value::Null)?;
     goes_on(side, survivor, "request")?;
     guest_lost_nothing(&mut pair, survivor)
+}
+
+/// Its guest runs on before a checkpoint is complete, and pages are sent between two.
+fn early() -> ColoVmm {
+    guest().args(["--output-commit", "--early-resume", "--gap-bandwidth", "0"])
+}
+
+/// The primary dies, and the secondary goes on from where nothing is that the world has heard
+/// otherwise.
+fn committed(guest: &ColoVmm, moment: Moment) -> Result<()> {
+    let mut pair = Pair::in_colo(guest, MULTIFD, DELAY)?;
+    match moment {
+        Between => rest(&mut pair)?,
+        Within => freeze_within(&mut pair, Secondary)?,
+    }
+    pair.primary.process.kill()?;
+    let side = &mut pair.secondary;
+    let exit = side.qmp.wait_event("COLO_EXIT")?;
+    assert_eq!(exit["data"]["reason"], "error");
+    side.qmp.execute("x-colo-lost-heartbeat", Value::Null)?;
+    goes_on(side, Secondary, "request")?;
+    let said = pair.primary.output()?;
+    check_count(0, &said)?;
+    let secondary = pair.secondary.output()?;
+    let cut = cut(&mut pair, &secondary)?;
+    assert!(
+        cut >= said.len() as u64,
+        "from byte {cut} on, the primary had said {}",
+        said.len()
+    );
+    check_count(cut, &secondary)?;
+    Ok(())
+}
+
+/// The secondary dies in the middle of a checkpoint, in which the primary's guest runs already.
+fn dies_receiving(guest: &ColoVmm) -> Result<()> {
+    let moment = "receiving ram begins#4";
+    let named = |args: &[&str]| guest.clone().args(args);
+    let mut pair = Pair::start_both(
+        &named(&[]),
+        &named(&["--die-at", moment]),
+        MULTIFD,
+        &["return-path", "x-colo"],
+    )?;
+    pair.primary
+        .qmp
+        .set_parameters(json!({"x-checkpoint-delay": DELAY}))?;
+    pair.migrate(MULTIFD)?;
+    let side = &mut pair.primary;
+    let exit = side.qmp.wait_event("COLO_EXIT")?;
+    assert_eq!(exit["data"], json!({"mode": "primary", "reason": "error"}));
+    // It is not decided who goes on, but the guest does not stand still for it.
+    assert_eq!(side.migration()?["status"], "failing");
+    assert_eq!(side.status()?, "running");
+    side.qmp.execute("x-colo-lost-heartbeat", Value::Null)?;
+    goes_on(side, Primary, "request")?;
+    guest_lost_nothing(&mut pair, Primary)
 }
 
 fn yank(side: &mut Vmm) -> Result<()> {
