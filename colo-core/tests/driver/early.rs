@@ -6,18 +6,18 @@ use std::time::Instant;
 use colo_core::driver::LinkError;
 use colo_core::{Cause, ExitReason, Message, Step};
 
-use crate::rig::{LIMIT, NEVER, Side, end, impatient, migrated, patient};
+use crate::rig::{How, LIMIT, NEVER, Side, WAYS, end, impatient, migrated, patient};
 
-fn pair(channels: u8) -> (Side, Side) {
-    let (primary, secondary) = migrated(channels);
+fn pair(how: How) -> (Side, Side) {
+    let (primary, secondary) = migrated(how);
     let primary = primary.resuming_early();
     (primary.start(patient(), NEVER), secondary.start(patient()))
 }
 
 #[test]
 fn the_secondary_gets_what_the_primary_was_when_it_stopped_though_it_has_gone_on() {
-    for channels in crate::CHANNELS {
-        let (primary, secondary) = pair(channels);
+    for how in WAYS {
+        let (primary, secondary) = pair(how);
         for number in 1..=8 {
             primary.control.demand_checkpoint();
             let captured = primary.checkpoint_state();
@@ -40,10 +40,10 @@ fn the_secondary_gets_what_the_primary_was_when_it_stopped_though_it_has_gone_on
 
 #[test]
 fn a_primary_that_loses_its_peer_after_it_has_resumed_goes_on_as_it_is() {
-    for channels in crate::CHANNELS {
+    for how in WAYS {
         // The secondary has received all but fails before its promise, or in its commit.
         for fault in ["disk.check", "vm.reset"] {
-            let (primary, secondary) = migrated(channels);
+            let (primary, secondary) = migrated(how);
             secondary.faults.inject(fault);
             let primary = primary.resuming_early().start(patient(), NEVER);
             let secondary = secondary.start(patient());
@@ -76,9 +76,9 @@ fn a_peer_that_takes_no_ram_does_not_hold_the_vm_up() {
 #[test]
 fn a_failover_requested_after_the_resume_ends_by_request_on_either_side() {
     let began = Instant::now();
-    for channels in crate::CHANNELS {
+    for how in WAYS {
         for primary_asked in [true, false] {
-            let (primary, secondary) = pair(channels);
+            let (primary, secondary) = pair(how);
             primary.control.demand_checkpoint();
             let captured = primary.checkpoint_state();
             assert_eq!(primary.resumed(), captured);
