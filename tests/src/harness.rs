@@ -14,7 +14,7 @@ use libtest_mimic::{Arguments, Completion, Failed, Trial};
 use crate::Result;
 use crate::linux::Linux;
 use crate::qemu::{self, Accel, Binary};
-use crate::{netns, scripts};
+use crate::{disk, netns, scripts};
 
 /// Runs the trials as `cargo test` expects, after a line on what they run against.
 pub fn run(trials: impl IntoIterator<Item = Trial>) -> ExitCode {
@@ -55,11 +55,30 @@ pub fn on_network(
     kvm: bool,
     test: impl FnOnce() -> Result<()> + Send + 'static,
 ) -> Trial {
+    on_host(name, "network", netns::missing, kvm, test)
+}
+
+/// As [`on_network`], for a test that needs [disks](disk::Disk) of its own.
+pub fn on_disk(name: &str, kvm: bool, test: impl FnOnce() -> Result<()> + Send + 'static) -> Trial {
+    on_host(name, "disk", disk::missing, kvm, test)
+}
+
+fn on_host(
+    name: &str,
+    what: &str,
+    lacks: fn() -> Option<&'static str>,
+    kvm: bool,
+    test: impl FnOnce() -> Result<()> + Send + 'static,
+) -> Trial {
+    let kind = if kvm {
+        format!("KVM, {what}")
+    } else {
+        what.to_owned()
+    };
     let reason = move || {
         let kvm = missing_kvm().filter(|_| kvm);
-        kvm.or_else(|| netns::missing().map(str::to_owned))
+        kvm.or_else(|| lacks().map(str::to_owned))
     };
-    let kind = if kvm { "KVM, network" } else { "network" };
     Trial::ignorable_test(name, move || match reason() {
         None => Ok(test().map(|()| Completion::Completed)?),
         Some(reason) => missing(reason),

@@ -16,6 +16,7 @@
 #![forbid(unsafe_code)]
 
 pub mod capture;
+pub mod disk;
 pub mod gate;
 pub mod guest;
 pub mod harness;

@@ -1,0 +1,566 @@
+//! Sides of a pair of `colo-vmm` that are half dead: a peer's host that is gone without a word, a disk
+//! that is full, a pipe that nobody reads, an operator who does not listen. Each ends in a failover, in
+//! a clear stop, or in nothing at all, within the configured time, and QMP answers meanwhile.
+
+use std::fs::{self, File};
+use std::io::{Read, Write};
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+use std::sync::mpsc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+use tempfile::TempDir;
+use tests::disk::Disk;
+use tests::netns::{Host, Network, Traffic};
+use tests::process::{Process, workspace_program};
+use tests::vmm::{ColoVmm, Connection, Pair, Vmm, check_count, first_line};
+use tests::{PATIENCE, Result, harness};
+
+fn main() -> ExitCode {
+    let mut trials = Vec::new();
+    for (guest, kvm) in [("kvm", true), ("simulated", false)] {
+        for (name, connection) in [("plain", PLAIN), ("multifd", Connection::channels(2))] {
+            trials.push(harness::on_network(
+                &format!("{guest}_{name}_half_open_connections_end_colo_in_time_on_both_sides"),
+                kvm,
+                move || half_open(kvm, connection),
+            ));
+        }
+        trials.push(harness::on_disk(
+            &format!("{guest}_guest_does_not_notice_that_its_serial_line_ends_in_a_full_disk"),
+            kvm,
+            move || full_disk(kvm),
+        ));
+        let on_machine = |name: &str, test: fn(bool) -> Result<()>| {
+            let name = format!("{guest}_{name}");
+            if kvm {
+                harness::on_kvm_with(&name, move || test(kvm))
+            } else {
+                harness::anywhere_with(&name, move || test(kvm))
+            }
+        };
+        trials.push(on_machine(
+            "primary_checkpoints_on_when_nobody_reads_its_serial_line",
+            unread_serial,
+        ));
+        trials.push(on_machine(
+            "secondary_takes_over_when_nobody_reads_its_serial_line",
+            unread_serial_of_the_survivor,
+        ));
+        trials.push(on_machine(
+            "pair_beats_and_checkpoints_on_when_nobody_reads_its_log",
+            unread_log,
+        ));
+        trials.push(on_machine(
+            "pair_checkpoints_on_when_an_operator_does_not_listen",
+            deaf_operator,
+        ));
+    }
+    trials.extend([
+        harness::on_network(
+            "half_open_connections_end_a_migration_in_time_on_both_sides",
+            false,
+            half_open_before_colo,
+        ),
+        harness::on_disk(
+            "right_to_run_is_kept_and_claimed_on_a_full_disk",
+            false,
+            full_arbiter,
+        ),
+        harness::on_disk(
+            "colo_does_not_begin_when_the_right_cannot_be_written",
+            false,
+            no_room_for_the_right,
+        ),
+        harness::on_disk(
+            "guest_whose_copy_finds_no_room_in_a_store_runs_on",
+            false,
+            full_store,
+        ),
+    ]);
+    harness::run(trials)
+}
+
+const PLAIN: Connection = Connection {
+    multifd: None,
+    unix: false,
+};
+
+/// Between checkpoints, ms.
+const DELAY: u32 = 20;
+/// How long a peer may be silent, ms.
+const PEER_TIMEOUT: &str = "1500";
+/// Within which that has to show, on a machine that does other things too.
+const IN_TIME: Duration = Duration::from_secs(10);
+/// What an answer may take on such a machine.
+const ANSWER: Duration = Duration::from_secs(2);
+/// What a full pipe holds at least, bytes.
+const HELD: usize = 60_000;
+/// All that a pipe holds but one page, bytes.
+const FILLED: usize = 15 * 4096;
+/// Checkpoints that show that they go on.
+const MORE: usize = 20;
+
+fn guest(kvm: bool) -> ColoVmm {
+    let guest = ColoVmm::new("colo-vmm").memory(16).dirty_pages(64);
+    if kvm {
+        guest
+    } else {
+        // Not to keep the processor busy.
+        guest.simulated().args(["--pass-delay", "2000000"])
+    }
+}
+
+/// The same with a heartbeat at `dir`, whose sides ask a lock file there.
+fn watched(kvm: bool, dir: &Path) -> ColoVmm {
+    let heartbeat = format!("unix:{}", dir.join("beat").display());
+    let arbiter = format!("file:{}", dir.join("right").display());
+    guest(kvm).args([
+        "--uuid",
+        "8f2a3c1e-0b64-4f4e-9a53-4d1f6f0f7a14",
+        "--heartbeat",
+        &heartbeat,
+        "--heartbeat-interval",
+        "200",
+        "--on-heartbeat-loss",
+        "ask",
+        "--arbiter",
+        &arbiter,
+        "--arbiter-term",
+        "2000",
+    ])
+}
+
+fn set_up(pair: &mut Pair, connection: Connection) -> Result<()> {
+    let multifd = connection.multifd.map(|_| "multifd");
+    let capabilities: Vec<&str> = ["events", "return-path", "x-colo"]
+        .into_iter()
+        .chain(multifd)
+        .collect();
+    for side in [&mut pair.secondary, &mut pair.primary] {
+        side.qmp.enable(&capabilities)?;
+        side.qmp.set_parameters(
+            json!({"x-checkpoint-delay": DELAY, "max-bandwidth": 0, "downtime-limit": 2000}),
+        )?;
+    }
+    Ok(())
+}
+
+/// Brings a pair into COLO.
+fn enter(pair: &mut Pair, connection: Connection) -> Result<()> {
+    set_up(pair, connection)?;
+    pair.migrate(connection)?;
+    for side in [&mut pair.primary, &mut pair.secondary] {
+        side.wait_checkpoints(3)?;
+    }
+    Ok(())
+}
+
+fn heartbeat(vmm: &mut Vmm) -> Result<Value> {
+    vmm.qmp.execute("x-query-colo-heartbeat", Value::Null)
+}
+
+/// Waits until `found` says that it is there, while every answer comes at once.
+fn answers_until(
+    side: &mut Vmm,
+    what: &str,
+    limit: Duration,
+    mut found: impl FnMut(&mut Vmm) -> Result<bool>,
+) -> Result<()> {
+    let since = Instant::now();
+    loop {
+        let asked = Instant::now();
+        side.migration()?;
+        side.status()?;
+        let took = asked.elapsed();
+        assert!(took < ANSWER, "an answer took {took:?}");
+        if found(side)? {
+            return Ok(());
+        }
+        if since.elapsed() > limit {
+            return Err(side.process.failure(&format!("has no {what} in {limit:?}")));
+        }
+        thread::sleep(Duration::from_millis(2));
+    }
+}
+
+/// Checkpoints are completed, and answers come meanwhile.
+fn goes_on(pair: &mut Pair) -> Result<()> {
+    for side in [&mut pair.primary, &mut pair.secondary] {
+        let wanted = side.checkpoints()?.len() + MORE;
+        answers_until(side, "more checkpoints", PATIENCE, |side| {
+            Ok(side.checkpoints()?.len() >= wanted)
+        })?;
+    }
+    Ok(())
+}
+
+/// A side whose heartbeat was lost goes on alone, and answers meanwhile.
+fn goes_on_alone(side: &mut Vmm) -> Result<()> {
+    answers_until(side, "state alone", PATIENCE, |side| {
+        Ok(heartbeat(side)?["state"] == "alone")
+    })?;
+    side.wait_migration("completed")?;
+    side.wait_status("running")
+}
+
+fn has_left(side: &Vmm) -> bool {
+    side.qmp.events().any(|e| e["event"] == "COLO_EXIT")
+}
+
+fn pair_on(network: &Network, guest: &ColoVmm) -> Result<Pair> {
+    let guest = guest.clone().args(["--peer-timeout", PEER_TIMEOUT]);
+    Ok(Pair {
+        secondary: guest.clone().incoming().start_on(network, Host::B)?,
+        primary: guest.start_on(network, Host::A)?,
+    })
+}
+
+/// Nothing comes any more, and nothing says that nothing will.
+fn half_open(kvm: bool, connection: Connection) -> Result<()> {
+    let network = Network::new()?;
+    let mut pair = pair_on(&network, &guest(kvm))?;
+    set_up(&mut pair, connection)?;
+    let uri = pair
+        .secondary
+        .listen_on(&format!("tcp:{}:7000", Host::B.address()))?;
+    pair.primary.migrate(&uri)?;
+    pair.secondary.wait_checkpoints(3)?;
+    network.cut_apart(Traffic::All)?;
+    for side in [&mut pair.primary, &mut pair.secondary] {
+        answers_until(side, "end of COLO", IN_TIME, |side| Ok(has_left(side)))?;
+        let exit = side.qmp.wait_event("COLO_EXIT")?;
+        assert_eq!(exit["data"]["reason"], "error");
+        let migration = side.migration()?;
+        assert_eq!(migration["status"], "failing", "{migration}");
+        let reason = migration["error-desc"].as_str().unwrap_or_default();
+        assert!(reason.contains("deadline"), "{reason}");
+    }
+    // The operator knows which host is gone.
+    pair.primary.process.kill()?;
+    let side = &mut pair.secondary;
+    side.qmp.execute("x-colo-lost-heartbeat", Value::Null)?;
+    side.wait_migration("completed")?;
+    side.wait_status("running")?;
+    side.wait_lines(3)?;
+    check_count(0, &pair.primary.output()?)?;
+    let heard = pair.secondary.output()?;
+    let (begin, _) = first_line(&heard)?;
+    check_count(begin, &heard)?;
+    Ok(())
+}
+
+fn half_open_before_colo() -> Result<()> {
+    let network = Network::new()?;
+    let mut pair = pair_on(&network, &guest(false))?;
+    set_up(&mut pair, PLAIN)?;
+    let uri = pair
+        .secondary
+        .listen_on(&format!("tcp:{}:7000", Host::B.address()))?;
+    // 16 MiB of a guest that is mostly empty, at a rate that it takes some time with.
+    pair.primary
+        .qmp
+        .set_parameters(json!({"max-bandwidth": 20_000, "zero-page-detection": "none"}))?;
+    pair.primary.migrate(&uri)?;
+    pair.secondary.wait_migration("active")?;
+    network.cut_apart(Traffic::All)?;
+    // Faster, so that there is more to be sent than a socket holds.
+    pair.primary
+        .qmp
+        .set_parameters(json!({"max-bandwidth": 0}))?;
+    for side in [&mut pair.primary, &mut pair.secondary] {
+        answers_until(side, "failure", IN_TIME, |side| {
+            Ok(side.migration()?["status"] == "failed")
+        })?;
+    }
+    assert_eq!(pair.primary.status()?, "running");
+    pair.primary.wait_lines(3)?;
+    check_count(0, &pair.primary.output()?)?;
+    assert_eq!(pair.secondary.output()?, b"");
+    Ok(())
+}
+
+/// A side whose files, serial line included, are in `place`.
+fn start_in(guest: &ColoVmm, name: &str, place: &Path) -> Result<Vmm> {
+    let dir = tempfile::Builder::new().tempdir_in(place)?;
+    let command = guest.command(dir.path())?;
+    Vmm::start(name, command, dir)
+}
+
+fn full_disk(kvm: bool) -> Result<()> {
+    let (disk, dir) = (Disk::new(256)?, tempfile::tempdir()?);
+    let guest = watched(kvm, dir.path());
+    let mut pair = Pair {
+        secondary: guest.clone().incoming().start()?,
+        primary: start_in(&guest, "primary", disk.path())?,
+    };
+    enter(&mut pair, PLAIN)?;
+    disk.fill()?;
+    // What is left of the page that the file ends in.
+    let full = Instant::now();
+    let mut length = 0;
+    answers_until(&mut pair.primary, "full file", PATIENCE, |side| {
+        let was = std::mem::replace(&mut length, side.output()?.len());
+        if was != length {
+            thread::sleep(Duration::from_millis(200));
+        }
+        Ok(was == length && full.elapsed() > Duration::from_millis(500))
+    })?;
+    goes_on(&mut pair)?;
+    let said = pair.primary.output()?;
+    assert_eq!(said.len(), length, "the disk is not full");
+    check_count(0, &said)?;
+    let log = pair.primary.process.stderr().text();
+    let warnings = log.matches("nobody takes the guest's serial output");
+    assert_eq!(warnings.count(), 1, "{log}");
+    // There is room again, and what the guest says now is heard.
+    disk.free()?;
+    pair.primary.wait_lines(3)?;
+    pair.primary.process.kill()?;
+    goes_on_alone(&mut pair.secondary)?;
+    pair.secondary.wait_lines(3)?;
+    let heard = pair.secondary.output()?;
+    let (begin, _) = first_line(&heard)?;
+    check_count(begin, &heard)?;
+    assert!(begin > length as u64, "the guest stood still meanwhile");
+    Ok(())
+}
+
+/// A FIFO with somebody who has it open, and reads when told to.
+struct Pipe {
+    reader: mpsc::Receiver<std::io::Result<File>>,
+}
+
+impl Pipe {
+    fn new(path: &Path) -> Result<Self> {
+        if !Command::new("mkfifo").arg(path).status()?.success() {
+            return Err("no FIFO".into());
+        }
+        let (sender, reader) = mpsc::channel();
+        let path = path.to_owned();
+        // Waits for the other end.
+        thread::spawn(move || sender.send(File::open(path)));
+        Ok(Self { reader })
+    }
+
+    /// The reader's end, once the writer is there.
+    fn open(&self) -> Result<File> {
+        let opened = self.reader.recv_timeout(PATIENCE);
+        Ok(opened.map_err(|_| "nobody writes to the FIFO")??)
+    }
+}
+
+/// A side whose serial line is a FIFO.
+fn start_piped(guest: &ColoVmm, name: &str) -> Result<(Vmm, File)> {
+    let dir = tempfile::Builder::new().prefix("colo-vmm-").tempdir()?;
+    let pipe = Pipe::new(&dir.path().join("serial"))?;
+    let command = guest.command(dir.path())?;
+    let vmm = Vmm::start(name, command, dir)?;
+    Ok((vmm, pipe.open()?))
+}
+
+fn unread_serial(kvm: bool) -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let guest = watched(kvm, dir.path());
+    // Lines enough to fill it soon.
+    let guest = guest.dirty_pages(1);
+    let (primary, mut serial) = start_piped(&guest, "primary")?;
+    let secondary = guest.incoming().start()?;
+    let mut pair = Pair { primary, secondary };
+    enter(&mut pair, PLAIN)?;
+    answers_until(&mut pair.primary, "full pipe", PATIENCE, |side| {
+        Ok(side.process.stderr().text().contains("nobody takes"))
+    })?;
+    goes_on(&mut pair)?;
+    for side in [&mut pair.primary, &mut pair.secondary] {
+        let beat = heartbeat(side)?;
+        assert_eq!(
+            (&beat["state"], &beat["peer"]),
+            (&json!("paired"), &json!("alive"))
+        );
+    }
+    // Whoever reads again hears again, after what the pipe has held and a gap.
+    let mut held = [0; HELD];
+    serial.read_exact(&mut held)?;
+    check_count(0, &held)?;
+    pair.primary
+        .process
+        .stderr()
+        .wait_for("end of the silence", |log| {
+            let log = String::from_utf8_lossy(log);
+            log.contains("is taken again").then_some(())
+        })?;
+    goes_on(&mut pair)
+}
+
+fn unread_serial_of_the_survivor(kvm: bool) -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let guest = watched(kvm, dir.path()).dirty_pages(1);
+    let (secondary, mut serial) = start_piped(&guest.clone().incoming(), "secondary")?;
+    let primary = guest.start()?;
+    let mut pair = Pair { primary, secondary };
+    enter(&mut pair, PLAIN)?;
+    pair.primary.process.kill()?;
+    let side = &mut pair.secondary;
+    goes_on_alone(side)?;
+    answers_until(side, "full pipe", PATIENCE, |side| {
+        Ok(side.process.stderr().text().contains("nobody takes"))
+    })?;
+    assert_eq!(side.status()?, "running");
+    let mut heard = [0; HELD];
+    serial.read_exact(&mut heard)?;
+    let (begin, _) = first_line(&heard)?;
+    check_count(begin, &heard)?;
+    Ok(())
+}
+
+fn unread_log(kvm: bool) -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let guest = watched(kvm, dir.path());
+    let logging = |guest: &ColoVmm, name: &str| -> Result<(Vmm, File)> {
+        let dir = tempfile::Builder::new().prefix("colo-vmm-").tempdir()?;
+        let log: PathBuf = dir.path().join("log");
+        let pipe = Pipe::new(&log)?;
+        let command = guest.command(dir.path())?;
+        let mut shell = Command::new("sh");
+        // All of the pipe but its last page.
+        let script = format!("exec 2> \"$0\"; head -c {FILLED} /dev/zero >&2; exec \"$@\"");
+        shell.args(["-c", &script]).arg(&log);
+        shell.arg(command.get_program()).args(command.get_args());
+        shell.env("RUST_LOG", "trace");
+        let vmm = Vmm::start(name, shell, dir)?;
+        Ok((vmm, pipe.open()?))
+    };
+    let (secondary, _log) = logging(&guest.clone().incoming(), "secondary")?;
+    let (primary, mut log) = logging(&guest, "primary")?;
+    let mut pair = Pair { primary, secondary };
+    enter(&mut pair, PLAIN)?;
+    for _ in 0..3 {
+        goes_on(&mut pair)?;
+    }
+    for side in [&mut pair.primary, &mut pair.secondary] {
+        let beat = heartbeat(side)?;
+        assert_eq!(
+            (&beat["state"], &beat["peer"]),
+            (&json!("paired"), &json!("alive"))
+        );
+    }
+    pair.secondary.process.kill()?;
+    goes_on_alone(&mut pair.primary)?;
+    pair.primary.wait_lines(3)?;
+    check_count(0, &pair.primary.output()?)?;
+    // It was full indeed.
+    let mut held = [0; FILLED + 3000];
+    log.read_exact(&mut held)?;
+    Ok(())
+}
+
+/// An operator who asks and asks, and takes no answer and no event.
+fn deaf_operator(kvm: bool) -> Result<()> {
+    let mut pair = Pair {
+        secondary: guest(kvm).incoming().start()?,
+        primary: guest(kvm).start()?,
+    };
+    let mut deaf = UnixStream::connect(pair.primary.dir().join("qmp"))?;
+    deaf.write_all(b"{\"execute\": \"qmp_capabilities\"}\n")?;
+    deaf.set_write_timeout(Some(Duration::from_secs(1)))?;
+    enter(&mut pair, PLAIN)?;
+    let question = b"{\"execute\": \"query-migrate-capabilities\"}\n".repeat(100);
+    let begun = Instant::now();
+    // Until nobody takes them any more, or the connection is cut.
+    while deaf.write_all(&question).is_ok() {
+        assert!(
+            begun.elapsed() < PATIENCE,
+            "there is no end to what is taken"
+        );
+    }
+    goes_on(&mut pair)?;
+    let _ = deaf.shutdown(Shutdown::Both);
+    pair.primary.wait_lines(3)
+}
+
+fn full_arbiter() -> Result<()> {
+    let disk = Disk::new(64)?;
+    let guest = watched(false, disk.path());
+    let mut pair = Pair {
+        secondary: guest.clone().incoming().start()?,
+        primary: guest.start()?,
+    };
+    enter(&mut pair, PLAIN)?;
+    disk.fill()?;
+    // Longer than the right lasts that is not renewed.
+    thread::sleep(Duration::from_secs(3));
+    goes_on(&mut pair)?;
+    assert_eq!(heartbeat(&mut pair.primary)?["arbiter-state"], "won");
+    pair.primary.process.kill()?;
+    goes_on_alone(&mut pair.secondary)?;
+    pair.secondary.wait_lines(3)
+}
+
+fn no_room_for_the_right() -> Result<()> {
+    let disk = Disk::new(64)?;
+    let guest = watched(false, disk.path());
+    let mut pair = Pair {
+        secondary: guest.clone().incoming().start()?,
+        primary: guest.start()?,
+    };
+    disk.fill()?;
+    set_up(&mut pair, PLAIN)?;
+    pair.migrate(PLAIN)?;
+    let reason = pair.primary.wait_failure()?;
+    assert!(reason.contains("the arbiter gives no right"), "{reason}");
+    assert!(reason.contains("No space left"), "{reason}");
+    assert_eq!(pair.primary.status()?, "running");
+    pair.primary.wait_lines(3)?;
+    // With room for it, it goes on as if nothing had been.
+    disk.free()?;
+    let migration = pair.secondary.migration()?;
+    let port = migration["socket-address"][0]["port"].as_str();
+    let uri = format!("tcp:127.0.0.1:{}", port.ok_or("listens nowhere")?);
+    pair.primary.migrate(&uri)?;
+    for side in [&mut pair.primary, &mut pair.secondary] {
+        side.wait_checkpoints(3)?;
+    }
+    check_count(0, &pair.primary.output()?)?;
+    Ok(())
+}
+
+/// The guest is on its way into a store that does not hold it.
+fn full_store() -> Result<()> {
+    let (disk, dir) = (Disk::new(64)?, TempDir::new()?);
+    let address = format!("unix:{}", dir.path().join("relay").display());
+    let store = disk.path().join("store");
+    let mut relay = Command::new(workspace_program("stream-relay", "stream-relay")?);
+    relay.args(["--incoming", &address, "--store"]).arg(&store);
+    let mut relay = Process::spawn("stream-relay", &mut relay)?;
+    let mut source = guest(false).start()?;
+    source.qmp.enable(&["return-path"])?;
+    let deadline = Instant::now() + PATIENCE;
+    while !dir.path().join("relay").exists() {
+        if Instant::now() > deadline {
+            return Err(relay.failure("does not listen"));
+        }
+        thread::sleep(Duration::from_millis(5));
+    }
+    source.wait_lines(1)?;
+    source.migrate(&address)?;
+    let status = relay.wait()?;
+    let said = relay.stderr().text();
+    assert!(!status.success(), "{said}");
+    assert!(said.contains("No space left"), "{said}");
+    let reason = source.wait_failure()?;
+    assert!(!reason.is_empty());
+    source.wait_status("running")?;
+    source.wait_lines(3)?;
+    check_count(0, &source.output()?)?;
+    assert!(
+        !store.join("manifest.json").exists(),
+        "half a guest is kept"
+    );
+    assert!(fs::read_dir(disk.path()).is_ok());
+    Ok(())
+}
