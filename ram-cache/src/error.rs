@@ -81,7 +81,7 @@ pub enum CacheError {
         pages: usize,
     },
     /// The addresses in which pages wait cannot be had.
-    #[error("cannot map {len:#x} bytes for the pages of checkpoints")]
+    #[error("cannot map a cache of {len:#x} bytes for the pages of checkpoints")]
     Staging {
         /// Bytes wanted.
         len: usize,
