@@ -36,6 +36,10 @@
 //! | [`report`] | what a checkpoint cost |
 //! | [`heartbeat`] | whether the peer lives, and what is done when it does not |
 //! | [`arbiter`] | which side may go on |
+//!
+//! | feature | what |
+//! |---|---|
+//! | `etcd` | the arbiter in etcd, over HTTP; off by default |
 #![forbid(unsafe_code)]
 
 pub mod arbiter;

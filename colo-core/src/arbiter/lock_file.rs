@@ -153,10 +153,9 @@ impl LockFile {
             };
             match verdict {
                 Verdict::Write(record) => {
-                    let until = asked + self.term.mul_f32(0.75);
                     return Answer::Won(Grant {
                         generation: record.generation,
-                        until: (!record.alone).then_some(until),
+                        until: (!record.alone).then(|| super::until(asked, self.term)),
                     });
                 }
                 Verdict::Lost(owner) => return Answer::Lost(owner),

@@ -20,17 +20,25 @@
 //! |---|---|
 //! | [`Manual`] | nowhere: an operator decides |
 //! | [`LockFile`] | a file on storage that both hosts have |
+//! | [`RegisterArbiter`] | a value on any service that both reach and that can compare and replace |
+//! | `Etcd` | that, in etcd (feature `etcd`) |
 //!
 //! [`record`] has the rules, without I/O.
 
+#[cfg(feature = "etcd")]
+pub mod etcd;
 mod lock_file;
 pub mod record;
+pub mod register;
 
 use std::fmt;
 use std::time::{Duration, Instant};
 
+#[cfg(feature = "etcd")]
+pub use etcd::{Etcd, EtcdAddress, Gateway};
 pub use lock_file::LockFile;
 pub use record::{Owner, Record};
+pub use register::{Register, RegisterArbiter};
 
 /// What an arbiter says.
 #[derive(Debug)]
@@ -108,6 +116,12 @@ pub trait Arbiter: Send {
     /// Gives the right up, whose guest stands still for good. What cannot be told is left to run
     /// out.
     fn release(&mut self, deadline: Instant);
+}
+
+/// When a guest has to stand still whose right was last asked for at `asked`: the quarter of the
+/// term that is left is to stop it in.
+fn until(asked: Instant, term: Duration) -> Instant {
+    asked + (term - term / 4)
 }
 
 /// The longest wait between two looks at another's record.

@@ -22,6 +22,9 @@ mod driver;
 mod link;
 mod peer;
 
+#[cfg(all(test, feature = "etcd"))]
+pub(crate) use driver::chain;
+
 pub use beat::{BEAT_LEN, Beat, BeatError, Phase};
 pub use decision::{Colo, Decider, Order, StopReason, View};
 pub use driver::{Guest, Heartbeat, HeartbeatConfig, HeartbeatReport, HoldError};
