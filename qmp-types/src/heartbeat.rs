@@ -28,7 +28,7 @@ pub struct ColoHeartbeat {
     /// Why its guest was stopped for good.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stop_reason: Option<String>,
-    /// Which arbiter is asked: `none`, `file`.
+    /// Which arbiter is asked: `none`, `file`, `etcd`.
     pub arbiter: String,
     /// What it has last answered.
     #[serde(default, skip_serializing_if = "Option::is_none")]

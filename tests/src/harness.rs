@@ -12,6 +12,7 @@ use std::{env, fmt};
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
 
 use crate::Result;
+use crate::etcd;
 use crate::linux::Linux;
 use crate::qemu::{self, Accel, Binary};
 use crate::{disk, netns, scripts};
@@ -84,6 +85,15 @@ fn on_host(
         Some(reason) => missing(reason),
     })
     .with_kind(kind)
+}
+
+/// A test that needs an etcd, of which it is given the program.
+pub fn on_etcd(name: &str, test: fn(&Path) -> Result<()>) -> Trial {
+    Trial::ignorable_test(name, move || match etcd::find() {
+        Ok(program) => Ok(test(&program).map(|()| Completion::Completed)?),
+        Err(reason) => missing(reason),
+    })
+    .with_kind("etcd")
 }
 
 /// A version of QEMU, major and minor.

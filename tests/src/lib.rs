@@ -17,6 +17,7 @@
 
 pub mod capture;
 pub mod disk;
+pub mod etcd;
 pub mod gate;
 pub mod guest;
 pub mod harness;

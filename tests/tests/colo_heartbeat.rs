@@ -1,9 +1,12 @@
 //! A pair of `colo-vmm` with a heartbeat: who is lost is noticed, and one side goes on by itself.
 
+use std::path::Path;
 use std::process::ExitCode;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
+use tests::etcd::Etcd;
 use tests::vmm::{ColoVmm, Connection, Pair, Vmm, check_count, first_line};
 use tests::{Result, harness};
 
@@ -14,15 +17,15 @@ fn main() -> ExitCode {
     let tests: [(&str, Test); 6] = [
         (
             "secondary_of_a_killed_primary_is_given_the_right_by_the_lock_file",
-            |is_simulated| killed(is_simulated, false),
+            |is_simulated| killed(is_simulated, false, Arbiter::File),
         ),
         (
             "primary_of_a_killed_secondary_goes_on_by_the_lock_file",
-            |is_simulated| killed(is_simulated, true),
+            |is_simulated| killed(is_simulated, true, Arbiter::File),
         ),
         (
             "primary_that_was_frozen_finds_its_right_another_s_and_stops",
-            frozen,
+            |is_simulated| frozen(is_simulated, Arbiter::File),
         ),
         (
             "primary_of_a_frozen_secondary_goes_on_in_time_and_answers_meanwhile",
@@ -36,7 +39,29 @@ fn main() -> ExitCode {
     });
     let kvm =
         tests.map(|(name, test)| harness::on_kvm_with(&format!("kvm_{name}"), move || test(false)));
-    harness::run(simulated.into_iter().chain(kvm))
+    let by_etcd = [
+        harness::on_etcd(
+            "secondary_of_a_killed_primary_is_given_the_right_by_etcd",
+            |program| killed(true, false, Arbiter::Etcd(&Etcd::start(program)?)),
+        ),
+        harness::on_etcd(
+            "primary_of_a_killed_secondary_is_given_the_right_by_etcd",
+            |program| killed(true, true, Arbiter::Etcd(&Etcd::start(program)?)),
+        ),
+        harness::on_etcd(
+            "primary_that_was_frozen_finds_in_etcd_that_its_right_is_another_s_and_stops",
+            |program| frozen(true, Arbiter::Etcd(&Etcd::start(program)?)),
+        ),
+        harness::on_etcd(
+            "etcd_that_is_silent_disturbs_no_pair_that_hears_each_other",
+            silent_etcd,
+        ),
+        harness::on_etcd(
+            "primary_that_neither_etcd_nor_its_secondary_answers_stops",
+            renewed_by_nobody,
+        ),
+    ];
+    harness::run(simulated.into_iter().chain(kvm).chain(by_etcd))
 }
 
 const CONNECTION: Connection = Connection {
@@ -44,18 +69,31 @@ const CONNECTION: Connection = Connection {
     unix: false,
 };
 
+#[derive(Clone, Copy)]
+enum Arbiter<'a> {
+    None,
+    File,
+    Etcd(&'a Etcd),
+}
+
+/// How long a right to run lasts.
+const TERM: Duration = Duration::from_millis(2000);
+
 /// A pair in COLO that beats slowly enough for a busy machine.
 fn pair(
     is_simulated: bool,
     primary: &str,
     secondary: &str,
-    arbiter: bool,
+    arbiter: Arbiter,
 ) -> Result<(Pair, tempfile::TempDir)> {
     let dir = tempfile::tempdir()?;
     let beat = format!("unix:{}", dir.path().join("beat").display());
-    let file = format!("file:{}", dir.path().join("right").display());
+    let arbiter = match arbiter {
+        Arbiter::None => "none".to_owned(),
+        Arbiter::File => format!("file:{}", dir.path().join("right").display()),
+        Arbiter::Etcd(etcd) => format!("etcd:{}", etcd.endpoint()),
+    };
     let vmm = |policy: &str| {
-        let arbiter = if arbiter { file.as_str() } else { "none" };
         let guest = ColoVmm::new("colo-vmm").memory(16);
         let guest = if is_simulated {
             guest.simulated()
@@ -72,9 +110,9 @@ fn pair(
             "--on-heartbeat-loss",
             policy,
             "--arbiter",
-            arbiter,
+            &arbiter,
             "--arbiter-term",
-            "2000",
+            &TERM.as_millis().to_string(),
         ])
     };
     let mut pair = Pair {
@@ -111,8 +149,8 @@ fn goes_on(side: &mut Vmm) -> Result<()> {
     side.wait_lines(3)
 }
 
-fn killed(is_simulated: bool, survivor_is_primary: bool) -> Result<()> {
-    let (mut pair, _dir) = pair(is_simulated, "ask", "ask", true)?;
+fn killed(is_simulated: bool, survivor_is_primary: bool, arbiter: Arbiter) -> Result<()> {
+    let (mut pair, _dir) = pair(is_simulated, "ask", "ask", arbiter)?;
     let (survivor, victim) = if survivor_is_primary {
         (&mut pair.primary, &mut pair.secondary)
     } else {
@@ -133,8 +171,8 @@ fn killed(is_simulated: bool, survivor_is_primary: bool) -> Result<()> {
 
 /// The lease of a process that does not run is the other side's in the end, and what was frozen does
 /// not go on beside it.
-fn frozen(is_simulated: bool) -> Result<()> {
-    let (mut pair, _dir) = pair(is_simulated, "ask", "ask", true)?;
+fn frozen(is_simulated: bool, arbiter: Arbiter) -> Result<()> {
+    let (mut pair, _dir) = pair(is_simulated, "ask", "ask", arbiter)?;
     pair.primary.freeze()?;
     goes_on(&mut pair.secondary)?;
     pair.primary.thaw()?;
@@ -148,7 +186,7 @@ fn frozen(is_simulated: bool) -> Result<()> {
 
 /// A process that does not run any more, at either end of whose connections nothing breaks.
 fn frozen_secondary(is_simulated: bool) -> Result<()> {
-    let (mut pair, _dir) = pair(is_simulated, "ask", "ask", true)?;
+    let (mut pair, _dir) = pair(is_simulated, "ask", "ask", Arbiter::File)?;
     let since = Instant::now();
     pair.secondary.freeze()?;
     let mut slowest = Duration::ZERO;
@@ -175,15 +213,51 @@ fn frozen_secondary(is_simulated: bool) -> Result<()> {
     check_history(&mut pair, true)
 }
 
+fn silent_etcd(program: &Path) -> Result<()> {
+    let etcd = Etcd::start(program)?;
+    let (mut pair, _dir) = pair(true, "ask", "ask", Arbiter::Etcd(&etcd))?;
+    etcd.freeze()?;
+    thread::sleep(TERM * 3);
+    assert_eq!(heartbeat(&mut pair.primary)?["state"], "paired");
+    assert_eq!(heartbeat(&mut pair.secondary)?["state"], "paired");
+    let taken = pair.primary.checkpoints()?.len();
+    pair.primary.wait_checkpoints(taken + 2)?;
+    etcd.thaw()?;
+    pair.primary.poll("renewed right", |vmm| {
+        Ok((heartbeat(vmm)?["arbiter-state"] == "won").then_some(()))
+    })?;
+    pair.secondary.process.kill()?;
+    goes_on(&mut pair.primary)
+}
+
+/// Its secondary may be alive, and may have been given the right.
+fn renewed_by_nobody(program: &Path) -> Result<()> {
+    let etcd = Etcd::start(program)?;
+    let (mut pair, _dir) = pair(true, "ask", "ask", Arbiter::Etcd(&etcd))?;
+    etcd.freeze()?;
+    pair.secondary.freeze()?;
+    pair.primary.qmp.wait_event("X_COLO_STOPPED")?;
+    pair.primary.wait_status("internal-error")?;
+    let beat = heartbeat(&mut pair.primary)?;
+    assert_eq!(beat["state"], "stopped");
+    assert_eq!(beat["stop-reason"], "the right to run has run out");
+    // Both come back, and the secondary goes on.
+    etcd.thaw()?;
+    pair.secondary.thaw()?;
+    goes_on(&mut pair.secondary)?;
+    pair.primary.qmp.refused("cont", Value::Null)?;
+    Ok(())
+}
+
 fn take_over(is_simulated: bool) -> Result<()> {
-    let (mut pair, _dir) = pair(is_simulated, "stop", "take-over", false)?;
+    let (mut pair, _dir) = pair(is_simulated, "stop", "take-over", Arbiter::None)?;
     pair.primary.process.kill()?;
     goes_on(&mut pair.secondary)?;
     check_history(&mut pair, false)
 }
 
 fn primary_takes_over(is_simulated: bool) -> Result<()> {
-    let (mut pair, _dir) = pair(is_simulated, "take-over", "stop", false)?;
+    let (mut pair, _dir) = pair(is_simulated, "take-over", "stop", Arbiter::None)?;
     pair.secondary.process.kill()?;
     goes_on(&mut pair.primary)?;
     check_history(&mut pair, true)

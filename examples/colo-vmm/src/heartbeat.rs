@@ -9,7 +9,8 @@ use std::time::Duration;
 
 use clap::Args;
 use colo_core::Role;
-use colo_core::arbiter::{Arbiter, LockFile, Manual, Owner};
+use colo_core::arbiter::etcd::AddressError;
+use colo_core::arbiter::{Arbiter, Etcd, EtcdAddress, Gateway, LockFile, Manual, Owner};
 use colo_core::heartbeat::{
     Endpoint, Guest, Heartbeat, HeartbeatConfig, HeartbeatReport, OnHeartbeatLoss, PeerState,
     Phase, Rhythm, StopReason,
@@ -37,9 +38,14 @@ pub struct HeartbeatArgs {
     /// or stop for good.
     #[arg(long, default_value = "stop", value_name = "take-over|ask|stop")]
     on_heartbeat_loss: LossArg,
-    /// Who says which side goes on: none (only x-colo-lost-heartbeat does), or file:PATH on storage
-    /// that both hosts have.
-    #[arg(long, default_value = "none", value_name = "none|file:PATH")]
+    /// Who says which side goes on: none (only x-colo-lost-heartbeat does), file:PATH on storage
+    /// that both hosts have, or etcd:HOST:PORT[,HOST:PORT...][/KEY], by HTTP. KEY is colo/UUID if
+    /// none is named, and the same on both sides.
+    #[arg(
+        long,
+        default_value = "none",
+        value_name = "none|file:PATH|etcd:HOST:PORT,..."
+    )]
     arbiter: ArbiterArg,
     /// How long a right to run lasts that is not renewed, ms; the same on both sides.
     #[arg(long, value_name = "MS", default_value_t = 1000, value_parser = clap::value_parser!(u64).range(100..=60_000))]
@@ -57,6 +63,7 @@ enum LossArg {
 enum ArbiterArg {
     None,
     File(PathBuf),
+    Etcd(EtcdAddress),
 }
 
 impl FromStr for ArbiterArg {
@@ -66,7 +73,10 @@ impl FromStr for ArbiterArg {
         match arg.split_once(':') {
             None if arg == "none" => Ok(Self::None),
             Some(("file", path)) if !path.is_empty() => Ok(Self::File(path.into())),
-            _ => Err("expected none or file:PATH".into()),
+            Some(("etcd", address)) => Ok(Self::Etcd(
+                address.parse().map_err(|e: AddressError| e.to_string())?,
+            )),
+            _ => Err("expected none, file:PATH or etcd:HOST:PORT[,HOST:PORT...][/KEY]".into()),
         }
     }
 }
@@ -108,11 +118,17 @@ impl HeartbeatArgs {
             },
             endpoint,
         };
+        let (me, term) = (
+            Owner::new(process),
+            Duration::from_millis(self.arbiter_term),
+        );
         let arbiter: Box<dyn Arbiter> = match &self.arbiter {
             ArbiterArg::None => Box::new(Manual),
-            ArbiterArg::File(path) => {
-                let term = Duration::from_millis(self.arbiter_term);
-                Box::new(LockFile::new(path, session, Owner::new(process), term))
+            ArbiterArg::File(path) => Box::new(LockFile::new(path, session, me, term)),
+            ArbiterArg::Etcd(address) => {
+                let key = address.key().map_or(format!("colo/{uuid}"), str::to_owned);
+                let gateway = Gateway::new(address, &key);
+                Box::new(Etcd::new(gateway, session, me, term))
             }
         };
         let guest = Arc::new(Fence(Arc::downgrade(migration)));
@@ -176,5 +192,24 @@ pub fn describe(report: &HeartbeatReport) -> ColoHeartbeat {
         arbiter_state: report.answer.clone(),
         generation: report.generation,
         refused: report.refused.clone(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_arbiter_is_named_by_its_kind_and_place() {
+        assert_eq!("none".parse(), Ok(ArbiterArg::None));
+        assert_eq!("file:/a:b".parse(), Ok(ArbiterArg::File("/a:b".into())));
+        let etcd = "a:2379,[::1]:2379/colo/web".parse().unwrap();
+        assert_eq!(
+            "etcd:a:2379,[::1]:2379/colo/web".parse(),
+            Ok(ArbiterArg::Etcd(etcd))
+        );
+        for text in ["", "file:", "etcd:", "etcd:a", "etcd:a:1/", "zookeeper:a:1"] {
+            assert!(text.parse::<ArbiterArg>().is_err(), "{text}");
+        }
     }
 }
