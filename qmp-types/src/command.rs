@@ -18,6 +18,8 @@ qapi_enum! {
         XQueryColoHeartbeat = "x-query-colo-heartbeat",
         /// Watch the secondary of a new pair. Not part of QEMU's schema.
         XSetColoHeartbeat = "x-set-colo-heartbeat",
+        /// Failover without the arbiter's word; an extension of this project.
+        XColoOverrideArbiter = "x-colo-override-arbiter",
         /// Ends the negotiation.
         QmpCapabilities = "qmp_capabilities",
         /// What the server is.
@@ -167,6 +169,9 @@ pub enum Command {
     QueryColoStatus,
     /// `x-query-colo-figures`, which QEMU does not have: a [`ColoFigures`](crate::ColoFigures).
     XQueryColoFigures,
+    /// `x-colo-override-arbiter`: as `x-colo-lost-heartbeat`, without asking the arbiter first, by who
+    /// knows that the other side cannot run. An extension.
+    XColoOverrideArbiter,
     /// `x-query-colo-heartbeat`: a [`ColoHeartbeat`](crate::ColoHeartbeat), an extension.
     XQueryColoHeartbeat,
     /// `x-set-colo-heartbeat`, an extension: the survivor of a pair is to watch a new secondary.
@@ -239,6 +244,7 @@ impl Command {
             CommandKind::XColoLostHeartbeat => Self::XColoLostHeartbeat,
             CommandKind::QueryColoStatus => Self::QueryColoStatus,
             CommandKind::XQueryColoFigures => Self::XQueryColoFigures,
+            CommandKind::XColoOverrideArbiter => Self::XColoOverrideArbiter,
             CommandKind::XQueryColoHeartbeat => Self::XQueryColoHeartbeat,
             CommandKind::XSetColoHeartbeat => {
                 let uri: String = members.take("uri")?;
@@ -279,6 +285,7 @@ impl Command {
             Self::XColoLostHeartbeat => CommandKind::XColoLostHeartbeat,
             Self::QueryColoStatus => CommandKind::QueryColoStatus,
             Self::XQueryColoFigures => CommandKind::XQueryColoFigures,
+            Self::XColoOverrideArbiter => CommandKind::XColoOverrideArbiter,
             Self::XQueryColoHeartbeat => CommandKind::XQueryColoHeartbeat,
             Self::XSetColoHeartbeat { .. } => CommandKind::XSetColoHeartbeat,
             Self::Yank { .. } => CommandKind::Yank,
@@ -327,6 +334,7 @@ impl Command {
             | Self::XColoLostHeartbeat
             | Self::QueryColoStatus
             | Self::XQueryColoFigures
+            | Self::XColoOverrideArbiter
             | Self::XQueryColoHeartbeat
             | Self::QueryYank => None,
         }

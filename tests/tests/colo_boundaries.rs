@@ -140,9 +140,8 @@ fn everywhere(way: Way, victim: Side) -> Result<()> {
     let moments: Vec<String> = moments_of(way, victim)?.into_iter().collect();
     // A checkpoint has more steps than that on either side, and is there twice.
     assert!(moments.len() > 40, "{moments:?}");
-    let (survivors, failures) = moments::each(&moments, AT_ONCE, |moment| {
-        dies_at(way, victim, moment)
-    });
+    let (survivors, failures) =
+        moments::each(&moments, AT_ONCE, |moment| dies_at(way, victim, moment));
     let lost = survivors.iter().filter(|s| **s == Survivor::Nobody);
     let unprotected = lost.count();
     let (all, failed) = (moments.len(), failures.len());

@@ -14,7 +14,7 @@ use tests::{Result, harness};
 type Test = fn(bool) -> Result<()>;
 
 fn main() -> ExitCode {
-    let tests: [(&str, Test); 6] = [
+    let tests: [(&str, Test); 7] = [
         (
             "secondary_of_a_killed_primary_is_given_the_right_by_the_lock_file",
             |is_simulated| killed(is_simulated, false, Arbiter::File),
@@ -30,6 +30,10 @@ fn main() -> ExitCode {
         (
             "primary_of_a_frozen_secondary_goes_on_in_time_and_answers_meanwhile",
             frozen_secondary,
+        ),
+        (
+            "operator_s_word_is_not_enough_against_the_arbiter_s_and_enough_with_it",
+            operator,
         ),
         ("secondary_set_to_take_over_does", take_over),
         ("primary_set_to_take_over_does", primary_takes_over),
@@ -59,6 +63,10 @@ fn main() -> ExitCode {
         harness::on_etcd(
             "primary_that_neither_etcd_nor_its_secondary_answers_stops",
             renewed_by_nobody,
+        ),
+        harness::on_etcd(
+            "operator_who_cannot_have_etcd_asked_has_to_say_that_it_is_not_to_be",
+            unasked,
         ),
     ];
     harness::run(simulated.into_iter().chain(kvm).chain(by_etcd))
@@ -247,6 +255,59 @@ fn renewed_by_nobody(program: &Path) -> Result<()> {
     goes_on(&mut pair.secondary)?;
     pair.primary.qmp.refused("cont", Value::Null)?;
     Ok(())
+}
+
+/// The primary lives and renews its right; then an operator asks for it to go on.
+fn operator(is_simulated: bool) -> Result<()> {
+    let (mut pair, _dir) = pair(is_simulated, "ask", "ask", Arbiter::File)?;
+    let refusal = pair
+        .secondary
+        .qmp
+        .refused("x-colo-lost-heartbeat", Value::Null)?;
+    assert!(
+        refusal.desc.contains("the other side's, which is heard"),
+        "{}",
+        refusal.desc
+    );
+    // Nothing has happened.
+    for side in [&mut pair.primary, &mut pair.secondary] {
+        assert_eq!(heartbeat(side)?["state"], "paired");
+        let taken = side.checkpoints()?.len();
+        side.wait_checkpoints(taken + 2)?;
+    }
+    pair.primary
+        .qmp
+        .execute("x-colo-lost-heartbeat", Value::Null)?;
+    goes_on(&mut pair.primary)?;
+    pair.secondary.qmp.wait_event("X_COLO_STOPPED")?;
+    Ok(())
+}
+
+fn unasked(program: &Path) -> Result<()> {
+    let mut etcd = Etcd::start(program)?;
+    let (mut pair, _dir) = pair(true, "ask", "ask", Arbiter::Etcd(&etcd))?;
+    etcd.kill()?;
+    pair.primary.process.kill()?;
+    pair.secondary.poll("lost peer", |vmm| {
+        Ok((heartbeat(vmm)?["state"] == "asking").then_some(()))
+    })?;
+    let command = "x-colo-lost-heartbeat";
+    let refusal = pair.secondary.qmp.refused(command, Value::Null)?;
+    assert!(
+        refusal.desc.contains("x-colo-override-arbiter"),
+        "{}",
+        refusal.desc
+    );
+    assert_eq!(heartbeat(&mut pair.secondary)?["state"], "asking");
+    pair.secondary
+        .qmp
+        .execute("x-colo-override-arbiter", Value::Null)?;
+    goes_on(&mut pair.secondary)?;
+    // And etcd hears of it.
+    etcd.restart()?;
+    pair.secondary.poll("right", |vmm| {
+        Ok((heartbeat(vmm)?["arbiter-state"] == "won").then_some(()))
+    })
 }
 
 fn take_over(is_simulated: bool) -> Result<()> {

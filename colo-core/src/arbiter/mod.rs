@@ -83,6 +83,19 @@ impl ArbiterError {
         }
     }
 
+    /// It and its causes, in one line.
+    #[must_use]
+    pub fn chain(&self) -> String {
+        let mut text = self.to_string();
+        let mut cause = std::error::Error::source(self);
+        while let Some(error) = cause {
+            text.push_str(": ");
+            text.push_str(&error.to_string());
+            cause = error.source();
+        }
+        text
+    }
+
     /// With the error behind it.
     pub fn because(
         what: impl Into<String>,

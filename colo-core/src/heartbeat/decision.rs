@@ -12,6 +12,11 @@
 //! To a primary COLO begins when it is about to send the last of what its secondary needs to begin: from
 //! then on it cannot know whether the other guest runs ([`Decider::begins`]).
 //!
+//! An operator who wants a side to go on ([`Decider::request`]) makes it ask as well. It is one of two
+//! again when the arbiter refuses or cannot be asked, unless the peer was lost meanwhile. One who
+//! knows that the peer cannot run lets it go on without the arbiter ([`Decider::overrule`]), which is
+//! told when it can be.
+//!
 //! A primary that holds a right may run its guest as long as that is valid, **or** as long as the
 //! peer certainly hears it and so does not ask for the right: an arbiter that cannot be reached does
 //! not disturb a pair whose sides hear each other.
@@ -71,6 +76,22 @@ pub struct View {
     pub peer_phase: Option<Phase>,
     /// Until when the peer certainly does not ask for the right.
     pub hears_until: Option<Instant>,
+    /// Until when the peer may run its guest because of what this side has answered.
+    pub relies_until: Option<Instant>,
+}
+
+/// What becomes of an operator's wish that this side go on alone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Requested {
+    /// No arbiter has to be asked, or has been.
+    Granted,
+    /// The arbiter is asked: the answer to the next [`Order::Claim`] decides.
+    Asked,
+    /// The peer is heard, and has the right: the arbiter need not be asked. To ask it would take from
+    /// a primary that does not reach it what it runs by.
+    Heard,
+    /// This side's guest was stopped for good.
+    Stopped(StopReason),
 }
 
 /// What is to be done.
@@ -85,6 +106,9 @@ pub enum Order {
     /// Stop the guest for good. At once: the other side may run soon.
     Stop(StopReason),
 }
+
+/// The longest that an arbiter without a term is waited for.
+pub(super) const PATIENCE: Duration = Duration::from_secs(5);
 
 /// The state machine of one side. It is asked for orders whenever something has happened or
 /// [`Decider::deadline`] has come.
@@ -102,21 +126,31 @@ pub struct Decider {
     /// When the arbiter is to be asked next.
     ask_at: Option<Instant>,
     stop: Option<StopReason>,
+    /// This side goes on by an operator's word, of which the arbiter has not heard.
+    untold: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum State {
     Idle,
     Paired,
-    /// `runs`: somebody else has let this side go on already.
-    Asking {
-        runs: bool,
-    },
+    Asking(Because),
     /// `told`: COLO has been told, or need not be.
     Alone {
         told: bool,
     },
     Stopped,
+}
+
+/// Why a side asks for the right.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Because {
+    /// It has lost its peer.
+    Lost,
+    /// An operator wants to know.
+    Requested,
+    /// Somebody has let it go on already.
+    Runs,
 }
 
 impl Decider {
@@ -132,6 +166,7 @@ impl Decider {
             pending: None,
             ask_at: None,
             stop: None,
+            untold: false,
         }
     }
 
@@ -140,7 +175,7 @@ impl Decider {
     pub const fn phase(&self) -> Phase {
         match self.state {
             State::Idle | State::Paired => Phase::Paired,
-            State::Asking { .. } => Phase::Asking,
+            State::Asking(_) => Phase::Asking,
             State::Alone { .. } => Phase::Alone,
             State::Stopped => Phase::Stopped,
         }
@@ -183,7 +218,7 @@ impl Decider {
     pub fn keep(&mut self) {
         let asks = self.on_loss == OnHeartbeatLoss::Ask && self.term.is_some();
         if asks && matches!(self.state, State::Idle | State::Paired) {
-            self.state = State::Asking { runs: true };
+            self.state = State::Asking(Because::Runs);
             self.ask_at = None;
         }
     }
@@ -194,6 +229,49 @@ impl Decider {
             self.until = None;
             self.ask_at = None;
         }
+    }
+
+    /// An operator wants this side to go on alone, and believes that the other does not.
+    pub fn request(&mut self, view: &View, now: Instant) -> Requested {
+        let leases = self.on_loss == OnHeartbeatLoss::Ask && self.term.is_some();
+        let heard = view.peer == PeerState::Alive && view.peer_phase == Some(Phase::Paired);
+        if view.colo != Colo::Outside {
+            self.begins();
+        }
+        match self.state {
+            State::Paired if leases && heard && !self.holds() => Requested::Heard,
+            State::Paired if leases => {
+                self.state = State::Asking(Because::Requested);
+                self.ask_from(view, now);
+                Requested::Asked
+            }
+            State::Asking(Because::Lost | Because::Requested) if leases => Requested::Asked,
+            State::Stopped => Requested::Stopped(self.stop.unwrap_or(StopReason::Unfit)),
+            _ => Requested::Granted,
+        }
+    }
+
+    /// An operator takes it upon himself that the peer does not run, and wants this side, which is in
+    /// COLO, to go on whatever the arbiter says.
+    pub fn overrule(&mut self) -> Requested {
+        match self.state {
+            State::Idle | State::Paired | State::Asking(_) => {
+                self.untold = self.on_loss == OnHeartbeatLoss::Ask && self.term.is_some();
+                self.until = None;
+                self.ask_at = None;
+                self.state = State::Alone { told: false };
+                Requested::Granted
+            }
+            State::Stopped => Requested::Stopped(self.stop.unwrap_or(StopReason::Unfit)),
+            State::Alone { .. } => Requested::Granted,
+        }
+    }
+
+    /// When the right may be asked for: what the peer relies on has ended by then.
+    fn ask_from(&mut self, view: &View, now: Instant) {
+        self.ask_at = view
+            .relies_until
+            .filter(|until| *until > now && !self.holds());
     }
 
     /// The arbiter's answer to an order.
@@ -207,40 +285,75 @@ impl Decider {
                 self.ask_at = Some(now + self.pause());
             }
             (Answer::Won(_), Order::Claim) => {
-                if let State::Asking { runs } = self.state {
+                self.untold = false;
+                if let State::Asking(because) = self.state {
                     self.until = None;
                     self.ask_at = None;
-                    self.state = State::Alone { told: runs };
+                    let told = because == Because::Runs;
+                    self.state = State::Alone { told };
                 }
             }
-            (Answer::Lost(_), Order::Renew | Order::Claim) => {
-                if let State::Paired | State::Asking { .. } = self.state {
-                    self.stop = Some(StopReason::Refused);
-                } else {
+            (Answer::Lost(_), Order::Renew | Order::Claim) => match self.state {
+                // The one who has it is most likely the peer, of whom this side is still one of two.
+                State::Asking(Because::Requested) if !self.holds() => self.be_paired(now),
+                State::Paired | State::Asking(_) => self.stop = Some(StopReason::Refused),
+                State::Idle | State::Alone { .. } | State::Stopped => {
+                    self.untold &= to == Order::Renew;
                     self.until = None;
                     self.ask_at = None;
                 }
+            },
+            (Answer::Unreachable(_), Order::Claim)
+                if self.state == State::Asking(Because::Requested) =>
+            {
+                self.be_paired(now);
             }
             (Answer::Unreachable(_), _) => self.ask_at = Some(now + self.pause()),
             _ => {}
         }
     }
 
+    /// What an operator wished was not granted.
+    fn be_paired(&mut self, now: Instant) {
+        self.state = State::Paired;
+        self.ask_at = Some(now + self.pause());
+    }
+
+    /// When a guest has to stand still that runs by a right, or by being heard.
+    fn guard(&self, view: &View) -> Option<Instant> {
+        match self.state {
+            State::Paired | State::Asking(_) if self.holds() => self.until.max(view.hears_until),
+            _ => None,
+        }
+    }
+
     /// When it has something to do by itself.
     #[must_use]
     pub fn deadline(&self, view: &View) -> Option<Instant> {
-        let guard = match self.state {
-            State::Paired | State::Asking { .. } if self.holds() => {
-                self.until.max(view.hears_until)
-            }
-            _ => None,
-        };
+        let guard = self.guard(view);
         let ask = match self.state {
             State::Idle | State::Paired if !self.holds() => None,
-            State::Alone { .. } | State::Stopped => None,
+            State::Alone { .. } if !self.untold => None,
+            State::Stopped => None,
             _ => self.ask_at.filter(|_| self.pending.is_none()),
         };
         [guard, ask].into_iter().flatten().min()
+    }
+
+    /// Until when the answer to an order is of use.
+    #[must_use]
+    pub fn patience(&self, order: Order, view: &View, now: Instant) -> Instant {
+        let limit = match (self.term, order) {
+            (None, _) => PATIENCE,
+            (Some(term), Order::Claim) => term * 3,
+            (Some(term), _) => term / 2,
+        };
+        let limit = now + limit;
+        // A right that comes when the guest has been stopped helps nobody.
+        match self.guard(view) {
+            Some(guard) if guard > now => limit.min(guard),
+            _ => limit,
+        }
     }
 
     /// The next thing to be done now; to be asked until there is nothing.
@@ -250,8 +363,9 @@ impl Decider {
         }
         match self.state {
             State::Idle if self.until.is_some() => return self.renewal(now),
+            State::Alone { told: true } if self.untold => return self.claim(now),
             State::Idle | State::Stopped | State::Alone { told: true } => return None,
-            State::Paired | State::Asking { .. } | State::Alone { told: false } => {}
+            State::Paired | State::Asking(_) | State::Alone { told: false } => {}
         }
         // What was won is not looked at again: `answer` comes before this.
         let decided = matches!(self.state, State::Alone { .. });
@@ -260,10 +374,10 @@ impl Decider {
             self.state = State::Stopped;
             return Some(Order::Stop(reason));
         }
-        self.go_on(view);
+        self.go_on(view, now);
         match self.state {
             State::Paired if self.holds() => self.renewal(now),
-            State::Asking { .. } => self.claim(now),
+            State::Asking(_) => self.claim(now),
             // COLO may still begin, and is told then.
             State::Alone { told: false } if view.colo != Colo::Outside => {
                 self.state = State::Alone { told: true };
@@ -297,7 +411,7 @@ impl Decider {
         view.peer == PeerState::Lost || view.peer_phase == Some(Phase::Stopped)
     }
 
-    fn go_on(&mut self, view: &View) {
+    fn go_on(&mut self, view: &View, now: Instant) {
         let asks = self.on_loss == OnHeartbeatLoss::Ask;
         let takes_over = self.on_loss == OnHeartbeatLoss::TakeOver;
         // The holder of the right needs not wait for the heartbeat when COLO is over.
@@ -305,18 +419,27 @@ impl Decider {
         let took_over = view.colo == Colo::TookOver;
         match self.state {
             // Somebody else has decided. An arbiter has to know, and may refuse.
-            State::Paired | State::Asking { runs: false } if took_over && asks => {
+            State::Paired | State::Asking(Because::Lost | Because::Requested)
+                if took_over && asks =>
+            {
                 self.state = match self.term {
-                    Some(_) => State::Asking { runs: true },
+                    Some(_) => State::Asking(Because::Runs),
                     None => State::Alone { told: true },
                 };
+                self.ask_at = None;
             }
             State::Paired if took_over => self.state = State::Alone { told: true },
-            State::Paired if lost && asks => self.state = State::Asking { runs: false },
+            State::Paired if lost && asks => {
+                self.state = State::Asking(Because::Lost);
+                self.ask_from(view, now);
+            }
+            // What was asked already decides this too.
+            State::Asking(Because::Requested) if lost => {
+                self.state = State::Asking(Because::Lost);
+            }
             State::Paired if lost && takes_over => self.state = State::Alone { told: false },
-            _ => return,
+            _ => {}
         }
-        self.ask_at = None;
     }
 
     fn renewal(&mut self, now: Instant) -> Option<Order> {
@@ -341,95 +464,4 @@ impl Decider {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::arbiter::{Grant, Owner};
-
-    const TERM: Duration = Duration::from_secs(1);
-
-    fn holder(now: Instant) -> Decider {
-        let mut decider = Decider::new(Role::Primary, OnHeartbeatLoss::Ask, Some(TERM));
-        decider.held(Some(now + TERM), now);
-        decider
-    }
-
-    /// Before COLO, with a peer that was lost.
-    const fn before() -> View {
-        View {
-            colo: Colo::Outside,
-            peer: PeerState::Lost,
-            peer_phase: Some(Phase::Paired),
-            hears_until: None,
-        }
-    }
-
-    fn won() -> Answer {
-        Answer::Won(Grant {
-            generation: 1,
-            until: None,
-        })
-    }
-
-    #[test]
-    fn a_primary_is_one_of_two_before_it_knows_that_the_other_has_begun() {
-        let now = Instant::now();
-        let mut decider = holder(now);
-        assert_eq!(decider.next(&before(), now), None);
-        decider.begins();
-        assert_eq!(decider.next(&before(), now), Some(Order::Claim));
-        // The other has begun, has lost this side too, and was faster.
-        let lost = Answer::Lost(Owner::new(2));
-        decider.answer(Order::Claim, &lost, now);
-        let refused = Order::Stop(StopReason::Refused);
-        assert_eq!(decider.next(&before(), now), Some(refused));
-
-        let mut decider = holder(now);
-        decider.begins();
-        let ran_out = Order::Stop(StopReason::RanOut);
-        assert_eq!(decider.next(&before(), now + TERM), Some(ran_out));
-        for (on_loss, order) in [
-            (
-                OnHeartbeatLoss::Stop,
-                Some(Order::Stop(StopReason::PeerLost)),
-            ),
-            (OnHeartbeatLoss::TakeOver, None),
-        ] {
-            let mut decider = Decider::new(Role::Primary, on_loss, None);
-            decider.begins();
-            assert_eq!(decider.next(&before(), now), order);
-        }
-    }
-
-    #[test]
-    fn a_guest_that_stays_where_it_was_has_the_right_to_for_good() {
-        let now = Instant::now();
-        let mut decider = holder(now);
-        decider.begins();
-        let heard = View {
-            peer: PeerState::Alive,
-            ..before()
-        };
-        assert_eq!(decider.next(&heard, now), None);
-        decider.keep();
-        assert_eq!(decider.next(&heard, now), Some(Order::Claim));
-        decider.answer(Order::Claim, &won(), now);
-        assert_eq!(decider.phase(), Phase::Alone);
-        assert_eq!(decider.next(&heard, now + TERM * 2), None);
-    }
-
-    #[test]
-    fn colo_that_begins_after_the_decision_is_told_of_it() {
-        let now = Instant::now();
-        let mut decider = holder(now);
-        decider.begins();
-        assert_eq!(decider.next(&before(), now), Some(Order::Claim));
-        decider.answer(Order::Claim, &won(), now);
-        assert_eq!(decider.next(&before(), now), None);
-        let within = View {
-            colo: Colo::Within,
-            ..before()
-        };
-        assert_eq!(decider.next(&within, now), Some(Order::TakeOver));
-        assert_eq!(decider.next(&within, now), None);
-    }
-}
+mod tests;

@@ -5,7 +5,7 @@ use std::fmt;
 use std::io::{self, PipeReader, PipeWriter, Read, Write};
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -13,12 +13,13 @@ use std::time::{Duration, Instant};
 use multifd::Address;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use super::decision::{Colo, Decider, Order, StopReason, View};
+use super::arbitration::{HoldError, News, Question, Reply, Request, TakeOverError, serve};
+use super::decision::{Colo, Decider, Order, PATIENCE, Requested, StopReason, View};
 use super::link::{Endpoint, Link, LinkEvent};
 use super::peer::{Peer, PeerState, Rhythm};
 use super::{OnHeartbeatLoss, Phase};
-use crate::arbiter::{Answer, Arbiter};
-use crate::{ColoMode, FailoverHandle, Outcome, StatusReason};
+use crate::arbiter::{Answer, Arbiter, ArbiterError};
+use crate::{ColoMode, FailoverHandle, Outcome, RequestError, StatusReason};
 
 /// What a heartbeat is told once.
 #[derive(Clone, Debug)]
@@ -34,21 +35,6 @@ pub trait Guest: Send + Sync {
     /// Stops the guest for good: neither COLO nor an operator may let it run again. Returns when it
     /// stands still. Called at most once, in the heartbeat's thread.
     fn stop_for_good(&self, reason: StopReason);
-}
-
-/// Why a right was not given.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum HoldError {
-    /// It is another's.
-    #[error("the right to run this guest is another's ({0})")]
-    Lost(crate::arbiter::Owner),
-    /// The arbiter did not answer.
-    #[error("the arbiter gives no right to run this guest")]
-    Unreachable(#[source] crate::arbiter::ArbiterError),
-    /// The heartbeat has ended.
-    #[error("the heartbeat has ended")]
-    Ended,
 }
 
 /// What is known of the heartbeat.
@@ -72,6 +58,8 @@ pub struct HeartbeatReport {
     pub endpoint: Endpoint,
     /// The arbiter's kind.
     pub arbiter: &'static str,
+    /// How long a right of its lasts.
+    pub term: Option<Duration>,
     /// What it has last said, `None` before it was asked.
     pub answer: Option<String>,
     /// The generation of the right that it has last given.
@@ -94,35 +82,31 @@ struct Shared {
     survivor: AtomicBool,
     /// What has become of COLO: see [`Heartbeat::colo_ended`].
     ended: Mutex<Option<Colo>>,
+    /// Wishes that were not looked at yet: see [`Heartbeat::take_over`].
+    requests: Mutex<Vec<Request>>,
     quit: AtomicBool,
     wake: Mutex<PipeWriter>,
 }
 
 impl Shared {
+    /// What the arbiter has said last.
+    fn note(&self, answer: &Answer) {
+        let mut report = lock(&self.report);
+        report.0.answer = Some(match answer {
+            Answer::Won(_) => "won".to_owned(),
+            Answer::Lost(owner) => format!("lost to {owner}"),
+            Answer::Unreachable(error) => error.chain(),
+        });
+        if let Answer::Won(grant) = answer {
+            report.0.generation = Some(grant.generation);
+        }
+    }
+
     fn wake(&self) {
         // The pipe is read as soon as it has something: one that is full is about to be.
         let _ = lock(&self.wake).write(&[1]);
     }
 }
-
-enum Question {
-    Order(Order, Instant),
-    Hold(Instant, Sender<Result<(), HoldError>>),
-    Release(Instant),
-    Quit,
-}
-
-enum News {
-    Answer(Order, Answer),
-    Held(Option<Instant>, Instant),
-    Released,
-    Begins(Sender<()>),
-    Keep,
-    NewPair(Address, Sender<io::Result<()>>),
-}
-
-/// The longest that an arbiter without a term is waited for.
-const PATIENCE: Duration = Duration::from_secs(5);
 
 impl Heartbeat {
     /// Begins to beat. What is decided goes to `failover` and `guest`.
@@ -150,6 +134,7 @@ impl Heartbeat {
             rhythm,
             endpoint: config.endpoint.clone(),
             arbiter: arbiter.kind(),
+            term: arbiter.term(),
             answer: None,
             generation: None,
             refused: None,
@@ -158,6 +143,7 @@ impl Heartbeat {
             report: Mutex::new((report, now)),
             survivor: AtomicBool::new(false),
             ended: Mutex::new(None),
+            requests: Mutex::default(),
             quit: AtomicBool::new(false),
             wake: Mutex::new(wake),
         });
@@ -166,7 +152,6 @@ impl Heartbeat {
         let beating = Beating {
             peer: Peer::new(rhythm, now),
             decider: Decider::new(rhythm.role, rhythm.on_loss, arbiter.term()),
-            term: arbiter.term(),
             link: Link::open(config.endpoint, rhythm.timeout(), now)?,
             shared: Arc::clone(&shared),
             failover,
@@ -175,12 +160,21 @@ impl Heartbeat {
             news,
             woken,
             entered: false,
+            replies: Vec::new(),
         };
         let to_beats = answers.clone();
         let for_arbiter = Arc::clone(&shared);
         let arbiter = thread::Builder::new()
             .name("arbiter".into())
-            .spawn(move || serve(arbiter, &asked, &answers, &for_arbiter))?;
+            .spawn(move || {
+                serve(
+                    arbiter,
+                    &asked,
+                    &answers,
+                    |answer| for_arbiter.note(answer),
+                    || for_arbiter.wake(),
+                );
+            })?;
         let mut this = Self {
             shared,
             questions,
@@ -255,6 +249,42 @@ impl Heartbeat {
         self.shared.wake();
     }
 
+    /// An operator believes that the other side is lost, and wants this one to go on alone. Where an
+    /// arbiter is asked, it has to give the right first, for which it is waited; otherwise this is
+    /// [`FailoverHandle::request`].
+    ///
+    /// # Errors
+    /// Nothing was done. Where the arbiter has refused or could not be asked, COLO goes on.
+    pub fn take_over(&self) -> Result<(), TakeOverError> {
+        self.request(Request::Ask)
+    }
+
+    /// An operator takes it upon himself that the other side does not run, and has this one go on
+    /// alone whatever the arbiter says. The arbiter is told when it can be reached.
+    ///
+    /// # Errors
+    /// This side's guest was stopped for good already, or is not in COLO.
+    pub fn overrule(&self) -> Result<(), TakeOverError> {
+        self.request(Request::Overrule)
+    }
+
+    fn request(&self, request: impl FnOnce(Reply) -> Request) -> Result<(), TakeOverError> {
+        let (reply, receiver) = channel();
+        lock(&self.shared.requests).push(request(reply));
+        self.shared.wake();
+        // What asking the arbiter may take, and what may be before it in the arbiter's thread.
+        let HeartbeatReport { rhythm, term, .. } = self.report();
+        let limit = rhythm.timeout() + term.unwrap_or_default() * 4 + PATIENCE;
+        receiver.recv_timeout(limit).unwrap_or_else(|e| {
+            Err(match e {
+                RecvTimeoutError::Timeout => TakeOverError::Unreachable(ArbiterError::new(
+                    "the arbiter has not answered, and may do so yet",
+                )),
+                RecvTimeoutError::Disconnected => TakeOverError::Ended,
+            })
+        })
+    }
+
     /// COLO has ended on this side, and this has become of the VM.
     pub fn colo_ended(&self, outcome: Outcome) {
         *lock(&self.shared.ended) = Some(match outcome {
@@ -311,7 +341,6 @@ impl fmt::Debug for Heartbeat {
 struct Beating {
     peer: Peer,
     decider: Decider,
-    term: Option<Duration>,
     link: Link,
     shared: Arc<Shared>,
     failover: FailoverHandle,
@@ -321,6 +350,8 @@ struct Beating {
     woken: PipeReader,
     /// COLO has been seen.
     entered: bool,
+    /// Who waits for the answer to a claim.
+    replies: Vec<Reply>,
 }
 
 impl Beating {
@@ -335,10 +366,12 @@ impl Beating {
                 |event| connected |= matches!(event, LinkEvent::Connected),
             );
             self.read(now, &mut connected);
-            self.news(now);
-            let quit = self.shared.quit.load(Ordering::Acquire);
             let before = self.decider.phase();
-            self.decide(quit);
+            self.take_requests(now);
+            let claimed = self.news(now);
+            let quit = self.shared.quit.load(Ordering::Acquire);
+            let taken_over = self.decide(quit);
+            self.answer_requests(claimed, taken_over);
             let now = Instant::now();
             let phase = if quit {
                 Phase::Stopped
@@ -384,7 +417,56 @@ impl Beating {
         }
     }
 
-    fn news(&mut self, now: Instant) {
+    /// Looks at what operators want.
+    fn take_requests(&mut self, now: Instant) {
+        let requests = std::mem::take(&mut *lock(&self.shared.requests));
+        for request in requests {
+            let view = self.view(now);
+            let (requested, reply) = match request {
+                Request::Ask(reply) => (self.decider.request(&view, now), reply),
+                // What is not to be done is not to be decided either.
+                Request::Overrule(reply) if view.colo == Colo::Outside => {
+                    let _ = reply.send(Err(RequestError::NotInColo.into()));
+                    continue;
+                }
+                Request::Overrule(reply) => (self.decider.overrule(), reply),
+            };
+            // Who asked may have given up waiting.
+            let _ = match requested {
+                Requested::Granted => reply.send(self.failover.request().map_err(Into::into)),
+                Requested::Stopped(reason) => reply.send(Err(TakeOverError::Stopped(reason))),
+                Requested::Heard => reply.send(Err(TakeOverError::Heard)),
+                Requested::Asked => {
+                    self.replies.push(reply);
+                    Ok(())
+                }
+            };
+        }
+    }
+
+    /// Tells those who wait for the answer to a claim what has come of it.
+    fn answer_requests(
+        &mut self,
+        claimed: Option<Result<(), TakeOverError>>,
+        taken_over: Option<Result<(), RequestError>>,
+    ) {
+        let result = match (claimed, taken_over, self.decider.stop_reason()) {
+            (Some(Ok(())), Some(result), _) => result.map_err(TakeOverError::from),
+            (Some(result), _, _) => result,
+            (None, _, Some(reason)) => Err(TakeOverError::Stopped(reason)),
+            (None, _, None) => return,
+        };
+        for reply in self.replies.drain(..) {
+            let _ = reply.send(match &result {
+                Ok(()) => Ok(()),
+                Err(error) => Err(error.again()),
+            });
+        }
+    }
+
+    /// Hands on what the arbiter says; what it has said to a claim is the result.
+    fn news(&mut self, now: Instant) -> Option<Result<(), TakeOverError>> {
+        let mut claimed = None;
         while let Ok(news) = self.news.try_recv() {
             match news {
                 News::Answer(order, answer) => {
@@ -394,6 +476,13 @@ impl Beating {
                         tracing::info!(%answer, "arbiter");
                     }
                     self.decider.answer(order, &answer, now);
+                    if order == Order::Claim {
+                        claimed = Some(match answer {
+                            Answer::Won(_) => Ok(()),
+                            Answer::Lost(owner) => Err(TakeOverError::Lost(owner)),
+                            Answer::Unreachable(e) => Err(TakeOverError::Unreachable(e)),
+                        });
+                    }
                 }
                 News::Held(until, asked) => self.decider.held(until, asked),
                 News::Released => self.decider.given_up(),
@@ -410,14 +499,16 @@ impl Beating {
                 }
             }
         }
+        claimed
     }
 
     fn new_pair(&mut self, address: Address, now: Instant) -> io::Result<()> {
         let peer = self.peer.renewed(now);
         let rhythm = *peer.rhythm();
         let endpoint = Endpoint::Connect(address);
+        let term = lock(&self.shared.report).0.term;
         self.link = Link::open(endpoint.clone(), rhythm.timeout(), now)?;
-        self.decider = Decider::new(rhythm.role, rhythm.on_loss, self.term);
+        self.decider = Decider::new(rhythm.role, rhythm.on_loss, term);
         self.peer = peer;
         self.entered = false;
         *lock(&self.shared.ended) = None;
@@ -445,32 +536,37 @@ impl Beating {
             peer: self.peer.state(now),
             peer_phase: self.peer.phase(),
             hears_until: self.peer.hears_until(),
+            relies_until: self.peer.relies_until(),
         }
     }
 
-    fn decide(&mut self, quit: bool) {
+    /// Does what is to be done; the result is that of an order to take over.
+    fn decide(&mut self, quit: bool) -> Option<Result<(), RequestError>> {
+        let mut taken_over = None;
         loop {
             let now = Instant::now();
             let view = self.view(now);
             if quit {
-                return;
+                return taken_over;
             }
             if view.colo != Colo::Outside && view.peer != PeerState::Unheard {
                 self.peer.pin();
             }
             let Some(order) = self.decider.next(&view, now) else {
-                return;
+                return taken_over;
             };
             match order {
                 Order::Renew | Order::Claim => {
-                    let deadline = self.deadline(order, &view, now);
+                    let deadline = self.decider.patience(order, &view, now);
                     let _ = self.questions.send(Question::Order(order, deadline));
                 }
                 Order::TakeOver => {
                     tracing::warn!("the peer is lost: this side goes on alone");
-                    if let Err(error) = self.failover.request() {
+                    let result = self.failover.request();
+                    if let Err(error) = result {
                         tracing::info!(%error, "failover was asked for already");
                     }
+                    taken_over = Some(result);
                 }
                 Order::Stop(reason) => {
                     tracing::error!(%reason, "this side's guest is stopped for good");
@@ -479,21 +575,6 @@ impl Beating {
                     let _ = self.questions.send(Question::Release(until));
                 }
             }
-        }
-    }
-
-    /// Until when the arbiter's answer is of use.
-    fn deadline(&self, order: Order, view: &View, now: Instant) -> Instant {
-        let limit = match (self.term, order) {
-            (None, _) => PATIENCE,
-            (Some(term), Order::Claim) => term * 3,
-            (Some(term), _) => term / 2,
-        };
-        let limit = now + limit;
-        // A right that comes when the guest has been stopped helps nobody.
-        match self.decider.deadline(view) {
-            Some(guard) if self.decider.holds() && guard > now => limit.min(guard),
-            _ => limit,
         }
     }
 
@@ -539,78 +620,10 @@ impl Beating {
     }
 }
 
-/// The arbiter's thread.
-fn serve(
-    mut arbiter: Box<dyn Arbiter>,
-    questions: &Receiver<Question>,
-    answers: &Sender<News>,
-    shared: &Shared,
-) {
-    let note = |answer: &Answer| {
-        let mut report = lock(&shared.report);
-        report.0.answer = Some(match answer {
-            Answer::Won(_) => "won".to_owned(),
-            Answer::Lost(owner) => format!("lost to {owner}"),
-            Answer::Unreachable(error) => chain(error),
-        });
-        if let Answer::Won(grant) = answer {
-            report.0.generation = Some(grant.generation);
-        }
-    };
-    while let Ok(question) = questions.recv() {
-        let news = match question {
-            Question::Order(order, deadline) => {
-                let answer = match order {
-                    Order::Claim => arbiter.claim(deadline),
-                    _ => arbiter.hold(deadline),
-                };
-                note(&answer);
-                News::Answer(order, answer)
-            }
-            Question::Hold(deadline, reply) => {
-                let asked = Instant::now();
-                let answer = arbiter.hold(deadline);
-                note(&answer);
-                let (news, result) = match answer {
-                    Answer::Won(grant) => (Some(News::Held(grant.until, asked)), Ok(())),
-                    Answer::Lost(owner) => (None, Err(HoldError::Lost(owner))),
-                    Answer::Unreachable(error) => (None, Err(HoldError::Unreachable(error))),
-                };
-                // Known before whoever asked goes on.
-                if let Some(news) = news {
-                    let _ = answers.send(news);
-                }
-                let _ = reply.send(result);
-                shared.wake();
-                continue;
-            }
-            Question::Release(deadline) => {
-                arbiter.release(deadline);
-                News::Released
-            }
-            Question::Quit => {
-                arbiter.release(Instant::now() + Duration::from_secs(1));
-                return;
-            }
-        };
-        let _ = answers.send(news);
-        shared.wake();
-    }
-}
-
-/// An error with its causes.
-pub(crate) fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        cause = error.source();
-    }
-    text
-}
-
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // Plain values, whole at every moment.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
+
+#[cfg(test)]
+mod tests;

@@ -16,18 +16,17 @@
 //! cannot stop its guest in that time: when it is let go on, its guest may run until its heartbeat
 //! thread is scheduled, a moment later.
 
+mod arbitration;
 pub mod beat;
 mod decision;
 mod driver;
 mod link;
 mod peer;
 
-#[cfg(all(test, feature = "etcd"))]
-pub(crate) use driver::chain;
-
+pub use arbitration::{HoldError, TakeOverError};
 pub use beat::{BEAT_LEN, Beat, BeatError, Phase};
-pub use decision::{Colo, Decider, Order, StopReason, View};
-pub use driver::{Guest, Heartbeat, HeartbeatConfig, HeartbeatReport, HoldError};
+pub use decision::{Colo, Decider, Order, Requested, StopReason, View};
+pub use driver::{Guest, Heartbeat, HeartbeatConfig, HeartbeatReport};
 pub use link::Endpoint;
 pub use peer::{Peer, PeerState, Rhythm};
 

@@ -63,6 +63,8 @@ pub struct Peer {
     heard: Option<(Beat, Instant)>,
     /// When the newest of our beats that it has heard was sent.
     answered: Option<Instant>,
+    /// The same, of those that it has answered as one of two.
+    relied_on: Option<Instant>,
     /// When it was first heard.
     since: Option<Instant>,
     closed: bool,
@@ -81,6 +83,7 @@ impl Peer {
             sent: VecDeque::new(),
             heard: None,
             answered: None,
+            relied_on: None,
             since: None,
             closed: false,
             pinned: false,
@@ -138,6 +141,7 @@ impl Peer {
                     return Err(BeatError::Process);
                 }
                 self.answered = None;
+                self.relied_on = None;
                 self.since = None;
             }
             Some((last, _)) if beat.sequence <= last.sequence => {
@@ -157,6 +161,10 @@ impl Peer {
             }
             self.answered = Some(*at);
             self.sent.pop_front();
+        }
+        // From one that asks for the right, an answer says nothing of how long it will not have it.
+        if beat.phase == Phase::Paired {
+            self.relied_on = self.answered;
         }
         self.since.get_or_insert(now);
         self.heard = Some((beat, now));
@@ -243,12 +251,22 @@ impl Peer {
         self.heard.map(|(beat, _)| beat.phase)
     }
 
-    /// Until when it certainly does not take this side for lost: its own timeout after the newest
-    /// beat that it has heard was sent, less a quarter to stop a guest in.
+    /// Until when it certainly does not ask for the right to go on alone: its own timeout after the
+    /// newest beat was sent that it has answered as one of two, less a quarter to stop a guest in.
     #[must_use]
     pub fn hears_until(&self) -> Option<Instant> {
         let (beat, _) = self.heard?;
-        Some(self.answered? + beat.timeout.mul_f32(0.75))
+        Some(self.relied_on? + (beat.timeout - beat.timeout / 4))
+    }
+
+    /// Until when it may run its guest because this side has answered it: no earlier than what it
+    /// takes for [`Peer::hears_until`] if this side answers as one of two no more. A side that asks
+    /// for the right waits for that.
+    #[must_use]
+    pub fn relies_until(&self) -> Option<Instant> {
+        let (beat, heard) = self.heard?;
+        let gone = beat.phase == Phase::Stopped || (self.closed && self.rhythm.closed_is_loss);
+        (!gone).then(|| heard + self.rhythm.timeout())
     }
 }
 

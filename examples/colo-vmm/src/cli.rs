@@ -456,6 +456,9 @@ fn run(args: &RunArgs) -> Result<ExitCode, Box<dyn Error>> {
     let options = args.migration_options()?;
     let migration = Migration::new(Arc::clone(&vm), console, mode, options, on_fatal)
         .map_err(|error| -> Box<dyn Error> { error })?;
+    if args.on_peer_loss == PeerLossArg::TakeOver && args.heartbeat.asks() {
+        return Err("a side that asks the arbiter does not take over without it".into());
+    }
     args.heartbeat
         .start(&migration, args.uuid, args.incoming.is_some())?;
     let quit = ender.clone();

@@ -82,6 +82,12 @@ impl FromStr for ArbiterArg {
 }
 
 impl HeartbeatArgs {
+    /// Is an arbiter asked who goes on?
+    #[must_use]
+    pub fn asks(&self) -> bool {
+        self.address.is_some() && self.on_heartbeat_loss == LossArg::Ask
+    }
+
     /// Starts what was asked for.
     ///
     /// # Errors

@@ -42,6 +42,7 @@ pub const COMMANDS: &[CommandKind] = &[
     CommandKind::XQueryColoFigures,
     CommandKind::XQueryColoHeartbeat,
     CommandKind::XSetColoHeartbeat,
+    CommandKind::XColoOverrideArbiter,
     CommandKind::Yank,
     CommandKind::QueryYank,
 ];
@@ -196,7 +197,11 @@ impl Operator for Monitor {
             Command::QueryMigrateParameters => returns(migration.settings().parameters()),
             Command::QueryMigrate => returns(&migration.status().info()),
             Command::XColoLostHeartbeat => {
-                migration.go_on_alone()?;
+                migration.go_on_alone(true)?;
+                done()
+            }
+            Command::XColoOverrideArbiter => {
+                migration.go_on_alone(false)?;
                 done()
             }
             Command::XQueryColoHeartbeat => match migration.heartbeat() {

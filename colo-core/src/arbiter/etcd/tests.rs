@@ -75,11 +75,6 @@ fn patient() -> Instant {
     Instant::now() + Duration::from_secs(30)
 }
 
-/// An error with its causes.
-fn chain(error: &ArbiterError) -> String {
-    crate::heartbeat::chain(error)
-}
-
 #[test]
 fn a_request_is_a_post_of_json_on_a_connection_of_its_own() {
     let (endpoint, requests) = server(vec![ok(1, 5), ok(1, 6)]);
@@ -116,8 +111,8 @@ fn whatever_is_no_answer_of_etcd_s_is_an_error() {
     ] {
         let (endpoint, _requests) = server(vec![answer.clone()]);
         let error = gateway(&endpoint).read(patient()).unwrap_err();
-        assert!(chain(&error).contains(what), "{answer:.60}: {}", chain(&error));
-        assert!(chain(&error).contains(&endpoint));
+        assert!(error.chain().contains(what), "{answer:.60}: {}", error.chain());
+        assert!(error.chain().contains(&endpoint));
     }
 }
 
@@ -127,7 +122,7 @@ fn a_silent_etcd_is_waited_for_until_the_deadline_only() {
     let deadline = soon();
     let error = gateway(&endpoint).read(deadline).unwrap_err();
     assert!(Instant::now() >= deadline);
-    assert!(chain(&error).contains("no answer"), "{}", chain(&error));
+    assert!(error.chain().contains("no answer"), "{}", error.chain());
     // One that drips is no better.
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let endpoint = listener.local_addr().unwrap().to_string();
@@ -169,8 +164,12 @@ fn endpoints_of_two_clusters_or_one_that_has_lost_data_are_not_believed() {
     let mut gateway = gateway(&endpoint);
     assert!(gateway.read(patient()).is_ok());
     let other = gateway.read(patient()).unwrap_err();
-    assert!(chain(&other).contains("cluster 2 answers, and 1 did before"));
+    assert!(
+        other
+            .chain()
+            .contains("cluster 2 answers, and 1 did before")
+    );
     let back = gateway.read(patient()).unwrap_err();
-    assert!(chain(&back).contains("revision 4 follows 5"));
+    assert!(back.chain().contains("revision 4 follows 5"));
     assert!(gateway.read(patient()).is_ok());
 }

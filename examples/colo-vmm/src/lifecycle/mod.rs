@@ -102,6 +102,9 @@ pub struct FailoverArgs {
     /// QMP of the side that is to go on.
     #[arg(value_name = "QMP")]
     survivor: QmpAddress,
+    /// Do not ask the arbiter first: the other side certainly does not run.
+    #[arg(long)]
+    override_arbiter: bool,
 }
 
 /// `colo-vmm rejoin`.
@@ -175,7 +178,7 @@ pub fn pair(args: &PairArgs) -> Result<(), Box<dyn Error>> {
 /// Whatever the user should read.
 pub fn failover(args: &FailoverArgs) -> Result<(), Box<dyn Error>> {
     let mut survivor = Remote::connect("survivor", &args.survivor)?;
-    let time = procedure::go_on_alone(&mut survivor)?;
+    let time = procedure::go_on_alone(&mut survivor, args.override_arbiter)?;
     println!("goes on alone after {} ms", time.as_millis());
     Ok(())
 }
@@ -245,6 +248,7 @@ mod tests {
             "pair --dir d --multifd 4 --compression zstd -- --memory 512 --sim",
             "pair --primary unix:a --secondary tcp:far:4444 --address tcp:far:9998",
             "failover unix:a",
+            "failover unix:a --override-arbiter",
             "rejoin unix:a --dir d -- --sim",
             "rejoin unix:a --secondary unix:b --delay 50",
             "status unix:a unix:b --watch --interval 100",

@@ -7,7 +7,7 @@ use qmp_types::{
     ColoHeartbeat, ColoMode, ColoStatus, Command, Event, InetSocketAddress, Migrate,
     MigrateIncoming, MigrateSetParameters, MigrationAddress, MigrationCapability,
     MigrationCapabilityStatus, MigrationInfo, MigrationStatus, MultiFdCompression, RunState,
-    SocketAddress, StatusInfo, YankInstance,
+    SocketAddress, StatusInfo,
 };
 
 use super::remote::{Remote, RemoteError};
@@ -127,9 +127,12 @@ fn wait_for_checkpoint(side: &mut Remote) -> Result<(), RemoteError> {
     })
 }
 
-/// Has `survivor` go on alone: frees it from its peer, tells it, and waits until its guest runs, or
-/// stands still because somebody had stopped it.
-pub(super) fn go_on_alone(survivor: &mut Remote) -> Result<Duration, RemoteError> {
+/// Has `survivor` go on alone: tells it, and waits until its guest runs, or stands still because
+/// somebody had stopped it. A side that is refused by its arbiter stays what it was.
+pub(super) fn go_on_alone(
+    survivor: &mut Remote,
+    override_arbiter: bool,
+) -> Result<Duration, RemoteError> {
     let begun = Instant::now();
     let colo: ColoStatus = survivor.query(&Command::QueryColoStatus)?;
     if colo.mode == ColoMode::None {
@@ -138,10 +141,12 @@ pub(super) fn go_on_alone(survivor: &mut Remote) -> Result<Duration, RemoteError
             what: "is not in COLO".into(),
         });
     }
-    // What waits for a peer that has died waits no longer.
-    let instances: Vec<YankInstance> = survivor.query(&Command::QueryYank)?;
-    survivor.execute_oob(&Command::Yank { instances })?;
-    survivor.execute(&Command::XColoLostHeartbeat)?;
+    // It frees itself from a peer that hangs.
+    survivor.execute(if override_arbiter {
+        &Command::XColoOverrideArbiter
+    } else {
+        &Command::XColoLostHeartbeat
+    })?;
     survivor.wait("end of COLO", |side| {
         let info: MigrationInfo = side.query(&Command::QueryMigrate)?;
         if info.status == Some(MigrationStatus::Failed) {

@@ -7,7 +7,7 @@ use std::os::unix::net::UnixStream;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use qmp_types::{Client, ClientError, Command, Event, QmpCapability, QmpError, ServerMessage};
+use qmp_types::{Client, ClientError, Command, Event, QmpError, ServerMessage};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
@@ -45,7 +45,7 @@ impl Stream for TcpStream {
 }
 
 impl Remote {
-    /// Connects, and enables out-of-band commands. `name` is what errors call it.
+    /// Connects. `name` is what errors call it.
     pub(super) fn connect(name: &'static str, address: &QmpAddress) -> Result<Self, RemoteError> {
         Self::try_connect(name, address).map_err(|source| RemoteError::Connect {
             name,
@@ -95,7 +95,7 @@ impl Remote {
             reply: None,
             events: VecDeque::new(),
         };
-        let enable = vec![QmpCapability::Oob];
+        let enable = Vec::new();
         remote
             .execute(&Command::QmpCapabilities { enable })
             .map_err(io::Error::other)?;
@@ -110,12 +110,6 @@ impl Remote {
     /// Gives a command, and waits for its answer.
     pub(super) fn execute(&mut self, command: &Command) -> Result<Value, RemoteError> {
         let sent = self.client.command(command);
-        self.answer(command, sent)
-    }
-
-    /// The same out of band: it is executed while another command waits.
-    pub(super) fn execute_oob(&mut self, command: &Command) -> Result<Value, RemoteError> {
-        let sent = self.client.command_oob(command);
         self.answer(command, sent)
     }
 

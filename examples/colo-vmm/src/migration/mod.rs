@@ -22,7 +22,7 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use colo_core::driver::{ColoControl, GapConfig};
-use colo_core::heartbeat::{Endpoint, Heartbeat, Phase};
+use colo_core::heartbeat::{Endpoint, Heartbeat, Phase, TakeOverError};
 use colo_core::{Deadlines, FailoverHandle, MigrationPlan, OnPeerLoss};
 use migration_stream::configuration::{Configuration, MachineName};
 use migration_stream::precopy::{BoxError, Limits};
@@ -492,16 +492,22 @@ impl Migration {
         }
     }
 
-    /// `x-colo-lost-heartbeat`: an operator has this side go on alone.
+    /// `x-colo-lost-heartbeat`: an operator has this side go on alone, by the word of the arbiter if
+    /// there is one that is asked; or, `x-colo-override-arbiter`, without it.
     ///
     /// # Errors
-    /// It is not in COLO, or has been told already.
-    pub fn go_on_alone(&self) -> Result<(), QmpError> {
+    /// It is not in COLO, or has been told already; the arbiter refuses, or cannot be asked.
+    pub fn go_on_alone(&self, by_arbiter: bool) -> Result<(), QmpError> {
         // Before, because the request may be carried out before it returns.
         self.figures.operator_asks(true);
-        self.failover.request().map_err(|error| {
+        let result = match self.heartbeat() {
+            Some(heartbeat) if by_arbiter => heartbeat.take_over(),
+            Some(heartbeat) => heartbeat.overrule(),
+            None => self.failover.request().map_err(Into::into),
+        };
+        result.map_err(|error| {
             self.figures.operator_asks(false);
-            QmpError::generic(error.to_string())
+            not_taken_over(&error)
         })
     }
 
@@ -645,4 +651,16 @@ fn failed(migration: &Migration, cancel: &Cancel, error: &dyn std::error::Error)
     }
     migration.connections.shut();
     migration.connections.clear();
+}
+
+/// What an operator may do about it is part of the answer.
+fn not_taken_over(error: &TakeOverError) -> QmpError {
+    let text = chain(error);
+    match error {
+        TakeOverError::Unreachable(_) => QmpError::generic(format!(
+            "{text}; if the other side certainly does not run, x-colo-override-arbiter goes on \
+             without it"
+        )),
+        _ => QmpError::generic(text),
+    }
 }

@@ -1,0 +1,141 @@
+//! The thread that asks the arbiter, which may be slow, and what those who wait for it are told.
+
+use std::io;
+use std::sync::mpsc::{Receiver, Sender};
+use std::time::{Duration, Instant};
+
+use multifd::Address;
+
+use super::decision::{Order, StopReason};
+use crate::RequestError;
+use crate::arbiter::{Answer, Arbiter, ArbiterError, Owner};
+
+/// Why a right was not given.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum HoldError {
+    /// It is another's.
+    #[error("the right to run this guest is another's ({0})")]
+    Lost(Owner),
+    /// The arbiter did not answer.
+    #[error("the arbiter gives no right to run this guest")]
+    Unreachable(#[source] ArbiterError),
+    /// The heartbeat has ended.
+    #[error("the heartbeat has ended")]
+    Ended,
+}
+
+/// Why a side does not go on alone.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum TakeOverError {
+    /// The right is another's, who uses it.
+    #[error("the right to run this guest is another's ({0})")]
+    Lost(Owner),
+    /// The arbiter did not answer, or not yet.
+    #[error("the arbiter gives no right to run this guest")]
+    Unreachable(#[source] ArbiterError),
+    /// The heartbeat is not lost: the right is the primary's.
+    #[error("the right to run this guest is the other side's, which is heard")]
+    Heard,
+    /// This side's guest may not run any more.
+    #[error("this side's guest was stopped for good: {0}")]
+    Stopped(StopReason),
+    /// COLO does not end by request now.
+    #[error(transparent)]
+    Request(#[from] RequestError),
+    /// The heartbeat has ended.
+    #[error("the heartbeat has ended")]
+    Ended,
+}
+
+impl TakeOverError {
+    /// The same for another one who has asked.
+    pub(super) fn again(&self) -> Self {
+        match self {
+            Self::Lost(owner) => Self::Lost(*owner),
+            // An error has one owner: the others get its text.
+            Self::Unreachable(error) => Self::Unreachable(ArbiterError::new(error.chain())),
+            Self::Stopped(reason) => Self::Stopped(*reason),
+            Self::Request(error) => Self::Request(*error),
+            Self::Heard => Self::Heard,
+            Self::Ended => Self::Ended,
+        }
+    }
+}
+
+/// Where one who wants this side to go on alone waits for what becomes of it.
+pub(super) type Reply = Sender<Result<(), TakeOverError>>;
+
+/// Somebody wants this side to go on alone.
+pub(super) enum Request {
+    /// By the arbiter's word.
+    Ask(Reply),
+    /// By his own.
+    Overrule(Reply),
+}
+
+pub(super) enum Question {
+    Order(Order, Instant),
+    Hold(Instant, Sender<Result<(), HoldError>>),
+    Release(Instant),
+    Quit,
+}
+
+pub(super) enum News {
+    Answer(Order, Answer),
+    Held(Option<Instant>, Instant),
+    Released,
+    Begins(Sender<()>),
+    Keep,
+    NewPair(Address, Sender<io::Result<()>>),
+}
+
+/// The arbiter's thread. `note` is told of every answer, `wake` is called when there is news.
+pub(super) fn serve(
+    mut arbiter: Box<dyn Arbiter>,
+    questions: &Receiver<Question>,
+    answers: &Sender<News>,
+    note: impl Fn(&Answer),
+    wake: impl Fn(),
+) {
+    while let Ok(question) = questions.recv() {
+        let news = match question {
+            Question::Order(order, deadline) => {
+                let answer = match order {
+                    Order::Claim => arbiter.claim(deadline),
+                    _ => arbiter.hold(deadline),
+                };
+                note(&answer);
+                News::Answer(order, answer)
+            }
+            Question::Hold(deadline, reply) => {
+                let asked = Instant::now();
+                let answer = arbiter.hold(deadline);
+                note(&answer);
+                let (news, result) = match answer {
+                    Answer::Won(grant) => (Some(News::Held(grant.until, asked)), Ok(())),
+                    Answer::Lost(owner) => (None, Err(HoldError::Lost(owner))),
+                    Answer::Unreachable(error) => (None, Err(HoldError::Unreachable(error))),
+                };
+                // Known before whoever asked goes on.
+                if let Some(news) = news {
+                    let _ = answers.send(news);
+                }
+                let _ = reply.send(result);
+                wake();
+                continue;
+            }
+            Question::Release(deadline) => {
+                arbiter.release(deadline);
+                News::Released
+            }
+            Question::Quit => {
+                arbiter.release(Instant::now() + Duration::from_secs(1));
+                return;
+            }
+        };
+        let _ = answers.send(news);
+        wake();
+    }
+}

@@ -1,0 +1,354 @@
+//! The threads, between an arbiter that says what the test says, and a guest that notes what is done
+//! to it. What is decided is tested with [`Decider`].
+
+use std::path::PathBuf;
+use std::sync::atomic::AtomicUsize;
+
+use multifd::Address;
+
+use super::*;
+use crate::arbiter::{Grant, Manual, Owner};
+use crate::{ColoStatus, Role};
+
+/// Far beyond what a busy machine needs.
+const LONG: Duration = Duration::from_secs(60);
+const TERM: Duration = Duration::from_millis(400);
+
+/// An arbiter that takes each answer out of a channel, and says there before what it was asked.
+struct Scripted {
+    asked: Sender<Order>,
+    answers: Receiver<Answer>,
+}
+
+impl Scripted {
+    fn answer(&mut self, to: Order) -> Answer {
+        let _ = self.asked.send(to);
+        let ended = |_| Answer::Unreachable(ArbiterError::new("the test is over"));
+        self.answers.recv().unwrap_or_else(ended)
+    }
+}
+
+impl Arbiter for Scripted {
+    fn kind(&self) -> &'static str {
+        "script"
+    }
+
+    fn term(&self) -> Option<Duration> {
+        Some(TERM)
+    }
+
+    fn hold(&mut self, _deadline: Instant) -> Answer {
+        self.answer(Order::Renew)
+    }
+
+    fn claim(&mut self, _deadline: Instant) -> Answer {
+        self.answer(Order::Claim)
+    }
+
+    fn release(&mut self, _deadline: Instant) {}
+}
+
+#[derive(Default)]
+struct Stopped(Mutex<Option<StopReason>>);
+
+impl Guest for Stopped {
+    fn stop_for_good(&self, reason: StopReason) {
+        assert_eq!(lock(&self.0).replace(reason), None);
+    }
+}
+
+/// A side of a pair in COLO, with the ends of its arbiter's channels.
+struct Side {
+    /// Dropped first: an arbiter that waits for an answer ends with it.
+    answers: Sender<Answer>,
+    asked: Receiver<Order>,
+    heartbeat: Heartbeat,
+    failover: FailoverHandle,
+    kicks: Arc<AtomicUsize>,
+    guest: Arc<Stopped>,
+}
+
+fn address(name: &str) -> Address {
+    let name = format!("colo-beat-{}-{name}", std::process::id());
+    let path: PathBuf = std::env::temp_dir().join(name);
+    let _ = std::fs::remove_file(&path);
+    Address::Unix(path)
+}
+
+fn side(role: Role, on_loss: OnHeartbeatLoss, endpoint: Endpoint, arbitrated: bool) -> Side {
+    let (asked_of, asked) = channel();
+    let (answers, answered) = channel();
+    let scripted = Scripted {
+        asked: asked_of,
+        answers: answered,
+    };
+    let arbiter: Box<dyn Arbiter> = if arbitrated {
+        Box::new(scripted)
+    } else {
+        Box::new(Manual)
+    };
+    let rhythm = Rhythm {
+        role,
+        session: [1; 16],
+        process: if role == Role::Primary { 10 } else { 20 },
+        // A busy machine keeps up with this.
+        interval: Duration::from_millis(200),
+        missed: 10,
+        on_loss,
+        closed_is_loss: false,
+    };
+    let failover = FailoverHandle::new();
+    let guest = Arc::new(Stopped::default());
+    let config = HeartbeatConfig { rhythm, endpoint };
+    let for_guest = Arc::clone(&guest) as Arc<dyn Guest>;
+    Side {
+        heartbeat: Heartbeat::start(config, failover.clone(), arbiter, for_guest).unwrap(),
+        failover,
+        kicks: Arc::default(),
+        guest,
+        asked,
+        answers,
+    }
+}
+
+impl Side {
+    fn enter(&self, role: Role) {
+        let kicks = Arc::clone(&self.kicks);
+        self.failover.enter(role, move || {
+            kicks.fetch_add(1, Ordering::Relaxed);
+        });
+    }
+
+    fn kicks(&self) -> usize {
+        self.kicks.load(Ordering::Relaxed)
+    }
+
+    /// What the arbiter is asked next.
+    fn asked(&self) -> Order {
+        self.asked.recv_timeout(LONG).expect("a question")
+    }
+
+    fn until(&self, what: &str, holds: impl Fn(&HeartbeatReport) -> bool) {
+        let deadline = Instant::now() + LONG;
+        while !holds(&self.heartbeat.report()) {
+            let report = self.heartbeat.report();
+            assert!(Instant::now() < deadline, "not {what}: {report:?}");
+            thread::sleep(Duration::from_millis(2));
+        }
+    }
+}
+
+/// A secondary in COLO whose primary was never heard.
+fn secondary(name: &str, on_loss: OnHeartbeatLoss, arbitrated: bool) -> Side {
+    let endpoint = Endpoint::Listen(address(name));
+    let side = side(Role::Secondary, on_loss, endpoint, arbitrated);
+    side.enter(Role::Secondary);
+    side
+}
+
+fn won(until: Option<Instant>) -> Answer {
+    Answer::Won(Grant {
+        generation: 1,
+        until,
+    })
+}
+
+fn unreachable() -> Answer {
+    Answer::Unreachable(ArbiterError::because(
+        "asking",
+        io::Error::from(io::ErrorKind::TimedOut),
+    ))
+}
+
+#[test]
+fn what_an_operator_wants_is_done_when_the_arbiter_has_given_the_right_and_not_before() {
+    let side = secondary("granted", OnHeartbeatLoss::Ask, true);
+    thread::scope(|scope| {
+        let request = scope.spawn(|| side.heartbeat.take_over());
+        assert_eq!(side.asked(), Order::Claim);
+        let before = ColoStatus {
+            mode: ColoMode::Secondary,
+            ..ColoStatus::default()
+        };
+        assert_eq!((side.failover.status(), side.kicks()), (before, 0));
+        side.until("asking", |report| report.phase == Phase::Asking);
+        side.answers.send(won(None)).unwrap();
+        request.join().unwrap().unwrap();
+    });
+    assert_eq!(side.kicks(), 1);
+    assert!(side.failover.take_request());
+    side.until("alone", |report| {
+        report.phase == Phase::Alone && report.answer.as_deref() == Some("won")
+    });
+    let again = side.heartbeat.take_over().unwrap_err();
+    assert_eq!(again.to_string(), "COLO failover is already activated");
+}
+
+#[test]
+fn what_the_arbiter_refuses_or_does_not_answer_is_not_done() {
+    let side = secondary("refused", OnHeartbeatLoss::Ask, true);
+    for (answer, text) in [
+        (
+            Answer::Lost(Owner::new(7)),
+            "the right to run this guest is another's (0000000000000007)",
+        ),
+        (
+            unreachable(),
+            "the arbiter gives no right to run this guest",
+        ),
+    ] {
+        let error = thread::scope(|scope| {
+            let request = scope.spawn(|| side.heartbeat.take_over());
+            assert_eq!(side.asked(), Order::Claim);
+            side.answers.send(answer).unwrap();
+            request.join().unwrap().unwrap_err()
+        });
+        assert_eq!(error.to_string(), text);
+        side.until("paired", |report| report.phase == Phase::Paired);
+        assert_eq!(side.kicks(), 0);
+        assert!(!side.failover.take_request());
+    }
+    assert_eq!(*lock(&side.guest.0), None);
+}
+
+#[test]
+fn an_operator_who_overrules_the_arbiter_is_obeyed_at_once_and_the_arbiter_is_told() {
+    let side = secondary("overruled", OnHeartbeatLoss::Ask, true);
+    side.heartbeat.overrule().unwrap();
+    assert!(side.failover.take_request());
+    side.failover.left();
+    side.heartbeat.colo_ended(Outcome::TookOver);
+    side.until("alone", |report| report.phase == Phase::Alone);
+    for _ in 0..2 {
+        assert_eq!(side.asked(), Order::Claim);
+        side.answers.send(unreachable()).unwrap();
+    }
+    assert_eq!(side.asked(), Order::Claim);
+    side.answers.send(Answer::Lost(Owner::new(7))).unwrap();
+    side.until("told", |report| {
+        report.answer.as_deref() == Some("lost to 0000000000000007")
+    });
+    assert_eq!(side.heartbeat.report().phase, Phase::Alone);
+    assert_eq!(*lock(&side.guest.0), None);
+}
+
+#[test]
+fn without_an_arbiter_an_operator_is_obeyed_at_once_and_outside_colo_refused() {
+    for (name, on_loss) in [
+        ("manual", OnHeartbeatLoss::Ask),
+        ("stop", OnHeartbeatLoss::Stop),
+    ] {
+        let side = side(
+            Role::Secondary,
+            on_loss,
+            Endpoint::Listen(address(name)),
+            on_loss == OnHeartbeatLoss::Stop,
+        );
+        let outside = side.heartbeat.take_over().unwrap_err();
+        assert_eq!(outside.to_string(), "VM is not in COLO mode");
+        side.enter(Role::Secondary);
+        side.heartbeat.take_over().unwrap();
+        assert!(side.failover.take_request());
+    }
+}
+
+#[test]
+fn a_right_is_held_before_colo_renewed_in_it_and_its_loss_stops_the_guest() {
+    let endpoint = Endpoint::Connect(address("held"));
+    let side = side(Role::Primary, OnHeartbeatLoss::Ask, endpoint, true);
+    let lost = Answer::Lost(Owner::new(7));
+    for (answer, text) in [
+        (
+            lost,
+            "the right to run this guest is another's (0000000000000007)",
+        ),
+        (
+            unreachable(),
+            "the arbiter gives no right to run this guest",
+        ),
+    ] {
+        side.answers.send(answer).unwrap();
+        let refused = side.heartbeat.hold(LONG).unwrap_err();
+        assert_eq!(side.asked(), Order::Renew);
+        assert_eq!(refused.to_string(), text);
+    }
+    // Each lasts for longer than this machine may be busy.
+    let right = || won(Some(Instant::now() + LONG));
+    side.answers.send(right()).unwrap();
+    side.heartbeat.hold(LONG).unwrap();
+    assert_eq!(side.asked(), Order::Renew);
+    side.enter(Role::Primary);
+    for _ in 0..3 {
+        assert_eq!(side.asked(), Order::Renew);
+        side.answers.send(right()).unwrap();
+    }
+    assert_eq!(side.asked(), Order::Renew);
+    side.answers.send(Answer::Lost(Owner::new(7))).unwrap();
+    side.until("stopped", |report| report.phase == Phase::Stopped);
+    assert_eq!(*lock(&side.guest.0), Some(StopReason::Refused));
+    for refused in [side.heartbeat.take_over(), side.heartbeat.overrule()] {
+        assert_eq!(
+            refused.unwrap_err().to_string(),
+            "this side's guest was stopped for good: the right to run is another's"
+        );
+    }
+}
+
+#[test]
+fn a_right_that_is_not_renewed_in_time_stops_the_guest() {
+    let endpoint = Endpoint::Connect(address("unrenewed"));
+    let side = side(Role::Primary, OnHeartbeatLoss::Ask, endpoint, true);
+    let until = Instant::now() + TERM;
+    side.answers.send(won(Some(until))).unwrap();
+    side.heartbeat.hold(LONG).unwrap();
+    side.enter(Role::Primary);
+    // The arbiter is asked, and says nothing.
+    side.until("stopped", |report| report.phase == Phase::Stopped);
+    assert!(Instant::now() >= until);
+    assert_eq!(*lock(&side.guest.0), Some(StopReason::RanOut));
+    drop(side.answers);
+}
+
+#[test]
+fn an_arbiter_that_is_silent_holds_no_beat_up_and_a_side_that_ends_says_so() {
+    let at = address("pair");
+    let listens = side(
+        Role::Secondary,
+        OnHeartbeatLoss::Ask,
+        Endpoint::Listen(at.clone()),
+        true,
+    );
+    let connects = side(
+        Role::Primary,
+        OnHeartbeatLoss::Ask,
+        Endpoint::Connect(at),
+        true,
+    );
+    let alive = |report: &HeartbeatReport| report.peer == PeerState::Alive;
+    connects.until("alive", alive);
+    listens.until("alive", alive);
+    connects
+        .answers
+        .send(won(Some(Instant::now() + TERM)))
+        .unwrap();
+    connects.heartbeat.hold(LONG).unwrap();
+    connects.enter(Role::Primary);
+    listens.enter(Role::Secondary);
+    // The hold and the renewal that nobody answers.
+    for _ in 0..2 {
+        assert_eq!(connects.asked(), Order::Renew);
+    }
+    thread::sleep(TERM * 2);
+    // It runs as one that is heard.
+    assert_eq!(connects.heartbeat.report().phase, Phase::Paired);
+    connects.until("alive", alive);
+    listens.until("alive", alive);
+    drop(connects.answers);
+    connects.heartbeat.end();
+    listens.until("told", |report| report.peer_phase == Some(Phase::Stopped));
+    // Its guest stands still: the right is asked for at once.
+    assert_eq!(listens.asked(), Order::Claim);
+    listens.answers.send(won(None)).unwrap();
+    listens.until("alone", |report| report.phase == Phase::Alone);
+    assert!(listens.failover.take_request());
+}
