@@ -15,6 +15,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
+use tests::resident::Resident;
 use tests::succession::{Side, Succession};
 use tests::vmm::{ColoVmm, Connection, LINE, Vmm, check_count, first_line};
 use tests::{Result, harness};
@@ -173,14 +174,10 @@ struct Usage {
 
 impl Usage {
     fn of(vmm: &Vmm) -> Result<Self> {
-        let proc = format!("/proc/{}", vmm.process.id());
-        let status = fs::read_to_string(format!("{proc}/status"))?;
-        let resident = status
-            .lines()
-            .find_map(|line| line.strip_prefix("VmRSS:")?.trim().strip_suffix(" kB"));
+        let process = vmm.process.id();
         Ok(Self {
-            resident_kib: resident.ok_or("no VmRSS")?.parse()?,
-            descriptors: fs::read_dir(format!("{proc}/fd"))?.count(),
+            resident_kib: Resident::of(process)?.total() >> 10,
+            descriptors: fs::read_dir(format!("/proc/{process}/fd"))?.count(),
         })
     }
 }

@@ -389,14 +389,22 @@ fn started(qemu: &Binary) -> Result<()> {
     let uri = held.uri();
     held.checkpoints(&uri, 5)?;
     let least = held.at_least()?;
-    let _stray = Stray(pid);
+    let _stray = Stray(pid.clone());
     held.primary.process.kill()?;
     assert!(held.standby.process.wait()?.success());
     let after = poll("lines of the restored guest", || {
         let printed = fs::read(&serial).unwrap_or_default();
         Ok((printed.len() >= 27).then_some(printed))
     })?;
-    goes_on(&held.printed()?, least, &after)
+    goes_on(&held.printed()?, least, &after)?;
+    // It ends as any other QEMU does, although the standby that started it keeps signals to itself.
+    let id = fs::read_to_string(&pid)?;
+    let killed = Command::new("kill").args(["-TERM", id.trim()]).status()?;
+    assert!(killed.success());
+    poll("end of the restored QEMU", || {
+        // QEMU removes the file on its way out.
+        Ok((!pid.exists()).then_some(()))
+    })
 }
 
 fn poll<T>(what: &str, mut found: impl FnMut() -> Result<Option<T>>) -> Result<T> {

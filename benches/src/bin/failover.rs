@@ -353,7 +353,7 @@ impl Drop for Stray {
     fn drop(&mut self) {
         if let Ok(pid) = fs::read_to_string(&self.0) {
             // It may have ended, which nobody wants to read.
-            let _ = Command::new("kill").arg(pid.trim()).output();
+            let _ = Command::new("kill").args(["-KILL", pid.trim()]).output();
         }
     }
 }

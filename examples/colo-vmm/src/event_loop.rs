@@ -2,7 +2,10 @@
 //! the user types.
 
 use std::io;
+use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::process::CommandExt;
+use std::process::Command;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -112,6 +115,25 @@ type Outcome = Arc<Mutex<Option<Result<Ending, LoopError>>>>;
 /// The host's.
 pub fn ending_signals() -> Result<SignalFd, LoopError> {
     SignalFd::new(&[libc::SIGINT, libc::SIGTERM])
+}
+
+/// Has `command` start with no signal blocked: a child would inherit what [`ending_signals`] has
+/// blocked, and could not be ended by SIGTERM.
+pub(crate) fn unblock_signals(command: &mut Command) {
+    let unblock = || {
+        let mut none = MaybeUninit::uninit();
+        // SAFETY: `sigemptyset` initialises the set, which `sigprocmask` only reads.
+        let result = unsafe {
+            libc::sigemptyset(none.as_mut_ptr());
+            libc::sigprocmask(libc::SIG_SETMASK, none.as_ptr(), std::ptr::null_mut())
+        };
+        match result {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
+    };
+    // SAFETY: both calls may be made between fork and exec, and nothing is allocated.
+    unsafe { command.pre_exec(unblock) };
 }
 
 /// Waits until the guest ends, a signal comes or `ender` is used, and serves the serial line from

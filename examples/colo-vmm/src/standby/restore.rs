@@ -17,6 +17,8 @@ use stream_relay::guest::Guest;
 use stream_relay::outgoing::{self, OutgoingConfig, OutgoingError};
 use stream_relay::progress::{Figures, Progress};
 
+use crate::event_loop::unblock_signals;
+
 /// How often a QEMU that is still starting is tried.
 const POLL: Duration = Duration::from_millis(5);
 
@@ -63,7 +65,9 @@ impl RestoreConfig {
                 let address = Address::Unix(dir.path().join("incoming"));
                 let line = line.replace(PLACE, &address.to_string());
                 tracing::info!(guest = name, command = %line, "starting a QEMU");
-                let child = Command::new("/bin/sh")
+                let mut shell = Command::new("/bin/sh");
+                unblock_signals(&mut shell);
+                let child = shell
                     .args(["-c", &line])
                     .env("COLO_GUEST", name)
                     .env("COLO_INCOMING", address.to_string())
