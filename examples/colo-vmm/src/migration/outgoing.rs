@@ -25,6 +25,8 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
 type Transport = Box<dyn PageTransport>;
 type Log = Box<dyn DirtyLog>;
+/// What precopy leaves behind, and the copy of RAM that an early resume sends from.
+type Switched = (SwitchedOver<Transport, Log>, Option<Arc<StagedRam>>);
 
 /// Migrates, and ends with a status that says how it went.
 pub(super) fn run(
@@ -88,7 +90,7 @@ fn migrate(
     plan: &MigrationPlan,
     multifd: Option<&MultifdConfig>,
     address: &Address,
-) -> Result<(SwitchedOver<Transport, Log>, Option<Arc<StagedRam>>), BoxError> {
+) -> Result<Switched, BoxError> {
     let migration = vm.migration;
     let limit = migration.options.io_limit;
     let connected = outgoing::connect(address, multifd, CONNECT_TIMEOUT.min(limit), limit)?;
