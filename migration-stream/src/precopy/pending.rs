@@ -17,6 +17,7 @@ pub struct PageRun {
     pub pages: u64,
 }
 
+#[cfg(feature = "staged")]
 impl PageRun {
     /// Where it lies in the block, and how long it is, bytes.
     pub fn bytes(self) -> (u64, usize) {
