@@ -17,6 +17,8 @@ fn main() -> ExitCode {
         )
         .with_ansi(std::io::stderr().is_terminal())
         .with_writer(Mutex::new(Outlet::new(std::io::stderr())))
+        // It would be said on standard error itself, and waited for.
+        .log_internal_errors(false)
         .init();
     Cli::parse().run().unwrap_or_else(|error| {
         complain(format!("colo-vmm: {}", chain(&*error)));
