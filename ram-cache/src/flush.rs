@@ -29,13 +29,13 @@ impl FlushPool {
     /// which a few cores use up.
     pub const MAX_DEFAULT_THREADS: usize = 8;
 
-    /// Flushes on `threads` threads, of which the one that calls [`MirrorCache::flush`] is one. 0
+    /// Flushes on `threads` threads, of which the one that calls [`RamCache::commit`] is one. 0
     /// is taken as 1.
     ///
     /// # Errors
     /// The threads cannot be started.
     ///
-    /// [`MirrorCache::flush`]: crate::MirrorCache::flush
+    /// [`RamCache::commit`]: crate::RamCache::commit
     pub fn new(threads: usize) -> Result<Self, FlushPoolError> {
         if threads <= 1 {
             return Ok(Self { helpers: None });
