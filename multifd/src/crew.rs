@@ -31,6 +31,8 @@ pub(crate) struct Crew<T> {
 pub(crate) struct State<T> {
     inner: T,
     failure: Option<Failure>,
+    /// The first error is being told, and is not to be seen before that is done.
+    telling: bool,
     closing: bool,
     running: usize,
     /// Counts what the channels got done.
@@ -57,7 +59,7 @@ impl<T> State<T> {
 
     /// Whether the channels are to end, for whatever reason.
     pub(crate) fn is_over(&self) -> bool {
-        self.closing || self.failure.is_some()
+        self.closing || self.telling || self.failure.is_some()
     }
 }
 
@@ -83,6 +85,7 @@ impl<T> Crew<T> {
         let state = State {
             inner,
             failure: None,
+            telling: false,
             closing: false,
             running: 0,
             progress: 0,
@@ -114,16 +117,38 @@ impl<T> Crew<T> {
         Patience::new(deadline, self.limit, state.progress)
     }
 
-    /// Records the error if it is the first, and ends all channels. Whether it was the first.
-    pub(crate) fn fail(&self, channel: Option<u8>, error: ChannelError) -> bool {
+    /// Records the error if it is the first, and ends all channels.
+    pub(crate) fn fail(&self, channel: Option<u8>, error: ChannelError) {
+        self.fail_and_tell(Failure { channel, error }, |_| {});
+    }
+
+    /// As [`Crew::fail`], and tells of the error when the channels are shut and before whoever waits
+    /// for them can see it: what is known of it is known to all who act on it.
+    fn fail_and_tell(&self, failure: Failure, tell: impl FnOnce(&Failure)) {
         let mut state = self.lock();
         if state.is_over() {
-            return false;
+            return;
         }
-        state.failure = Some(Failure { channel, error });
+        state.telling = true;
         drop(state);
+        let told = Told(self, Some(failure));
         self.shut();
-        true
+        if let Some(failure) = &told.1 {
+            tell(failure);
+        }
+    }
+
+    /// Records the owner's error, and returns the first one: a channel may have been faster, and then
+    /// knows better what happened.
+    pub(crate) fn give_up(&self, channel: Option<u8>, error: ChannelError) -> Failure {
+        self.fail(channel, error.clone());
+        let mut state = self.lock();
+        let mut patience = self.patience(None, &state);
+        let mut in_time = true;
+        while state.telling && in_time {
+            (state, in_time) = patience.wait(&self.for_owner, state, |s| s.progress);
+        }
+        state.failure().unwrap_or(Failure { channel, error })
     }
 
     /// Ends all channels; what they report from now on is of no interest.
@@ -140,6 +165,20 @@ impl<T> Crew<T> {
         }
         self.for_channels.notify_all();
         self.for_owner.notify_all();
+    }
+}
+
+/// Lets an error be seen that was told, also if who was told panicked.
+struct Told<'a, T>(&'a Crew<T>, Option<Failure>);
+
+impl<T> Drop for Told<'_, T> {
+    fn drop(&mut self) {
+        let mut state = self.0.lock();
+        state.telling = false;
+        state.failure = self.1.take();
+        drop(state);
+        self.0.for_channels.notify_all();
+        self.0.for_owner.notify_all();
     }
 }
 
@@ -204,7 +243,7 @@ impl<T: Send + 'static> Threads<T> {
         name: String,
         channel: u8,
         run: impl FnOnce() -> Result<(), ChannelError> + Send + 'static,
-        on_failure: impl FnOnce(&Crew<T>) + Send + 'static,
+        on_failure: impl FnOnce(&Failure) + Send + 'static,
     ) -> Result<(), Failure> {
         self.crew.lock().running += 1;
         let mut presence = Presence {
@@ -301,23 +340,28 @@ impl<T> Drop for Threads<T> {
 }
 
 /// A thread's being there: however it ends, the others learn of it.
-struct Presence<T, F: FnOnce(&Crew<T>)> {
+struct Presence<T, F: FnOnce(&Failure)> {
     crew: Arc<Crew<T>>,
     channel: u8,
     on_failure: Option<F>,
 }
 
-impl<T, F: FnOnce(&Crew<T>)> Presence<T, F> {
+impl<T, F: FnOnce(&Failure)> Presence<T, F> {
     fn fail(&mut self, error: ChannelError) {
-        if self.crew.fail(Some(self.channel), error)
-            && let Some(on_failure) = self.on_failure.take()
-        {
-            on_failure(&self.crew);
-        }
+        let failure = Failure {
+            channel: Some(self.channel),
+            error,
+        };
+        let on_failure = &mut self.on_failure;
+        self.crew.fail_and_tell(failure, |failure| {
+            if let Some(on_failure) = on_failure.take() {
+                on_failure(failure);
+            }
+        });
     }
 }
 
-impl<T, F: FnOnce(&Crew<T>)> Drop for Presence<T, F> {
+impl<T, F: FnOnce(&Failure)> Drop for Presence<T, F> {
     fn drop(&mut self) {
         if thread::panicking() {
             self.fail(ChannelError::Panicked);

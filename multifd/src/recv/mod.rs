@@ -86,7 +86,7 @@ pub struct Joined<S> {
 impl<S: PageStore + 'static> RecvSet<S> {
     /// Starts the threads of `channels`, whose handshakes were received, in the order of their
     /// ids. Device state on them is an error. `on_error` is called once, from a channel's thread, when the first channel fails and
-    /// all channels have been shut: it should wake whoever reads the main stream, for example by
+    /// all channels have been shut, before anybody who waits for them learns of it: it should wake whoever reads the main stream, for example by
     /// shutting that. A failed flush, and an abort, do not call it: their caller knows.
     ///
     /// # Errors
@@ -154,10 +154,9 @@ impl<S: PageStore + 'static> RecvSet<S> {
                 format!("mfd-recv-{id}"),
                 id,
                 move || Reader::new(&*store, devices, source, decoder, method, id).run(&crew),
-                move |crew| {
-                    let hook = lock(&on_error).take();
-                    if let (Some(hook), Some(failure)) = (hook, crew.lock().failure()) {
-                        hook(&failure.into());
+                move |failure| {
+                    if let Some(hook) = lock(&on_error).take() {
+                        hook(&failure.clone().into());
                     }
                 },
             )?;

@@ -130,14 +130,14 @@ impl Crew<Rendezvous> {
             state.check()?;
             if let Some(ended) = state.first_ended() {
                 drop(state);
-                return Err(self.give_up(ended, ChannelError::Ended));
+                return Err(self.give_up(Some(ended), ChannelError::Ended));
             }
             let in_time;
             (state, in_time) = patience.wait(&self.for_owner, state, |s| s.progress);
             if !in_time {
                 drop(state);
                 let what = "the channel's sync packet";
-                return Err(self.give_up(late, ChannelError::Stalled { what }));
+                return Err(self.give_up(Some(late), ChannelError::Stalled { what }));
             }
         }
         state.check()?;
@@ -147,13 +147,6 @@ impl Crew<Rendezvous> {
         drop(state);
         self.for_channels.notify_all();
         Ok(())
-    }
-
-    fn give_up(&self, channel: u8, error: ChannelError) -> Failure {
-        let channel = Some(channel);
-        self.fail(channel, error.clone());
-        // A channel may have been first, and then knows better what happened.
-        self.lock().failure().unwrap_or(Failure { channel, error })
     }
 
     /// Runs `f` while no channel is inside a packet.

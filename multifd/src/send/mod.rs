@@ -344,13 +344,7 @@ impl SendSet {
 
     /// The set is behind its deadline. It cannot go on: what the receiver has is not known.
     fn give_up(&self, what: &'static str) -> Failure {
-        let error = ChannelError::Stalled { what };
-        self.crew.fail(None, error.clone());
-        // Somebody else may have been first, and then knows better what happened.
-        self.crew.lock().failure().unwrap_or(Failure {
-            channel: None,
-            error,
-        })
+        self.crew.give_up(None, ChannelError::Stalled { what })
     }
 }
 
