@@ -2,11 +2,13 @@
 //! comes, asks for pages, loses the connection and says what it has. No userfaultfd is needed.
 
 use std::collections::BTreeMap;
+use std::error::Error;
 use std::fs;
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::process::ExitCode;
+use std::time::Duration;
 
 use migration_stream::PAGE_SIZE;
 use migration_stream::codec::Reader;
@@ -86,11 +88,13 @@ fn postcopy(qemu: &Binary, preempt: bool) -> Result<()> {
     while destination.order.state() != PostcopyState::Running {
         destination.step()?;
     }
+    destination.until_active(&mut source)?;
     let asked = destination.ask()?;
     if preempt {
         let mut channel = Channel::new(accept(&destination.listener)?);
         let mut records = PostcopyRecords::of_preempt_channel();
         for expected in asked {
+            destination.until_urgent(&mut channel)?;
             assert_eq!(
                 destination.urgent(&mut channel, &mut records)?,
                 Some(expected)
@@ -128,15 +132,13 @@ fn recovery(qemu: &Binary) -> Result<()> {
     while destination.order.state() != PostcopyState::Running {
         destination.step()?;
     }
-    // Before that a broken connection is the end of the migration. Nothing is said of it unless
-    // memory is read meanwhile.
+    // Before that a broken connection is the end of the migration.
+    destination.until_active(&mut source)?;
     let received = |destination: &Destination| -> u64 {
         let bitmaps = destination.memory.values();
         bitmaps.map(|(_, bitmap)| bitmap.received()).sum()
     };
-    while received(&destination) < 10
-        || source.qmp.execute("query-migrate", Value::Null)?["status"] != "postcopy-active"
-    {
+    while received(&destination) < 10 {
         destination.step()?;
     }
     destination.main.stream.shutdown(Shutdown::Both)?;
@@ -168,6 +170,11 @@ fn accept(listener: &UnixListener) -> Result<UnixStream> {
     let (stream, _) = listener.accept()?;
     stream.set_read_timeout(Some(PATIENCE))?;
     Ok(stream)
+}
+
+fn is_timeout(error: &(dyn Error + 'static)) -> bool {
+    let error = error.downcast_ref::<io::Error>();
+    error.is_some_and(|e| e.kind() == io::ErrorKind::WouldBlock)
 }
 
 /// A connection, and what was read of it and not taken yet.
@@ -391,6 +398,31 @@ impl Destination {
 
     fn has(&self, page: PageAddress) -> bool {
         self.memory[&page.block].1.has(page.offset / PAGE_SIZE)
+    }
+
+    /// Reads until the source is in postcopy too, which it is a moment after it has said so: what
+    /// is asked of it before waits behind what goes in order.
+    fn until_active(&mut self, source: &mut Qemu) -> Result<()> {
+        while source.qmp.execute("query-migrate", Value::Null)?["status"] != "postcopy-active" {
+            // Nothing is said of it unless memory is read meanwhile.
+            self.step()?;
+        }
+        Ok(())
+    }
+
+    /// Reads the main channel until something has come on the preempt channel: one that nobody
+    /// reads stops the source.
+    fn until_urgent(&mut self, channel: &mut Channel) -> Result<()> {
+        let stream = channel.stream.try_clone()?;
+        stream.set_read_timeout(Some(Duration::from_millis(10)))?;
+        while channel.buffer.is_empty() {
+            match channel.fill() {
+                Ok(_) => break,
+                Err(e) if is_timeout(&*e) => self.step()?,
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(stream.set_read_timeout(Some(PATIENCE))?)
     }
 
     /// Asks for the last two pages of memory.
