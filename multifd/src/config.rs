@@ -170,6 +170,10 @@ pub struct MultifdConfig {
     /// Sender only: pages are not copied on their way into the kernel (`MSG_ZEROCOPY`, QEMU's
     /// `zero-copy-send`). Needs TCP, no compression, and memory that the process may lock.
     pub zero_copy: bool,
+    /// Sender only: pages that are not compressed are lent to a peer on the same host (a unix
+    /// socket), who copies them once, instead of being copied into the socket and out of it. The
+    /// peer has taken them when a synchronisation is over. On by default.
+    pub lend_pages: bool,
     /// The VM's UUID, all zero if it has none.
     pub uuid: [u8; 16],
     /// How long a wait without a deadline of its own goes on while no channel completes a packet.
@@ -184,6 +188,7 @@ impl Default for MultifdConfig {
             zero_pages: ZeroPageDetection::Multifd,
             flush: Flush::EachRound,
             zero_copy: false,
+            lend_pages: true,
             uuid: [0; 16],
             stall_limit: Duration::from_secs(30),
         }

@@ -201,6 +201,34 @@ fn every_page_arrives_without_being_copied_on_its_way_out() {
 }
 
 #[test]
+fn pages_lent_to_a_local_peer_are_its_own_when_they_are_synchronised() {
+    for lend_pages in [true, false] {
+        let dir = tempfile::tempdir().unwrap();
+        let unix = Address::Unix(dir.path().join("socket"));
+        let config = MultifdConfig {
+            lend_pages,
+            ..config(2, Compression::None)
+        };
+        let mut m = Migration::start(&unix, &config);
+        for round in 1..10 {
+            for page in 0..PAGES[0] {
+                m.ram.put(0, page, &[round; PAGE]);
+            }
+            m.send(0, 0, PAGES[0]);
+            m.send.sync(&mut m.main).unwrap();
+            // The guest goes on.
+            for page in 0..PAGES[0] {
+                m.ram.put(0, page, &[0xee; PAGE]);
+            }
+            wait_for_flush(&mut m.incoming_main, &mut m.recv.barrier());
+            for page in 0..PAGES[0] {
+                assert_eq!(m.recv.store().page(0, page), [round; PAGE], "{page}");
+            }
+        }
+    }
+}
+
+#[test]
 fn what_cannot_be_sent_without_a_copy_is_refused() {
     let start = |address: &Address, compression| {
         let config = MultifdConfig {

@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use vm_memory::VolatileSlice;
 
+use super::lent::Lender;
 use super::zero_copy::{ZeroCopy, size_of_socklen};
 use super::{ByteSink, ByteSource, Chunk, Readiness};
 
@@ -31,9 +32,18 @@ pub struct FdChannel {
     limit: Duration,
     read_deadline: Option<Instant>,
     write_deadline: Option<Instant>,
-    zero_copy: Option<ZeroCopy>,
+    uncopied: Option<Uncopied>,
     /// What the socket wakes its reader for, bytes (`SO_RCVLOWAT`); the connection's, so shared.
     low_water: Arc<AtomicUsize>,
+}
+
+/// How guest memory is sent that is not copied.
+#[derive(Debug)]
+enum Uncopied {
+    /// The kernel reads it when it transmits it (TCP).
+    Pinned(ZeroCopy),
+    /// The peer, on this host, reads it (unix sockets).
+    Lent(Lender),
 }
 
 impl FdChannel {
@@ -66,7 +76,7 @@ impl FdChannel {
             limit,
             read_deadline: None,
             write_deadline: None,
-            zero_copy: None,
+            uncopied: None,
             low_water: Arc::new(AtomicUsize::new(1)),
         })
     }
@@ -80,7 +90,7 @@ impl FdChannel {
             limit: self.limit,
             read_deadline: None,
             write_deadline: None,
-            zero_copy: None,
+            uncopied: None,
             low_water: Arc::clone(&self.low_water),
         }
     }
@@ -192,7 +202,7 @@ impl AsFd for FdChannel {
 
 impl ByteSink for FdChannel {
     fn write_all(&mut self, chunks: &[Chunk<'_>]) -> io::Result<()> {
-        if self.zero_copy.is_none() {
+        if self.uncopied.is_none() {
             return self.write_gathered(chunks, 0);
         }
         // Our own bytes are copied: their buffer is used again at once.
@@ -206,25 +216,36 @@ impl ByteSink for FdChannel {
             } else {
                 0
             };
-            let zero_copy = if part.first().is_some_and(is_guest) {
-                libc::MSG_ZEROCOPY
-            } else {
-                0
-            };
-            self.write_gathered(part, more | zero_copy)?;
+            match (&self.uncopied, part.first().is_some_and(is_guest)) {
+                (Some(Uncopied::Lent(_)), true) => self.lend(part)?,
+                (Some(Uncopied::Pinned(_)), true) => {
+                    self.write_gathered(part, more | libc::MSG_ZEROCOPY)?;
+                }
+                _ => self.write_gathered(part, more)?,
+            }
         }
         Ok(())
     }
 
     fn enable_zero_copy(&mut self) -> io::Result<()> {
-        self.zero_copy = Some(ZeroCopy::enable(self.fd.as_fd())?);
+        self.uncopied = Some(Uncopied::Pinned(ZeroCopy::enable(self.fd.as_fd())?));
         Ok(())
+    }
+
+    fn lend_to_local_peer(&mut self) -> bool {
+        // Whatever stands against it, copying is left.
+        match Lender::new(self.fd.as_fd()) {
+            Ok(Some(lender)) => self.uncopied = Some(Uncopied::Lent(lender)),
+            Ok(None) | Err(_) => return false,
+        }
+        true
     }
 
     fn finish_zero_copy(&mut self) -> io::Result<u64> {
         let until = self.until(self.write_deadline);
-        match &mut self.zero_copy {
-            Some(zero_copy) => zero_copy.finish(self.fd.as_fd(), until),
+        match &mut self.uncopied {
+            Some(Uncopied::Pinned(zero_copy)) => zero_copy.finish(self.fd.as_fd(), until),
+            Some(Uncopied::Lent(lender)) => lender.finish(self.fd.as_fd(), until).map(|()| 0),
             None => Ok(0),
         }
     }
@@ -239,15 +260,7 @@ impl FdChannel {
     fn write_gathered(&mut self, chunks: &[Chunk<'_>], flags: libc::c_int) -> io::Result<()> {
         // Without a deadline the limit counts from the last progress, with one it is absolute.
         for batch in chunks.chunks(MAX_IOVECS) {
-            // Our mappings are plain memory: a guard only hands out the pointer, and the slice
-            // borrowed by the chunk is what keeps the memory mapped.
-            let mut iovecs: Vec<libc::iovec> = batch
-                .iter()
-                .map(|chunk| match chunk {
-                    Chunk::Bytes(b) => iovec(b.as_ptr(), b.len()),
-                    Chunk::Guest(g) => iovec(g.ptr_guard().as_ptr(), g.len()),
-                })
-                .collect();
+            let mut iovecs = iovecs(batch);
             let mut rest = iovecs.as_mut_slice();
             skip(&mut rest, 0);
             while !rest.is_empty() {
@@ -255,15 +268,15 @@ impl FdChannel {
                     Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
                     Ok(n) => {
                         skip(&mut rest, n);
-                        if let (Some(zero_copy), true) =
-                            (&mut self.zero_copy, flags & libc::MSG_ZEROCOPY != 0)
+                        if let (Some(Uncopied::Pinned(zero_copy)), true) =
+                            (&mut self.uncopied, flags & libc::MSG_ZEROCOPY != 0)
                         {
                             zero_copy.sent();
                         }
                     }
                     Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
                         // Reports that nobody takes would end every wait at once.
-                        if let Some(zero_copy) = &mut self.zero_copy {
+                        if let Some(Uncopied::Pinned(zero_copy)) = &mut self.uncopied {
                             zero_copy.reap(self.fd.as_fd())?;
                         }
                         self.wait_for(libc::POLLOUT, self.write_deadline)?;
@@ -271,12 +284,39 @@ impl FdChannel {
                     Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                     Err(e) if e.raw_os_error() == Some(libc::ENOBUFS) => {
                         let until = self.until(self.write_deadline);
-                        match &mut self.zero_copy {
-                            Some(zero_copy) => zero_copy.make_room(self.fd.as_fd(), until)?,
-                            None => return Err(e),
+                        match &mut self.uncopied {
+                            Some(Uncopied::Pinned(zero_copy)) => {
+                                zero_copy.make_room(self.fd.as_fd(), until)?;
+                            }
+                            _ => return Err(e),
                         }
                     }
                     Err(e) => return Err(e),
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Lends the peer all of it.
+    fn lend(&mut self, chunks: &[Chunk<'_>]) -> io::Result<()> {
+        for batch in chunks.chunks(MAX_IOVECS) {
+            let mut iovecs = iovecs(batch);
+            let mut rest = iovecs.as_mut_slice();
+            skip(&mut rest, 0);
+            while let Some(Uncopied::Lent(lender)) = &mut self.uncopied
+                && !(rest.is_empty() && lender.is_empty())
+            {
+                if lender.is_empty() {
+                    let n = lender.take(rest)?;
+                    skip(&mut rest, n);
+                }
+                match lender.pass(self.fd.as_fd()) {
+                    Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                        self.wait_for(libc::POLLOUT, self.write_deadline)?;
+                    }
+                    Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                    other => other?,
                 }
             }
         }
@@ -360,6 +400,16 @@ impl ByteSource for FdChannel {
     fn set_read_deadline(&mut self, deadline: Option<Instant>) {
         self.read_deadline = deadline;
     }
+}
+
+/// Our mappings are plain memory: a guard only hands out the pointer, and the slice borrowed by the
+/// chunk is what keeps the memory mapped.
+fn iovecs(chunks: &[Chunk<'_>]) -> Vec<libc::iovec> {
+    let of_chunk = |chunk: &Chunk<'_>| match chunk {
+        Chunk::Bytes(b) => iovec(b.as_ptr(), b.len()),
+        Chunk::Guest(g) => iovec(g.ptr_guard().as_ptr(), g.len()),
+    };
+    chunks.iter().map(of_chunk).collect()
 }
 
 fn iovec(ptr: *const u8, len: usize) -> libc::iovec {
@@ -517,6 +567,88 @@ mod tests {
         a.write_all(&[Chunk::Bytes(&[8; 4])]).unwrap();
         assert_eq!(late.join().unwrap(), 4);
         assert_eq!(landed[..11], [7, 7, 7, 7, 7, 7, 7, 7, 7, 7, 0]);
+    }
+
+    #[test]
+    fn what_is_lent_is_what_the_memory_holds_when_the_peer_takes_it() {
+        let (mut a, mut b) = pair();
+        assert!(a.lend_to_local_peer());
+        let mut pages = vec![7u8; 3 * 4096];
+        let guest = VolatileSlice::from(pages.as_mut_slice());
+        let (odd, rest) = guest.split_at(100).unwrap();
+        a.write_all(&[Chunk::Bytes(b"ab"), Chunk::Guest(odd), Chunk::Guest(rest)])
+            .unwrap();
+        let late = a.finish_zero_copy().unwrap_err();
+        assert_eq!(late.kind(), io::ErrorKind::TimedOut, "{late}");
+        guest.subslice(4096, 4096).unwrap().copy_from(&[8u8; 4096]);
+        let reader = thread::spawn(move || {
+            let mut landed = vec![0; 2 + 3 * 4096];
+            let mut n = 0;
+            while n < landed.len() {
+                n += b.read(&mut landed[n..]).unwrap();
+            }
+            landed
+        });
+        a.set_write_deadline(Some(Instant::now() + Duration::from_secs(60)));
+        assert_eq!(a.finish_zero_copy().unwrap(), 0);
+        let landed = reader.join().unwrap();
+        assert_eq!(landed, [&b"ab"[..], &pages].concat());
+        assert_eq!(pages[4096..8192], [8; 4096]);
+    }
+
+    #[test]
+    fn much_more_than_the_socket_holds_is_lent_as_the_peer_takes_it() {
+        let (mut a, mut b) = pair();
+        assert!(a.lend_to_local_peer());
+        let mut pages: Vec<u8> = (0..8_usize << 20)
+            .map(|i| (i / 4096 + i).to_le_bytes()[0])
+            .collect();
+        let sent = pages.clone();
+        let reader = thread::spawn(move || {
+            let mut landed = vec![0; 8 << 20];
+            let slice = VolatileSlice::from(landed.as_mut_slice());
+            let mut n = 0;
+            while n < slice.len() {
+                n += b
+                    .read_scatter(&[slice.offset(n).unwrap()], &mut [])
+                    .unwrap();
+            }
+            landed
+        });
+        a.set_write_deadline(Some(Instant::now() + Duration::from_secs(60)));
+        let guest = VolatileSlice::from(pages.as_mut_slice());
+        let pieces: Vec<_> = (0..guest.len())
+            .step_by(4096)
+            .map(|at| Chunk::Guest(guest.subslice(at, 4096).unwrap()))
+            .collect();
+        a.write_all(&pieces).unwrap();
+        a.finish_zero_copy().unwrap();
+        assert!(reader.join().unwrap() == sent);
+    }
+
+    #[test]
+    fn a_peer_that_has_gone_takes_nothing_that_is_lent() {
+        let (mut a, b) = pair();
+        assert!(a.lend_to_local_peer());
+        drop(b);
+        let mut page = vec![7u8; 4096];
+        let guest = VolatileSlice::from(page.as_mut_slice());
+        let gone = a.write_all(&[Chunk::Guest(guest)]).unwrap_err();
+        assert_eq!(gone.kind(), io::ErrorKind::BrokenPipe, "{gone}");
+    }
+
+    #[test]
+    fn only_a_local_stream_socket_is_lent_to() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let tcp = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (_, pipe) = std::io::pipe().unwrap();
+        let file = tempfile::tempfile().unwrap();
+        let (datagram, _other) = std::os::unix::net::UnixDatagram::pair().unwrap();
+        let others = [tcp.into(), pipe.into(), file.into(), datagram.into()];
+        for other in others as [OwnedFd; 4] {
+            let mut channel = FdChannel::new(other, SHORT).unwrap();
+            assert!(!channel.lend_to_local_peer());
+        }
     }
 
     #[test]

@@ -11,6 +11,8 @@ use vm_memory::VolatileSlice;
 mod fd;
 mod file;
 #[cfg(feature = "fd")]
+mod lent;
+#[cfg(feature = "fd")]
 mod positioned;
 #[cfg(feature = "fd")]
 mod zero_copy;
@@ -86,8 +88,15 @@ pub trait ByteSink: Send {
         Err(io::ErrorKind::Unsupported.into())
     }
 
-    /// Waits until the kernel reads no guest memory any more, and returns how many of the sends
-    /// since the last call it copied after all.
+    /// Lends guest memory to a peer on the same host instead of copying it, where the transport can;
+    /// whether it does. What is sent is what the memory holds when the peer takes it, at the latest
+    /// before [`ByteSink::finish_zero_copy`] returns.
+    fn lend_to_local_peer(&mut self) -> bool {
+        false
+    }
+
+    /// Waits until neither the kernel nor a local peer reads guest memory any more, and returns how
+    /// many of the sends since the last call the kernel copied after all.
     ///
     /// # Errors
     /// [`io::ErrorKind::TimedOut`] when the deadline passes; whatever the transport reports.
@@ -155,6 +164,9 @@ impl<T: ByteSink + ?Sized> ByteSink for Box<T> {
     }
     fn enable_zero_copy(&mut self) -> io::Result<()> {
         (**self).enable_zero_copy()
+    }
+    fn lend_to_local_peer(&mut self) -> bool {
+        (**self).lend_to_local_peer()
     }
     fn finish_zero_copy(&mut self) -> io::Result<u64> {
         (**self).finish_zero_copy()

@@ -96,6 +96,12 @@ impl SendSet {
                 })?;
             }
         }
+        if config.lend_pages && !config.zero_copy && !is_compressed {
+            for sink in &mut sinks {
+                // Where there is no way to lend, pages are copied.
+                sink.lend_to_local_peer();
+            }
+        }
         let crew = Arc::new(Crew::new(
             Queue::new(config.channels),
             closers,

@@ -1,0 +1,158 @@
+//! Pages that are lent to a peer on the same host, over a unix stream socket: the socket holds
+//! references to them, and they are copied once, by the peer, into its own memory. By copying into
+//! the socket and out of it again they would be copied twice.
+//!
+//! A page gets there by way of a pipe (`vmsplice(2)`, `splice(2)`). The socket's count of bytes that
+//! the peer has not taken (`SIOCOUTQ`) says when none is lent any more.
+#![allow(unsafe_code)]
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use super::zero_copy::size_of_socklen;
+
+/// What the pipe and the socket are asked to hold, bytes: what a process without privileges may have
+/// of a pipe.
+static AT_A_TIME: libc::c_int = 1 << 20;
+/// Between two looks at what the peer has taken. It has at most a few hundred KB to copy.
+const LOOK: Duration = Duration::from_micros(20);
+
+/// The way of pages into one socket.
+#[derive(Debug)]
+pub(super) struct Lender {
+    reading: OwnedFd,
+    writing: OwnedFd,
+    /// What is in the pipe, bytes.
+    inside: usize,
+}
+
+impl Lender {
+    /// A way, if `socket` is one that takes pages.
+    pub(super) fn new(socket: BorrowedFd<'_>) -> io::Result<Option<Self>> {
+        if option(socket, libc::SO_DOMAIN)? != libc::AF_UNIX
+            || option(socket, libc::SO_TYPE)? != libc::SOCK_STREAM
+        {
+            return Ok(None);
+        }
+        let mut ends = [-1; 2];
+        // SAFETY: `ends` has room for two descriptors and lives for the call.
+        if unsafe { libc::pipe2(ends.as_mut_ptr(), libc::O_CLOEXEC | libc::O_NONBLOCK) } < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: pipe2 succeeded: both are open and nobody else's.
+        let [reading, writing] = ends.map(|end| unsafe { OwnedFd::from_raw_fd(end) });
+        // More at a time is fewer calls, and fewer waits for the peer. Whatever the system grants
+        // does, as does what it has granted without being asked.
+        // SAFETY: fcntl with F_SETPIPE_SZ takes no pointers; the option's value is an int that lives
+        // for the call.
+        unsafe {
+            libc::fcntl(writing.as_raw_fd(), libc::F_SETPIPE_SZ, AT_A_TIME);
+            let len = size_of_socklen::<libc::c_int>();
+            let value = (&raw const AT_A_TIME).cast();
+            libc::setsockopt(
+                socket.as_raw_fd(),
+                libc::SOL_SOCKET,
+                libc::SO_SNDBUF,
+                value,
+                len,
+            );
+        }
+        Ok(Some(Self {
+            reading,
+            writing,
+            inside: 0,
+        }))
+    }
+
+    /// Lends some of the memory that `iovecs` describe and returns how many bytes; the socket may
+    /// not have them before [`Lender::pass`] says so.
+    pub(super) fn take(&mut self, iovecs: &[libc::iovec]) -> io::Result<usize> {
+        // SAFETY: every iovec describes mapped memory that the caller borrows for the call. The
+        // kernel keeps references to its pages, so they outlive their mapping.
+        let n = unsafe {
+            libc::vmsplice(
+                self.writing.as_raw_fd(),
+                iovecs.as_ptr(),
+                iovecs.len(),
+                libc::SPLICE_F_NONBLOCK,
+            )
+        };
+        let n = usize::try_from(n).map_err(|_| io::Error::last_os_error())?;
+        self.inside += n;
+        Ok(n)
+    }
+
+    /// Whether there is something that the socket does not have yet.
+    pub(super) const fn is_empty(&self) -> bool {
+        self.inside == 0
+    }
+
+    /// Gives the socket what it takes now; [`io::ErrorKind::WouldBlock`] if that is nothing.
+    pub(super) fn pass(&mut self, socket: BorrowedFd<'_>) -> io::Result<()> {
+        // SAFETY: splice without offsets takes no pointers; both descriptors are open.
+        let n = unsafe {
+            libc::splice(
+                self.reading.as_raw_fd(),
+                std::ptr::null_mut(),
+                socket.as_raw_fd(),
+                std::ptr::null_mut(),
+                self.inside,
+                libc::SPLICE_F_NONBLOCK | libc::SPLICE_F_MORE,
+            )
+        };
+        match usize::try_from(n) {
+            Ok(0) => Err(io::ErrorKind::WriteZero.into()),
+            Ok(n) => {
+                self.inside = self.inside.saturating_sub(n);
+                Ok(())
+            }
+            Err(_) => Err(io::Error::last_os_error()),
+        }
+    }
+
+    /// Waits until the peer has taken everything.
+    pub(super) fn finish(&self, socket: BorrowedFd<'_>, until: Instant) -> io::Result<()> {
+        while not_taken(socket)? > 0 {
+            if Instant::now() >= until {
+                return Err(io::Error::new(
+                    io::ErrorKind::TimedOut,
+                    "the peer did not take what was lent to it before the deadline",
+                ));
+            }
+            thread::sleep(LOOK);
+        }
+        Ok(())
+    }
+}
+
+/// What the socket holds for its peer, bytes, with what the kernel adds to them.
+fn not_taken(socket: BorrowedFd<'_>) -> io::Result<libc::c_int> {
+    let mut bytes: libc::c_int = 0;
+    // SAFETY: the call writes an int, which lives for it.
+    let ret = unsafe { libc::ioctl(socket.as_raw_fd(), libc::TIOCOUTQ, &raw mut bytes) };
+    if ret < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(bytes)
+}
+
+fn option(socket: BorrowedFd<'_>, name: libc::c_int) -> io::Result<libc::c_int> {
+    let mut value: libc::c_int = 0;
+    let mut len = size_of_socklen::<libc::c_int>();
+    // SAFETY: value and length live for the call, the length is the value's.
+    let ret = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            name,
+            (&raw mut value).cast(),
+            &raw mut len,
+        )
+    };
+    if ret < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(value)
+}
