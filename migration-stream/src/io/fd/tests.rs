@@ -1,0 +1,196 @@
+//! Channels over real descriptors.
+
+use std::os::unix::net::UnixStream;
+use std::thread;
+
+use super::*;
+
+const SHORT: Duration = Duration::from_millis(20);
+
+fn pair() -> (FdChannel, FdChannel) {
+    let (a, b) = UnixStream::pair().unwrap();
+    (
+        FdChannel::new(a, SHORT).unwrap(),
+        FdChannel::new(b, SHORT).unwrap(),
+    )
+}
+
+#[test]
+fn a_gather_write_arrives_in_order_and_scatters_into_guest_memory_first() {
+    let (mut a, mut b) = pair();
+    let mut page = vec![7u8; 4096];
+    let guest = VolatileSlice::from(page.as_mut_slice());
+    a.write_all(&[
+        Chunk::Bytes(b"ab"),
+        Chunk::Bytes(b""),
+        Chunk::Guest(guest),
+        Chunk::Bytes(b"z"),
+    ])
+    .unwrap();
+    let mut head = [0; 2];
+    assert_eq!(b.read(&mut head).unwrap(), 2);
+    assert_eq!(&head, b"ab");
+    let mut landed = vec![0u8; 4096];
+    let slice = VolatileSlice::from(landed.as_mut_slice());
+    let mut tail = [0; 16];
+    assert_eq!(b.read_scatter(&[slice], &mut tail).unwrap(), 4097);
+    assert_eq!(tail[0], b'z');
+    assert_eq!(landed, page);
+}
+
+#[test]
+fn a_silent_peer_is_an_error_when_the_deadline_has_passed() {
+    let (_a, mut b) = pair();
+    assert_eq!(b.try_read(&mut [0; 4]).unwrap(), None);
+    assert_eq!(
+        b.read(&mut [0; 4]).unwrap_err().kind(),
+        io::ErrorKind::TimedOut
+    );
+    b.set_read_deadline(Some(Instant::now()));
+    assert_eq!(
+        b.read(&mut [0; 4]).unwrap_err().kind(),
+        io::ErrorKind::TimedOut
+    );
+    assert_eq!(
+        b.wait(None, Some(Instant::now())).unwrap(),
+        Readiness::TimedOut
+    );
+}
+
+#[test]
+fn a_peer_that_takes_nothing_is_an_error_when_the_deadline_has_passed() {
+    let (mut a, _b) = pair();
+    let big = vec![0u8; 8 << 20];
+    assert_eq!(
+        a.write_all(&[Chunk::Bytes(&big)]).unwrap_err().kind(),
+        io::ErrorKind::TimedOut
+    );
+}
+
+#[test]
+fn bytes_below_the_mark_are_read_at_the_deadline_and_by_the_next_reader() {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let sender = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let mut a = FdChannel::new(sender, SHORT).unwrap();
+    let mut b = FdChannel::new(listener.accept().unwrap().0, SHORT).unwrap();
+    let mut landed = vec![0u8; 4 * LOW_WATER];
+    let slice = VolatileSlice::from(landed.as_mut_slice());
+    // Nothing comes, then less than the mark, then all the rest.
+    let silent = b.read_scatter(&[slice], &mut []).unwrap_err();
+    assert_eq!(silent.kind(), io::ErrorKind::TimedOut);
+    assert_eq!(b.low_water.load(Ordering::Relaxed), LOW_WATER);
+    a.write_all(&[Chunk::Bytes(&[7; 10])]).unwrap();
+    assert_eq!(b.read_scatter(&[slice], &mut []).unwrap(), 10);
+    // What another handle waits for is not as much.
+    let mut other = b.share();
+    other.set_read_deadline(Some(Instant::now() + Duration::from_secs(60)));
+    let late = thread::spawn(move || other.read(&mut [0; 4]).unwrap());
+    thread::sleep(SHORT);
+    a.write_all(&[Chunk::Bytes(&[8; 4])]).unwrap();
+    assert_eq!(late.join().unwrap(), 4);
+    assert_eq!(landed[..11], [7, 7, 7, 7, 7, 7, 7, 7, 7, 7, 0]);
+}
+
+#[test]
+fn what_is_lent_is_what_the_memory_holds_when_the_peer_takes_it() {
+    let (mut a, mut b) = pair();
+    assert!(a.lend_to_local_peer());
+    let mut pages = vec![7u8; 3 * 4096];
+    let guest = VolatileSlice::from(pages.as_mut_slice());
+    let (odd, rest) = guest.split_at(100).unwrap();
+    a.write_all(&[Chunk::Bytes(b"ab"), Chunk::Guest(odd), Chunk::Guest(rest)])
+        .unwrap();
+    let late = a.finish_zero_copy().unwrap_err();
+    assert_eq!(late.kind(), io::ErrorKind::TimedOut, "{late}");
+    guest.subslice(4096, 4096).unwrap().copy_from(&[8u8; 4096]);
+    let reader = thread::spawn(move || {
+        let mut landed = vec![0; 2 + 3 * 4096];
+        let mut n = 0;
+        while n < landed.len() {
+            n += b.read(&mut landed[n..]).unwrap();
+        }
+        landed
+    });
+    a.set_write_deadline(Some(Instant::now() + Duration::from_secs(60)));
+    assert_eq!(a.finish_zero_copy().unwrap(), 0);
+    let landed = reader.join().unwrap();
+    assert_eq!(landed, [&b"ab"[..], &pages].concat());
+    assert_eq!(pages[4096..8192], [8; 4096]);
+}
+
+#[test]
+fn much_more_than_the_socket_holds_is_lent_as_the_peer_takes_it() {
+    let (mut a, mut b) = pair();
+    assert!(a.lend_to_local_peer());
+    let mut pages: Vec<u8> = (0..8_usize << 20)
+        .map(|i| (i / 4096 + i).to_le_bytes()[0])
+        .collect();
+    let sent = pages.clone();
+    let reader = thread::spawn(move || {
+        let mut landed = vec![0; 8 << 20];
+        let slice = VolatileSlice::from(landed.as_mut_slice());
+        let mut n = 0;
+        while n < slice.len() {
+            n += b
+                .read_scatter(&[slice.offset(n).unwrap()], &mut [])
+                .unwrap();
+        }
+        landed
+    });
+    a.set_write_deadline(Some(Instant::now() + Duration::from_secs(60)));
+    let guest = VolatileSlice::from(pages.as_mut_slice());
+    let pieces: Vec<_> = (0..guest.len())
+        .step_by(4096)
+        .map(|at| Chunk::Guest(guest.subslice(at, 4096).unwrap()))
+        .collect();
+    a.write_all(&pieces).unwrap();
+    a.finish_zero_copy().unwrap();
+    assert!(reader.join().unwrap() == sent);
+}
+
+#[test]
+fn a_peer_that_has_gone_takes_nothing_that_is_lent() {
+    let (mut a, b) = pair();
+    assert!(a.lend_to_local_peer());
+    drop(b);
+    let mut page = vec![7u8; 4096];
+    let guest = VolatileSlice::from(page.as_mut_slice());
+    let gone = a.write_all(&[Chunk::Guest(guest)]).unwrap_err();
+    assert_eq!(gone.kind(), io::ErrorKind::BrokenPipe, "{gone}");
+}
+
+#[test]
+fn only_a_local_stream_socket_is_lent_to() {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let tcp = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let (_, pipe) = std::io::pipe().unwrap();
+    let file = tempfile::tempfile().unwrap();
+    let (datagram, _other) = std::os::unix::net::UnixDatagram::pair().unwrap();
+    let others = [tcp.into(), pipe.into(), file.into(), datagram.into()];
+    for other in others as [OwnedFd; 4] {
+        let mut channel = FdChannel::new(other, SHORT).unwrap();
+        assert!(!channel.lend_to_local_peer());
+    }
+}
+
+#[test]
+fn shutdown_wakes_the_other_handles() {
+    let (a, mut b) = pair();
+    let mut other = a.share();
+    a.shutdown();
+    assert_eq!(other.read(&mut [0; 1]).unwrap(), 0);
+    assert_eq!(b.read(&mut [0; 1]).unwrap(), 0);
+}
+
+#[test]
+fn more_pieces_than_one_call_takes_are_written_in_several() {
+    let (mut a, mut b) = pair();
+    let chunks = vec![Chunk::Bytes(b"x"); MAX_IOVECS + 10];
+    a.write_all(&chunks).unwrap();
+    let mut buf = vec![0; MAX_IOVECS + 10];
+    let mut n = 0;
+    while n < buf.len() {
+        n += b.read(&mut buf[n..]).unwrap();
+    }
+    assert!(buf.iter().all(|b| *b == b'x'));
+}
