@@ -47,7 +47,7 @@
 //!
 //! # Features
 //! - `zlib` (default): [`Compression::Zlib`].
-//! - `zstd` (default): [`Compression::Zstd`].
+//! - `zstd` (default): [`Compression::Zstd`] and [`Compression::ZstdAdaptive`].
 #![forbid(unsafe_code)]
 
 mod address;
@@ -71,8 +71,10 @@ pub use channel::{RecvChannel, SendChannel};
 pub use config::ZlibLevel;
 #[cfg(feature = "zstd")]
 pub use config::ZstdLevel;
-pub use config::{ChannelCount, ChannelId, Compression, Flush, MultifdConfig};
+pub use config::{
+    ChannelCount, ChannelId, Compression, Flush, MultifdConfig, ZstdRange, ZstdRangeError,
+};
 pub use crew::AbortHandle;
 pub use error::{ChannelError, Part};
 pub use recv::{Joined, RecvBarrier, RecvSet};
-pub use send::SendSet;
+pub use send::{LevelWatch, SendSet};

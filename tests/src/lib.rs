@@ -24,6 +24,7 @@ pub mod harness;
 pub mod linux;
 pub mod metrics;
 pub mod moments;
+pub mod narrow;
 pub mod netns;
 pub mod process;
 pub mod qemu;

@@ -21,11 +21,12 @@ use migration_stream::{
 };
 use multifd::incoming::{self, Acceptor};
 use multifd::{
-    ChannelCount, Compression, Flush, Listener, MultifdConfig, RecvSet, SendSet, ZlibLevel,
-    ZstdLevel, outgoing,
+    ChannelCount, Compression, Flush, LevelWatch, Listener, MultifdConfig, RecvSet, SendSet,
+    ZlibLevel, ZstdLevel, ZstdRange, outgoing,
 };
 use serde_json::{Value, json};
-use tests::guest::{self, Content};
+use tests::guest::{self, Checker, Content};
+use tests::narrow::Narrow;
 use tests::qemu::{Binary, Machine, Qemu};
 use tests::store::Memory;
 use tests::{PATIENCE, Result, harness};
@@ -82,6 +83,7 @@ fn main() -> ExitCode {
                 "a_machine_of_8_0_with_zstd_and_zero_pages_in_packets",
                 |q| relay(q, "pc-q35-8.0", 2, ZSTD(), Multifd),
             ),
+            since((7, 2), "zstd_at_levels_that_follow_a_thin_line", adaptive),
             since((9, 0), "pages_without_a_copy_on_their_way_out", |q| {
                 relay_with(
                     q,
@@ -134,10 +136,16 @@ fn config(channels: u8, compression: Compression, zero_pages: ZeroPageDetection)
     }
 }
 
+fn flush(machine: &str) -> Result<Flush> {
+    Ok(if machine_version(machine)? < (8, 1) {
+        Flush::EachSection
+    } else {
+        Flush::EachRound
+    })
+}
+
 fn relay_with(qemu: &Binary, machine: &str, mut config: MultifdConfig) -> Result<()> {
-    if machine_version(machine)? < (8, 1) {
-        config.flush = Flush::EachSection;
-    }
+    config.flush = flush(machine)?;
     let zero_pages = config.zero_pages;
     let dir = tempfile::tempdir()?;
     let (from, to) = (dir.path().join("from"), dir.path().join("to"));
@@ -157,12 +165,74 @@ fn relay_with(qemu: &Binary, machine: &str, mut config: MultifdConfig) -> Result
         .incoming()
         .start(qemu)?;
     configure(&mut destination, qemu, &config)?;
-    let sent = send(&mut destination, machine, memory, &tail, &config)?;
+    let to_destination = destination.listen("tcp:127.0.0.1:0")?;
+    let (sent, _) = send(&to_destination, machine, memory, &tail, &config)?;
     destination.wait_migration("completed")?;
     compare_files(&from, &to)?;
     assert_eq!(sent.zero_pages > 0, zero_pages != ZeroPageDetection::None);
     // Over loopback there is always a copy, which only zero-copy counts.
     assert_eq!(sent.missed_zero_copy > 0, config.zero_copy);
+    Ok(())
+}
+
+/// Bytes a second, of which a guest of [`MEMORY`] is some seconds full.
+const THIN: u64 = 2_000_000;
+
+/// A guest that checks its memory goes to QEMU over a line so thin that levels go up, each with a frame
+/// of its own, and goes on there.
+fn adaptive(qemu: &Binary) -> Result<()> {
+    let machine = newest(qemu);
+    let levels = Compression::ZstdAdaptive(ZstdRange::default());
+    let config = MultifdConfig {
+        flush: flush(&machine)?,
+        ..config(2, levels, ZeroPageDetection::Legacy)
+    };
+    let dir = tempfile::tempdir()?;
+    let disk = dir.path().join("disk");
+    let checker = Checker {
+        start: 4 << 20,
+        pages: 1024,
+    };
+    checker.write_disk(&disk)?;
+    let start = |memory: &Path| {
+        Machine::new(&machine, MEMORY)
+            .boot(&disk)
+            .memory_in(memory)
+            .args(["-serial", "stdio"])
+    };
+    let memory = dir.path().join("from");
+    guest::write_memory(&memory, u64::from(MEMORY) << 20, Content::Mixed)?;
+    let mut source = start(&memory).running().start(qemu)?;
+    configure(&mut source, qemu, &config)?;
+    let checked = |vm: &Qemu| {
+        let stdout = vm.process.stdout();
+        stdout.wait_for("the guest", |passes| (passes.len() >= 2).then_some(()))
+    };
+    checked(&source)?;
+    let (memory, tail) = receive(&mut source, &config)?;
+    source.process.kill()?;
+    let mut passes = source.process.stdout().whole()?;
+
+    let expected = memory.bytes(RAM)?;
+    let landed = dir.path().join("to");
+    let mut destination = start(&landed).incoming().start(qemu)?;
+    configure(&mut destination, qemu, &config)?;
+    let uri = format!("unix:{}", dir.path().join("migration").display());
+    let line = Narrow::to(&destination.listen(&uri)?, THIN)?;
+    let (_, level) = send(&line.uri(), &machine, memory, &tail, &config)?;
+    destination.wait_migration("completed")?;
+    let level = level.ok_or("a level that does not adapt")?;
+    assert!(level.level() > 1 && level.changes() >= 3, "{level:?}");
+    guest::compare(
+        "RAM of ours and the destination",
+        &expected,
+        &fs::read(&landed)?,
+    )?;
+    destination.qmp.execute("cont", json!({}))?;
+    checked(&destination)?;
+    destination.process.kill()?;
+    passes.extend(destination.process.stdout().whole()?);
+    assert!(Checker::passes(&passes)? >= 4);
     Ok(())
 }
 
@@ -181,7 +251,7 @@ fn configure(vm: &mut Qemu, qemu: &Binary, config: &MultifdConfig) -> Result<()>
     }
     let compression = match config.compression {
         Compression::Zlib(_) => "zlib",
-        Compression::Zstd(_) => "zstd",
+        Compression::Zstd(_) | Compression::ZstdAdaptive(_) => "zstd",
         _ => "none",
     };
     let mut parameters = json!({
@@ -244,19 +314,20 @@ fn receive(source: &mut Qemu, config: &MultifdConfig) -> Result<(Memory, Tail)> 
     Ok((joined.store, tail))
 }
 
-/// Migrates what was received to `destination`.
+/// Migrates what was received to the destination that listens there.
 fn send(
-    destination: &mut Qemu,
+    to: &str,
     machine: &str,
     memory: Memory,
     tail: &Tail,
     config: &MultifdConfig,
-) -> Result<TransportCounters> {
-    let address = destination.listen("tcp:127.0.0.1:0")?.parse()?;
+) -> Result<(TransportCounters, Option<LevelWatch>)> {
+    let address = to.parse()?;
     let connected = outgoing::connect(&address, Some(config), PATIENCE, PATIENCE)?;
     let ram: Arc<dyn GuestRam> = Arc::new(memory);
     let channels = connected.channels.into_iter().map(Into::into).collect();
     let transport = SendSet::start(Arc::clone(&ram), channels, config)?;
+    let level = transport.level();
     let source_config = SourceConfig {
         configuration: Some(Configuration::new(MachineName::new(machine)?)),
         switchover_start: machine_version(machine)? >= (10, 0),
@@ -274,7 +345,7 @@ fn send(
         },
     )?;
     let switched = source.run(&mut Relayed(tail))?;
-    Ok(switched.ram.counters())
+    Ok((switched.ram.counters(), level))
 }
 
 /// Every 64th word of pages is dirty whenever it is asked for, so that there is more than a round.

@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use clap::{Args, Parser, Subcommand};
 use colo_core::driver::GapConfig;
 use colo_core::{Deadlines, OnPeerLoss};
+use multifd::ZstdRange;
 use qmp_types::{MigrationAddress, RunState, SessionConfig};
 use ram_cache::CacheKind;
 use uuid::Uuid;
@@ -167,6 +168,11 @@ struct RunArgs {
     /// second, so that fewer are left for the checkpoint; 0 for no limit.
     #[arg(long, value_name = "MIB")]
     gap_bandwidth: Option<u64>,
+    /// As a source with multifd compressed by zstd, go up with the level where the network is the
+    /// bottleneck and down where the processors are, within -7 to 12 (auto:MIN:MAX: within others,
+    /// -100 to 20) [default: the parameter `multifd-zstd-level`].
+    #[arg(long, value_name = "auto[:MIN:MAX]")]
+    zstd_level: Option<ZstdRange>,
     /// The VM's UUID. Both sides must have the same where multifd channels or the capability
     /// `validate-uuid` compare it.
     #[arg(long)]
@@ -268,6 +274,7 @@ impl RunArgs {
                 bandwidth: mib.saturating_mul(1 << 20),
                 ..GapConfig::default()
             }),
+            zstd_level: self.zstd_level,
             boundaries: Arc::new(boundaries),
         })
     }

@@ -12,7 +12,7 @@ use std::time::Duration;
 use clap::{Parser, ValueEnum};
 use indicatif::{HumanBytes, ProgressBar};
 use migration_stream::ram::ZeroPageDetection;
-use multifd::{ChannelCount, Compression, ZlibLevel, ZstdLevel};
+use multifd::{ChannelCount, Compression, ZlibLevel, ZstdLevel, ZstdRange};
 
 use crate::endpoint::Endpoint;
 use crate::incoming::{Incoming, IncomingConfig};
@@ -86,9 +86,11 @@ pub struct Cli {
     /// Write them past the page cache.
     #[arg(long, requires = "out_mapped_ram")]
     out_direct_io: bool,
-    /// How hard to compress: zlib 0 to 9, zstd 0 to 20.
-    #[arg(long, value_name = "LEVEL", default_value_t = 1)]
-    out_level: u8,
+    /// How hard to compress: zlib 0 to 9, zstd 0 to 20, or auto for a level of zstd that goes up where
+    /// the network is the bottleneck and down where the processors are, within -7 to 12
+    /// (auto:MIN:MAX: within others, -100 to 20).
+    #[arg(long, value_name = "LEVEL", default_value = "1")]
+    out_level: Level,
     /// Who looks for zero pages; destinations before QEMU 9.0 want legacy.
     #[arg(long, value_name = "WHO", default_value = "legacy")]
     out_zero_pages: ZeroPages,
@@ -118,6 +120,27 @@ enum Method {
     None,
     Zlib,
     Zstd,
+}
+
+/// The value of `--out-level`.
+#[derive(Clone, Copy, Debug)]
+enum Level {
+    Fixed(u8),
+    Adaptive(ZstdRange),
+}
+
+impl FromStr for Level {
+    type Err = String;
+
+    fn from_str(s: &str) -> Result<Self, String> {
+        match s.parse() {
+            Ok(level) => Ok(Self::Fixed(level)),
+            Err(_) => s
+                .parse()
+                .map(Self::Adaptive)
+                .map_err(|e: multifd::ZstdRangeError| e.to_string()),
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -168,13 +191,18 @@ fn threads(s: &str) -> Result<NonZeroU8, String> {
 }
 
 impl Method {
-    fn at(self, level: u8) -> Result<Compression, String> {
-        match self {
-            Self::None => Some(Compression::None),
-            Self::Zlib => ZlibLevel::new(level).map(Compression::Zlib),
-            Self::Zstd => ZstdLevel::new(level).map(Compression::Zstd),
+    fn at(self, level: Level) -> Result<Compression, String> {
+        match (self, level) {
+            (Self::None, Level::Fixed(_)) => Some(Compression::None),
+            (Self::Zlib, Level::Fixed(level)) => ZlibLevel::new(level).map(Compression::Zlib),
+            (Self::Zstd, Level::Fixed(level)) => ZstdLevel::new(level).map(Compression::Zstd),
+            (Self::Zstd, Level::Adaptive(range)) => Some(Compression::ZstdAdaptive(range)),
+            (Self::None | Self::Zlib, Level::Adaptive(_)) => None,
         }
-        .ok_or_else(|| format!("there is no level {level} of this compression"))
+        .ok_or_else(|| match level {
+            Level::Fixed(level) => format!("there is no level {level} of this compression"),
+            Level::Adaptive(_) => "only the level of zstd adapts".to_owned(),
+        })
     }
 }
 
@@ -217,7 +245,7 @@ impl Cli {
             None => Origin::Store { max_memory },
             Some(from) => Origin::Source(Box::new(Incoming::open(IncomingConfig {
                 from,
-                channels: channels(self.in_multifd, self.in_compression.at(1)?),
+                channels: channels(self.in_multifd, self.in_compression.at(Level::Fixed(1))?),
                 access: Access {
                     threads: self.in_threads,
                     direct: self.in_direct_io,
@@ -341,10 +369,17 @@ mod tests {
 
     #[test]
     fn a_level_is_one_of_its_compression() {
-        assert!(Method::Zlib.at(9).is_ok());
-        assert!(Method::Zlib.at(10).is_err());
-        assert!(Method::Zstd.at(20).is_ok());
-        assert!(Method::Zstd.at(21).is_err());
+        let at = |method: Method, level: &str| method.at(level.parse().unwrap());
+        assert!(at(Method::Zlib, "9").is_ok());
+        assert!(at(Method::Zlib, "10").is_err());
+        assert!(at(Method::Zstd, "20").is_ok());
+        assert!(at(Method::Zstd, "21").is_err());
+        let range = ZstdRange::new(-3, 5).unwrap();
+        let adaptive = Ok(Compression::ZstdAdaptive(range));
+        assert_eq!(at(Method::Zstd, "auto:-3:5"), adaptive);
+        assert!(at(Method::Zlib, "auto").is_err());
+        assert!(at(Method::None, "auto").is_err());
+        assert!("auto:5:3".parse::<Level>().is_err());
     }
 
     #[test]

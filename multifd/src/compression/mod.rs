@@ -2,7 +2,9 @@
 //!
 //! An uncompressed channel has no codec: its pages go between guest memory and the socket without
 //! passing through a buffer. The codecs below keep one stream per channel for the channel's whole
-//! life, SYNC packets and COLO checkpoints included; a packet ends with a flush of the stream.
+//! life, SYNC packets and COLO checkpoints included; a packet ends with a flush of the stream. A level
+//! that changes is the exception: libzstd takes another level only where a frame begins, so the last
+//! packet before it ends its frame, and the next one begins another. To a decoder both are one stream.
 
 use std::io;
 use std::sync::Arc;
@@ -11,10 +13,13 @@ use vm_memory::VolatileSlice;
 
 use crate::config::Compression;
 
+mod level;
 #[cfg(feature = "zlib")]
 mod zlib;
 #[cfg(feature = "zstd")]
 mod zstd;
+
+pub use level::{LevelControl, PacketTimes};
 
 /// Bytes that are copied out of, or into, guest memory at a time: a codec needs a Rust slice, and
 /// there must be none of memory that a vCPU may be writing.
@@ -28,6 +33,15 @@ pub trait Encoder: Send {
     /// # Errors
     /// [`CompressionError::Codec`]; the stream is of no use after that.
     fn encode(&mut self, pages: &[VolatileSlice<'_>]) -> Result<&[u8], CompressionError>;
+
+    /// Compresses at this level from the packet after the next on, which ends what was begun at
+    /// another. A method whose level does not change takes no notice.
+    ///
+    /// # Errors
+    /// [`CompressionError::Codec`]; the stream is of no use after that.
+    fn change_level(&mut self, _level: i8) -> Result<(), CompressionError> {
+        Ok(())
+    }
 }
 
 /// Takes the payloads of one channel apart.
@@ -56,7 +70,11 @@ impl Compression {
             #[cfg(feature = "zlib")]
             Self::Zlib(level) => Ok(Some(Box::new(zlib::ZlibEncoder::new(level)))),
             #[cfg(feature = "zstd")]
-            Self::Zstd(level) => Ok(Some(Box::new(zstd::ZstdEncoder::new(level)?))),
+            Self::Zstd(level) => Ok(Some(Box::new(zstd::ZstdEncoder::new(level.get().into())?))),
+            #[cfg(feature = "zstd")]
+            Self::ZstdAdaptive(range) => Ok(Some(Box::new(zstd::ZstdEncoder::new(
+                range.first().into(),
+            )?))),
         }
     }
 
@@ -71,7 +89,7 @@ impl Compression {
             #[cfg(feature = "zlib")]
             Self::Zlib(_) => Ok(Some(Box::new(zlib::ZlibDecoder::new()))),
             #[cfg(feature = "zstd")]
-            Self::Zstd(_) => Ok(Some(Box::new(zstd::ZstdDecoder::new()?))),
+            Self::Zstd(_) | Self::ZstdAdaptive(_) => Ok(Some(Box::new(zstd::ZstdDecoder::new()?))),
         }
     }
 }

@@ -7,6 +7,7 @@
 //! Where pages are sent again without a sync point in between (COLO, between two checkpoints), each
 //! place in memory has its own channel instead: see [`PagesBeside::keep_order`].
 
+mod level;
 mod places;
 mod queue;
 mod writer;
@@ -30,6 +31,7 @@ use crate::crew::{AbortHandle, Crew, Threads};
 use crate::device_state::{DeviceId, DeviceStateHeader};
 use crate::error::{ChannelError, Failure};
 use crate::packet::PAGES_PER_PACKET;
+pub use level::LevelWatch;
 use places::Places;
 use queue::{Batch, DeviceState, Queue, Work};
 use writer::{Totals, Writer};
@@ -54,6 +56,8 @@ pub struct SendSet {
     deadline: Option<Instant>,
     flush: Flush,
     is_compressed: bool,
+    /// The level of all channels, if it adapts.
+    level: Option<LevelWatch>,
     /// Zero pages go on the main stream.
     main_zero: Option<MainZero>,
 }
@@ -108,6 +112,8 @@ impl SendSet {
             config.stall_limit,
         ));
         let totals = Arc::new(Totals::default());
+        let range = config.compression.range();
+        let level = range.map(|range| LevelWatch::new(range, config.channels));
         let mut threads = Threads::new(Arc::clone(&crew));
         for (id, sink) in config.channels.ids().map(|id| id.get()).zip(sinks) {
             let encoder = config
@@ -115,13 +121,15 @@ impl SendSet {
                 .encoder()
                 .map_err(|source| TransportError::channel(id, ChannelError::Setup { source }))?;
             let (ram, crew, totals) = (Arc::clone(&ram), Arc::clone(&crew), Arc::clone(&totals));
-            let method = config.compression.method();
+            let (method, level) = (config.compression.method(), level.clone());
             let zero_page = config.zero_pages == ZeroPageDetection::Multifd;
             threads.spawn(
                 format!("mfd-send-{id}"),
                 id,
                 move || {
-                    Writer::new(&*ram, sink, encoder, method, zero_page, &totals).run(id, &crew)
+                    Writer::new(&*ram, sink, encoder, method, zero_page, &totals)
+                        .at(level)
+                        .run(id, &crew)
                 },
                 |_| {},
             )?;
@@ -136,8 +144,16 @@ impl SendSet {
             deadline: None,
             flush: config.flush,
             is_compressed,
+            level,
             main_zero: (config.zero_pages == ZeroPageDetection::Legacy).then(MainZero::default),
         })
+    }
+
+    /// Says at which level the channels compress, if it is one that adapts
+    /// ([`Compression::ZstdAdaptive`]).
+    #[must_use]
+    pub fn level(&self) -> Option<LevelWatch> {
+        self.level.clone()
     }
 
     /// A handle that ends the channels from another thread.

@@ -2,12 +2,14 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
 
 use migration_stream::io::{ByteSink, Chunk};
 use migration_stream::ram::zero_check;
 use migration_stream::{GuestRam, MemoryError, PAGE_SIZE, TransportCounters};
 use vm_memory::VolatileSlice;
 
+use super::level::{LevelWatch, Pace};
 use super::queue::{Batch, DeviceState, Job, Queue};
 use crate::compression::Encoder;
 use crate::crew::Crew;
@@ -45,6 +47,8 @@ pub(super) struct Writer<'a> {
     ram: &'a dyn GuestRam,
     sink: Box<dyn ByteSink>,
     encoder: Option<Box<dyn Encoder>>,
+    /// Where the level of the encoder adapts.
+    pace: Option<Pace>,
     method: Method,
     zero_page: bool,
     totals: &'a Totals,
@@ -70,6 +74,7 @@ impl<'a> Writer<'a> {
             ram,
             sink,
             encoder,
+            pace: None,
             method,
             zero_page,
             totals,
@@ -79,6 +84,12 @@ impl<'a> Writer<'a> {
             zero: Vec::with_capacity(PAGES_PER_PACKET),
             data: Vec::with_capacity(PAGES_PER_PACKET),
         }
+    }
+
+    /// The same, at a level that adapts.
+    pub(super) fn at(self, level: Option<LevelWatch>) -> Self {
+        let pace = level.map(Pace::new);
+        Self { pace, ..self }
     }
 
     pub(super) fn run(mut self, channel: u8, crew: &Crew<Queue>) -> Result<(), ChannelError> {
@@ -97,6 +108,9 @@ impl<'a> Writer<'a> {
                 }
                 Job::Sync => {
                     self.write_sync()?;
+                    if let Some(pace) = &mut self.pace {
+                        pace.sync();
+                    }
                     syncs += 1;
                     crew.wrote_sync();
                 }
@@ -114,6 +128,7 @@ impl<'a> Writer<'a> {
             .ok_or_else(|| refused(MemoryError::NoBlock(batch.block())))?
             .name();
         let index = self.index;
+        let begun = Instant::now();
         // A packet of zero pages alone has no payload, whatever the method.
         let payload = match &mut self.encoder {
             Some(encoder) if !self.data.is_empty() => Some(
@@ -123,6 +138,7 @@ impl<'a> Writer<'a> {
             ),
             _ => None,
         };
+        let compressed = payload.is_some().then(Instant::now);
         let payload_len = payload.map_or(self.normal.len() * PAGE_LEN, <[u8]>::len);
         PacketHeader {
             flags: PacketFlags {
@@ -156,6 +172,15 @@ impl<'a> Writer<'a> {
         self.sink
             .write_all(&chunks[..used])
             .map_err(|e| write_failed(index, Part::Payload, e))?;
+        if let (Some(pace), Some(compressed), Some(encoder)) =
+            (&mut self.pace, compressed, &mut self.encoder)
+        {
+            let pages = self.normal.len() * PAGE_LEN;
+            let level = pace.written(begun..compressed, pages, HEADER_LEN + payload_len);
+            encoder
+                .change_level(level)
+                .map_err(|source| ChannelError::Compression { index, source })?;
+        }
         self.index += 1;
         let add = |counter: &AtomicU64, n: usize| counter.fetch_add(n as u64, Ordering::Relaxed);
         add(&self.totals.normal_pages, self.normal.len());

@@ -27,7 +27,7 @@ use colo_core::{Deadlines, FailoverHandle, MigrationPlan, OnPeerLoss};
 use migration_stream::configuration::{Configuration, MachineName};
 use migration_stream::precopy::{BoxError, Limits};
 use migration_stream::ram;
-use multifd::{Address, ChannelCount, Compression, MultifdConfig, ZlibLevel, ZstdLevel};
+use multifd::{Address, ChannelCount, Compression, MultifdConfig, ZlibLevel, ZstdLevel, ZstdRange};
 use qmp_types::{
     InetSocketAddress, MigrationAddress, MigrationCapability, MigrationStatus, MultiFdCompression,
     Parameters, QmpError, RunState, Settings, SocketAddress, Support, ZeroPageDetection,
@@ -105,6 +105,8 @@ pub struct MigrationOptions {
     pub early_resume: bool,
     /// As a primary, whether and how pages are sent between checkpoints.
     pub gap: Option<GapConfig>,
+    /// As a source with zstd, between which levels it chooses, whatever `multifd-zstd-level` says.
+    pub zstd_level: Option<ZstdRange>,
     /// What is done where something begins or ends.
     pub boundaries: Arc<Boundaries>,
 }
@@ -121,6 +123,7 @@ impl Default for MigrationOptions {
             output_commit: false,
             early_resume: false,
             gap: None,
+            zstd_level: None,
             boundaries: Arc::default(),
         }
     }
@@ -524,9 +527,12 @@ impl Migration {
         let plan = MigrationPlan::new(capabilities, parameters.multifd_channels)
             .map_err(|e| QmpError::generic(e.to_string()))?;
         let compression = match parameters.multifd_compression {
-            MultiFdCompression::Zstd => {
-                Compression::Zstd(ZstdLevel::new(parameters.multifd_zstd_level).unwrap_or_default())
-            }
+            MultiFdCompression::Zstd => match self.options.zstd_level {
+                Some(range) => Compression::ZstdAdaptive(range),
+                None => Compression::Zstd(
+                    ZstdLevel::new(parameters.multifd_zstd_level).unwrap_or_default(),
+                ),
+            },
             MultiFdCompression::Zlib => {
                 Compression::Zlib(ZlibLevel::new(parameters.multifd_zlib_level).unwrap_or_default())
             }
