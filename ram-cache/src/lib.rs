@@ -53,6 +53,7 @@
 //! * [`MirrorCache`], [`CowCache`]: the two there are.
 //! * [`FlushPool`], [`FlushReport`], [`GuestStopped`]: getting a checkpoint into the guest.
 //! * [`DirtyBitmap`]: one atomic bit per page.
+//! * [`Populate`], [`advise_huge_pages`]: guest memory that is there before the first page comes.
 //! * [`DiscardControl`]: no page of the guest is discarded behind the cache's back.
 #![deny(unsafe_code)]
 
@@ -67,6 +68,7 @@ mod flush;
 mod mapping;
 mod mirror;
 mod pagemap;
+mod populate;
 mod zero;
 
 pub use bitmap::{BitmapError, DirtyBitmap, DrainRuns, PAGES_PER_WORD, PageRun};
@@ -79,6 +81,7 @@ pub use discard::{
 pub use error::CacheError;
 pub use flush::{FlushPool, FlushPoolError, FlushReport, GuestStopped};
 pub use mirror::MirrorCache;
+pub use populate::{Populate, PopulateError, Populated, advise_huge_pages};
 
 /// The page size of the migration stream and of the dirty bitmap, bytes.
 pub const PAGE_SIZE: u64 = PAGE_BYTES as u64;

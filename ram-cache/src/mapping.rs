@@ -96,11 +96,41 @@ pub(crate) fn exclude_from_core_dumps(region: &MmapRegion) -> io::Result<()> {
     advise(region, 0, region.size(), libc::MADV_DONTDUMP)
 }
 
+/// Takes a range of a region from the system, as a write to each page would, which changes nothing of
+/// what is in it.
+///
+/// # Errors
+/// The range is not in the region, or the host's.
+pub(crate) fn populate(region: &MmapRegion, offset: usize, len: usize) -> io::Result<()> {
+    advise(region, offset, len, libc::MADV_POPULATE_WRITE)
+}
+
+/// Asks for huge pages behind a region.
+pub(crate) fn advise_huge(region: &MmapRegion) -> io::Result<()> {
+    advise(region, 0, region.size(), libc::MADV_HUGEPAGE)
+}
+
+/// How many pages of a region are in memory.
+#[cfg(test)]
+pub(crate) fn resident_pages(region: &MmapRegion) -> io::Result<usize> {
+    let mut pages = vec![0_u8; region.size().div_ceil(4096)];
+    // SAFETY: the range is that of a mapping which `region` keeps alive, and the vector has a byte for
+    // each of its pages.
+    let result =
+        unsafe { libc::mincore(region.as_ptr().cast(), region.size(), pages.as_mut_ptr()) };
+    if result == 0 {
+        Ok(pages.iter().filter(|page| **page & 1 != 0).count())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
 fn advise(region: &MmapRegion, offset: usize, len: usize, advice: libc::c_int) -> io::Result<()> {
     check(region, offset, len)?;
     let address = region.as_ptr().wrapping_add(offset);
     // SAFETY: the range lies within the mapping that `region` owns and keeps alive during the call.
-    // MADV_DONTDUMP changes neither contents nor protection; MADV_DONTNEED changes contents, as a
+    // MADV_DONTDUMP, MADV_HUGEPAGE and MADV_POPULATE_WRITE change neither contents nor protection;
+    // MADV_DONTNEED changes contents, as a
     // write of another thread would, of memory that is only ever reached by volatile accesses through
     // raw pointers.
     let result = unsafe { libc::madvise(address.cast(), len, advice) };

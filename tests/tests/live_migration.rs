@@ -4,6 +4,7 @@
 use std::process::ExitCode;
 
 use serde_json::{Value, json};
+use tests::resident::Resident;
 use tests::vmm::{ColoVmm, Connection, Pair, check_count};
 use tests::{Result, harness};
 
@@ -22,6 +23,14 @@ fn main() -> ExitCode {
         kvm("running_guest_goes_on_by_zstd_channels", || {
             running(&guest(), ZSTD, &["return-path"])
         }),
+        kvm(
+            "running_guest_goes_on_by_zstd_at_a_level_that_adapts",
+            || {
+                let guest = guest().args(["--zstd-level", "auto:-3:9"]);
+                running(&guest, ZSTD, &["return-path"])
+            },
+        ),
+        kvm("running_guest_goes_on_in_memory_that_is_there", prealloc),
         kvm("running_guest_goes_on_over_unix_sockets", || {
             let unix = Connection {
                 unix: true,
@@ -94,6 +103,21 @@ fn running(guest: &ColoVmm, connection: Connection, capabilities: &[&str]) -> Re
     pair.secondary.wait_migration("completed")?;
     assert_eq!(pair.primary.status()?, "postmigrate");
     assert_eq!(pair.secondary.status()?, "running");
+    pair.secondary.wait_lines(ENCORE)?;
+    seamless(&pair)
+}
+
+/// Both sides have all of their memory before they need it.
+fn prealloc() -> Result<()> {
+    let guest = guest().memory(256).args(["--prealloc", "--huge-pages"]);
+    let connection = Connection::channels(2);
+    let mut pair = Pair::start(&guest, connection, &["return-path"])?;
+    pair.migrate(connection)?;
+    pair.secondary.wait_migration("completed")?;
+    for vmm in [&pair.primary, &pair.secondary] {
+        let memory = Resident::of(vmm.process.id())?;
+        assert!(memory.anonymous >= 256 << 20, "{memory:?}");
+    }
     pair.secondary.wait_lines(ENCORE)?;
     seamless(&pair)
 }

@@ -25,7 +25,7 @@ use crate::guest::{WorkloadConfig, workload};
 use crate::heartbeat::HeartbeatArgs;
 use crate::lifecycle::{self, FailoverArgs, PairArgs, RejoinArgs, StatusArgs};
 use crate::machine::{GuestImage, KvmMachine, Machine, MachineConfig, SerialSink, SimMachine};
-use crate::memory::Memory;
+use crate::memory::{Memory, populated};
 use crate::metrics;
 use crate::migration::{Boundaries, Boundary, Halt, IncomingMode, Migration, MigrationOptions};
 use crate::monitor::{self, COMMANDS, Monitor};
@@ -168,6 +168,14 @@ struct RunArgs {
     /// second, so that fewer are left for the checkpoint; 0 for no limit.
     #[arg(long, value_name = "MIB")]
     gap_bandwidth: Option<u64>,
+    /// Take all of guest RAM from the system before the guest runs, or while it is waited for, unless it
+    /// is for COLO: it arrives faster then, and takes up as much as it may ever have.
+    #[arg(long)]
+    prealloc: bool,
+    /// Ask for huge pages for guest RAM: fewer page faults, and up to 2 MiB for a byte that is written.
+    /// They are of no use with COLO and `--ram-cache cow`.
+    #[arg(long)]
+    huge_pages: bool,
     /// As a source with multifd compressed by zstd, go up with the level where the network is the
     /// bottleneck and down where the processors are, within -7 to 12 (auto:MIN:MAX: within others,
     /// -100 to 20) [default: the parameter `multifd-zstd-level`].
@@ -275,6 +283,7 @@ impl RunArgs {
                 ..GapConfig::default()
             }),
             zstd_level: self.zstd_level,
+            prealloc: self.prealloc,
             boundaries: Arc::new(boundaries),
         })
     }
@@ -450,6 +459,12 @@ fn run(args: &RunArgs) -> Result<ExitCode, Box<dyn Error>> {
     let console = Console::new(sink);
     let loaded = args.incoming.is_none().then(|| image.clone());
     let machine = args.machine.build(loaded, console.sink())?;
+    if args.huge_pages {
+        machine.memory().advise_huge_pages()?;
+    }
+    if args.prealloc && args.incoming.is_none() {
+        populated(machine.memory().populate()?)?;
+    }
     let (state, mode) = match args.incoming {
         None => (RunState::PreLaunch, IncomingMode::None),
         Some(_) => (RunState::InMigrate, IncomingMode::Deferred),

@@ -8,10 +8,13 @@
 //!
 //! A RAM block is one mapping, so that no slice ever crosses a seam.
 
+use std::num::NonZeroUsize;
 use std::sync::Arc;
+use std::thread;
 
 use migration_stream::ram::{BlockId, RamBlock, RamBlockError, RamBlockTable, zero_check};
 use migration_stream::{GuestRam, MemoryError, PAGE_SIZE, PageStore};
+use ram_cache::{Populate, PopulateError, Populated, advise_huge_pages};
 use vm_memory::mmap::MmapRegionError;
 use vm_memory::{
     GuestAddress, GuestMemoryMmap, GuestRegionCollectionError, GuestRegionMmap, MmapRegion,
@@ -163,6 +166,28 @@ impl Memory {
         })
     }
 
+    /// Asks for huge pages, see [`advise_huge_pages`].
+    ///
+    /// # Errors
+    /// The kernel has none.
+    pub fn advise_huge_pages(&self) -> Result<(), PopulateError> {
+        let mut regions = self.regions.iter();
+        regions.try_for_each(|region| advise_huge_pages(&region.mapping))
+    }
+
+    /// Takes all of it from the system, by as many threads as there are cores.
+    ///
+    /// # Errors
+    /// No thread can be started.
+    pub fn populate(&self) -> Result<Populate, PopulateError> {
+        let regions = self
+            .regions
+            .iter()
+            .map(|region| Arc::clone(&region.mapping));
+        let threads = thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
+        Populate::start(regions.collect(), threads)
+    }
+
     /// The blocks in their places, in the order of [`Memory::blocks`](GuestRam::blocks).
     #[must_use]
     pub fn regions(&self) -> &[Region] {
@@ -207,6 +232,19 @@ impl Memory {
                 }
             })
     }
+}
+
+/// Waits until guest RAM is there.
+///
+/// # Errors
+/// It is not to be had.
+pub fn populated(populate: Populate) -> Result<(), PopulateError> {
+    if populate.join()? == Populated::Unsupported {
+        tracing::warn!(
+            "guest ram cannot be populated, and is taken from the system as it is written"
+        );
+    }
+    Ok(())
 }
 
 impl GuestRam for Memory {

@@ -89,11 +89,23 @@ impl Transport {
 /// What memory is before the guest moves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 enum State {
-    /// Only mapped: each page is taken from the system when it is first touched.
+    /// Only mapped, on both sides: each page is taken from the system when it is first touched.
     Fresh,
+    /// That of the destination is all there when the source comes, that of the source only mapped.
+    Ready,
     /// All there, as that of a guest that has run, and of a destination that has made ready (QEMU's
     /// `prealloc=on`).
     Populated,
+}
+
+impl State {
+    const fn is_there_at_source(self) -> bool {
+        matches!(self, Self::Populated)
+    }
+
+    const fn is_there_at_destination(self) -> bool {
+        matches!(self, Self::Ready | Self::Populated)
+    }
 }
 
 /// How the memory crosses.
@@ -250,14 +262,14 @@ impl Guest<'_> {
         let mut vm = Machine::new(&self.machine, self.memory)
             .accel(Self::accel())
             .memory_from(self.file)
-            .prealloc(self.memory_is == State::Populated)
+            .prealloc(self.memory_is.is_there_at_source())
             .start(self.qemu)?;
         way.configure(&mut vm)?;
         Ok(vm)
     }
 
     fn destination(&self, way: Way) -> Result<Qemu> {
-        let prealloc = if self.memory_is == State::Populated {
+        let prealloc = if self.memory_is.is_there_at_destination() {
             "on"
         } else {
             "off"
@@ -278,7 +290,7 @@ impl Guest<'_> {
     /// The memory of a source of ours.
     fn our_source(&self, blocks: &[(String, u64)]) -> Result<Ram> {
         let ram = Ram::with_content(blocks, self.file)?;
-        if self.memory_is == State::Populated {
+        if self.memory_is.is_there_at_source() {
             ram.populate()?;
         }
         Ok(ram)
@@ -291,7 +303,7 @@ impl Guest<'_> {
             way: way.name.to_owned(),
             uri: self.transport.uri(dir.path()),
             blocks: blocks.to_vec(),
-            is_populated: self.memory_is == State::Populated,
+            is_populated: self.memory_is.is_there_at_destination(),
             expected: self.is_checked.then(|| self.file.to_owned()),
         };
         Destination::start(&arguments, dir)

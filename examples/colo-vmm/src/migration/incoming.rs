@@ -13,11 +13,11 @@ use migration_stream::{PageStore, StreamReader};
 use multifd::incoming::{Acceptor, Incoming, IncomingError, Limits};
 use multifd::{Address, Listener, MultifdConfig, RecvChannel, RecvSet};
 use qmp_types::{MigrationStatus, RunState};
-use ram_cache::{CacheBlockSpec, FlushPool};
+use ram_cache::{CacheBlockSpec, FlushPool, Populate};
 use vmstate::StagedSection;
 
 use super::{Cancel, MAX_DEVICE_SECTION, Migration, colo, failed};
-use crate::memory::Memory;
+use crate::memory::{Memory, populated};
 
 /// What `migrate-incoming` has made before it returns.
 pub(super) struct Prepared {
@@ -25,6 +25,8 @@ pub(super) struct Prepared {
     address: Option<Address>,
     multifd: Option<MultifdConfig>,
     store: Store,
+    /// Guest RAM is taken from the system meanwhile.
+    populate: Option<Populate>,
 }
 
 /// Where pages land.
@@ -76,11 +78,16 @@ pub(super) fn prepare(
     };
     let acceptor = Acceptor::new(listener, multifd.as_ref(), limits)?
         .on_refused(|refusal| tracing::warn!(%refusal, "connection refused"));
+    // A cache would replace what was populated, or be as large again.
+    let populate = (migration.options.prealloc && !plan.migrate_colo())
+        .then(|| memory.populate())
+        .transpose()?;
     Ok(Prepared {
         acceptor,
         address,
         multifd,
         store,
+        populate,
     })
 }
 
@@ -108,6 +115,7 @@ fn accept_and_load(
         mut acceptor,
         multifd,
         store,
+        populate,
         ..
     } = prepared;
     let incoming = accept(migration, &mut acceptor, cancel)?;
@@ -123,6 +131,7 @@ fn accept_and_load(
     match store {
         Store::Guest(memory) => {
             let (loaded, pages) = load(migration, plan, incoming, multifd.as_ref(), memory)?;
+            populate.map(populated).transpose()?;
             complete(migration, loaded, pages)
         }
         Store::Colo(store) => {

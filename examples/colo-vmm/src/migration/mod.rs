@@ -107,6 +107,8 @@ pub struct MigrationOptions {
     pub gap: Option<GapConfig>,
     /// As a source with zstd, between which levels it chooses, whatever `multifd-zstd-level` says.
     pub zstd_level: Option<ZstdRange>,
+    /// Take all of guest RAM from the system while a guest is waited for, unless it is for COLO.
+    pub prealloc: bool,
     /// What is done where something begins or ends.
     pub boundaries: Arc<Boundaries>,
 }
@@ -124,6 +126,7 @@ impl Default for MigrationOptions {
             early_resume: false,
             gap: None,
             zstd_level: None,
+            prealloc: false,
             boundaries: Arc::default(),
         }
     }
