@@ -35,6 +35,7 @@
 //! | [`device_blob`], [`opaque_tail`], [`vmdesc`] | device sections: known, unknown, described |
 //! | [`mapped_ram`] | files in which every page has its place |
 //! | [`xbzrle`] | pages as differences to what was sent before |
+//! | [`unchanged`] | pages that need not be sent, because the receiver has their content |
 //! | [`io`] | channels: two traits, and their implementation over a file descriptor |
 //! | [`codec`] | the reader and the names that the others share |
 //!
@@ -44,7 +45,8 @@
 //! # Features
 //!
 //! `fd` (default): `io::FdChannel`. `staged` (default): `StagedRam`, memory of a stopped guest that is
-//! sent while the guest runs on.
+//! sent while the guest runs on. `unchanged` (default): fingerprints of pages, from a crate that builds C
+//! code; without it pages are always sent.
 #![deny(unsafe_code)]
 
 pub mod codec;
@@ -69,6 +71,7 @@ pub mod section;
 #[cfg(feature = "staged")]
 mod staged;
 mod transport;
+pub mod unchanged;
 pub mod vmdesc;
 mod writer;
 pub mod xbzrle;

@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use crate::mapped_ram::{MappedArea, MappedPages};
 use crate::ram::{BlockId, RamBlockTable, RamError, encode_setup_list};
+use crate::unchanged::WhenToCompare;
 use crate::xbzrle::XbzrleCounters;
 use crate::{PageStore, StreamWriter};
 
@@ -40,6 +41,17 @@ pub trait PageTransport: Send {
 
     /// Another round over guest memory begins, or a checkpoint.
     fn begin_round(&mut self) {}
+
+    /// From now on pages are left out whose content was sent last, so that the receiver has it: see
+    /// [`unchanged`](crate::unchanged). Only for a receiver that keeps what it was sent whatever becomes of
+    /// its own memory, as COLO's secondary does. False if the transport leaves out none.
+    ///
+    /// # Errors
+    /// There is no memory or no key for it. All pages are sent then.
+    fn leave_out_unchanged(&mut self, when: WhenToCompare) -> Result<bool, TransportError> {
+        let _ = when;
+        Ok(false)
+    }
 
     /// Whether pages may go as differences to what was sent before (the capability `xbzrle`), which
     /// no COLO checkpoint can follow.
@@ -131,6 +143,9 @@ impl<T: PageTransport + ?Sized> PageTransport for Box<T> {
     fn begin_round(&mut self) {
         (**self).begin_round();
     }
+    fn leave_out_unchanged(&mut self, when: WhenToCompare) -> Result<bool, TransportError> {
+        (**self).leave_out_unchanged(when)
+    }
     fn sends_differences(&self) -> bool {
         (**self).sends_differences()
     }
@@ -165,6 +180,10 @@ pub struct TransportCounters {
     pub normal_pages: u64,
     /// Pages sent as zero.
     pub zero_pages: u64,
+    /// Pages that were compared with what was sent of them before.
+    pub compared_pages: u64,
+    /// Pages that were left out because they were sent like that before.
+    pub unchanged_pages: u64,
     /// Bytes on channels other than the main stream.
     pub channel_bytes: u64,
     /// Pages sent as differences.

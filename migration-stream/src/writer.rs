@@ -11,8 +11,8 @@ use crate::{GuestRam, PAGE_SIZE};
 
 /// Pages that leave in one gather write: with a header each, 512 pieces and 1 MiB.
 const MAX_HELD_PAGES: usize = 256;
-/// Headers that leave in one gather write, bytes: some 3,600 zero pages.
-const MAX_HELD_HEADERS: usize = 32 << 10;
+/// Headers that leave in one gather write, bytes: some 28,000 zero pages, or 63 pages that were copied.
+const MAX_HELD_HEADERS: usize = 256 << 10;
 
 /// The writer of a main stream.
 ///

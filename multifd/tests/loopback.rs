@@ -4,12 +4,14 @@
 mod common;
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use common::{LIMIT, PAGE, Ram};
 use migration_stream::io::{ByteSource, FdChannel};
 use migration_stream::ram::{BlockId, ZeroPageDetection};
+use migration_stream::unchanged::WhenToCompare;
 use migration_stream::{PAGE_SIZE, PageBarrier, PageTransport, StreamWriter, TransportCounters};
 use multifd::incoming::{Acceptor, Incoming, Limits};
 use multifd::outgoing::{Outgoing, connect};
@@ -394,4 +396,88 @@ fn pages_sent_again_beside_the_main_stream_land_in_the_order_in_which_they_were_
         m.sync();
         m.finish();
     }
+}
+
+#[test]
+fn pages_that_are_as_they_were_sent_do_not_cross_and_no_packet_is_without_pages() {
+    for compression in [Compression::None, zlib(), zstd()] {
+        let both = [false, true];
+        let ways = if compression == Compression::None {
+            &both[..]
+        } else {
+            &both[..1]
+        };
+        for &zero_copy in ways {
+            let config = MultifdConfig {
+                zero_copy,
+                ..config(3, compression)
+            };
+            let mut m = Migration::start(&tcp(), &config);
+            for page in (0..PAGES[0]).filter(|p| p % 3 != 0) {
+                m.ram.fill(0, page, 0);
+            }
+            m.send(0, 0, PAGES[0]);
+            m.sync();
+            assert!(m.send.leave_out_unchanged(WhenToCompare::Always).unwrap());
+            let mut crossed = Vec::new();
+            for round in 0..5 {
+                m.send.begin_round();
+                let before = m.send.counters();
+                // Changed, changed back and forth, become zero, and no more.
+                for page in (1..PAGES[0]).step_by(100) {
+                    m.ram.fill(0, page, round % 2);
+                    m.ram.put(0, page + 1, &[round / 3; PAGE]);
+                }
+                m.send(0, 0, PAGES[0]);
+                m.sync();
+                let after = m.send.counters();
+                let crossed_now =
+                    after.normal_pages + after.zero_pages - before.normal_pages - before.zero_pages;
+                let left_out = after.unchanged_pages - before.unchanged_pages;
+                assert_eq!(crossed_now + left_out, PAGES[0]);
+                crossed.push(crossed_now);
+            }
+            // The first time nothing is known of any page.
+            assert_eq!(crossed, [PAGES[0], 7, 7, 14, 7], "{compression:?}");
+            let before = m.send.counters();
+            m.send(0, 0, PAGES[0]);
+            m.sync();
+            let after = m.send.counters();
+            // A SYNC packet for each channel.
+            assert_eq!(after.channel_bytes - before.channel_bytes, 3 * 1344);
+            m.finish();
+        }
+    }
+}
+
+#[test]
+fn what_is_sent_beside_the_main_stream_while_the_guest_writes_is_what_was_compared() {
+    let mut m = Migration::start(&tcp(), &config(2, Compression::None));
+    m.send.beside().unwrap().keep_order();
+    assert!(m.send.leave_out_unchanged(WhenToCompare::Always).unwrap());
+    let stopped = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let (ram, stopped) = (Arc::clone(&m.ram), &stopped);
+        let writer = scope.spawn(move || {
+            for round in (0..3).cycle() {
+                if stopped.load(Ordering::Relaxed) {
+                    return;
+                }
+                for page in 0..8 {
+                    ram.put(0, page, &[round; PAGE]);
+                }
+            }
+        });
+        for _ in 0..300 {
+            let beside = m.send.beside().unwrap();
+            beside.send_beside(BlockId::new(0), 0, 8).unwrap();
+            beside.drain().unwrap();
+        }
+        stopped.store(true, Ordering::Relaxed);
+        writer.join().unwrap();
+    });
+    // Of pages whose content has been sent before, as all three may have, some do not cross now.
+    m.send(0, 0, 8);
+    m.sync();
+    m.finish();
 }

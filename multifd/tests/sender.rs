@@ -15,6 +15,7 @@ use migration_stream::codec::IdStr;
 use migration_stream::io::{ByteSink, Chunk, FdChannel};
 use migration_stream::ram::{BlockId, ZeroPageDetection};
 use migration_stream::section::InstanceId;
+use migration_stream::unchanged::WhenToCompare;
 use migration_stream::{PageTransport, StreamWriter};
 use multifd::device_state::{DeviceId, DeviceStateHeader};
 use multifd::packet::{HEADER_LEN, Method, PacketView};
@@ -327,4 +328,26 @@ fn another_number_of_channels_than_configured_is_refused() {
         ),
         "{e}"
     );
+}
+
+#[test]
+fn a_legacy_zero_page_that_was_zero_before_is_no_record_of_the_main_stream() {
+    let mut s = sender(&MultifdConfig {
+        zero_pages: ZeroPageDetection::Legacy,
+        ..config(1)
+    });
+    assert!(s.set.leave_out_unchanged(WhenToCompare::Always).unwrap());
+    for _ in 0..3 {
+        s.send(2).unwrap();
+    }
+    // By way of other content on the channel, after which it is sent again.
+    s.ram.fill(0, 1, 9);
+    s.send(2).unwrap();
+    s.sync().unwrap();
+    s.ram.put(0, 1, &[0; 4096]);
+    s.send(2).unwrap();
+    s.sync().unwrap();
+    let counters = s.set.join().unwrap();
+    assert_eq!((counters.normal_pages, counters.zero_pages), (1, 3));
+    assert_eq!(counters.unchanged_pages, 4 + 1 + 1);
 }

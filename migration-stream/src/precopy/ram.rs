@@ -12,6 +12,7 @@ use crate::StagedRam;
 use crate::codec::IdStr;
 use crate::ram::{RAM_VERSION, encode_end_of_section};
 use crate::section::{self, Announcement, Continuation, InstanceId, SectionHeader, SectionId};
+use crate::unchanged::WhenToCompare;
 use crate::{DirtyLog, GuestRam, PAGE_SIZE, PageTransport, StreamWriter, TransportCounters};
 
 /// Pages are taken from the bitmap in runs of at most this many: a multifd packet's worth. Budgets
@@ -124,6 +125,14 @@ impl<T: PageTransport, D: DirtyLog> RamSender<T, D> {
     #[must_use]
     pub fn sends_differences(&self) -> bool {
         self.transport.sends_differences()
+    }
+
+    /// See [`PageTransport::leave_out_unchanged`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn leave_out_unchanged(&mut self, when: WhenToCompare) -> Result<bool, SourceError> {
+        Ok(self.transport.leave_out_unchanged(when)?)
     }
 
     /// See [`PageTransport::set_deadline`].

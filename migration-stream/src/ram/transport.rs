@@ -7,6 +7,7 @@ use std::time::Instant;
 use vm_memory::VolatileSlice;
 
 use super::{BlockId, PageAddress, RamError, RecordEncoder, zero_check};
+use crate::unchanged::{ChangedPages, Sent, Unchanged, WhenToCompare};
 use crate::xbzrle::{Encoded, Lookup, PAGE, PageBytes, PageCache, encode};
 use crate::{
     GuestRam, PAGE_SIZE, PageBarrier, PageTransport, StreamWriter, TransportCounters,
@@ -39,6 +40,16 @@ pub struct InStream {
     header: Vec<u8>,
     counters: TransportCounters,
     xbzrle: Option<Box<Xbzrle>>,
+    comparing: Option<Box<Comparing>>,
+}
+
+/// Pages that are copied at a time, to be compared and sent.
+const COPIED_PAGES: u64 = 64;
+
+/// What leaving out unchanged pages needs.
+struct Comparing {
+    unchanged: Unchanged,
+    changed: ChangedPages,
 }
 
 /// What sending differences needs.
@@ -62,6 +73,7 @@ impl InStream {
             header: Vec::with_capacity(RecordEncoder::MAX_LEN),
             counters: TransportCounters::default(),
             xbzrle: None,
+            comparing: None,
         }
     }
 
@@ -78,6 +90,55 @@ impl InStream {
             encoded: Vec::with_capacity(2 * PAGE),
         }));
         self
+    }
+
+    /// Sends copies of those pages that the receiver has not.
+    fn send_changed(
+        &mut self,
+        main: &mut StreamWriter,
+        block: BlockId,
+        offset: u64,
+        pages: u64,
+    ) -> Result<(), TransportError> {
+        let Some(comparing) = &mut self.comparing else {
+            return Ok(());
+        };
+        let Comparing { unchanged, changed } = &mut **comparing;
+        let blocks = self.ram.blocks();
+        let finds_zero = self.detection != ZeroPageDetection::None;
+        let mut next = 0;
+        while next < pages {
+            let part = next..pages.min(next + COPIED_PAGES);
+            next = part.end;
+            let offsets = part.map(|page| offset + page * PAGE_SIZE);
+            let mut sent = changed
+                .copy(&*self.ram, unchanged, block, offsets, finds_zero)
+                .map_err(TransportError::main)?;
+            let began = Instant::now();
+            for offset in changed.zero().iter().copied() {
+                self.header.clear();
+                self.records
+                    .zero(PageAddress { block, offset }, blocks, &mut self.header)
+                    .map_err(TransportError::main)?;
+                main.hold(&self.header, None)
+                    .map_err(TransportError::main)?;
+            }
+            let copies = changed.content().chunks_exact(PAGE);
+            for (offset, copy) in changed.normal().iter().copied().zip(copies) {
+                self.header.clear();
+                self.records
+                    .page(PageAddress { block, offset }, blocks, &mut self.header)
+                    .map_err(TransportError::main)?;
+                self.header.extend_from_slice(copy);
+                main.hold(&self.header, None)
+                    .map_err(TransportError::main)?;
+            }
+            self.counters.zero_pages += changed.zero().len() as u64;
+            self.counters.normal_pages += sent.sent;
+            sent.send_time = began.elapsed();
+            unchanged.note(sent);
+        }
+        Ok(())
     }
 
     /// Sends a copy of `data`, or its difference to the copy that was sent before.
@@ -156,6 +217,11 @@ impl PageTransport for InStream {
         let run = ram
             .slice(block, offset, len)
             .map_err(TransportError::main)?;
+        let unchanged = self.comparing.as_ref().map(|c| &c.unchanged);
+        if unchanged.is_some_and(Unchanged::compares) {
+            return self.send_changed(main, block, offset, pages);
+        }
+        let (began, sent_before) = (Instant::now(), self.counters.normal_pages);
         for i in 0..pages {
             #[allow(clippy::cast_possible_truncation)] // inside a slice
             let data = run
@@ -168,6 +234,9 @@ impl PageTransport for InStream {
             if self.xbzrle.as_ref().is_some_and(|x| x.started) {
                 self.send_difference(main, page, &data)?;
                 continue;
+            }
+            if let Some(comparing) = &self.comparing {
+                comparing.unchanged.sent_unseen(page);
             }
             self.header.clear();
             if self.detection != ZeroPageDetection::None && zero_check(&data) {
@@ -186,6 +255,13 @@ impl PageTransport for InStream {
                 self.counters.normal_pages += 1;
             }
         }
+        if let Some(comparing) = &self.comparing {
+            comparing.unchanged.note(Sent {
+                sent: self.counters.normal_pages - sent_before,
+                send_time: began.elapsed(),
+                ..Sent::default()
+            });
+        }
         Ok(())
     }
 
@@ -199,6 +275,22 @@ impl PageTransport for InStream {
             xbzrle.started = true;
             xbzrle.cache.begin_round();
         }
+        if let Some(comparing) = &self.comparing {
+            comparing.unchanged.begin_round();
+        }
+    }
+
+    /// None are left out where differences are sent.
+    fn leave_out_unchanged(&mut self, when: WhenToCompare) -> Result<bool, TransportError> {
+        if self.sends_differences() {
+            return Ok(false);
+        }
+        let unchanged = Unchanged::new(self.ram.blocks(), when).map_err(TransportError::main)?;
+        self.comparing = Some(Box::new(Comparing {
+            unchanged,
+            changed: ChangedPages::new(),
+        }));
+        Ok(true)
     }
 
     fn sends_differences(&self) -> bool {
@@ -209,7 +301,11 @@ impl PageTransport for InStream {
     fn set_deadline(&mut self, _deadline: Option<Instant>) {}
 
     fn counters(&self) -> TransportCounters {
-        self.counters
+        let mut counters = self.counters;
+        if let Some(comparing) = &self.comparing {
+            (counters.compared_pages, counters.unchanged_pages) = comparing.unchanged.counts();
+        }
+        counters
     }
 }
 

@@ -20,6 +20,7 @@ use std::time::Instant;
 use migration_stream::ram::{
     BlockId, PageAddress, RecordEncoder, ZeroPageDetection, encode_multifd_flush, zero_check,
 };
+use migration_stream::unchanged::{Sent, Unchanged, WhenToCompare};
 use migration_stream::{
     GuestRam, MemoryError, PAGE_SIZE, PageTransport, PagesBeside, StreamWriter, TransportCounters,
     TransportError,
@@ -279,6 +280,17 @@ impl SendSet {
         let (Some(zero), true) = (&mut self.main_zero, zero_check(&data)) else {
             return Ok(false);
         };
+        if let Some(unchanged) = self.totals.unchanged.get() {
+            if !unchanged.compares() {
+                unchanged.sent_unseen(page);
+            } else if unchanged.is_known_zero(page) {
+                unchanged.note(Sent {
+                    still_zero: 1,
+                    ..Sent::default()
+                });
+                return Ok(true);
+            }
+        }
         let mut record = Vec::with_capacity(RecordEncoder::MAX_LEN);
         zero.records
             .zero(page, self.ram.blocks(), &mut record)
@@ -408,6 +420,19 @@ impl PageTransport for SendSet {
             self.sync_channels()?;
         }
         Ok(())
+    }
+
+    fn begin_round(&mut self) {
+        if let Some(unchanged) = self.totals.unchanged.get() {
+            unchanged.begin_round();
+        }
+    }
+
+    fn leave_out_unchanged(&mut self, when: WhenToCompare) -> Result<bool, TransportError> {
+        let unchanged = Unchanged::new(self.ram.blocks(), when).map_err(TransportError::main)?;
+        // Called again it is the table that is there already.
+        self.totals.unchanged.get_or_init(|| unchanged);
+        Ok(true)
     }
 
     fn set_deadline(&mut self, deadline: Option<Instant>) {

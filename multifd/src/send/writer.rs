@@ -1,11 +1,12 @@
-//! One channel's thread: finds the zero pages of a packet and writes it.
+//! One channel's thread: finds the zero pages of a packet, and those that need not be sent, and writes it.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 use migration_stream::io::{ByteSink, Chunk};
-use migration_stream::ram::zero_check;
+use migration_stream::ram::{BlockId, PageAddress, zero_check};
+use migration_stream::unchanged::{ChangedPages, Sent, Unchanged};
 use migration_stream::{GuestRam, MemoryError, PAGE_SIZE, TransportCounters};
 use vm_memory::VolatileSlice;
 
@@ -22,6 +23,8 @@ const PAGE_LEN: usize = 4096;
 /// What all channels together have sent.
 #[derive(Debug, Default)]
 pub(super) struct Totals {
+    /// What was sent of each page last, if pages are left out by it.
+    pub(super) unchanged: OnceLock<Unchanged>,
     /// Packets, SYNC packets included: the number of the next packet. The receiver does not rely
     /// on any order of it, and neither do we.
     pub(super) packets: AtomicU64,
@@ -33,7 +36,11 @@ pub(super) struct Totals {
 
 impl Totals {
     pub(super) fn counters(&self) -> TransportCounters {
+        let unchanged = self.unchanged.get();
+        let (compared_pages, unchanged_pages) = unchanged.map_or((0, 0), Unchanged::counts);
         TransportCounters {
+            compared_pages,
+            unchanged_pages,
             normal_pages: self.normal_pages.load(Ordering::Relaxed),
             zero_pages: self.zero_pages.load(Ordering::Relaxed),
             channel_bytes: self.bytes.load(Ordering::Relaxed),
@@ -59,6 +66,8 @@ pub(super) struct Writer<'a> {
     zero: Vec<u64>,
     /// The pages with data, one slice for pages that follow each other.
     data: Vec<VolatileSlice<'a>>,
+    /// Copies of pages, in the place of those three while pages are compared.
+    changed: ChangedPages,
 }
 
 impl<'a> Writer<'a> {
@@ -83,6 +92,7 @@ impl<'a> Writer<'a> {
             normal: Vec::with_capacity(PAGES_PER_PACKET),
             zero: Vec::with_capacity(PAGES_PER_PACKET),
             data: Vec::with_capacity(PAGES_PER_PACKET),
+            changed: ChangedPages::new(),
         }
     }
 
@@ -120,21 +130,48 @@ impl<'a> Writer<'a> {
     }
 
     fn write_pages(&mut self, batch: &Batch) -> Result<(), ChannelError> {
-        self.sort(batch)?;
+        let Some(unchanged) = self.totals.unchanged.get() else {
+            self.sort(batch)?;
+            return self.write_sorted(batch.block());
+        };
+        let mut sent = if unchanged.compares() {
+            self.compare(batch, unchanged)?
+        } else {
+            self.sort(batch)?;
+            let (block, offsets) = (batch.block(), batch.offsets().iter());
+            offsets.for_each(|&offset| unchanged.sent_unseen(PageAddress { block, offset }));
+            Sent {
+                sent: self.normal.len() as u64,
+                ..Sent::default()
+            }
+        };
+        let began = Instant::now();
+        if !(self.normal.is_empty() && self.zero.is_empty()) {
+            self.write_sorted(batch.block())?;
+        }
+        sent.send_time = began.elapsed();
+        unchanged.note(sent);
+        Ok(())
+    }
+
+    /// Writes the packet of the pages that were sorted or copied.
+    fn write_sorted(&mut self, block: BlockId) -> Result<(), ChannelError> {
         let name = self
             .ram
             .blocks()
-            .get(batch.block())
-            .ok_or_else(|| refused(MemoryError::NoBlock(batch.block())))?
+            .get(block)
+            .ok_or_else(|| refused(MemoryError::NoBlock(block)))?
             .name();
         let index = self.index;
         let begun = Instant::now();
         // A packet of zero pages alone has no payload, whatever the method.
         let payload = match &mut self.encoder {
-            Some(encoder) if !self.data.is_empty() => Some(
-                encoder
-                    .encode(&self.data)
-                    .map_err(|source| ChannelError::Compression { index, source })?,
+            Some(encoder) if !self.normal.is_empty() => Some(
+                match self.data.is_empty() {
+                    true => encoder.encode(&[self.changed.volatile_content()]),
+                    false => encoder.encode(&self.data),
+                }
+                .map_err(|source| ChannelError::Compression { index, source })?,
             ),
             _ => None,
         };
@@ -162,6 +199,12 @@ impl<'a> Writer<'a> {
                 chunks[1] = Chunk::Bytes(bytes);
                 2
             }
+            // Copies are our own bytes, which the kernel takes before the write returns, zero-copy
+            // or not.
+            None if self.data.is_empty() => {
+                chunks[1] = Chunk::Bytes(self.changed.content());
+                2
+            }
             None => {
                 for (chunk, slice) in chunks[1..].iter_mut().zip(&self.data) {
                     *chunk = Chunk::Guest(*slice);
@@ -187,6 +230,22 @@ impl<'a> Writer<'a> {
         add(&self.totals.zero_pages, self.zero.len());
         add(&self.totals.bytes, HEADER_LEN + payload_len);
         Ok(())
+    }
+
+    /// Copies the pages of the batch that the receiver has not, and parts them as
+    /// [`Writer::sort`] does.
+    fn compare(&mut self, batch: &Batch, unchanged: &Unchanged) -> Result<Sent, ChannelError> {
+        let offsets = batch.offsets().iter().copied();
+        let sent = self
+            .changed
+            .copy(self.ram, unchanged, batch.block(), offsets, self.zero_page)
+            .map_err(refused)?;
+        self.data.clear();
+        self.normal.clear();
+        self.normal.extend_from_slice(self.changed.normal());
+        self.zero.clear();
+        self.zero.extend_from_slice(self.changed.zero());
+        Ok(sent)
     }
 
     fn write_device_state(&mut self, state: &DeviceState) -> Result<(), ChannelError> {
@@ -231,6 +290,7 @@ impl<'a> Writer<'a> {
         self.normal.clear();
         self.zero.clear();
         self.data.clear();
+        self.changed.clear();
         for (offset, len) in runs(batch.offsets()) {
             let run = self
                 .ram
