@@ -22,10 +22,16 @@ pub struct CheckpointReport {
     pub steps: Vec<(Step, Duration)>,
     /// Bytes of RAM on the wire, with their headers, on all channels.
     pub ram_bytes: u64,
-    /// Pages on the wire within the checkpoint, zero pages included.
+    /// Pages of the checkpoint, zero pages included. On the secondary those that crossed within it; on
+    /// the primary those that the dirty log named, of which `unchanged_pages` did not cross.
     pub dirty_pages: u64,
     /// Primary: pages sent since the checkpoint before, ahead of this one.
     pub ahead_pages: u64,
+    /// Primary: dirty pages since the checkpoint before, those to be sent ahead included, that were
+    /// compared with what was sent of them last.
+    pub compared_pages: u64,
+    /// Primary: dirty pages, in the same time, that did not cross because the secondary has their content.
+    pub unchanged_pages: u64,
     /// Primary: dirty pages that were copied while the VM stood still, if it resumes early.
     pub kept_pages: u64,
     /// Secondary: pages copied into the guest, those its own guest had dirtied included.
@@ -53,6 +59,8 @@ pub struct CheckpointMeter {
     /// When the VM stopped for this checkpoint, and when its state began to leave.
     captured: Option<Instant>,
     sending: Option<Instant>,
+    /// Pages that were compared, and left out, until the checkpoint before.
+    left_out: (u64, u64),
 }
 
 impl CheckpointMeter {
@@ -98,6 +106,13 @@ impl CheckpointMeter {
     /// Pages have crossed ahead of the next checkpoint.
     pub const fn ahead(&mut self, pages: u64) {
         self.report.ahead_pages += pages;
+    }
+
+    /// So many pages were compared, and left out, since COLO began.
+    pub const fn left_out(&mut self, compared: u64, unchanged: u64) {
+        self.report.compared_pages = compared.saturating_sub(self.left_out.0);
+        self.report.unchanged_pages = unchanged.saturating_sub(self.left_out.1);
+        self.left_out = (compared, unchanged);
     }
 
     /// RAM was copied while the VM stood still.
@@ -158,6 +173,7 @@ mod tests {
         meter.step(send, start + 202 * MS, start + 202 * MS);
         meter.step(Step::SendRam, start + 202 * MS, start + 205 * MS);
         meter.ram(8192, 2);
+        meter.left_out(10, 4);
         meter.step(Step::SendDevices, start + 205 * MS, start + 206 * MS);
         meter.devices(100);
         let loaded = Step::Await(Wait::Message(Message::VmstateLoaded));
@@ -174,7 +190,10 @@ mod tests {
             (report.ram_bytes, report.dirty_pages, report.device_bytes),
             (8192, 2, 100)
         );
-        let empty = meter.complete();
-        assert_eq!((empty.number, empty.ram_bytes), (2, 0));
+        assert_eq!((report.compared_pages, report.unchanged_pages), (10, 4));
+        meter.left_out(13, 5);
+        let next = meter.complete();
+        assert_eq!((next.number, next.ram_bytes), (2, 0));
+        assert_eq!((next.compared_pages, next.unchanged_pages), (3, 1));
     }
 }

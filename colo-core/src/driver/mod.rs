@@ -14,6 +14,7 @@ use std::time::Instant;
 
 use migration_stream::TransportError;
 use migration_stream::precopy::{SourceError, TargetError};
+use migration_stream::unchanged::WhenToCompare;
 use multifd::ChannelError;
 
 pub use control::ColoControl;
@@ -40,6 +41,9 @@ pub struct DriverConfig {
     pub max_device_state: usize,
     /// Primary: whether, and how, pages are sent between checkpoints.
     pub gap: Option<GapConfig>,
+    /// Primary: whether, and when, pages are left out of checkpoints that the secondary has already. See
+    /// [`migration_stream::unchanged`].
+    pub leave_out_unchanged: Option<WhenToCompare>,
 }
 
 /// Far more than the devices of any machine; what a hostile primary can make a secondary take.

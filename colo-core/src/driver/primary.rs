@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use migration_stream::io::{ByteSource, Chunk, Readiness};
 use migration_stream::precopy::{RamSender, SwitchedOver};
 use migration_stream::section::encode_eof;
+use migration_stream::unchanged::WhenToCompare;
 use migration_stream::{DirtyLog, PAGE_SIZE, PageTransport, StagedRam, StreamWriter};
 
 use super::gap::Gap;
@@ -109,6 +110,9 @@ where
         None => Resume::AfterLoaded,
         Some(_) => Resume::Early,
     };
+    if let Some(when) = config.leave_out_unchanged {
+        leave_out_unchanged(&mut link.ram, when);
+    }
     let gap = config.gap.and_then(|gap| Gap::begin(gap, &mut link.ram));
     let mut wire = PrimaryWire {
         link,
@@ -124,6 +128,22 @@ where
         control,
         config,
     )
+}
+
+/// From the first checkpoint on: nothing is known of what precopy has sent, whose pages need not be looked
+/// at for that. COLO does not depend on it.
+fn leave_out_unchanged<T: PageTransport, D: DirtyLog>(
+    ram: &mut RamSender<T, D>,
+    when: WhenToCompare,
+) {
+    match ram.leave_out_unchanged(when) {
+        Ok(true) => {}
+        Ok(false) => tracing::info!("all dirty pages are sent: the transport leaves out none"),
+        Err(error) => {
+            let error: &dyn std::error::Error = &error;
+            tracing::warn!(error, "all dirty pages are sent");
+        }
+    }
 }
 
 struct PrimaryWire<'a, T, D: DirtyLog> {
@@ -180,7 +200,9 @@ impl<T: PageTransport, D: DirtyLog, V: Vm, R, G> Wire<V, R, G> for PrimaryWire<'
                 let mut eof = Vec::with_capacity(1);
                 encode_eof(&mut eof);
                 out.write_bytes(&eof)?;
-                meter.ram(out.offset() + ram.counters().channel_bytes - before, pages);
+                let counters = ram.counters();
+                meter.ram(out.offset() + counters.channel_bytes - before, pages);
+                meter.left_out(counters.compared_pages, counters.unchanged_pages);
                 tracing::trace!(pages, bytes = pages * PAGE_SIZE, "checkpoint ram sent");
             }
             Step::SendDevices => {

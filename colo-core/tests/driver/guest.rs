@@ -218,18 +218,27 @@ impl Guest {
         self.random
     }
 
-    /// Writes somewhere, now and then zeroes.
+    /// Writes somewhere: now and then zeroes, what is there already, or one of few values.
     fn write(&mut self) {
         let (block, value) = (u32::from(self.random().is_multiple_of(8)), self.random());
         let page = self.random() % BLOCKS[block as usize].1;
         let offset = usize::try_from(page * PAGE_SIZE).unwrap();
         let region = &self.ram.regions[block as usize];
-        if value.is_multiple_of(4) {
-            let page = region.get_slice(offset, ZEROES.len()).unwrap();
-            page.copy_from(&ZEROES);
-        } else {
-            let at = offset + usize::try_from(value % 500).unwrap() * 8;
-            region.as_volatile_slice().write_obj(value, at).unwrap();
+        let memory = region.as_volatile_slice();
+        match value % 4 {
+            0 => {
+                let page = region.get_slice(offset, ZEROES.len()).unwrap();
+                page.copy_from(&ZEROES);
+            }
+            1 => {
+                let there: u64 = memory.read_obj(offset).unwrap();
+                memory.write_obj(there, offset).unwrap();
+            }
+            2 => memory.write_obj(value / 4 % 2, offset).unwrap(),
+            _ => {
+                let at = offset + usize::try_from(value % 500).unwrap() * 8;
+                memory.write_obj(value, at).unwrap();
+            }
         }
         self.log.writes.lock().unwrap().push((block, page));
     }

@@ -8,6 +8,7 @@ mod guest;
 mod hostile;
 mod loss;
 mod rig;
+mod unchanged;
 mod vectors;
 
 use std::time::{Duration, Instant};
@@ -20,7 +21,6 @@ use colo_core::{
 use migration_stream::Cause as DecodeCause;
 use migration_stream::precopy::TargetError;
 use migration_stream::ram::RamError;
-use ram_cache::CacheKind;
 use rig::{How, LIMIT, NEVER, Side, WAYS, end, migrated, migrated_by, patient};
 
 fn pair(how: impl Into<How>) -> (Side, Side) {
@@ -59,10 +59,8 @@ fn both_sides_are_equal_at_every_checkpoint_and_different_in_between() {
 #[test]
 fn c1_colo_cannot_follow_a_migration_with_differences_at_either_side() {
     let (primary, secondary) = migrated_by(How {
-        cache: CacheKind::Mirror,
-        channels: 0,
         xbzrle: true,
-        return_path: true,
+        ..WAYS[0]
     });
     assert_eq!(primary.refused(), LinkError::Xbzrle);
     let e = secondary.err().expect("no checkpoints");
@@ -76,10 +74,8 @@ fn c1_colo_cannot_follow_a_migration_with_differences_at_either_side() {
 #[test]
 fn colo_cannot_follow_a_migration_without_a_return_path_at_either_side() {
     let (primary, secondary) = migrated_by(How {
-        cache: CacheKind::Mirror,
-        channels: 0,
-        xbzrle: false,
         return_path: false,
+        ..WAYS[0]
     });
     assert_eq!(primary.refused(), LinkError::NoReturnPath);
     let e = secondary.err().expect("no checkpoints");

@@ -47,6 +47,7 @@ pub fn patient() -> DriverConfig {
         on_loss: OnPeerLoss::Wait,
         max_device_state: 1000,
         gap: None,
+        leave_out_unchanged: None,
     }
 }
 
@@ -104,6 +105,8 @@ pub struct How {
     pub cache: CacheKind,
     pub xbzrle: bool,
     pub return_path: bool,
+    /// What the guest writes.
+    pub seed: u64,
 }
 
 /// How a pair in COLO is made: plain or with multifd, with each cache. A number of channels alone is with
@@ -122,6 +125,7 @@ impl How {
             cache,
             xbzrle: false,
             return_path: true,
+            seed: 0x5eed,
         }
     }
 }
@@ -168,7 +172,7 @@ fn multifd(channels: &[FdChannel]) -> Option<MultifdConfig> {
 fn migrate_away(connections: Vec<FdChannel>, how: How) -> PrimaryEnd {
     let (tell, told) = mpsc::channel();
     let faults = Faults::default();
-    let mut guest = Guest::new(0x5eed_0001, &faults, tell);
+    let mut guest = Guest::new(how.seed << 2 | 1, &faults, tell);
     guest.run();
     let staged = Arc::new(StagedRam::new(Arc::clone(&guest.ram) as _).unwrap());
     let ram: Arc<dyn GuestRam> = Arc::clone(&staged) as _;
@@ -219,7 +223,7 @@ fn migrate_away(connections: Vec<FdChannel>, how: How) -> PrimaryEnd {
 fn take_in(connections: Vec<FdChannel>, how: How) -> Result<SecondaryEnd, TargetError> {
     let (tell, told) = mpsc::channel();
     let faults = Faults::default();
-    let mut guest = Guest::new(0x5eed_0002, &faults, tell);
+    let mut guest = Guest::new(how.seed << 2 | 2, &faults, tell);
     let discard = DiscardControl::new();
     let blocks = BLOCKS
         .iter()
