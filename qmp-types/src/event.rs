@@ -56,6 +56,13 @@ pub struct ColoCheckpoint {
     /// How many pages were sent since the checkpoint before, ahead of this one. Primary only, else 0.
     #[serde(default)]
     pub ahead_pages: u64,
+    /// How many of the pages written since the checkpoint before were compared with what was sent of
+    /// them last. Primary only, else 0.
+    #[serde(default)]
+    pub compared_pages: u64,
+    /// How many of them were not sent, because the secondary has their content. Primary only, else 0.
+    #[serde(default)]
+    pub unchanged_pages: u64,
     /// How much guest memory was sent or received, bytes.
     pub ram_bytes: u64,
     /// How many pages the guest had written since the checkpoint before.

@@ -112,8 +112,11 @@ pub struct LastCheckpoint {
     pub ram_bytes: u64,
     /// Its device state, bytes.
     pub device_bytes: u64,
-    /// Pages that had changed.
+    /// Pages that had been written.
     pub dirty_pages: u64,
+    /// Those that were not sent, because the secondary has their content.
+    #[serde(default)]
+    pub unchanged_pages: u64,
 }
 
 /// The answer to `query-migrate`. Before any migration it is empty: [`MigrationInfo::default`].

@@ -108,7 +108,7 @@ fn events_are_spelled_as_in_the_schema() {
 fn the_event_of_a_checkpoint_is_marked_as_an_extension() {
     let mut sample = json!({"event": "X_COLO_CHECKPOINT", "data": {
         "mode": "primary", "checkpoint": 1, "pause-us": 9_000, "transfer-us": 700,
-        "loaded-us": 900, "ahead-pages": 3, "ram-bytes": 8192, "dirty-pages": 2, "flushed-pages": 0, "device-bytes": 700, "serial-bytes": 12,
+        "loaded-us": 900, "ahead-pages": 3, "compared-pages": 5, "unchanged-pages": 4, "ram-bytes": 8192, "dirty-pages": 2, "flushed-pages": 0, "device-bytes": 700, "serial-bytes": 12,
         "steps": [{"step": "save-devices", "us": 400}, {"step": "send", "us": 500}],
     }});
     let Event::ColoCheckpoint(checkpoint) = identical(&sample) else {

@@ -175,6 +175,7 @@ fn like_qmp(side: &mut Vmm, metrics: &Metrics) -> Result<()> {
         "ram-bytes",
         "device-bytes",
         "dirty-pages",
+        "unchanged-pages",
     ] {
         assert!(figures["last"][key].is_u64(), "{figures}");
     }

@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use clap::{Args, Parser, Subcommand};
 use colo_core::driver::GapConfig;
 use colo_core::{Deadlines, OnPeerLoss};
+use migration_stream::unchanged::WhenToCompare;
 use multifd::ZstdRange;
 use qmp_types::{MigrationAddress, RunState, SessionConfig};
 use ram_cache::CacheKind;
@@ -181,6 +182,11 @@ struct RunArgs {
     /// -100 to 20) [default: the parameter `multifd-zstd-level`].
     #[arg(long, value_name = "auto[:MIN:MAX]")]
     zstd_level: Option<ZstdRange>,
+    /// As a primary, leave out of checkpoints the pages that were written without being changed: those
+    /// of which the secondary has the content. `auto` compares pages as long as that pays, by what
+    /// it measures.
+    #[arg(long, default_value_t = SkipUnchangedArg::Off, value_enum, value_name = "WHEN")]
+    skip_unchanged: SkipUnchangedArg,
     /// The VM's UUID. Both sides must have the same where multifd channels or the capability
     /// `validate-uuid` compare it.
     #[arg(long)]
@@ -241,6 +247,27 @@ impl From<RamCacheArg> for CacheKind {
     }
 }
 
+/// The value of `--skip-unchanged`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum SkipUnchangedArg {
+    /// All dirty pages are sent.
+    Off,
+    /// Pages are compared as long as it pays.
+    Auto,
+    /// Pages are compared in every checkpoint.
+    Always,
+}
+
+impl From<SkipUnchangedArg> for Option<WhenToCompare> {
+    fn from(arg: SkipUnchangedArg) -> Self {
+        match arg {
+            SkipUnchangedArg::Off => None,
+            SkipUnchangedArg::Auto => Some(WhenToCompare::WhenItPays),
+            SkipUnchangedArg::Always => Some(WhenToCompare::Always),
+        }
+    }
+}
+
 /// The value of `--on-peer-loss`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum PeerLossArg {
@@ -278,6 +305,7 @@ impl RunArgs {
             uuid: self.uuid,
             output_commit: self.output_commit,
             early_resume: self.early_resume,
+            skip_unchanged: self.skip_unchanged.into(),
             gap: self.gap_bandwidth.map(|mib| GapConfig {
                 bandwidth: mib.saturating_mul(1 << 20),
                 ..GapConfig::default()

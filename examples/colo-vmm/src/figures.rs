@@ -33,6 +33,8 @@ pub(crate) struct Totals {
     pub(crate) ram_bytes: u64,
     pub(crate) device_bytes: u64,
     pub(crate) dirty_pages: u64,
+    pub(crate) compared_pages: u64,
+    pub(crate) unchanged_pages: u64,
     pub(crate) flushed_pages: u64,
     pub(crate) last: Option<Last>,
     pub(crate) failovers: Vec<(Failover, u64)>,
@@ -46,6 +48,7 @@ pub(crate) struct Last {
     pub(crate) ram_bytes: u64,
     pub(crate) device_bytes: u64,
     pub(crate) dirty_pages: u64,
+    pub(crate) unchanged_pages: u64,
 }
 
 impl Last {
@@ -122,6 +125,10 @@ impl Figures {
         totals.ram_bytes = totals.ram_bytes.saturating_add(report.ram_bytes);
         totals.device_bytes = totals.device_bytes.saturating_add(report.device_bytes);
         totals.dirty_pages = totals.dirty_pages.saturating_add(report.dirty_pages);
+        totals.compared_pages = totals.compared_pages.saturating_add(report.compared_pages);
+        totals.unchanged_pages = totals
+            .unchanged_pages
+            .saturating_add(report.unchanged_pages);
         totals.flushed_pages = totals.flushed_pages.saturating_add(report.flushed_pages);
         totals.last = Some(Last {
             at: Instant::now(),
@@ -129,6 +136,7 @@ impl Figures {
             ram_bytes: report.ram_bytes,
             device_bytes: report.device_bytes,
             dirty_pages: report.dirty_pages,
+            unchanged_pages: report.unchanged_pages,
         });
     }
 
@@ -200,6 +208,7 @@ impl Observation {
                 ram_bytes: last.ram_bytes,
                 device_bytes: last.device_bytes,
                 dirty_pages: last.dirty_pages,
+                unchanged_pages: last.unchanged_pages,
             }),
             heartbeat_age_us: self
                 .heartbeat

@@ -341,6 +341,8 @@ mod tests {
             transfer_us: 0,
             loaded_us: 0,
             ahead_pages: 0,
+            compared_pages: 0,
+            unchanged_pages: 0,
             ram_bytes: 0,
             dirty_pages: 0,
             flushed_pages: 0,

@@ -383,6 +383,8 @@ mod tests {
             transfer_us: pause_us / 2,
             loaded_us: pause_us + 500,
             ahead_pages: 3,
+            compared_pages: 0,
+            unchanged_pages: 0,
             ram_bytes: 1000,
             dirty_pages: 5,
             flushed_pages: 7,

@@ -176,14 +176,26 @@ impl Page<'_> {
         self.each(
             "colo_checkpoint_dirty_pages_total",
             Counter,
-            "Changed pages in all checkpoints.",
+            "Pages in all checkpoints that had been written.",
             |guest| Some(float(guest.totals.dirty_pages)),
         );
         self.each(
             "colo_checkpoint_last_dirty_pages",
             Gauge,
-            "Changed pages in the last checkpoint.",
+            "Pages in the last checkpoint that had been written.",
             |guest| Some(float(guest.totals.last?.dirty_pages)),
+        );
+        self.each(
+            "colo_checkpoint_compared_pages_total",
+            Counter,
+            "Pages that a primary has compared with what it had sent of them.",
+            |guest| Some(float(guest.totals.compared_pages)),
+        );
+        self.each(
+            "colo_checkpoint_unchanged_pages_total",
+            Counter,
+            "Pages that a primary has not sent because the secondary has their content.",
+            |guest| Some(float(guest.totals.unchanged_pages)),
         );
         self.each(
             "colo_checkpoint_flushed_pages_total",

@@ -34,6 +34,7 @@ pub(super) fn config(migration: &Migration) -> DriverConfig {
         deadlines: (migration.options.deadlines).for_checkpoint_delay(migration.checkpoint_delay()),
         on_loss: migration.options.on_peer_loss,
         gap: migration.options.gap,
+        leave_out_unchanged: migration.options.skip_unchanged,
         ..DriverConfig::default()
     }
 }
@@ -239,6 +240,8 @@ pub(crate) fn checkpoint_event(role: Role, report: &CheckpointReport) -> ColoChe
         transfer_us: us(report.transfer),
         loaded_us: us(report.until_loaded),
         ahead_pages: report.ahead_pages,
+        compared_pages: report.compared_pages,
+        unchanged_pages: report.unchanged_pages,
         ram_bytes: report.ram_bytes,
         dirty_pages: report.dirty_pages,
         flushed_pages: report.flushed_pages,

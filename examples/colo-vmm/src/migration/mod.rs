@@ -27,6 +27,7 @@ use colo_core::{Deadlines, FailoverHandle, MigrationPlan, OnPeerLoss};
 use migration_stream::configuration::{Configuration, MachineName};
 use migration_stream::precopy::{BoxError, Limits};
 use migration_stream::ram;
+use migration_stream::unchanged::WhenToCompare;
 use multifd::{Address, ChannelCount, Compression, MultifdConfig, ZlibLevel, ZstdLevel, ZstdRange};
 use qmp_types::{
     InetSocketAddress, MigrationAddress, MigrationCapability, MigrationStatus, MultiFdCompression,
@@ -109,6 +110,8 @@ pub struct MigrationOptions {
     pub zstd_level: Option<ZstdRange>,
     /// Take all of guest RAM from the system while a guest is waited for, unless it is for COLO.
     pub prealloc: bool,
+    /// As a primary, whether and when pages are left out that the secondary has already.
+    pub skip_unchanged: Option<WhenToCompare>,
     /// What is done where something begins or ends.
     pub boundaries: Arc<Boundaries>,
 }
@@ -127,6 +130,7 @@ impl Default for MigrationOptions {
             gap: None,
             zstd_level: None,
             prealloc: false,
+            skip_unchanged: None,
             boundaries: Arc::default(),
         }
     }

@@ -344,6 +344,8 @@ fn a_client_that_never_reads_is_dropped_and_stalls_nobody() {
         transfer_us: 0,
         loaded_us: 0,
         ahead_pages: 0,
+        compared_pages: 0,
+        unchanged_pages: 0,
         ram_bytes: 0,
         dirty_pages: 0,
         flushed_pages: 0,
