@@ -261,6 +261,64 @@ impl Checker {
     }
 }
 
+/// A boot sector whose guest writes what is there already: in each pass it looks whether the first word of
+/// every page of a region is what it wrote there in the pass before, and writes what belongs there now,
+/// which depends on the page's address and changes only every so many passes. It says what a [`Checker`]
+/// says, to be read by [`Checker::passes`].
+#[derive(Clone, Copy, Debug)]
+pub struct Rewriter {
+    /// Guest physical address of the first page; at least 1 MiB, beyond what firmware uses.
+    pub start: u32,
+    /// Number of pages.
+    pub pages: u32,
+    /// The logarithm (to base 2) of the number of passes that write the same; less than 32.
+    pub log_passes: u8,
+}
+
+impl Rewriter {
+    /// As [`Dirtier::write_disk`].
+    ///
+    /// # Errors
+    /// The file system's.
+    pub fn write_disk(&self, path: &Path) -> Result<()> {
+        let start = self.start.to_le_bytes();
+        let end = (self.start + (self.pages << 12)).to_le_bytes();
+        let sector = protected(&[
+            &[0x31, 0xdb],             // xor ebx, ebx
+            &[0x66, 0xba, 0xf8, 0x03], // mov dx, 0x3f8
+            // pass:
+            &[0x8d, 0x6b, 0xff],            // lea ebp, [ebx - 1]
+            &[0xc1, 0xed, self.log_passes], // shr ebp, log_passes
+            &[0x89, 0xd9],                  // mov ecx, ebx
+            &[0xc1, 0xe9, self.log_passes], // shr ecx, log_passes
+            &[0xbf],
+            &start, // mov edi, start
+            // page:
+            &[0x85, 0xdb],       // test ebx, ebx
+            &[0x74, 0x07],       // jz write
+            &[0x8d, 0x04, 0x2f], // lea eax, [edi + ebp]
+            &[0x39, 0x07],       // cmp [edi], eax
+            &[0x75, 0x1b],       // jne wrong
+            // write:
+            &[0x8d, 0x04, 0x0f],                   // lea eax, [edi + ecx]
+            &[0x89, 0x07],                         // mov [edi], eax
+            &[0x81, 0xc7, 0x00, 0x10, 0x00, 0x00], // add edi, 4096
+            &[0x81, 0xff],
+            &end,                      // cmp edi, end
+            &[0x72, 0xe2],             // jb page
+            &[0x43],                   // inc ebx
+            &[0x88, 0xd8, 0x24, 0x7f], // mov al, bl; and al, 0x7f
+            &[0xee],                   // out dx, al
+            &[0xeb, 0xca],             // jmp pass
+            // wrong:
+            &[0x89, 0xf8, 0xc1, 0xe8, 0x0c], // mov eax, edi; shr eax, 12
+            &[0x0c, Checker::ERROR, 0xee],   // or al, ERROR; out dx, al
+            &[0xeb, 0xdb],                   // jmp write
+        ]);
+        write_disk(path, &sector)
+    }
+}
+
 /// Writes a disk with `boot_sector` on it, for [`crate::qemu::Machine::boot`].
 ///
 /// # Errors
