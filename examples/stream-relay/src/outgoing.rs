@@ -156,10 +156,10 @@ impl<F: Fn() -> Result<Devices, NotComing>> Departure<'_, F> {
                 let temporary = NamedTempFile::new_in(dir).map_err(failed)?;
                 let file: Arc<dyn PositionedFile> =
                     Arc::new(temporary.as_file().try_clone().map_err(failed)?);
-                match config.mapped_ram {
+                let written = match config.mapped_ram {
                     None => {
                         let out = StreamWriter::new(FileChannel::new(file, 0));
-                        self.migrate(out, None, log, self.in_stream())?;
+                        self.migrate(out, None, log, self.in_stream())
                     }
                     Some(access) => {
                         let ram: Arc<dyn GuestRam> = Arc::clone(self.memory) as _;
@@ -171,9 +171,16 @@ impl<F: Fn() -> Result<Devices, NotComing>> Departure<'_, F> {
                             pages = pages.with_pages_to(Arc::new(direct.map_err(failed)?));
                         }
                         let out = StreamWriter::to_file(file, 0);
-                        self.migrate(out, None, log, pages)?;
+                        self.migrate(out, None, log, pages)
                     }
-                }
+                };
+                written.map_err(|error| match error {
+                    OutgoingError::Stream(source) => OutgoingError::FileStream {
+                        path: path.clone(),
+                        source,
+                    },
+                    other => other,
+                })?;
                 temporary.as_file().sync_all().map_err(failed)?;
                 temporary
                     .persist_noclobber(path)
@@ -350,6 +357,14 @@ pub enum OutgoingError {
     Exists {
         /// Its path.
         path: PathBuf,
+    },
+    /// The guest could not be written into the file.
+    #[error("writing the guest into {}", .path.display())]
+    FileStream {
+        /// Its path.
+        path: PathBuf,
+        /// Why.
+        source: SourceError,
     },
     /// The file cannot be written.
     #[error("writing {}", .path.display())]

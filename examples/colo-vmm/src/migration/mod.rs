@@ -607,7 +607,8 @@ fn limits(settings: &Settings) -> Limits {
     )
 }
 
-fn socket(address: &MigrationAddress) -> Result<Address, QmpError> {
+/// The socket that an address means, if it means one.
+pub(crate) fn socket(address: &MigrationAddress) -> Result<Address, QmpError> {
     match address {
         MigrationAddress::Socket(SocketAddress::Inet(inet)) => {
             let port = inet.port.parse().ok().or_else(|| {

@@ -55,6 +55,7 @@ use multifd::incoming::{Acceptor, IncomingError, Limits};
 use multifd::{Address, AddressError, Listener, MultifdConfig};
 use qmp_types::{ColoExitReason, ColoMode, Event, MigrationStatus, QmpError, RunState};
 use ram_cache::FlushPool;
+use stream_relay::endpoint::Endpoint;
 use stream_relay::guest::Guest;
 
 pub use self::args::{StandbyArgs, run};
@@ -118,11 +119,19 @@ struct Inner {
     state: RunState,
     colo: Option<ColoControl>,
     /// An operator wants a restore tried again that has failed.
-    retry: bool,
+    retry: Option<Retry>,
     /// Whether one has failed and is waited with.
     has_failed: bool,
     /// Dropped to wake who waits for connections; `None`: the guest is not wanted any more.
     open: Option<PipeWriter>,
+}
+
+/// Where a guest is to be restored that was not.
+enum Retry {
+    /// Where it was not.
+    There,
+    /// Somewhere else.
+    Elsewhere(Endpoint),
 }
 
 /// What became of a guest.
@@ -180,7 +189,7 @@ impl Standby {
             inner: Mutex::new(Inner {
                 state: RunState::InMigrate,
                 colo: None,
-                retry: false,
+                retry: None,
                 has_failed: false,
                 open: Some(open),
             }),
@@ -414,10 +423,10 @@ impl Standby {
 
     /// Restores the guest, as often as an operator wants it tried.
     fn restore(&self, guest: &Guest) -> Ending {
-        let (name, into) = (self.name(), &self.config.restore.into);
+        let (name, mut config) = (self.name(), self.config.restore.clone());
         loop {
-            tracing::info!(guest = name, %into, "restoring the guest");
-            match self.config.restore.restore(guest, name) {
+            tracing::info!(guest = name, into = %config.into, "restoring the guest");
+            match config.restore(guest, name) {
                 Ok(figures) => {
                     let Failover { cause, decided_by } = self.figures.went_on(Decider::Policy);
                     tracing::warn!(
@@ -437,40 +446,44 @@ impl Standby {
                         guest = name,
                         error,
                         "the guest was not restored and is still held; x-colo-lost-heartbeat tries \
-                         again"
+                         again, migrate elsewhere"
                     );
+                    // Who hears of the failure may answer at once.
+                    self.lock().has_failed = true;
                     self.status.fail(MigrationStatus::Failed, error);
                 }
             }
-            if !self.wait_for_retry() {
-                return Ending::Quit;
+            match self.wait_for_retry() {
+                None => return Ending::Quit,
+                Some(Retry::There) => {}
+                Some(Retry::Elsewhere(endpoint)) => {
+                    if matches!(endpoint, Endpoint::File { .. }) {
+                        config.channels = None;
+                    }
+                    config.into = Destination::Waiting(endpoint);
+                }
             }
             self.status.set(MigrationStatus::Failing);
         }
     }
 
-    /// Waits until an operator wants another attempt; false if none is wanted.
-    fn wait_for_retry(&self) -> bool {
-        let mut inner = self.lock();
-        inner.has_failed = true;
+    /// Waits until an operator wants another attempt; `None` if none is wanted.
+    fn wait_for_retry(&self) -> Option<Retry> {
         let mut inner = self
             .changed
-            .wait_while(inner, |inner| inner.open.is_some() && !inner.retry)
+            .wait_while(self.lock(), |inner| {
+                inner.open.is_some() && inner.retry.is_none()
+            })
             .unwrap_or_else(PoisonError::into_inner);
         inner.has_failed = false;
-        inner.retry = false;
-        inner.open.is_some()
+        let retry = inner.retry.take();
+        retry.filter(|_| inner.open.is_some())
     }
 
     /// `x-colo-lost-heartbeat`: the primary is dead, and the guest is to go on.
     fn restore_requested(&self) -> Result<(), QmpError> {
-        {
-            let mut inner = self.lock();
-            if inner.has_failed {
-                inner.retry = true;
-                self.changed.notify_all();
-                return Ok(());
-            }
+        if self.retry(Retry::There) {
+            return Ok(());
         }
         // Before, because the request may be carried out before it returns.
         self.figures.operator_asks(true);
@@ -478,6 +491,26 @@ impl Standby {
             self.figures.operator_asks(false);
             QmpError::generic(error.to_string())
         })
+    }
+
+    /// `migrate`: the guest, which was not restored where it was to be, is to go elsewhere.
+    fn restore_elsewhere(&self, endpoint: Endpoint) -> Result<(), QmpError> {
+        if self.retry(Retry::Elsewhere(endpoint)) {
+            return Ok(());
+        }
+        Err(QmpError::generic(
+            "only a guest whose restore has failed goes elsewhere",
+        ))
+    }
+
+    /// Has a restore that has failed tried again; false if none has.
+    fn retry(&self, retry: Retry) -> bool {
+        let mut inner = self.lock();
+        if inner.has_failed {
+            inner.retry = Some(retry);
+            self.changed.notify_all();
+        }
+        inner.has_failed
     }
 
     /// All that is known of the guest now.

@@ -3,11 +3,14 @@
 use std::sync::Arc;
 
 use qmp_types::{
-    Command, CommandInfo, CommandKind, CommandResult, Event, QmpError, ShutdownCause, StatusInfo,
-    done, returns,
+    Command, CommandInfo, CommandKind, CommandResult, Event, MigrationAddress, QmpError,
+    ShutdownCause, StatusInfo, done, returns,
 };
 
+use stream_relay::endpoint::Endpoint;
+
 use super::Standby;
+use crate::migration::socket;
 use crate::monitor::{colo_status, version};
 use crate::operator::Operator;
 
@@ -23,6 +26,7 @@ pub(super) const COMMANDS: &[CommandKind] = &[
     CommandKind::Quit,
     CommandKind::QueryMigrate,
     CommandKind::XColoLostHeartbeat,
+    CommandKind::Migrate,
     CommandKind::QueryColoStatus,
     CommandKind::XQueryColoFigures,
 ];
@@ -53,11 +57,26 @@ impl Operator for StandbyMonitor {
                 standby.restore_requested()?;
                 done()
             }
+            Command::Migrate(migrate) => {
+                standby.restore_elsewhere(endpoint(&migrate.address)?)?;
+                done()
+            }
             Command::QueryColoStatus => returns(&colo_status(standby.failover().status())),
             Command::XQueryColoFigures => returns(&standby.observe().figures()),
             _ => Err(QmpError::generic(
                 "a guest that is held has no such command",
             )),
         }
+    }
+}
+
+/// Where `migrate` is to give a guest to.
+fn endpoint(address: &MigrationAddress) -> Result<Endpoint, QmpError> {
+    match address {
+        MigrationAddress::File { filename, offset } => Ok(Endpoint::File {
+            path: filename.into(),
+            offset: *offset,
+        }),
+        other => Ok(Endpoint::Socket(socket(other)?)),
     }
 }
