@@ -10,6 +10,7 @@ use std::process::Command;
 use tempfile::TempDir;
 
 use crate::Result;
+use crate::netns::{Host, Network};
 use crate::process::Process;
 
 /// Where etcd is looked for first.
@@ -29,14 +30,16 @@ pub fn find() -> std::result::Result<PathBuf, String> {
     }
 }
 
+/// Where an etcd with a host of its own listens, for clients and for other members.
+const PORTS: [u16; 2] = [2379, 2380];
+
 /// A running etcd. Dropping it kills it and removes its data.
 #[derive(Debug)]
 pub struct Etcd {
     process: Process,
-    program: PathBuf,
-    data: TempDir,
-    /// For clients, and for members that there are none of.
-    ports: [u16; 2],
+    command: Command,
+    endpoint: String,
+    _data: TempDir,
 }
 
 impl Etcd {
@@ -45,31 +48,61 @@ impl Etcd {
     /// # Errors
     /// It does not come up.
     pub fn start(program: &Path) -> Result<Self> {
-        let data = tempfile::tempdir()?;
         // A port that was free may be somebody else's a moment later.
         let mut attempts = 5;
         loop {
             attempts -= 1;
-            let ports = free_ports()?;
-            match run(program, data.path(), ports) {
-                Ok(process) => {
-                    return Ok(Self {
-                        process,
-                        program: program.to_owned(),
-                        data,
-                        ports,
-                    });
-                }
-                Err(error) if attempts == 0 => return Err(error),
-                Err(_) => {}
+            match Self::listening(program, "127.0.0.1", free_ports()?, |command| command) {
+                Err(_) if attempts > 0 => {}
+                result => return result,
             }
         }
     }
 
+    /// Starts it without data on a host of `network`, which has none yet.
+    ///
+    /// # Errors
+    /// It does not come up.
+    pub fn start_on(program: &Path, network: &Network, host: Host) -> Result<Self> {
+        let on_host = |command| network.on(host, &command);
+        Self::listening(program, host.address(), PORTS, on_host)
+    }
+
+    fn listening(
+        program: &Path,
+        host: &str,
+        [clients, members]: [u16; 2],
+        placed: impl FnOnce(Command) -> Command,
+    ) -> Result<Self> {
+        let data = tempfile::tempdir()?;
+        let endpoint = format!("{host}:{clients}");
+        let (clients, members) = (
+            format!("http://{endpoint}"),
+            format!("http://{host}:{members}"),
+        );
+        let mut command = Command::new(program);
+        command
+            .arg("--data-dir")
+            .arg(data.path().join("etcd"))
+            .args(["--listen-client-urls", &clients])
+            .args(["--advertise-client-urls", &clients])
+            .args(["--listen-peer-urls", &members])
+            .args(["--initial-advertise-peer-urls", &members])
+            .args(["--initial-cluster", &format!("default={members}")])
+            .args(["--heartbeat-interval", "50", "--election-timeout", "500"]);
+        let mut command = placed(command);
+        Ok(Self {
+            process: run(&mut command)?,
+            command,
+            endpoint,
+            _data: data,
+        })
+    }
+
     /// `HOST:PORT` for clients.
     #[must_use]
-    pub fn endpoint(&self) -> String {
-        format!("127.0.0.1:{}", self.ports[0])
+    pub fn endpoint(&self) -> &str {
+        &self.endpoint
     }
 
     /// It takes requests and answers none.
@@ -101,7 +134,7 @@ impl Etcd {
     /// # Errors
     /// It does not come up.
     pub fn restart(&mut self) -> Result<()> {
-        self.process = run(&self.program, self.data.path(), self.ports)?;
+        self.process = run(&mut self.command)?;
         Ok(())
     }
 }
@@ -117,22 +150,8 @@ fn free_ports() -> Result<[u16; 2]> {
 }
 
 /// Starts it, and waits until it serves.
-fn run(program: &Path, data: &Path, [clients, members]: [u16; 2]) -> Result<Process> {
-    let (clients, members) = (
-        format!("http://127.0.0.1:{clients}"),
-        format!("http://127.0.0.1:{members}"),
-    );
-    let mut command = Command::new(program);
-    command
-        .arg("--data-dir")
-        .arg(data.join("etcd"))
-        .args(["--listen-client-urls", &clients])
-        .args(["--advertise-client-urls", &clients])
-        .args(["--listen-peer-urls", &members])
-        .args(["--initial-advertise-peer-urls", &members])
-        .args(["--initial-cluster", &format!("default={members}")])
-        .args(["--heartbeat-interval", "50", "--election-timeout", "500"]);
-    let process = Process::spawn("etcd", &mut command)?;
+fn run(command: &mut Command) -> Result<Process> {
+    let process = Process::spawn("etcd", command)?;
     // Said once it is known who leads: 3.4 and earlier, and 3.5 on.
     let serves = |said: &[u8]| {
         let said = String::from_utf8_lossy(said);

@@ -7,6 +7,7 @@ use std::fs::File;
 use std::ops::Range;
 use std::path::Path;
 use std::process::ExitCode;
+use std::sync::OnceLock;
 use std::{env, fmt};
 
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
@@ -62,6 +63,20 @@ pub fn on_network(
 /// As [`on_network`], for a test that needs [disks](disk::Disk) of its own.
 pub fn on_disk(name: &str, kvm: bool, test: impl FnOnce() -> Result<()> + Send + 'static) -> Trial {
     on_host(name, "disk", disk::missing, kvm, test)
+}
+
+/// As [`on_network`], for a test that needs an etcd too, of which it is given the program.
+pub fn on_network_with_etcd(
+    name: &str,
+    kvm: bool,
+    test: impl FnOnce(&Path) -> Result<()> + Send + 'static,
+) -> Trial {
+    static LACKS: OnceLock<Option<String>> = OnceLock::new();
+    let lacks = || {
+        let lacks = LACKS.get_or_init(|| etcd::find().err()).as_deref();
+        netns::missing().or(lacks)
+    };
+    on_host(name, "network, etcd", lacks, kvm, || test(&etcd::find()?))
 }
 
 fn on_host(

@@ -21,6 +21,7 @@ pub mod etcd;
 pub mod gate;
 pub mod guest;
 pub mod harness;
+pub mod hosts;
 pub mod linux;
 pub mod metrics;
 pub mod moments;

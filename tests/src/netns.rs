@@ -1,6 +1,6 @@
-//! Two hosts on one machine: network namespaces that a cable joins, which can be cut in each direction,
-//! for everything or for a part. What is cut is lost on its way in, so that the sender learns nothing:
-//! no reset, no error, as when a host or a switch in between is gone.
+//! Two hosts on one machine, or three: network namespaces that cables join, which can be cut in each
+//! direction, for everything or for a part. What is cut is lost on its way in, so that the sender learns
+//! nothing: no reset, no error, as when a host or a switch in between is gone.
 
 use std::io::Write;
 use std::process::{Command, Stdio};
@@ -9,36 +9,34 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use crate::Result;
 
-/// Name of each end of the cable, in its namespace.
-const DEVICE: &str = "cable";
-
-/// One of the two hosts.
+/// One of the hosts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Host {
-    /// One.
+    /// One of two.
     A,
     /// The other.
     B,
+    /// Where there are three, the one that only looks on.
+    C,
 }
 
 impl Host {
-    const BOTH: [Self; 2] = [Self::A, Self::B];
-
-    /// The other one.
-    #[must_use]
-    pub const fn other(self) -> Self {
-        match self {
-            Self::A => Self::B,
-            Self::B => Self::A,
-        }
-    }
-
-    /// Its address on the cable (of TEST-NET-1, RFC 5737). Each network has the same two.
+    /// Its address (of TEST-NET-1, RFC 5737), on all of its cables. It is the same in each network.
     #[must_use]
     pub const fn address(self) -> &'static str {
         match self {
             Self::A => "192.0.2.1",
             Self::B => "192.0.2.2",
+            Self::C => "192.0.2.3",
+        }
+    }
+
+    /// The end of a cable to it, in the other namespace, and the chain that filters what comes out.
+    const fn device(self) -> &'static str {
+        match self {
+            Self::A => "to_a",
+            Self::B => "to_b",
+            Self::C => "to_c",
         }
     }
 }
@@ -73,46 +71,83 @@ impl Traffic {
     }
 }
 
-/// Two namespaces and the cable between them. Dropping it removes them.
+/// Namespaces, and a cable between each two of them. Dropping it removes them.
 #[derive(Debug)]
 pub struct Network {
     name: String,
+    hosts: &'static [Host],
 }
 
 impl Network {
-    /// A network of its own, with nothing cut.
+    /// Two hosts, with nothing cut.
     ///
     /// # Errors
     /// See [`missing`].
     pub fn new() -> Result<Self> {
+        Self::of(&[Host::A, Host::B])
+    }
+
+    /// Three hosts, with nothing cut.
+    ///
+    /// # Errors
+    /// See [`missing`].
+    pub fn of_three() -> Result<Self> {
+        Self::of(&[Host::A, Host::B, Host::C])
+    }
+
+    fn of(hosts: &'static [Host]) -> Result<Self> {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let count = COUNT.fetch_add(1, Ordering::Relaxed);
         let network = Self {
             name: format!("colo-{}-{count}", std::process::id()),
+            hosts,
         };
-        let [a, b] = Host::BOTH.map(|host| network.namespace(host));
-        let mut batch = format!(
-            "netns add {a}\nnetns add {b}\n\
-             link add {DEVICE} netns {a} type veth peer name {DEVICE} netns {b}\n"
-        );
+        let mut batch: String = hosts
+            .iter()
+            .map(|host| format!("netns add {}\n", network.namespace(*host)))
+            .collect();
+        for (place, a) in hosts.iter().enumerate() {
+            for b in &hosts[place + 1..] {
+                batch += &format!(
+                    "link add {} netns {} type veth peer name {} netns {}\n",
+                    b.device(),
+                    network.namespace(*a),
+                    a.device(),
+                    network.namespace(*b)
+                );
+            }
+        }
         run(Command::new("ip").args(["-batch", "-"]), &batch)?;
-        for host in Host::BOTH {
-            batch = format!(
-                "addr add {}/30 dev {DEVICE}\nlink set {DEVICE} up\n",
-                host.address()
-            );
-            let namespace = network.namespace(host);
-            let mut ip = Command::new("ip");
-            run(ip.args(["-netns", &namespace, "-batch", "-"]), &batch)?;
-            network.filter(
-                host,
-                &format!(
-                    "table netdev cut {{ chain in {{ \
-                     type filter hook ingress device \"{DEVICE}\" priority 0; }}; }}"
-                ),
-            )?;
+        for host in hosts {
+            network.connect(*host)?;
         }
         Ok(network)
+    }
+
+    fn connect(&self, host: Host) -> Result<()> {
+        // What a host says to itself goes by its loopback device.
+        let mut batch = "link set lo up\n".to_owned();
+        let mut filter = "table netdev cut {\n".to_owned();
+        for other in self.others(host) {
+            let device = other.device();
+            batch += &format!(
+                "addr add {} peer {} dev {device}\nlink set {device} up\n",
+                host.address(),
+                other.address()
+            );
+            filter += &format!(
+                "chain {device} {{ \
+                 type filter hook ingress device \"{device}\" priority 0; }}\n"
+            );
+        }
+        let mut ip = Command::new("ip");
+        let namespace = self.namespace(host);
+        run(ip.args(["-netns", &namespace, "-batch", "-"]), &batch)?;
+        self.filter(host, &(filter + "}\n"))
+    }
+
+    fn others(&self, host: Host) -> impl Iterator<Item = Host> {
+        self.hosts.iter().copied().filter(move |h| *h != host)
     }
 
     /// The command, to be run on `host`: with the same process, arguments and environment.
@@ -131,34 +166,34 @@ impl Network {
         entered
     }
 
-    /// Cuts, besides what is cut already, what `from` sends to the other host.
+    /// Cuts, besides what is cut already, what `from` sends to `to`.
     ///
     /// # Errors
     /// The packet filter's.
-    pub fn cut(&self, from: Host, traffic: Traffic) -> Result<()> {
+    pub fn cut(&self, from: Host, to: Host, traffic: Traffic) -> Result<()> {
         let rules = traffic.rules().into_iter();
         let rules: String = rules
-            .map(|rule| format!("add rule netdev cut in {rule}\n"))
+            .map(|rule| format!("add rule netdev cut {} {rule}\n", from.device()))
             .collect();
-        self.filter(from.other(), &rules)
+        self.filter(to, &rules)
     }
 
-    /// Cuts both directions, one a few milliseconds after the other.
+    /// Cuts both directions between `a` and `b`, one a few milliseconds after the other.
     ///
     /// # Errors
     /// The packet filter's.
-    pub fn cut_apart(&self, traffic: Traffic) -> Result<()> {
-        self.cut(Host::A, traffic)?;
-        self.cut(Host::B, traffic)
+    pub fn cut_apart(&self, a: Host, b: Host, traffic: Traffic) -> Result<()> {
+        self.cut(a, b, traffic)?;
+        self.cut(b, a, traffic)
     }
 
-    /// Heals what was cut.
+    /// Heals what was cut between `a` and `b`.
     ///
     /// # Errors
     /// The packet filter's.
-    pub fn heal(&self) -> Result<()> {
-        for host in Host::BOTH {
-            self.filter(host, "flush chain netdev cut in")?;
+    pub fn heal(&self, a: Host, b: Host) -> Result<()> {
+        for (from, to) in [(a, b), (b, a)] {
+            self.filter(to, &format!("flush chain netdev cut {}", from.device()))?;
         }
         Ok(())
     }
@@ -170,20 +205,16 @@ impl Network {
     }
 
     fn namespace(&self, host: Host) -> String {
-        let end = match host {
-            Host::A => "a",
-            Host::B => "b",
-        };
-        format!("{}-{end}", self.name)
+        format!("{}-{host:?}", self.name)
     }
 }
 
 impl Drop for Network {
     fn drop(&mut self) {
-        for host in Host::BOTH {
-            // The cable goes with either. What still runs there keeps its own end of it.
+        for host in self.hosts {
+            // The cables go with either end. What still runs there keeps its own end of them.
             let mut ip = Command::new("ip");
-            let _ = run(ip.args(["netns", "del", &self.namespace(host)]), "");
+            let _ = run(ip.args(["netns", "del", &self.namespace(*host)]), "");
         }
     }
 }

@@ -4,16 +4,7 @@
 use serde_json::json;
 
 use crate::Result;
-use crate::vmm::{ColoVmm, Connection, Vmm};
-
-/// The two sides of a pair.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Side {
-    /// The one whose guest the world hears.
-    Primary,
-    /// The other one.
-    Secondary,
-}
+use crate::vmm::{ColoVmm, Connection, Side, Vmm};
 
 /// The guest with its present hosts.
 #[derive(Debug)]

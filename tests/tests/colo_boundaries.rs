@@ -7,17 +7,17 @@ use std::process::ExitCode;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use serde_json::{Value, json};
+use serde_json::Value;
 use tests::moments::noted;
-use tests::vmm::{ColoVmm, Connection, Pair, Vmm, check_count, first_line};
+use tests::vmm::{ColoVmm, Connection, Pair, Side, Vmm, check_count};
 use tests::{PATIENCE, Result, harness, moments};
 
 fn main() -> ExitCode {
     let mut trials = Vec::new();
     for (name, way) in [("plain", PLAIN), ("multifd", MULTIFD), ("early", EARLY)] {
-        for victim in [Side::Primary, Side::Secondary] {
+        for victim in Side::BOTH {
             trials.push(harness::on_kvm_with(
-                &format!("{name}_{}_may_die_at_any_moment", victim.name()),
+                &format!("{name}_{victim}_may_die_at_any_moment"),
                 move || everywhere(way, victim),
             ));
         }
@@ -35,10 +35,7 @@ struct Way {
 }
 
 const PLAIN: Way = Way {
-    connection: Connection {
-        multifd: None,
-        unix: false,
-    },
+    connection: Connection::PLAIN,
     args: &[],
     commits_output: false,
 };
@@ -66,21 +63,6 @@ const SETTLED: Duration = Duration::from_secs(2);
 /// Pairs at a time.
 const AT_ONCE: usize = 4;
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Side {
-    Primary,
-    Secondary,
-}
-
-impl Side {
-    const fn name(self) -> &'static str {
-        match self {
-            Self::Primary => "primary",
-            Self::Secondary => "secondary",
-        }
-    }
-}
-
 fn guest() -> ColoVmm {
     ColoVmm::new("colo-vmm").memory(16).dirty_pages(64)
 }
@@ -96,31 +78,11 @@ fn start(way: Way, victim: Side, args: &[&str]) -> Result<Pair> {
         secondary: guest().incoming().args(way.args).args(theirs).start()?,
     };
     // What dies meanwhile answers nothing.
-    let _ = configure(&mut pair, way.connection);
+    let _ = pair
+        .set_up(way.connection, DELAY)
+        .and_then(|()| pair.primary.wait_lines(1))
+        .and_then(|()| pair.migrate(way.connection));
     Ok(pair)
-}
-
-fn configure(pair: &mut Pair, connection: Connection) -> Result<()> {
-    let multifd = connection.multifd.map(|_| "multifd");
-    let capabilities: Vec<&str> = ["events", "return-path", "x-colo"]
-        .into_iter()
-        .chain(multifd)
-        .collect();
-    for side in [&mut pair.secondary, &mut pair.primary] {
-        side.qmp.enable(&capabilities)?;
-        side.qmp
-            .set_parameters(json!({"x-checkpoint-delay": DELAY}))?;
-        if let Some((count, compression)) = connection.multifd {
-            side.qmp.set_parameters(
-                json!({"multifd-channels": count, "multifd-compression": compression}),
-            )?;
-        }
-    }
-    pair.primary.wait_lines(1)?;
-    pair.primary
-        .qmp
-        .set_parameters(json!({"max-bandwidth": 0, "downtime-limit": 2000}))?;
-    pair.migrate(connection)
 }
 
 /// The moments of the victim's life, of precopy and of the checkpoints that are tried.
@@ -146,8 +108,7 @@ fn everywhere(way: Way, victim: Side) -> Result<()> {
     let unprotected = lost.count();
     let (all, failed) = (moments.len(), failures.len());
     println!(
-        "{} killed at {all} moments, {failed} failures, {unprotected} before the guest was protected",
-        victim.name()
+        "{victim} killed at {all} moments, {failed} failures, {unprotected} before the guest was protected"
     );
     // Before the secondary has all of the guest, its host takes it along.
     let is_precopy = victim == Side::Primary;
@@ -170,10 +131,7 @@ enum Survivor {
 
 fn dies_at(way: Way, victim: Side, moment: &str) -> Result<Survivor> {
     let mut pair = start(way, victim, &["--die-at", moment])?;
-    let side = match victim {
-        Side::Primary => &mut pair.primary,
-        Side::Secondary => &mut pair.secondary,
-    };
+    let (side, _) = victim.of(&mut pair);
     let deadline = Instant::now() + PATIENCE;
     while side.process.is_running()? {
         if Instant::now() > deadline {
@@ -181,38 +139,21 @@ fn dies_at(way: Way, victim: Side, moment: &str) -> Result<Survivor> {
         }
         thread::sleep(Duration::from_millis(2));
     }
-    match victim {
-        Side::Secondary => {
-            survive(&mut pair.primary)?;
-            check_count(0, &pair.primary.output()?)?;
-            assert_eq!(pair.secondary.output()?, b"", "the secondary was heard");
-            Ok(Survivor::Guest)
-        }
-        Side::Primary => {
-            let survivor = survive(&mut pair.secondary)?;
-            check_count(0, &pair.primary.output()?)?;
-            let heard = pair.secondary.output()?;
-            if survivor == Survivor::Nobody {
-                assert_eq!(heard, b"", "a guest that did not arrive was heard");
-                return Ok(survivor);
-            }
-            let (begin, _) = first_line(&heard)?;
-            check_count(begin, &heard)?;
-            let said = pair.primary.output()?.len() as u64;
-            if way.commits_output {
-                // What was about to be let out is lost. Nothing is contradicted that was.
-                assert!(begin >= said, "byte {begin}, the primary had said {said}");
-            } else {
-                assert!(begin <= said, "the secondary is ahead of its primary");
-            }
-            // Not older than the last checkpoint that the primary knew to be complete.
-            if let Some(last) = pair.primary.checkpoints()?.pop() {
-                let at = last["serial-bytes"].as_u64().ok_or("no serial-bytes")?;
-                assert!(begin >= at, "byte {begin}, the checkpoint was at {at}");
-            }
-            Ok(survivor)
-        }
+    let survivor = survive(victim.other().of(&mut pair).0)?;
+    if survivor == Survivor::Nobody {
+        assert_eq!(victim, Side::Primary);
+        check_count(0, &pair.primary.output()?)?;
+        let heard = pair.secondary.output()?;
+        assert_eq!(heard, b"", "a guest that did not arrive was heard");
+    } else if victim == Side::Primary && way.commits_output {
+        // What was about to be let out is lost. Nothing is contradicted that was.
+        let begin = pair.secondary_begins()?;
+        let said = pair.primary.output()?.len() as u64;
+        assert!(begin >= said, "byte {begin}, the primary had said {said}");
+    } else {
+        pair.check_history(victim.other())?;
     }
+    Ok(survivor)
 }
 
 /// Does what an operator does, by what the survivor says of itself, until its guest runs or it is

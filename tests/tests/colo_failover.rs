@@ -160,10 +160,7 @@ fn main() -> ExitCode {
     ])
 }
 
-const PLAIN: Connection = Connection {
-    multifd: None,
-    unix: false,
-};
+const PLAIN: Connection = Connection::PLAIN;
 const MULTIFD: Connection = Connection::channels(2);
 
 /// Between checkpoints, ms.

@@ -5,9 +5,9 @@ use std::process::ExitCode;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use serde_json::{Value, json};
+use serde_json::Value;
 use tests::etcd::Etcd;
-use tests::vmm::{ColoVmm, Connection, Pair, Vmm, check_count, first_line};
+use tests::vmm::{ColoVmm, Pair, Side, Vmm};
 use tests::{Result, harness};
 
 /// Of a pair that is simulated or not.
@@ -17,11 +17,11 @@ fn main() -> ExitCode {
     let tests: [(&str, Test); 7] = [
         (
             "secondary_of_a_killed_primary_is_given_the_right_by_the_lock_file",
-            |is_simulated| killed(is_simulated, false, Arbiter::File),
+            |is_simulated| killed(is_simulated, Side::Secondary, Arbiter::File),
         ),
         (
             "primary_of_a_killed_secondary_goes_on_by_the_lock_file",
-            |is_simulated| killed(is_simulated, true, Arbiter::File),
+            |is_simulated| killed(is_simulated, Side::Primary, Arbiter::File),
         ),
         (
             "primary_that_was_frozen_finds_its_right_another_s_and_stops",
@@ -46,11 +46,11 @@ fn main() -> ExitCode {
     let by_etcd = [
         harness::on_etcd(
             "secondary_of_a_killed_primary_is_given_the_right_by_etcd",
-            |program| killed(true, false, Arbiter::Etcd(&Etcd::start(program)?)),
+            |program| killed(true, Side::Secondary, Arbiter::Etcd(&Etcd::start(program)?)),
         ),
         harness::on_etcd(
             "primary_of_a_killed_secondary_is_given_the_right_by_etcd",
-            |program| killed(true, true, Arbiter::Etcd(&Etcd::start(program)?)),
+            |program| killed(true, Side::Primary, Arbiter::Etcd(&Etcd::start(program)?)),
         ),
         harness::on_etcd(
             "primary_that_was_frozen_finds_in_etcd_that_its_right_is_another_s_and_stops",
@@ -72,11 +72,6 @@ fn main() -> ExitCode {
     harness::run(simulated.into_iter().chain(kvm).chain(by_etcd))
 }
 
-const CONNECTION: Connection = Connection {
-    multifd: None,
-    unix: false,
-};
-
 #[derive(Clone, Copy)]
 enum Arbiter<'a> {
     None,
@@ -84,8 +79,8 @@ enum Arbiter<'a> {
     Etcd(&'a Etcd),
 }
 
-/// How long a right to run lasts.
-const TERM: Duration = Duration::from_millis(2000);
+/// How long a right to run lasts, ms.
+const TERM: u32 = 2000;
 
 /// A pair in COLO that beats slowly enough for a busy machine.
 fn pair(
@@ -108,73 +103,41 @@ fn pair(
         } else {
             guest
         };
-        guest.args([
-            "--uuid",
-            "8f2a3c1e-0b64-4f4e-9a53-4d1f6f0f7a11",
-            "--heartbeat",
-            &beat,
-            "--heartbeat-interval",
-            "300",
-            "--on-heartbeat-loss",
-            policy,
-            "--arbiter",
-            &arbiter,
-            "--arbiter-term",
-            &TERM.as_millis().to_string(),
-        ])
+        guest.heartbeat(&beat, 300, policy).arbiter(&arbiter, TERM)
     };
-    let mut pair = Pair {
-        secondary: vmm(secondary).incoming().start()?,
-        primary: vmm(primary).start()?,
-    };
-    for side in [&mut pair.secondary, &mut pair.primary] {
-        side.qmp.enable(&["events", "return-path", "x-colo"])?;
-        side.qmp
-            .set_parameters(json!({"x-checkpoint-delay": 100}))?;
-    }
-    pair.primary.wait_lines(1)?;
-    pair.primary.poll("heard peer", |vmm| {
-        Ok((heartbeat(vmm)?["peer"] == "alive").then_some(()))
-    })?;
-    pair.migrate(CONNECTION)?;
+    let mut pair = Pair::with_heartbeat(&vmm(primary), &vmm(secondary), 100)?;
     for side in [&mut pair.primary, &mut pair.secondary] {
-        side.wait_checkpoints(3)?;
-        assert_eq!(heartbeat(side)?["state"], "paired");
+        assert_eq!(side.heartbeat()?["state"], "paired");
     }
     Ok((pair, dir))
 }
 
-fn heartbeat(vmm: &mut Vmm) -> Result<Value> {
-    vmm.qmp.execute("x-query-colo-heartbeat", Value::Null)
-}
-
 fn goes_on(side: &mut Vmm) -> Result<()> {
     side.poll("state alone", |vmm| {
-        Ok((heartbeat(vmm)?["state"] == "alone").then_some(()))
+        Ok((vmm.heartbeat()?["state"] == "alone").then_some(()))
     })?;
     side.wait_migration("completed")?;
     side.wait_status("running")?;
     side.wait_lines(3)
 }
 
-fn killed(is_simulated: bool, survivor_is_primary: bool, arbiter: Arbiter) -> Result<()> {
+fn killed(is_simulated: bool, survivor: Side, arbiter: Arbiter) -> Result<()> {
     let (mut pair, _dir) = pair(is_simulated, "ask", "ask", arbiter)?;
-    let (survivor, victim) = if survivor_is_primary {
-        (&mut pair.primary, &mut pair.secondary)
-    } else {
-        (&mut pair.secondary, &mut pair.primary)
-    };
+    let (side, victim) = survivor.of(&mut pair);
     victim.process.kill()?;
-    goes_on(survivor)?;
+    goes_on(side)?;
     // The holder of the right need not wait for the heartbeat when COLO's connection is gone.
-    survivor.poll("lost peer", |vmm| {
-        Ok((heartbeat(vmm)?["peer"] == "lost").then_some(()))
+    side.poll("lost peer", |vmm| {
+        Ok((vmm.heartbeat()?["peer"] == "lost").then_some(()))
     })?;
-    let beat = heartbeat(survivor)?;
+    let beat = side.heartbeat()?;
     assert_eq!(beat["arbiter-state"], "won");
-    let generation = if survivor_is_primary { 1 } else { 2 };
+    let generation = match survivor {
+        Side::Primary => 1,
+        Side::Secondary => 2,
+    };
     assert_eq!(beat["generation"], generation);
-    check_history(&mut pair, survivor_is_primary)
+    pair.check_history(survivor)
 }
 
 /// The lease of a process that does not run is the other side's in the end, and what was frozen does
@@ -186,10 +149,10 @@ fn frozen(is_simulated: bool, arbiter: Arbiter) -> Result<()> {
     pair.primary.thaw()?;
     pair.primary.qmp.wait_event("X_COLO_STOPPED")?;
     pair.primary.wait_status("internal-error")?;
-    assert_eq!(heartbeat(&mut pair.primary)?["state"], "stopped");
+    assert_eq!(pair.primary.heartbeat()?["state"], "stopped");
     pair.primary.qmp.refused("cont", Value::Null)?;
     pair.secondary.wait_lines(3)?;
-    check_history(&mut pair, false)
+    pair.check_history(Side::Secondary)
 }
 
 /// A process that does not run any more, at either end of whose connections nothing breaks.
@@ -200,7 +163,7 @@ fn frozen_secondary(is_simulated: bool) -> Result<()> {
     let mut slowest = Duration::ZERO;
     pair.primary.poll("state alone", |vmm| {
         let asked = Instant::now();
-        let beat = heartbeat(vmm)?;
+        let beat = vmm.heartbeat()?;
         vmm.migration()?;
         slowest = slowest.max(asked.elapsed());
         Ok((beat["state"] == "alone").then_some(()))
@@ -218,21 +181,21 @@ fn frozen_secondary(is_simulated: bool) -> Result<()> {
     pair.secondary.wait_status("internal-error")?;
     pair.secondary.qmp.refused("cont", Value::Null)?;
     pair.primary.wait_lines(3)?;
-    check_history(&mut pair, true)
+    pair.check_history(Side::Primary)
 }
 
 fn silent_etcd(program: &Path) -> Result<()> {
     let etcd = Etcd::start(program)?;
     let (mut pair, _dir) = pair(true, "ask", "ask", Arbiter::Etcd(&etcd))?;
     etcd.freeze()?;
-    thread::sleep(TERM * 3);
-    assert_eq!(heartbeat(&mut pair.primary)?["state"], "paired");
-    assert_eq!(heartbeat(&mut pair.secondary)?["state"], "paired");
+    thread::sleep(Duration::from_millis(u64::from(TERM) * 3));
+    assert_eq!(pair.primary.heartbeat()?["state"], "paired");
+    assert_eq!(pair.secondary.heartbeat()?["state"], "paired");
     let taken = pair.primary.checkpoints()?.len();
     pair.primary.wait_checkpoints(taken + 2)?;
     etcd.thaw()?;
     pair.primary.poll("renewed right", |vmm| {
-        Ok((heartbeat(vmm)?["arbiter-state"] == "won").then_some(()))
+        Ok((vmm.heartbeat()?["arbiter-state"] == "won").then_some(()))
     })?;
     pair.secondary.process.kill()?;
     goes_on(&mut pair.primary)
@@ -246,7 +209,7 @@ fn renewed_by_nobody(program: &Path) -> Result<()> {
     pair.secondary.freeze()?;
     pair.primary.qmp.wait_event("X_COLO_STOPPED")?;
     pair.primary.wait_status("internal-error")?;
-    let beat = heartbeat(&mut pair.primary)?;
+    let beat = pair.primary.heartbeat()?;
     assert_eq!(beat["state"], "stopped");
     assert_eq!(beat["stop-reason"], "the right to run has run out");
     // Both come back, and the secondary goes on.
@@ -271,7 +234,7 @@ fn operator(is_simulated: bool) -> Result<()> {
     );
     // Nothing has happened.
     for side in [&mut pair.primary, &mut pair.secondary] {
-        assert_eq!(heartbeat(side)?["state"], "paired");
+        assert_eq!(side.heartbeat()?["state"], "paired");
         let taken = side.checkpoints()?.len();
         side.wait_checkpoints(taken + 2)?;
     }
@@ -289,7 +252,7 @@ fn unasked(program: &Path) -> Result<()> {
     etcd.kill()?;
     pair.primary.process.kill()?;
     pair.secondary.poll("lost peer", |vmm| {
-        Ok((heartbeat(vmm)?["state"] == "asking").then_some(()))
+        Ok((vmm.heartbeat()?["state"] == "asking").then_some(()))
     })?;
     let command = "x-colo-lost-heartbeat";
     let refusal = pair.secondary.qmp.refused(command, Value::Null)?;
@@ -298,7 +261,7 @@ fn unasked(program: &Path) -> Result<()> {
         "{}",
         refusal.desc
     );
-    assert_eq!(heartbeat(&mut pair.secondary)?["state"], "asking");
+    assert_eq!(pair.secondary.heartbeat()?["state"], "asking");
     pair.secondary
         .qmp
         .execute("x-colo-override-arbiter", Value::Null)?;
@@ -306,7 +269,7 @@ fn unasked(program: &Path) -> Result<()> {
     // And etcd hears of it.
     etcd.restart()?;
     pair.secondary.poll("right", |vmm| {
-        Ok((heartbeat(vmm)?["arbiter-state"] == "won").then_some(()))
+        Ok((vmm.heartbeat()?["arbiter-state"] == "won").then_some(()))
     })
 }
 
@@ -314,26 +277,12 @@ fn take_over(is_simulated: bool) -> Result<()> {
     let (mut pair, _dir) = pair(is_simulated, "stop", "take-over", Arbiter::None)?;
     pair.primary.process.kill()?;
     goes_on(&mut pair.secondary)?;
-    check_history(&mut pair, false)
+    pair.check_history(Side::Secondary)
 }
 
 fn primary_takes_over(is_simulated: bool) -> Result<()> {
     let (mut pair, _dir) = pair(is_simulated, "take-over", "stop", Arbiter::None)?;
     pair.secondary.process.kill()?;
     goes_on(&mut pair.primary)?;
-    check_history(&mut pair, true)
-}
-
-/// What the guest has said has no gap, and its memory was always as it had left it.
-fn check_history(pair: &mut Pair, survivor_is_primary: bool) -> Result<()> {
-    let (said, heard) = (pair.primary.output()?, pair.secondary.output()?);
-    check_count(0, &said)?;
-    if survivor_is_primary {
-        assert_eq!(heard, b"", "the secondary was heard");
-        return Ok(());
-    }
-    let (begin, _) = first_line(&heard)?;
-    check_count(begin, &heard)?;
-    assert!(begin <= said.len() as u64, "the secondary is ahead");
-    Ok(())
+    pair.check_history(Side::Primary)
 }

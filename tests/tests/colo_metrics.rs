@@ -36,18 +36,11 @@ fn address(path: &Path) -> String {
 fn in_colo(dir: &Path) -> Result<Pair> {
     let beat = address(&dir.join("beat"));
     let side = |name: &'static str, policy: &str| {
-        ColoVmm::new(name).memory(16).simulated().args([
-            "--metrics",
-            &address(&socket(dir, name)),
-            "--uuid",
-            "8f2a3c1e-0b64-4f4e-9a53-4d1f6f0f7a11",
-            "--heartbeat",
-            &beat,
-            "--heartbeat-interval",
-            "300",
-            "--on-heartbeat-loss",
-            policy,
-        ])
+        ColoVmm::new(name)
+            .memory(16)
+            .simulated()
+            .heartbeat(&beat, 300, policy)
+            .args(["--metrics", &address(&socket(dir, name))])
     };
     let (primary, secondary) = (side("primary", "stop"), side("secondary", "take-over"));
     Pair::with_heartbeat(&primary, &secondary, 50)

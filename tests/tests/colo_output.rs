@@ -20,8 +20,8 @@ use std::time::{Duration, Instant};
 use colo_vmm::guest::{ASK, digest};
 use serde_json::json;
 use tests::process::Output;
-use tests::succession::{Side, Succession};
-use tests::vmm::{ColoVmm, Connection};
+use tests::succession::Succession;
+use tests::vmm::{ColoVmm, Connection, Side};
 use tests::{PATIENCE, Result, harness};
 
 fn main() -> ExitCode {

@@ -16,8 +16,8 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use tests::resident::Resident;
-use tests::succession::{Side, Succession};
-use tests::vmm::{ColoVmm, Connection, LINE, Vmm, check_count, first_line};
+use tests::succession::Succession;
+use tests::vmm::{ColoVmm, Connection, LINE, Side, Vmm, check_count, first_line};
 use tests::{Result, harness};
 
 fn main() -> ExitCode {

@@ -69,14 +69,14 @@ fn two_claimants(program: &Path) -> Result<()> {
     let etcd = Etcd::start(program)?;
     for round in 0..200 {
         let key = format!("colo/{round}");
-        let mut primary = side(&etcd.endpoint(), &key, 9, LONG)?;
+        let mut primary = side(etcd.endpoint(), &key, 9, LONG)?;
         wins(&primary.hold(patient()))?;
         // What was given up is anyone's at once.
         primary.release(patient());
         let together = Barrier::new(2);
         let answers = thread::scope(|scope| {
             let claims = [A, B].map(|me| {
-                let mut side = side(&etcd.endpoint(), &key, me, LONG);
+                let mut side = side(etcd.endpoint(), &key, me, LONG);
                 let together = &together;
                 scope.spawn(move || {
                     together.wait();
@@ -106,8 +106,8 @@ fn owner_and_heir(program: &Path) -> Result<()> {
                     let endpoint = etcd.endpoint();
                     scope.spawn(move || -> Result<[Answer; 2]> {
                         let key = format!("colo/{round}-{n}");
-                        let mut owner = side(&endpoint, &key, A, SHORT)?;
-                        let mut heir = side(&endpoint, &key, B, SHORT)?;
+                        let mut owner = side(endpoint, &key, A, SHORT)?;
+                        let mut heir = side(endpoint, &key, B, SHORT)?;
                         wins(&owner.hold(patient()))?;
                         let claim = thread::spawn(move || heir.claim(patient()));
                         let late = SHORT.mul_f32(0.05f32.mul_add(n as f32, 0.95));
@@ -142,7 +142,7 @@ fn owner_and_heir(program: &Path) -> Result<()> {
 
 fn renewals(program: &Path) -> Result<()> {
     let etcd = Etcd::start(program)?;
-    let mut primary = side(&etcd.endpoint(), "colo/a", A, LONG)?;
+    let mut primary = side(etcd.endpoint(), "colo/a", A, LONG)?;
     wins(&primary.hold(patient()))?;
     let mut key = Gateway::new(&etcd.endpoint().parse()?, "colo/a");
     let written = key.read(patient())?;
@@ -159,8 +159,8 @@ fn frozen(program: &Path) -> Result<()> {
     let etcd = Etcd::start(program)?;
     for round in 0..12_u32 {
         let key = format!("colo/{round}");
-        let mut owner = side(&etcd.endpoint(), &key, A, SHORT)?;
-        let mut heir = side(&etcd.endpoint(), &key, B, SHORT)?;
+        let mut owner = side(etcd.endpoint(), &key, A, SHORT)?;
+        let mut heir = side(etcd.endpoint(), &key, B, SHORT)?;
         wins(&owner.hold(patient()))?;
         let claim = thread::spawn(move || {
             let answer = owner.claim(Instant::now() + SHORT);
@@ -191,8 +191,8 @@ fn frozen(program: &Path) -> Result<()> {
 
 fn killed(program: &Path) -> Result<()> {
     let mut etcd = Etcd::start(program)?;
-    let mut owner = side(&etcd.endpoint(), "colo/a", A, SHORT)?;
-    let mut heir = side(&etcd.endpoint(), "colo/a", B, SHORT)?;
+    let mut owner = side(etcd.endpoint(), "colo/a", A, SHORT)?;
+    let mut heir = side(etcd.endpoint(), "colo/a", B, SHORT)?;
     wins(&owner.hold(patient()))?;
     etcd.kill()?;
     for side in [&mut owner, &mut heir] {
@@ -221,6 +221,6 @@ fn endpoints(program: &Path) -> Result<()> {
     let mut owner = side(&endpoints, "colo/a", A, LONG)?;
     wins(&owner.hold(patient()))?;
     wins(&owner.claim(patient()))?;
-    let mut other = side(&etcd.endpoint(), "colo/a", B, LONG)?;
+    let mut other = side(etcd.endpoint(), "colo/a", B, LONG)?;
     loses_to(A, &other.claim(patient()))
 }

@@ -35,10 +35,7 @@ fn main() -> ExitCode {
     ])
 }
 
-const PLAIN: Connection = Connection {
-    multifd: None,
-    unix: false,
-};
+const PLAIN: Connection = Connection::PLAIN;
 const DELAY: u32 = 50;
 
 fn guest() -> ColoVmm {

@@ -75,10 +75,7 @@ fn main() -> ExitCode {
     ])
 }
 
-const PLAIN: Connection = Connection {
-    multifd: None,
-    unix: false,
-};
+const PLAIN: Connection = Connection::PLAIN;
 const ZSTD: Connection = Connection {
     multifd: Some((2, "zstd")),
     unix: false,

@@ -2,7 +2,9 @@
 //! that is full, a pipe that nobody reads, an operator who does not listen. Each ends in a failover, in
 //! a clear stop, or in nothing at all, within the configured time, and QMP answers meanwhile.
 
-use std::fs::{self, File};
+mod disk;
+
+use std::fs::File;
 use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
@@ -13,11 +15,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
-use tempfile::TempDir;
-use tests::disk::Disk;
 use tests::netns::{Host, Network, Traffic};
-use tests::process::{Process, workspace_program};
-use tests::vmm::{ColoVmm, Connection, Pair, Vmm, check_count, first_line};
+use tests::vmm::{ColoVmm, Connection, Pair, Side, Vmm, check_count, first_line};
 use tests::{PATIENCE, Result, harness};
 
 fn main() -> ExitCode {
@@ -30,11 +29,6 @@ fn main() -> ExitCode {
                 move || half_open(kvm, connection),
             ));
         }
-        trials.push(harness::on_disk(
-            &format!("{guest}_guest_does_not_notice_that_its_serial_line_ends_in_a_full_disk"),
-            kvm,
-            move || full_disk(kvm),
-        ));
         let on_machine = |name: &str, test: fn(bool) -> Result<()>| {
             let name = format!("{guest}_{name}");
             if kvm {
@@ -60,35 +54,16 @@ fn main() -> ExitCode {
             deaf_operator,
         ));
     }
-    trials.extend([
-        harness::on_network(
-            "half_open_connections_end_a_migration_in_time_on_both_sides",
-            false,
-            half_open_before_colo,
-        ),
-        harness::on_disk(
-            "right_to_run_is_kept_and_claimed_on_a_full_disk",
-            false,
-            full_arbiter,
-        ),
-        harness::on_disk(
-            "colo_does_not_begin_when_the_right_cannot_be_written",
-            false,
-            no_room_for_the_right,
-        ),
-        harness::on_disk(
-            "guest_whose_copy_finds_no_room_in_a_store_runs_on",
-            false,
-            full_store,
-        ),
-    ]);
+    trials.extend([harness::on_network(
+        "half_open_connections_end_a_migration_in_time_on_both_sides",
+        false,
+        half_open_before_colo,
+    )]);
+    trials.extend(disk::trials());
     harness::run(trials)
 }
 
-const PLAIN: Connection = Connection {
-    multifd: None,
-    unix: false,
-};
+const PLAIN: Connection = Connection::PLAIN;
 
 /// Between checkpoints, ms.
 const DELAY: u32 = 20;
@@ -119,49 +94,19 @@ fn guest(kvm: bool) -> ColoVmm {
 fn watched(kvm: bool, dir: &Path) -> ColoVmm {
     let heartbeat = format!("unix:{}", dir.join("beat").display());
     let arbiter = format!("file:{}", dir.join("right").display());
-    guest(kvm).args([
-        "--uuid",
-        "8f2a3c1e-0b64-4f4e-9a53-4d1f6f0f7a14",
-        "--heartbeat",
-        &heartbeat,
-        "--heartbeat-interval",
-        "200",
-        "--on-heartbeat-loss",
-        "ask",
-        "--arbiter",
-        &arbiter,
-        "--arbiter-term",
-        "2000",
-    ])
-}
-
-fn set_up(pair: &mut Pair, connection: Connection) -> Result<()> {
-    let multifd = connection.multifd.map(|_| "multifd");
-    let capabilities: Vec<&str> = ["events", "return-path", "x-colo"]
-        .into_iter()
-        .chain(multifd)
-        .collect();
-    for side in [&mut pair.secondary, &mut pair.primary] {
-        side.qmp.enable(&capabilities)?;
-        side.qmp.set_parameters(
-            json!({"x-checkpoint-delay": DELAY, "max-bandwidth": 0, "downtime-limit": 2000}),
-        )?;
-    }
-    Ok(())
+    guest(kvm)
+        .heartbeat(&heartbeat, 200, "ask")
+        .arbiter(&arbiter, 2000)
 }
 
 /// Brings a pair into COLO.
 fn enter(pair: &mut Pair, connection: Connection) -> Result<()> {
-    set_up(pair, connection)?;
+    pair.set_up(connection, DELAY)?;
     pair.migrate(connection)?;
     for side in [&mut pair.primary, &mut pair.secondary] {
         side.wait_checkpoints(3)?;
     }
     Ok(())
-}
-
-fn heartbeat(vmm: &mut Vmm) -> Result<Value> {
-    vmm.qmp.execute("x-query-colo-heartbeat", Value::Null)
 }
 
 /// Waits until `found` says that it is there, while every answer comes at once.
@@ -202,7 +147,7 @@ fn goes_on(pair: &mut Pair) -> Result<()> {
 /// A side whose heartbeat was lost goes on alone, and answers meanwhile.
 fn goes_on_alone(side: &mut Vmm) -> Result<()> {
     answers_until(side, "state alone", PATIENCE, |side| {
-        Ok(heartbeat(side)?["state"] == "alone")
+        Ok(side.heartbeat()?["state"] == "alone")
     })?;
     side.wait_migration("completed")?;
     side.wait_status("running")
@@ -224,13 +169,13 @@ fn pair_on(network: &Network, guest: &ColoVmm) -> Result<Pair> {
 fn half_open(kvm: bool, connection: Connection) -> Result<()> {
     let network = Network::new()?;
     let mut pair = pair_on(&network, &guest(kvm))?;
-    set_up(&mut pair, connection)?;
+    pair.set_up(connection, DELAY)?;
     let uri = pair
         .secondary
         .listen_on(&format!("tcp:{}:7000", Host::B.address()))?;
     pair.primary.migrate(&uri)?;
     pair.secondary.wait_checkpoints(3)?;
-    network.cut_apart(Traffic::All)?;
+    network.cut_apart(Host::A, Host::B, Traffic::All)?;
     for side in [&mut pair.primary, &mut pair.secondary] {
         answers_until(side, "end of COLO", IN_TIME, |side| Ok(has_left(side)))?;
         let exit = side.qmp.wait_event("COLO_EXIT")?;
@@ -247,17 +192,13 @@ fn half_open(kvm: bool, connection: Connection) -> Result<()> {
     side.wait_migration("completed")?;
     side.wait_status("running")?;
     side.wait_lines(3)?;
-    check_count(0, &pair.primary.output()?)?;
-    let heard = pair.secondary.output()?;
-    let (begin, _) = first_line(&heard)?;
-    check_count(begin, &heard)?;
-    Ok(())
+    pair.check_history(Side::Secondary)
 }
 
 fn half_open_before_colo() -> Result<()> {
     let network = Network::new()?;
     let mut pair = pair_on(&network, &guest(false))?;
-    set_up(&mut pair, PLAIN)?;
+    pair.set_up(PLAIN, DELAY)?;
     let uri = pair
         .secondary
         .listen_on(&format!("tcp:{}:7000", Host::B.address()))?;
@@ -267,7 +208,7 @@ fn half_open_before_colo() -> Result<()> {
         .set_parameters(json!({"max-bandwidth": 20_000, "zero-page-detection": "none"}))?;
     pair.primary.migrate(&uri)?;
     pair.secondary.wait_migration("active")?;
-    network.cut_apart(Traffic::All)?;
+    network.cut_apart(Host::A, Host::B, Traffic::All)?;
     // Faster, so that there is more to be sent than a socket holds.
     pair.primary
         .qmp
@@ -281,52 +222,6 @@ fn half_open_before_colo() -> Result<()> {
     pair.primary.wait_lines(3)?;
     check_count(0, &pair.primary.output()?)?;
     assert_eq!(pair.secondary.output()?, b"");
-    Ok(())
-}
-
-/// A side whose files, serial line included, are in `place`.
-fn start_in(guest: &ColoVmm, name: &str, place: &Path) -> Result<Vmm> {
-    let dir = tempfile::Builder::new().tempdir_in(place)?;
-    let command = guest.command(dir.path())?;
-    Vmm::start(name, command, dir)
-}
-
-fn full_disk(kvm: bool) -> Result<()> {
-    let (disk, dir) = (Disk::new(256)?, tempfile::tempdir()?);
-    let guest = watched(kvm, dir.path());
-    let mut pair = Pair {
-        secondary: guest.clone().incoming().start()?,
-        primary: start_in(&guest, "primary", disk.path())?,
-    };
-    enter(&mut pair, PLAIN)?;
-    disk.fill()?;
-    // What is left of the page that the file ends in.
-    let full = Instant::now();
-    let mut length = 0;
-    answers_until(&mut pair.primary, "full file", PATIENCE, |side| {
-        let was = std::mem::replace(&mut length, side.output()?.len());
-        if was != length {
-            thread::sleep(Duration::from_millis(200));
-        }
-        Ok(was == length && full.elapsed() > Duration::from_millis(500))
-    })?;
-    goes_on(&mut pair)?;
-    let said = pair.primary.output()?;
-    assert_eq!(said.len(), length, "the disk is not full");
-    check_count(0, &said)?;
-    let log = pair.primary.process.stderr().text();
-    let warnings = log.matches("nobody takes the guest's serial output");
-    assert_eq!(warnings.count(), 1, "{log}");
-    // There is room again, and what the guest says now is heard.
-    disk.free()?;
-    pair.primary.wait_lines(3)?;
-    pair.primary.process.kill()?;
-    goes_on_alone(&mut pair.secondary)?;
-    pair.secondary.wait_lines(3)?;
-    let heard = pair.secondary.output()?;
-    let (begin, _) = first_line(&heard)?;
-    check_count(begin, &heard)?;
-    assert!(begin > length as u64, "the guest stood still meanwhile");
     Ok(())
 }
 
@@ -377,7 +272,7 @@ fn unread_serial(kvm: bool) -> Result<()> {
     })?;
     goes_on(&mut pair)?;
     for side in [&mut pair.primary, &mut pair.secondary] {
-        let beat = heartbeat(side)?;
+        let beat = side.heartbeat()?;
         assert_eq!(
             (&beat["state"], &beat["peer"]),
             (&json!("paired"), &json!("alive"))
@@ -443,7 +338,7 @@ fn unread_log(kvm: bool) -> Result<()> {
         goes_on(&mut pair)?;
     }
     for side in [&mut pair.primary, &mut pair.secondary] {
-        let beat = heartbeat(side)?;
+        let beat = side.heartbeat()?;
         assert_eq!(
             (&beat["state"], &beat["peer"]),
             (&json!("paired"), &json!("alive"))
@@ -481,86 +376,4 @@ fn deaf_operator(kvm: bool) -> Result<()> {
     goes_on(&mut pair)?;
     let _ = deaf.shutdown(Shutdown::Both);
     pair.primary.wait_lines(3)
-}
-
-fn full_arbiter() -> Result<()> {
-    let disk = Disk::new(64)?;
-    let guest = watched(false, disk.path());
-    let mut pair = Pair {
-        secondary: guest.clone().incoming().start()?,
-        primary: guest.start()?,
-    };
-    enter(&mut pair, PLAIN)?;
-    disk.fill()?;
-    // Longer than the right lasts that is not renewed.
-    thread::sleep(Duration::from_secs(3));
-    goes_on(&mut pair)?;
-    assert_eq!(heartbeat(&mut pair.primary)?["arbiter-state"], "won");
-    pair.primary.process.kill()?;
-    goes_on_alone(&mut pair.secondary)?;
-    pair.secondary.wait_lines(3)
-}
-
-fn no_room_for_the_right() -> Result<()> {
-    let disk = Disk::new(64)?;
-    let guest = watched(false, disk.path());
-    let mut pair = Pair {
-        secondary: guest.clone().incoming().start()?,
-        primary: guest.start()?,
-    };
-    disk.fill()?;
-    set_up(&mut pair, PLAIN)?;
-    pair.migrate(PLAIN)?;
-    let reason = pair.primary.wait_failure()?;
-    assert!(reason.contains("the arbiter gives no right"), "{reason}");
-    assert!(reason.contains("No space left"), "{reason}");
-    assert_eq!(pair.primary.status()?, "running");
-    pair.primary.wait_lines(3)?;
-    // With room for it, it goes on as if nothing had been.
-    disk.free()?;
-    let migration = pair.secondary.migration()?;
-    let port = migration["socket-address"][0]["port"].as_str();
-    let uri = format!("tcp:127.0.0.1:{}", port.ok_or("listens nowhere")?);
-    pair.primary.migrate(&uri)?;
-    for side in [&mut pair.primary, &mut pair.secondary] {
-        side.wait_checkpoints(3)?;
-    }
-    check_count(0, &pair.primary.output()?)?;
-    Ok(())
-}
-
-/// The guest is on its way into a store that does not hold it.
-fn full_store() -> Result<()> {
-    let (disk, dir) = (Disk::new(64)?, TempDir::new()?);
-    let address = format!("unix:{}", dir.path().join("relay").display());
-    let store = disk.path().join("store");
-    let mut relay = Command::new(workspace_program("stream-relay", "stream-relay")?);
-    relay.args(["--incoming", &address, "--store"]).arg(&store);
-    let mut relay = Process::spawn("stream-relay", &mut relay)?;
-    let mut source = guest(false).start()?;
-    source.qmp.enable(&["return-path"])?;
-    let deadline = Instant::now() + PATIENCE;
-    while !dir.path().join("relay").exists() {
-        if Instant::now() > deadline {
-            return Err(relay.failure("does not listen"));
-        }
-        thread::sleep(Duration::from_millis(5));
-    }
-    source.wait_lines(1)?;
-    source.migrate(&address)?;
-    let status = relay.wait()?;
-    let said = relay.stderr().text();
-    assert!(!status.success(), "{said}");
-    assert!(said.contains("No space left"), "{said}");
-    let reason = source.wait_failure()?;
-    assert!(!reason.is_empty());
-    source.wait_status("running")?;
-    source.wait_lines(3)?;
-    check_count(0, &source.output()?)?;
-    assert!(
-        !store.join("manifest.json").exists(),
-        "half a guest is kept"
-    );
-    assert!(fs::read_dir(disk.path()).is_ok());
-    Ok(())
 }
