@@ -9,6 +9,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
+use tests::metrics::Metrics;
 use tests::process::workspace_program;
 use tests::qmp::Qmp;
 use tests::vmm::{check_count, first_line};
@@ -40,6 +41,7 @@ fn main() -> ExitCode {
             "survivor_with_a_heartbeat_takes_no_secondary_that_it_cannot_watch",
             unwatched,
         ),
+        harness::anywhere("both_sides_of_a_pair_serve_their_figures", figures),
         harness::anywhere(
             "what_cannot_be_done_is_refused_and_nothing_is_left_behind",
             refused,
@@ -270,6 +272,24 @@ fn outlives_by_itself(run: &[&str]) -> Result<()> {
     let heard = fs::read(&serial)?;
     let (begin, _) = first_line(&heard)?;
     check_count(begin, &heard)?;
+    Ok(())
+}
+
+fn figures() -> Result<()> {
+    let mut life = Life::new()?;
+    let dir = tempfile::tempdir()?;
+    let (pair, socket) = (dir.path().join("pair"), dir.path().join("figures"));
+    let metrics = format!("unix:{}", text(&socket)?);
+    let run = ["--memory", "16", "--sim", "--metrics", &metrics];
+    life.run(&with(&["pair", "--dir", text(&pair)?], &run))?;
+    for (path, role) in [
+        (socket.clone(), "primary"),
+        (dir.path().join("figures.secondary"), "secondary"),
+    ] {
+        let figures = Metrics::scrape(&path)?;
+        let series = format!("colo_role{{role=\"{role}\"}}");
+        assert!((figures.get(&series)? - 1.0).abs() < f64::EPSILON, "{role}");
+    }
     Ok(())
 }
 

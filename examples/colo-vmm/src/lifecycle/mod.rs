@@ -91,7 +91,8 @@ pub struct PairArgs {
     secondary: Option<QmpAddress>,
     #[command(flatten)]
     connection: ConnectionArgs,
-    /// What both sides run: options of `colo-vmm run`.
+    /// What both sides run: options of `colo-vmm run`. Where they name an address for --metrics, the
+    /// secondary takes the next port, or the path with .secondary behind it.
     #[arg(last = true, value_name = "RUN OPTIONS")]
     run: Vec<String>,
 }
@@ -158,7 +159,7 @@ pub fn pair(args: &PairArgs) -> Result<(), Box<dyn Error>> {
             (Remote::connect("secondary", secondary)?, None),
         ),
         (_, _, Some(dir)) => {
-            let secondary = start("secondary", dir, true, &args.run)?;
+            let secondary = start("secondary", dir, true, &for_secondary(&args.run)?)?;
             let primary = start("primary", dir, false, &args.run)?;
             (primary, secondary)
         }
@@ -170,6 +171,48 @@ pub fn pair(args: &PairArgs) -> Result<(), Box<dyn Error>> {
     }
     println!("first checkpoint after {} ms", first.as_millis());
     Ok(())
+}
+
+/// The options of the secondary, whose primary on the same machine has `run`: two cannot serve figures
+/// at one address.
+fn for_secondary(run: &[String]) -> Result<Vec<String>, String> {
+    const OPTION: &str = "--metrics";
+    let mut options = run.to_vec();
+    let mut names_it = false;
+    for option in &mut options {
+        let joined = option
+            .strip_prefix(OPTION)
+            .and_then(|rest| rest.strip_prefix('='));
+        match joined {
+            Some(address) => *option = format!("{OPTION}={}", beside(address)?),
+            None if names_it => *option = beside(option)?,
+            None => {}
+        }
+        names_it = option == OPTION;
+    }
+    Ok(options)
+}
+
+/// The address beside `address`. A free port stays one.
+fn beside(address: &str) -> Result<String, String> {
+    let parsed: QmpAddress = address.parse().map_err(|e| format!("--metrics: {e}"))?;
+    let next = match parsed {
+        QmpAddress::Unix(path) => {
+            let mut path = path.into_os_string();
+            path.push(".secondary");
+            QmpAddress::Unix(path.into())
+        }
+        QmpAddress::Tcp { host, port } => QmpAddress::Tcp {
+            host,
+            port: match port {
+                0 => 0,
+                port => port
+                    .checked_add(1)
+                    .ok_or("--metrics: there is no port behind 65535 for the secondary")?,
+            },
+        },
+    };
+    Ok(next.to_string())
 }
 
 /// Has a side go on alone.
@@ -266,6 +309,33 @@ mod tests {
             "pair --dir d --address nowhere",
         ] {
             assert!(!accepts(line), "{line}");
+        }
+    }
+
+    #[test]
+    fn the_secondary_of_a_pair_serves_its_figures_beside_its_primary_s() {
+        let options = |line: &str| {
+            let run: Vec<String> = line.split(' ').map(str::to_owned).collect();
+            for_secondary(&run).map(|options| options.join(" "))
+        };
+        for (run, secondary) in [
+            ("--memory 16 --sim", "--memory 16 --sim"),
+            (
+                "--metrics tcp:127.0.0.1:9100 --sim",
+                "--metrics tcp:127.0.0.1:9101 --sim",
+            ),
+            ("--metrics=tcp:[::1]:9100", "--metrics=tcp:[::1]:9101"),
+            ("--metrics tcp:a:0", "--metrics tcp:a:0"),
+            (
+                "--sim --metrics unix:/run/figures",
+                "--sim --metrics unix:/run/figures.secondary",
+            ),
+        ] {
+            assert_eq!(options(run).as_deref(), Ok(secondary), "{run}");
+        }
+        for run in ["--metrics tcp:a:65535", "--metrics nowhere"] {
+            let error = options(run).unwrap_err();
+            assert!(error.starts_with("--metrics: "), "{error}");
         }
     }
 
