@@ -23,9 +23,9 @@ pub struct ColoHeartbeat {
     pub missed: u32,
     /// What is done then: `take-over`, `ask` or `stop`.
     pub policy: String,
-    /// This side: `paired`, `asking`, `alone` or `stopped`.
+    /// This side: `paired`, `asking`, `alone`, `stopped` or `suspended`.
     pub state: String,
-    /// Why its guest was stopped for good.
+    /// Why its guest was stopped for good, or stands still until the arbiter has answered.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stop_reason: Option<String>,
     /// Which arbiter is asked: `none`, `file`, `etcd`.

@@ -61,8 +61,12 @@ fn main() -> ExitCode {
             silent_etcd,
         ),
         harness::on_etcd(
-            "primary_that_neither_etcd_nor_its_secondary_answers_stops",
+            "primary_that_neither_etcd_nor_its_secondary_answers_stands_still_until_etcd_does",
             renewed_by_nobody,
+        ),
+        harness::on_etcd(
+            "claims_that_etcd_carries_out_late_leave_one_guest_running",
+            late_claim,
         ),
         harness::on_etcd(
             "operator_who_cannot_have_etcd_asked_has_to_say_that_it_is_not_to_be",
@@ -207,17 +211,77 @@ fn renewed_by_nobody(program: &Path) -> Result<()> {
     let (mut pair, _dir) = pair(true, "ask", "ask", Arbiter::Etcd(&etcd))?;
     etcd.freeze()?;
     pair.secondary.freeze()?;
-    pair.primary.qmp.wait_event("X_COLO_STOPPED")?;
-    pair.primary.wait_status("internal-error")?;
-    let beat = pair.primary.heartbeat()?;
-    assert_eq!(beat["state"], "stopped");
-    assert_eq!(beat["stop-reason"], "the right to run has run out");
-    // Both come back, and the secondary goes on.
+    stands_still(&mut pair.primary)?;
+    // Nobody but the arbiter lets it run.
+    pair.primary.qmp.execute("cont", Value::Null)?;
+    let said = pair.primary.output()?.len();
+    thread::sleep(TERM);
+    assert_eq!(pair.primary.output()?.len(), said);
+    // It answers again, and nobody else has asked.
     etcd.thaw()?;
+    goes_on(&mut pair.primary)?;
+    // The other is too late.
     pair.secondary.thaw()?;
-    goes_on(&mut pair.secondary)?;
-    pair.primary.qmp.refused("cont", Value::Null)?;
+    pair.secondary.qmp.wait_event("X_COLO_STOPPED")?;
+    pair.secondary.wait_status("internal-error")
+}
+
+/// Waits until its right has run out.
+fn stands_still(primary: &mut Vmm) -> Result<()> {
+    primary.poll("right that has run out", |vmm| {
+        let beat = vmm.heartbeat()?;
+        let ran_out = beat["stop-reason"] == "the right to run has run out";
+        Ok((ran_out && beat["state"] == "suspended").then_some(()))
+    })?;
+    assert_eq!(primary.status()?, "paused");
     Ok(())
+}
+
+/// The claim is in etcd's hands when its answer is given up, and the other's comes behind it.
+fn late_claim(program: &Path) -> Result<()> {
+    let etcd = Etcd::start(program)?;
+    let (mut pair, _dir) = pair(true, "ask", "ask", Arbiter::Etcd(&etcd))?;
+    etcd.freeze()?;
+    // The connection alone, at first: the primary claims when COLO is over, and both wait for etcd.
+    for side in [&mut pair.primary, &mut pair.secondary] {
+        let instances = side.qmp.execute_oob("query-yank", Value::Null)?;
+        side.qmp
+            .execute_oob("yank", json!({"instances": instances}))?;
+    }
+    pair.primary.poll("claim", |vmm| {
+        Ok((heartbeat(vmm)?["state"] == "asking").then_some(()))
+    })?;
+    pair.secondary.freeze()?;
+    stands_still(&mut pair.primary)?;
+    pair.secondary.thaw()?;
+    pair.secondary.poll("claim", |vmm| {
+        Ok((heartbeat(vmm)?["state"] == "asking").then_some(()))
+    })?;
+    thread::sleep(TERM);
+    etcd.thaw()?;
+    let both = [pair.primary, pair.secondary];
+    one_goes_on(both)
+}
+
+/// Waits until one side goes on, and the other has stopped for good.
+fn one_goes_on(mut sides: [Vmm; 2]) -> Result<()> {
+    for side in &mut sides {
+        side.poll("decision", |vmm| {
+            let state = heartbeat(vmm)?["state"].take();
+            Ok(["alone", "stopped"]
+                .iter()
+                .any(|s| state == *s)
+                .then_some(()))
+        })?;
+    }
+    let [a, b] = &mut sides;
+    let (alone, stopped) = match heartbeat(a)?["state"].as_str() {
+        Some("alone") => (a, b),
+        _ => (b, a),
+    };
+    goes_on(alone)?;
+    assert_eq!(heartbeat(stopped)?["state"], "stopped");
+    stopped.wait_status("internal-error")
 }
 
 /// The primary lives and renews its right; then an operator asks for it to go on.

@@ -40,6 +40,8 @@ pub enum Phase {
     Alone,
     /// Its guest stands still for good.
     Stopped,
+    /// Its guest stands still, as its right has run out, until the arbiter has said whose it is.
+    Suspended,
 }
 
 /// One beat.
@@ -119,6 +121,7 @@ impl Beat {
             Phase::Asking => 1,
             Phase::Alone => 2,
             Phase::Stopped => 3,
+            Phase::Suspended => 4,
         };
         let on_loss = match self.on_loss {
             OnHeartbeatLoss::TakeOver => 1,
@@ -192,6 +195,7 @@ impl Beat {
                 1 => Phase::Asking,
                 2 => Phase::Alone,
                 3 => Phase::Stopped,
+                4 => Phase::Suspended,
                 _ => return Err(BeatError::Field("phase")),
             },
             session,
@@ -283,7 +287,7 @@ mod tests {
         assert_eq!(spoilt(0, b'Q'), BeatError::Magic);
         assert_eq!(spoilt(5, 2), BeatError::Version(2));
         assert_eq!(spoilt(6, 3), BeatError::Field("role"));
-        assert_eq!(spoilt(7, 4), BeatError::Field("phase"));
+        assert_eq!(spoilt(7, 5), BeatError::Field("phase"));
         assert_eq!(spoilt(39, 0), BeatError::Field("sequence number"));
         assert_eq!(spoilt(51, 0), BeatError::Field("timeout"));
         assert_eq!(spoilt(52, 0), BeatError::Field("policy"));

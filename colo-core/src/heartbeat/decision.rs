@@ -7,8 +7,12 @@
 //!                              |   \__ peer lost: take over __________|
 //!                              |                        |
 //!                              +--> stopped <-----------+
-//!     peer lost: stop; the peer goes on alone; refused; the right has run out
+//!     peer lost: stop; the peer goes on alone; refused
 //! ```
+//! A primary whose right has run out, and that is not heard, stands still and goes on asking
+//! ([`Order::Suspend`]): a claim whose answer it does not know may have been carried out, or may be
+//! yet. Nobody but the arbiter's next answer knows who has the right then, and whoever has it goes on.
+//!
 //! To a primary COLO begins when it is about to send the last of what its secondary needs to begin: from
 //! then on it cannot know whether the other guest runs ([`Decider::begins`]).
 //!
@@ -42,7 +46,8 @@ pub enum StopReason {
     /// The arbiter has given the right to another.
     #[error("the right to run is another's")]
     Refused,
-    /// The right to run could not be renewed in time, and the peer may have it.
+    /// The right to run could not be renewed in time, and the peer may have it. The guest goes on
+    /// when the arbiter says that it has not.
     #[error("the right to run has run out")]
     RanOut,
     /// COLO has ended with a guest that cannot run.
@@ -103,6 +108,11 @@ pub enum Order {
     Claim,
     /// Request failover of this side's COLO.
     TakeOver,
+    /// Have the guest stand still, whatever COLO or an operator does, until [`Order::GoOn`]. At once:
+    /// the other side may run soon.
+    Suspend,
+    /// The right is this side's: a suspended guest is let run as before.
+    GoOn,
     /// Stop the guest for good. At once: the other side may run soon.
     Stop(StopReason),
 }
@@ -126,6 +136,8 @@ pub struct Decider {
     /// When the arbiter is to be asked next.
     ask_at: Option<Instant>,
     stop: Option<StopReason>,
+    /// The guest stands still because its right has run out.
+    suspended: bool,
     /// This side goes on by an operator's word, of which the arbiter has not heard.
     untold: bool,
 }
@@ -166,6 +178,7 @@ impl Decider {
             pending: None,
             ask_at: None,
             stop: None,
+            suspended: false,
             untold: false,
         }
     }
@@ -175,6 +188,7 @@ impl Decider {
     pub const fn phase(&self) -> Phase {
         match self.state {
             State::Idle | State::Paired => Phase::Paired,
+            State::Asking(_) if self.suspended => Phase::Suspended,
             State::Asking(_) => Phase::Asking,
             State::Alone { .. } => Phase::Alone,
             State::Stopped => Phase::Stopped,
@@ -185,6 +199,12 @@ impl Decider {
     #[must_use]
     pub const fn stop_reason(&self) -> Option<StopReason> {
         self.stop
+    }
+
+    /// Does its guest stand still until the arbiter has said whose the right is?
+    #[must_use]
+    pub const fn is_suspended(&self) -> bool {
+        self.suspended
     }
 
     /// Does this side need the arbiter's right as long as it is one of two?
@@ -322,7 +342,9 @@ impl Decider {
     /// When a guest has to stand still that runs by a right, or by being heard.
     fn guard(&self, view: &View) -> Option<Instant> {
         match self.state {
-            State::Paired | State::Asking(_) if self.holds() => self.until.max(view.hears_until),
+            State::Paired | State::Asking(_) if self.holds() && !self.suspended => {
+                self.until.max(view.hears_until)
+            }
             _ => None,
         }
     }
@@ -361,6 +383,10 @@ impl Decider {
         if self.state == State::Idle && view.colo != Colo::Outside {
             self.state = State::Paired;
         }
+        if self.suspended && matches!(self.state, State::Alone { .. }) {
+            self.suspended = false;
+            return Some(Order::GoOn);
+        }
         match self.state {
             State::Idle if self.until.is_some() => return self.renewal(now),
             State::Alone { told: true } if self.untold => return self.claim(now),
@@ -369,10 +395,15 @@ impl Decider {
         }
         // What was won is not looked at again: `answer` comes before this.
         let decided = matches!(self.state, State::Alone { .. });
-        if let Some(reason) = self.reason_to_stop(view, now).filter(|_| !decided) {
+        if let Some(reason) = self.reason_to_stop(view).filter(|_| !decided) {
             self.stop = Some(reason);
             self.state = State::Stopped;
+            self.suspended = false;
             return Some(Order::Stop(reason));
+        }
+        if !decided && self.has_run_out(view, now) {
+            self.suspend();
+            return Some(Order::Suspend);
         }
         self.go_on(view, now);
         match self.state {
@@ -387,7 +418,7 @@ impl Decider {
         }
     }
 
-    fn reason_to_stop(&self, view: &View, now: Instant) -> Option<StopReason> {
+    fn reason_to_stop(&self, view: &View) -> Option<StopReason> {
         if self.stop.is_some() {
             return self.stop;
         }
@@ -397,18 +428,33 @@ impl Decider {
         if view.peer_phase == Some(Phase::Alone) {
             return Some(StopReason::PeerGoesOn);
         }
-        let covered = [self.until, view.hears_until];
-        // An operator who has let this side go on has seen to the other.
-        let own = view.colo != Colo::TookOver;
-        if own && self.holds() && !covered.into_iter().flatten().any(|until| now < until) {
-            return Some(StopReason::RanOut);
-        }
         let lost = self.is_lost(view) && view.colo != Colo::TookOver;
         (lost && self.on_loss == OnHeartbeatLoss::Stop).then_some(StopReason::PeerLost)
     }
 
+    /// May the guest not run any more by the right, or by being heard?
+    fn has_run_out(&self, view: &View, now: Instant) -> bool {
+        let covered = [self.until, view.hears_until];
+        // An operator who has let this side go on has seen to the other.
+        let own = view.colo != Colo::TookOver;
+        own && self.holds()
+            && !self.suspended
+            && !covered.into_iter().flatten().any(|until| now < until)
+    }
+
+    /// What the peer has done meanwhile is asked of the arbiter, at once and for as long as it takes.
+    fn suspend(&mut self) {
+        self.suspended = true;
+        self.until = None;
+        self.ask_at = None;
+        if !matches!(self.state, State::Asking(Because::Runs)) {
+            self.state = State::Asking(Because::Lost);
+        }
+    }
+
     fn is_lost(&self, view: &View) -> bool {
-        view.peer == PeerState::Lost || view.peer_phase == Some(Phase::Stopped)
+        let stands = [Phase::Stopped, Phase::Suspended].map(Some);
+        view.peer == PeerState::Lost || stands.contains(&view.peer_phase)
     }
 
     fn go_on(&mut self, view: &View, now: Instant) {

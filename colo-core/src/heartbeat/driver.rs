@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use multifd::Address;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::setpriority_process;
 
 use super::arbitration::{HoldError, News, Question, Reply, Request, TakeOverError, serve};
 use super::decision::{Colo, Decider, Order, PATIENCE, Requested, StopReason, View};
@@ -35,6 +36,14 @@ pub trait Guest: Send + Sync {
     /// Stops the guest for good: neither COLO nor an operator may let it run again. Returns when it
     /// stands still. Called at most once, in the heartbeat's thread.
     fn stop_for_good(&self, reason: StopReason);
+
+    /// Stops the guest until [`Guest::go_on`] or [`Guest::stop_for_good`]: neither COLO nor an
+    /// operator may let it run meanwhile, and neither is told that it does not. Returns when it stands
+    /// still.
+    fn suspend(&self);
+
+    /// Ends [`Guest::suspend`]: the guest runs if it would have without.
+    fn go_on(&self);
 }
 
 /// What is known of the heartbeat.
@@ -50,7 +59,7 @@ pub struct HeartbeatReport {
     pub connected: bool,
     /// This side.
     pub phase: Phase,
-    /// Why it has stopped.
+    /// Why it has stopped, or stands still until the arbiter is heard.
     pub stop: Option<StopReason>,
     /// How it beats.
     pub rhythm: Rhythm,
@@ -356,16 +365,20 @@ struct Beating {
 
 impl Beating {
     fn run(mut self) {
+        come_first();
         let mut connected = false;
         loop {
             let now = Instant::now();
+            // Whatever has kept this thread from looking: what has come meanwhile is taken first.
+            let late = self.peer.look(now);
+            self.link.excuse(late);
+            self.read(now, &mut connected);
             let wake = Arc::clone(&self.shared);
             self.link.attend(
                 now,
                 move || wake.wake(),
                 |event| connected |= matches!(event, LinkEvent::Connected),
             );
-            self.read(now, &mut connected);
             let before = self.decider.phase();
             self.take_requests(now);
             let claimed = self.news(now);
@@ -421,7 +434,7 @@ impl Beating {
     fn take_requests(&mut self, now: Instant) {
         let requests = std::mem::take(&mut *lock(&self.shared.requests));
         for request in requests {
-            let view = self.view(now);
+            let view = self.view();
             let (requested, reply) = match request {
                 Request::Ask(reply) => (self.decider.request(&view, now), reply),
                 // What is not to be done is not to be decided either.
@@ -519,7 +532,7 @@ impl Beating {
         Ok(())
     }
 
-    fn view(&mut self, now: Instant) -> View {
+    fn view(&mut self) -> View {
         let status = self.failover.status();
         let within = status.mode != ColoMode::None;
         let ended = *lock(&self.shared.ended);
@@ -533,7 +546,7 @@ impl Beating {
                 None if self.entered => Colo::Within,
                 None => Colo::Outside,
             },
-            peer: self.peer.state(now),
+            peer: self.peer.state(),
             peer_phase: self.peer.phase(),
             hears_until: self.peer.hears_until(),
             relies_until: self.peer.relies_until(),
@@ -545,7 +558,7 @@ impl Beating {
         let mut taken_over = None;
         loop {
             let now = Instant::now();
-            let view = self.view(now);
+            let view = self.view();
             if quit {
                 return taken_over;
             }
@@ -561,15 +574,45 @@ impl Beating {
                     let _ = self.questions.send(Question::Order(order, deadline));
                 }
                 Order::TakeOver => {
-                    tracing::warn!("the peer is lost: this side goes on alone");
+                    let silence = self.peer.silence(now);
+                    tracing::warn!(
+                        peer_age_ms = silence.heard.map(|d| d.as_millis()),
+                        unanswered_ms = silence.unanswered.map(|d| d.as_millis()),
+                        overslept_ms = silence.overslept.as_millis(),
+                        limit_ms = self.peer.rhythm().timeout().as_millis(),
+                        policy = %self.peer.rhythm().on_loss,
+                        "the peer is lost: this side goes on alone"
+                    );
                     let result = self.failover.request();
                     if let Err(error) = result {
                         tracing::info!(%error, "failover was asked for already");
                     }
                     taken_over = Some(result);
                 }
+                Order::Suspend => {
+                    let silence = self.peer.silence(now);
+                    tracing::error!(
+                        peer_age_ms = silence.heard.map(|d| d.as_millis()),
+                        "the right to run has run out: the guest stands still until the arbiter has \
+                         said whose it is"
+                    );
+                    self.guest.suspend();
+                }
+                Order::GoOn => {
+                    tracing::warn!("the right to run is this side's: the guest goes on");
+                    self.guest.go_on();
+                }
                 Order::Stop(reason) => {
-                    tracing::error!(%reason, "this side's guest is stopped for good");
+                    let silence = self.peer.silence(now);
+                    tracing::error!(
+                        %reason,
+                        peer_age_ms = silence.heard.map(|d| d.as_millis()),
+                        unanswered_ms = silence.unanswered.map(|d| d.as_millis()),
+                        overslept_ms = silence.overslept.as_millis(),
+                        limit_ms = self.peer.rhythm().timeout().as_millis(),
+                        policy = %self.peer.rhythm().on_loss,
+                        "this side's guest is stopped for good"
+                    );
                     self.guest.stop_for_good(reason);
                     let until = Instant::now() + PATIENCE;
                     let _ = self.questions.send(Question::Release(until));
@@ -581,22 +624,25 @@ impl Beating {
     fn publish(&self, now: Instant) {
         let mut shared = lock(&self.shared.report);
         let report = &mut shared.0;
-        report.peer = self.peer.state(now);
+        report.peer = self.peer.state();
         report.peer_age = self.peer.age(now);
         report.peer_phase = self.peer.phase();
         report.connected = self.link.is_connected();
         report.phase = self.decider.phase();
-        report.stop = self.decider.stop_reason();
+        let suspended = self.decider.is_suspended();
+        report.stop = (self.decider.stop_reason()).or(suspended.then_some(StopReason::RanOut));
         shared.1 = now;
     }
 
     /// Until there is something to read, or to do.
     fn wait(&mut self) {
         let now = Instant::now();
-        let view = self.view(now);
+        let view = self.view();
+        let looked = self.peer.looked();
         let soon = [
             Some(self.peer.due()),
-            self.peer.lost_at().filter(|at| *at > now),
+            // Not before another look.
+            self.peer.lost_at().filter(|at| *at > looked),
             self.decider.deadline(&view),
         ];
         let until = soon.into_iter().flatten().min().unwrap_or(now);
@@ -617,6 +663,15 @@ impl Beating {
         drop(fds);
         let mut bytes = [0; 64];
         while matches!(self.woken.read(&mut bytes), Ok(64)) {}
+    }
+}
+
+/// Has this thread scheduled before the host's other work, if its user may ask for that. It runs for
+/// some microseconds a beat, and a beat that is late on a busy host is taken for that host's death.
+fn come_first() {
+    // On Linux this is the calling thread's alone.
+    if let Err(error) = setpriority_process(None, -20) {
+        tracing::debug!(%error, "the heartbeat has the priority of everything else");
     }
 }
 

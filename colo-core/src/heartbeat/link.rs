@@ -239,7 +239,14 @@ impl Link {
         self.connections.iter().any(|c| c.proven)
     }
 
-    /// Makes and takes connections.
+    /// This side has not looked for so long, which is no fault of the connections'.
+    pub(super) fn excuse(&mut self, late: Duration) {
+        for connection in &mut self.connections {
+            connection.heard += late;
+        }
+    }
+
+    /// Makes and takes connections. What has come on those that are there has been [read](Link::read).
     pub(super) fn attend(
         &mut self,
         now: Instant,

@@ -8,7 +8,10 @@
 //!
 //! What is lost: three beats in a row (configurable) were not heard, or were not answered. A
 //! connection that breaks is made again, and counts only by the beats that are missing meanwhile,
-//! unless [`Rhythm::closed_is_loss`] says otherwise.
+//! unless [`Rhythm::closed_is_loss`] says otherwise. A side judges its peer by what it has read at its
+//! last look, and does not count time in which it should have looked and was not scheduled. Its
+//! thread asks for the highest priority there is without being a real-time one, so that it is not late
+//! itself on a host that is busy; who may not have that priority goes on without.
 //!
 //! What is promised with [`OnHeartbeatLoss::Ask`] and a leasing arbiter: the two guests never both
 //! run after the arbiter has decided, as long as a guest can be stopped within a quarter of the term
@@ -23,12 +26,14 @@ mod driver;
 mod link;
 mod peer;
 
+use std::fmt;
+
 pub use arbitration::{HoldError, TakeOverError};
 pub use beat::{BEAT_LEN, Beat, BeatError, Phase};
 pub use decision::{Colo, Decider, Order, Requested, StopReason, View};
 pub use driver::{Guest, Heartbeat, HeartbeatConfig, HeartbeatReport};
 pub use link::Endpoint;
-pub use peer::{Peer, PeerState, Rhythm};
+pub use peer::{Peer, PeerState, Rhythm, Silence};
 
 /// What a side does when it has lost its peer.
 ///
@@ -44,4 +49,14 @@ pub enum OnHeartbeatLoss {
     /// It stops its guest for good.
     #[default]
     Stop,
+}
+
+impl fmt::Display for OnHeartbeatLoss {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::TakeOver => "take-over",
+            Self::Ask => "ask",
+            Self::Stop => "stop",
+        })
+    }
 }

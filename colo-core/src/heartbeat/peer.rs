@@ -46,8 +46,26 @@ pub enum PeerState {
     Lost,
 }
 
+/// What a loss is concluded from, for whoever reads of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Silence {
+    /// How long ago the peer was heard; `None` if it never was.
+    pub heard: Option<Duration>,
+    /// How long the first beat that it has not answered is waited for; `None` if it has answered all.
+    pub unanswered: Option<Duration>,
+    /// How much of the first this side did not look, which is not counted against the peer.
+    pub overslept: Duration,
+}
+
 /// Beats that the peer has not answered yet are remembered, as many as these.
 const UNANSWERED: usize = 64;
+
+/// A moment, and how long this side had overslept until then.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct Moment {
+    at: Instant,
+    overslept: Duration,
+}
 
 /// The heartbeat of a pair as one side sees it, without I/O: time comes in as an argument, from a
 /// clock that never goes back.
@@ -58,15 +76,21 @@ pub struct Peer {
     next: u64,
     due: Instant,
     /// When our beats were sent, those that the peer has not said to have seen.
-    sent: VecDeque<(u64, Instant)>,
+    sent: VecDeque<(u64, Moment)>,
+    /// The first of them, which may be older than those that are remembered.
+    unanswered: Option<Moment>,
     /// The last beat heard, and when.
-    heard: Option<(Beat, Instant)>,
+    heard: Option<(Beat, Moment)>,
     /// When the newest of our beats that it has heard was sent.
     answered: Option<Instant>,
     /// The same, of those that it has answered as one of two.
     relied_on: Option<Instant>,
     /// When it was first heard.
-    since: Option<Instant>,
+    since: Option<Moment>,
+    /// When this side has last looked for beats.
+    looked: Instant,
+    /// How long it should have looked and did not, in all.
+    overslept: Duration,
     closed: bool,
     /// No other process than the one that was heard is the peer any more.
     pinned: bool,
@@ -81,10 +105,13 @@ impl Peer {
             next: 1,
             due: now,
             sent: VecDeque::new(),
+            unanswered: None,
             heard: None,
             answered: None,
             relied_on: None,
             since: None,
+            looked: now,
+            overslept: Duration::ZERO,
             closed: false,
             pinned: false,
         }
@@ -113,6 +140,35 @@ impl Peer {
     /// COLO begins: a peer that is started again from now on is not the peer.
     pub fn pin(&mut self) {
         self.pinned = true;
+    }
+
+    /// This side is about to take all the beats that have come. It does so every
+    /// [`Rhythm::interval`] at least, if its host lets it; what it is later than by another one says
+    /// nothing of the peer, and is returned.
+    pub fn look(&mut self, now: Instant) -> Duration {
+        let gap = now.saturating_duration_since(self.looked);
+        let late = gap.saturating_sub(self.rhythm.interval.saturating_mul(2));
+        self.overslept += late;
+        self.looked = now;
+        late
+    }
+
+    /// When it last did.
+    #[must_use]
+    pub const fn looked(&self) -> Instant {
+        self.looked
+    }
+
+    const fn moment(&self, at: Instant) -> Moment {
+        Moment {
+            at,
+            overslept: self.overslept,
+        }
+    }
+
+    /// What a time that begins at `moment` is reckoned from: later by what was overslept since.
+    fn awake_since(&self, moment: Moment) -> Instant {
+        moment.at + self.overslept.saturating_sub(moment.overslept)
     }
 
     /// A beat has arrived.
@@ -155,17 +211,19 @@ impl Peer {
         if beat.seen >= self.next {
             return Err(BeatError::Field("number of a beat that was never sent"));
         }
-        while let Some((sequence, at)) = self.sent.front() {
+        while let Some((sequence, sent)) = self.sent.front() {
             if *sequence > beat.seen {
                 break;
             }
-            self.answered = Some(*at);
+            self.answered = Some(sent.at);
             self.sent.pop_front();
+            self.unanswered = self.sent.front().map(|(_, sent)| *sent);
         }
         // From one that asks for the right, an answer says nothing of how long it will not have it.
         if beat.phase == Phase::Paired {
             self.relied_on = self.answered;
         }
+        let now = self.moment(now);
         self.since.get_or_insert(now);
         self.heard = Some((beat, now));
         self.closed = false;
@@ -202,6 +260,8 @@ impl Peer {
         if self.sent.len() == UNANSWERED {
             self.sent.pop_front();
         }
+        let now = self.moment(now);
+        self.unanswered.get_or_insert(now);
         self.sent.push_back((sequence, now));
         let (role, on_loss) = (self.rhythm.role, self.rhythm.on_loss);
         Beat {
@@ -221,19 +281,25 @@ impl Peer {
     #[must_use]
     pub fn lost_at(&self) -> Option<Instant> {
         let (beat, heard) = self.heard?;
-        // An answer comes with the peer's next beat, and its beat may just have left.
-        let deaf = self.answered.or(self.since)? + beat.timeout.max(self.rhythm.timeout());
-        let deaf = deaf + self.rhythm.interval.saturating_mul(2);
-        Some(deaf.min(heard + self.rhythm.timeout()))
+        let timeout = self.rhythm.timeout();
+        let silent = self.awake_since(heard) + timeout;
+        // An answer comes with the peer's next beat, and its beat may just have left. A side that has
+        // sent nothing has nothing to be answered.
+        let interval = self.rhythm.interval;
+        let asked = self.unanswered.map(|sent| self.awake_since(sent));
+        let known = self.awake_since(self.since?) + interval;
+        let deaf = asked.map(|asked| asked.max(known) + beat.timeout.max(timeout) + interval);
+        Some(deaf.map_or(silent, |deaf| deaf.min(silent)))
     }
 
-    /// What is known of the peer now.
+    /// What is known of the peer, as of the last [look](Peer::look): what may have come since is not
+    /// held against it, however late it has become meanwhile.
     #[must_use]
-    pub fn state(&self, now: Instant) -> PeerState {
+    pub fn state(&self) -> PeerState {
         match self.lost_at() {
             None => PeerState::Unheard,
             Some(_) if self.closed && self.rhythm.closed_is_loss => PeerState::Lost,
-            Some(at) if now >= at => PeerState::Lost,
+            Some(at) if self.looked >= at => PeerState::Lost,
             Some(_) => PeerState::Alive,
         }
     }
@@ -242,7 +308,20 @@ impl Peer {
     #[must_use]
     pub fn age(&self, now: Instant) -> Option<Duration> {
         self.heard
-            .map(|(_, heard)| now.saturating_duration_since(heard))
+            .map(|(_, heard)| now.saturating_duration_since(heard.at))
+    }
+
+    /// How long it has been silent.
+    #[must_use]
+    pub fn silence(&self, now: Instant) -> Silence {
+        let since = |moment: Moment| now.saturating_duration_since(moment.at);
+        Silence {
+            heard: self.age(now),
+            unanswered: self.unanswered.map(since),
+            overslept: self.heard.map_or(Duration::ZERO, |(_, heard)| {
+                self.overslept.saturating_sub(heard.overslept)
+            }),
+        }
     }
 
     /// What it has last said of itself.
@@ -265,154 +344,11 @@ impl Peer {
     #[must_use]
     pub fn relies_until(&self) -> Option<Instant> {
         let (beat, heard) = self.heard?;
-        let gone = beat.phase == Phase::Stopped || (self.closed && self.rhythm.closed_is_loss);
-        (!gone).then(|| heard + self.rhythm.timeout())
+        let stands = matches!(beat.phase, Phase::Stopped | Phase::Suspended);
+        let gone = stands || (self.closed && self.rhythm.closed_is_loss);
+        (!gone).then(|| heard.at + self.rhythm.timeout())
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    const INTERVAL: Duration = Duration::from_millis(50);
-
-    fn peer(role: Role, start: Instant) -> Peer {
-        let rhythm = Rhythm {
-            role,
-            session: [1; 16],
-            process: if role == Role::Primary { 10 } else { 20 },
-            interval: INTERVAL,
-            missed: 3,
-            on_loss: OnHeartbeatLoss::Ask,
-            closed_is_loss: false,
-        };
-        Peer::new(rhythm, start)
-    }
-
-    fn pair(start: Instant) -> (Peer, Peer) {
-        (peer(Role::Primary, start), peer(Role::Secondary, start))
-    }
-
-    #[test]
-    fn a_peer_is_lost_when_three_beats_are_missing() {
-        let start = Instant::now();
-        let (mut a, mut b) = pair(start);
-        assert_eq!(a.state(start + INTERVAL * 100), PeerState::Unheard);
-        let mut now = start;
-        for _ in 0..5 {
-            let beat = b.beat(Phase::Paired, now).unwrap();
-            assert_eq!(b.beat(Phase::Paired, now), None);
-            a.receive(&beat, now).unwrap();
-            let beat = a.beat(Phase::Paired, now).unwrap();
-            b.receive(&beat, now).unwrap();
-            now += INTERVAL;
-        }
-        let last = now - INTERVAL;
-        let short = Duration::from_millis(1);
-        assert_eq!(a.state(last + INTERVAL * 3 - short), PeerState::Alive);
-        assert_eq!(a.state(last + INTERVAL * 3), PeerState::Lost);
-        assert_eq!(a.age(now), Some(INTERVAL));
-        // It may come back: what was decided meanwhile is not decided here.
-        let beat = b.beat(Phase::Asking, last + INTERVAL * 4).unwrap();
-        a.receive(&beat, last + INTERVAL * 4).unwrap();
-        assert_eq!(a.state(last + INTERVAL * 4), PeerState::Alive);
-        assert_eq!(a.phase(), Some(Phase::Asking));
-    }
-
-    #[test]
-    fn a_peer_that_does_not_hear_this_side_is_lost_too() {
-        let start = Instant::now();
-        let (mut a, mut b) = pair(start);
-        let mut now = start;
-        let mut lost = None;
-        for i in 0..20_u32 {
-            let to_b = a.beat(Phase::Paired, now).unwrap();
-            if i < 5 {
-                b.receive(&to_b, now).unwrap();
-            }
-            let to_a = b.beat(Phase::Paired, now).unwrap();
-            a.receive(&to_a, now).unwrap();
-            if lost.is_none() && a.state(now) == PeerState::Lost {
-                lost = Some(now);
-            }
-            // What a relies on ends before b may take it for lost.
-            if b.state(now) == PeerState::Lost {
-                assert!(a.hears_until().unwrap() < now);
-            }
-            now += INTERVAL;
-        }
-        // The last one it answered was the fifth.
-        assert_eq!(lost, Some(start + INTERVAL * 9));
-    }
-
-    #[test]
-    fn a_broken_connection_is_a_loss_only_where_that_is_wanted() {
-        let start = Instant::now();
-        let (mut a, mut b) = pair(start);
-        a.receive(&b.beat_now(Phase::Paired, start), start).unwrap();
-        a.disconnected();
-        assert_eq!(a.state(start), PeerState::Alive);
-        a.rhythm.closed_is_loss = true;
-        assert_eq!(a.state(start), PeerState::Lost);
-        a.receive(&b.beat_now(Phase::Paired, start), start).unwrap();
-        assert_eq!(a.state(start), PeerState::Alive);
-    }
-
-    #[test]
-    fn a_survivor_is_the_primary_of_its_next_pair() {
-        let start = Instant::now();
-        let (mut a, mut b) = pair(start);
-        b.receive(&a.beat_now(Phase::Paired, start), start).unwrap();
-        a.receive(&b.beat_now(Phase::Alone, start), start).unwrap();
-        b.pin();
-        let mut b = b.renewed(start);
-        assert_eq!(b.state(start + INTERVAL * 100), PeerState::Unheard);
-        assert_eq!(b.phase(), None);
-        // The one that was pinned is nobody to it, and its role is the other one.
-        let error = b.receive(&a.beat_now(Phase::Stopped, start), start);
-        assert_eq!(error, Err(BeatError::Role(Role::Primary)));
-        let mut c = peer(Role::Secondary, start);
-        c.rhythm.process = 30;
-        b.receive(&c.beat_now(Phase::Paired, start), start).unwrap();
-        c.receive(&b.beat_now(Phase::Paired, start), start).unwrap();
-        assert_eq!(c.state(start), PeerState::Alive);
-        // One that it had before goes on counting its beats.
-        let mut b = b.renewed(start);
-        c.receive(&b.beat_now(Phase::Paired, start), start).unwrap();
-    }
-
-    #[test]
-    fn nobody_else_is_taken_for_the_peer() {
-        let start = Instant::now();
-        let (mut a, mut b) = pair(start);
-        let mut refused = |peer: &mut Peer| {
-            a.receive(&peer.beat_now(Phase::Paired, start), start)
-                .unwrap_err()
-        };
-        let mut other = b.clone();
-        other.rhythm.session = [2; 16];
-        assert_eq!(refused(&mut other), BeatError::Session);
-        other = peer(Role::Primary, start);
-        assert_eq!(refused(&mut other), BeatError::Role(Role::Primary));
-        let beat = b.beat_now(Phase::Paired, start);
-        a.receive(&beat, start).unwrap();
-        let again = a.receive(&beat, start).unwrap_err();
-        let (sequence, last) = (1, 1);
-        assert_eq!(again, BeatError::Sequence { sequence, last });
-        // A process that was started again is another one, once there is something to lose.
-        let mut restarted = peer(Role::Secondary, start);
-        restarted.rhythm.process = 21;
-        a.receive(&restarted.beat_now(Phase::Paired, start), start)
-            .unwrap();
-        a.pin();
-        let error = a.receive(&b.beat_now(Phase::Paired, start), start);
-        assert_eq!(error, Err(BeatError::Process));
-        restarted.rhythm.on_loss = OnHeartbeatLoss::Stop;
-        let error = a.receive(&restarted.beat_now(Phase::Paired, start), start);
-        assert_eq!(error, Err(BeatError::OneAsks));
-        a.rhythm.on_loss = OnHeartbeatLoss::TakeOver;
-        restarted.rhythm.on_loss = OnHeartbeatLoss::TakeOver;
-        let error = a.receive(&restarted.beat_now(Phase::Paired, start), start);
-        assert_eq!(error, Err(BeatError::BothTakeOver));
-    }
-}
+mod tests;

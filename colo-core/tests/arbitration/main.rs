@@ -68,8 +68,8 @@ fn follow(budget: Budget, dawdling: u16) -> Result<Explored, String> {
                     return Err(fails("a side that could go on does not"));
                 }
                 let spent = budget.mishaps - after.budget.mishaps;
-                // By one mishap never, and never by what happens between the two alone.
-                if end == End::Nobody && (spent < 2 || !after.was_grave(budget)) {
+                // By one mishap never, and never as long as both processes live.
+                if end == End::Nobody && (spent < 2 || !after.has_died(budget)) {
                     return Err(fails("no guest runs any more"));
                 }
                 *explored.ends.entry((end, spent)).or_default() += 1;

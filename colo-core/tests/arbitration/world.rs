@@ -120,10 +120,10 @@ impl Side {
         }
     }
 
-    fn view(&self, now: Instant) -> View {
+    fn view(&self) -> View {
         View {
             colo: self.colo,
-            peer: self.peer.state(now),
+            peer: self.peer.state(),
             peer_phase: self.peer.phase(),
             hears_until: self.peer.hears_until(),
             relies_until: self.peer.relies_until(),
@@ -473,7 +473,7 @@ impl World {
             }
             Happens::Wish(role) => {
                 let side = self.side_mut(role);
-                let view = side.view(at(now));
+                let view = side.view();
                 // Granted at once is only what was granted before.
                 if side.decider.request(&view, at(now)) == Requested::Granted {
                     assert_ne!(side.decider.phase(), Phase::Paired);
@@ -526,6 +526,7 @@ impl World {
 
     fn hear(&mut self, role: Role) {
         let now = at(self.now);
+        self.side_mut(role).peer.look(now);
         let from = self.side_mut(other(role));
         if from.link == Way::Stuck {
             return;
@@ -677,11 +678,13 @@ impl World {
         }
         if side.stops.is_some_and(|at| tick >= at) {
             side.stops = None;
-            side.ask(Want::Release, None, tick, tick + PATIENT);
+            if side.decider.phase() == Phase::Stopped {
+                side.ask(Want::Release, None, tick, tick + PATIENT);
+            }
         }
         let before = side.decider.phase();
         for _ in 0..10 {
-            let view = side.view(now);
+            let view = side.view();
             let Some(order) = side.decider.next(&view, now) else {
                 if side.decider.phase() != before {
                     let beat = side.peer.beat_now(side.decider.phase(), now);
@@ -708,7 +711,11 @@ impl World {
                     side.colo = Colo::TookOver;
                     side.runs = true;
                 }
-                Order::Stop(_) => {
+                Order::GoOn => {
+                    side.runs = true;
+                    side.stops = None;
+                }
+                Order::Suspend | Order::Stop(_) => {
                     if side.runs {
                         // A quarter of the term is two ticks. One of the timeout is one and a half, and this
                         // decision half a tick late.
@@ -718,7 +725,7 @@ impl World {
                     }
                     side.runs = false;
                     // Given up is what nobody runs by any more.
-                    if side.stops.is_none() {
+                    if side.stops.is_none() && order != Order::Suspend {
                         side.ask(Want::Release, None, tick, tick + PATIENT);
                     }
                 }
@@ -760,10 +767,10 @@ impl World {
         }
     }
 
-    /// Has a process ended, or the register been out of reach or lost an answer?
-    pub const fn was_grave(&self, budget: Budget) -> bool {
-        let left = self.budget;
-        left.deaths < budget.deaths || left.outages < budget.outages || left.losses < budget.losses
+    /// Has a process ended?
+    pub const fn has_died(&self, budget: Budget) -> bool {
+        // An operator who lets a side go on without the arbiter has killed the other.
+        self.overridden || self.budget.deaths < budget.deaths
     }
 
     /// Nothing will ever change any more.
@@ -788,7 +795,8 @@ impl World {
         if self.primary.is_running(self.now) {
             return End::Paired;
         }
-        let asks = |side: &Side| side.up && side.decider.phase() == Phase::Asking;
+        let asking = [Phase::Asking, Phase::Suspended];
+        let asks = |side: &Side| side.up && asking.contains(&side.decider.phase());
         if self.secondary.up && self.secondary.is_running(self.now) {
             return End::Alone(Role::Secondary);
         }

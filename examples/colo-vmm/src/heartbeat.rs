@@ -157,6 +157,18 @@ impl Guest for Fence {
             migration.fence(&reason.to_string());
         }
     }
+
+    fn suspend(&self) {
+        if let Some(migration) = self.0.upgrade() {
+            migration.suspend();
+        }
+    }
+
+    fn go_on(&self) {
+        if let Some(migration) = self.0.upgrade() {
+            migration.let_run();
+        }
+    }
 }
 
 /// What QMP says of a heartbeat.
@@ -180,17 +192,13 @@ pub fn describe(report: &HeartbeatReport) -> ColoHeartbeat {
         listening,
         interval: whole(report.rhythm.interval.as_millis()),
         missed: report.rhythm.missed,
-        policy: match report.rhythm.on_loss {
-            OnHeartbeatLoss::TakeOver => "take-over",
-            OnHeartbeatLoss::Ask => "ask",
-            OnHeartbeatLoss::Stop => "stop",
-        }
-        .to_owned(),
+        policy: report.rhythm.on_loss.to_string(),
         state: match report.phase {
             Phase::Paired => "paired",
             Phase::Asking => "asking",
             Phase::Alone => "alone",
             Phase::Stopped => "stopped",
+            Phase::Suspended => "suspended",
         }
         .to_owned(),
         stop_reason: report.stop.map(|reason| reason.to_string()),

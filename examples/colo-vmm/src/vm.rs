@@ -19,6 +19,8 @@ pub struct Vm {
 struct Inner {
     /// Another VM has this one's place: see [`Vm::fence`].
     fenced: bool,
+    /// The guest stands still whatever `state` says: see [`Vm::suspend`].
+    suspended: bool,
     machine: Box<dyn Machine>,
     state: RunState,
     /// What it is when the checkpoint is over that is being taken, or that comes.
@@ -37,6 +39,7 @@ impl Vm {
         Self {
             inner: Mutex::new(Inner {
                 fenced: false,
+                suspended: false,
                 machine,
                 state,
                 after: RunState::Running,
@@ -76,7 +79,10 @@ impl Vm {
     /// What `query-status` answers.
     #[must_use]
     pub fn status(&self) -> StatusInfo {
-        let state = self.state();
+        let state = match self.lock() {
+            inner if inner.suspended && inner.state == RunState::Running => RunState::Paused,
+            inner => inner.state,
+        };
         StatusInfo {
             status: state,
             running: state == RunState::Running,
@@ -159,7 +165,9 @@ impl Vm {
             RunState::Colo => inner.reset = Some(guest),
             RunState::Running => {
                 self.reset_machine(&mut inner, guest)?;
-                inner.machine.resume()?;
+                if !inner.suspended {
+                    inner.machine.resume()?;
+                }
             }
             RunState::Shutdown => {
                 self.reset_machine(&mut inner, guest)?;
@@ -215,9 +223,13 @@ impl Vm {
             return Err(MachineError::Fenced);
         }
         let ran = inner.state == RunState::Running;
-        let let_go = inner.machine.resume()?;
+        let let_go = if inner.suspended {
+            Instant::now()
+        } else {
+            inner.machine.resume()?
+        };
         inner.state = RunState::Running;
-        if !ran {
+        if !ran && !inner.suspended {
             self.events.publish(&Event::Resume);
         }
         Ok(let_go)
@@ -260,6 +272,35 @@ impl Vm {
         inner.machine.stop()?;
         if ran {
             self.events.publish(&Event::Stop);
+        }
+        Ok(())
+    }
+
+    /// Has the guest stand still until [`Vm::go_on`], whoever stops it and lets it run meanwhile: they
+    /// are not told that it does not run.
+    ///
+    /// # Errors
+    /// The machine's; it is not let run even so.
+    pub fn suspend(&self) -> Result<(), MachineError> {
+        let mut inner = self.lock();
+        inner.suspended = true;
+        inner.machine.stop()?;
+        if inner.state == RunState::Running {
+            self.events.publish(&Event::Stop);
+        }
+        Ok(())
+    }
+
+    /// Ends [`Vm::suspend`]: the guest runs if it would have without.
+    ///
+    /// # Errors
+    /// The machine's.
+    pub fn go_on(&self) -> Result<(), MachineError> {
+        let mut inner = self.lock();
+        let was = std::mem::take(&mut inner.suspended);
+        if was && inner.state == RunState::Running {
+            inner.machine.resume()?;
+            self.events.publish(&Event::Resume);
         }
         Ok(())
     }

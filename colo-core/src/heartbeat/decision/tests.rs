@@ -203,8 +203,7 @@ mod beginning {
 
         let mut decider = holder(now);
         decider.begins();
-        let ran_out = Order::Stop(StopReason::RanOut);
-        assert_eq!(decider.next(&before(), now + TERM), Some(ran_out));
+        assert_eq!(decider.next(&before(), now + TERM), Some(Order::Suspend));
         for (on_loss, order) in [
             (
                 OnHeartbeatLoss::Stop,

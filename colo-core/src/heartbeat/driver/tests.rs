@@ -48,12 +48,21 @@ impl Arbiter for Scripted {
     fn release(&mut self, _deadline: Instant) {}
 }
 
+/// Why the guest was stopped for good, and what else was done to it.
 #[derive(Default)]
-struct Stopped(Mutex<Option<StopReason>>);
+struct Stopped(Mutex<Option<StopReason>>, Mutex<Vec<&'static str>>);
 
 impl Guest for Stopped {
     fn stop_for_good(&self, reason: StopReason) {
         assert_eq!(lock(&self.0).replace(reason), None);
+    }
+
+    fn suspend(&self) {
+        lock(&self.1).push("suspend");
+    }
+
+    fn go_on(&self) {
+        lock(&self.1).push("go on");
     }
 }
 
@@ -294,19 +303,53 @@ fn a_right_is_held_before_colo_renewed_in_it_and_its_loss_stops_the_guest() {
     }
 }
 
-#[test]
-fn a_right_that_is_not_renewed_in_time_stops_the_guest() {
-    let endpoint = Endpoint::Connect(address("unrenewed"));
+/// A primary whose right has run out, as nobody answers.
+fn suspended(name: &str) -> Side {
+    let endpoint = Endpoint::Connect(address(name));
     let side = side(Role::Primary, OnHeartbeatLoss::Ask, endpoint, true);
     let until = Instant::now() + TERM;
     side.answers.send(won(Some(until))).unwrap();
     side.heartbeat.hold(LONG).unwrap();
+    assert_eq!(side.asked(), Order::Renew);
     side.enter(Role::Primary);
     // The arbiter is asked, and says nothing.
-    side.until("stopped", |report| report.phase == Phase::Stopped);
+    side.until("suspended", |report| {
+        (report.phase, report.stop) == (Phase::Suspended, Some(StopReason::RanOut))
+    });
     assert!(Instant::now() >= until);
-    assert_eq!(*lock(&side.guest.0), Some(StopReason::RanOut));
-    drop(side.answers);
+    assert_eq!(side.asked(), Order::Renew);
+    side.answers.send(unreachable()).unwrap();
+    side
+}
+
+#[test]
+fn a_guest_whose_right_has_run_out_goes_on_when_the_arbiter_says_that_it_may() {
+    let side = suspended("given-back");
+    for _ in 0..2 {
+        assert_eq!(side.asked(), Order::Claim);
+        side.answers.send(unreachable()).unwrap();
+    }
+    assert_eq!(*lock(&side.guest.1), ["suspend"]);
+    assert_eq!(side.kicks(), 0);
+    assert_eq!(side.asked(), Order::Claim);
+    side.answers.send(won(None)).unwrap();
+    side.until("alone", |report| {
+        (report.phase, report.stop) == (Phase::Alone, None)
+    });
+    // It is let run before COLO is told to end with it.
+    assert_eq!(*lock(&side.guest.1), ["suspend", "go on"]);
+    assert!(side.failover.take_request());
+    assert_eq!(*lock(&side.guest.0), None);
+}
+
+#[test]
+fn a_guest_whose_right_has_run_out_stops_for_good_when_it_is_another_s() {
+    let side = suspended("taken");
+    assert_eq!(side.asked(), Order::Claim);
+    side.answers.send(Answer::Lost(Owner::new(7))).unwrap();
+    side.until("stopped", |report| report.phase == Phase::Stopped);
+    assert_eq!(*lock(&side.guest.0), Some(StopReason::Refused));
+    assert_eq!(*lock(&side.guest.1), ["suspend"]);
 }
 
 #[test]

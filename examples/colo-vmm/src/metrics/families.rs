@@ -244,13 +244,14 @@ impl Page<'_> {
             "colo_heartbeat_phase",
             "phase",
             "What this side has decided.",
-            ["paired", "asking", "alone", "stopped"].into_iter(),
+            ["paired", "asking", "alone", "stopped", "suspended"].into_iter(),
             |guest| {
                 Some(match guest.heartbeat.as_ref()?.phase {
                     Phase::Paired => "paired",
                     Phase::Asking => "asking",
                     Phase::Alone => "alone",
                     Phase::Stopped => "stopped",
+                    Phase::Suspended => "suspended",
                 })
             },
         );

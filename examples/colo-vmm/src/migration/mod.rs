@@ -315,6 +315,20 @@ impl Migration {
             .publish(&qmp_types::Event::ColoStopped { reason });
     }
 
+    /// The guest is to stand still until [`Migration::let_run`]. COLO goes on without it.
+    pub fn suspend(&self) {
+        if let Err(error) = self.vm.suspend() {
+            tracing::error!(%error, "a guest that must not run");
+        }
+    }
+
+    /// The guest may run again.
+    pub fn let_run(&self) {
+        if let Err(error) = self.vm.go_on() {
+            tracing::error!(%error, "a guest that may run and does not");
+        }
+    }
+
     /// Whether RAM may be discarded (ballooning); COLO forbids it from `migrate-incoming` on.
     #[must_use]
     pub const fn discard(&self) -> &DiscardControl {
