@@ -72,6 +72,8 @@ pub enum Fate {
     Runs,
     /// Its guest does not run, and will not.
     Stopped,
+    /// Its guest stands still until the arbiter says who runs.
+    Suspended,
     /// It is not decided yet.
     Open,
 }
@@ -88,6 +90,7 @@ impl Fate {
             .to_owned();
         Ok(match (side.status()?.as_str(), migration.as_str()) {
             ("internal-error", _) => Self::Stopped,
+            ("paused", _) if side.heartbeat()?["state"] == "suspended" => Self::Suspended,
             // Its guest has not come, and nobody sends it any more.
             ("inmigrate", "none" | "setup" | "failed") => Self::Stopped,
             ("running", "none" | "failed" | "completed") => Self::Runs,
@@ -269,27 +272,31 @@ impl Hosts {
     }
 
     /// Waits until it is decided who goes on, and checks that, and that it stays so when the network is
-    /// healed. Returns who it is.
+    /// healed. Returns who it is. A side that may not know without the arbiter is let reach it again.
     ///
     /// # Errors
     /// Both go on, or neither does, or the guest has not gone on from where it may.
     pub fn outcome(&self, pair: &mut Pair) -> Result<Side> {
-        let outcome = self.outcome_if_any(pair)?;
-        outcome.ok_or_else(|| format!("nobody goes on: {}", said(pair)).into())
-    }
-
-    /// As [`Hosts::outcome`], where it may be that neither goes on.
-    ///
-    /// # Errors
-    /// Both go on, or the guest has not gone on from where it may.
-    pub fn outcome_if_any(&self, pair: &mut Pair) -> Result<Option<Side>> {
-        let Some(winner) = decided(pair)? else {
-            return Ok(None);
+        let winner = match decided(pair)? {
+            Some(winner) => winner,
+            None => {
+                // Only the arbiter can say who runs, and one of them reaches it again.
+                self.heal()?;
+                pair.primary.poll("fate after all", |primary| {
+                    Ok((Fate::of(primary)? != Fate::Suspended).then_some(()))
+                })?;
+                decided(pair)?.ok_or_else(|| format!("nobody goes on: {}", said(pair)))?
+            }
         };
         let (survivor, loser) = winner.of(pair);
-        let (last_words, stopped) = (loser.output()?, loser.status()?);
+        let last_words = loser.output()?;
         survivor.wait_lines(ENCORE)?;
         self.heal()?;
+        // One that has stood still hears that the other runs.
+        loser.poll("end", |loser| {
+            Ok((Fate::of(loser)? == Fate::Stopped).then_some(()))
+        })?;
+        let stopped = loser.status()?;
         thread::sleep(SETTLED);
         survivor.wait_lines(ENCORE)?;
         assert_eq!(survivor.status()?, "running");
@@ -299,7 +306,7 @@ impl Hosts {
             loser.qmp.refused("cont", Value::Null)?;
         }
         pair.check_history(winner)?;
-        Ok(Some(winner))
+        Ok(winner)
     }
 }
 
@@ -313,7 +320,7 @@ fn opened(fifo: &Path) -> Result<File> {
     Ok(opened.map_err(|_| "the moment does not come")??)
 }
 
-/// Waits until one side runs alone and the other has stopped, or both have.
+/// Waits until one side runs alone and the other does not, or neither can without the arbiter.
 fn decided(pair: &mut Pair) -> Result<Option<Side>> {
     let Pair { primary, secondary } = pair;
     let fates = primary.poll("fate", |primary| {
@@ -321,9 +328,9 @@ fn decided(pair: &mut Pair) -> Result<Option<Side>> {
         Ok((!fates.contains(&Fate::Open)).then_some(fates))
     })?;
     match fates {
-        [Fate::Runs, Fate::Stopped] => Ok(Some(Side::Primary)),
-        [Fate::Stopped, Fate::Runs] => Ok(Some(Side::Secondary)),
-        [Fate::Stopped, Fate::Stopped] => Ok(None),
+        [Fate::Runs, Fate::Stopped | Fate::Suspended] => Ok(Some(Side::Primary)),
+        [Fate::Stopped | Fate::Suspended, Fate::Runs] => Ok(Some(Side::Secondary)),
+        [Fate::Suspended, Fate::Stopped] => Ok(None),
         _ => Err(format!("{fates:?}: {}", said(pair)).into()),
     }
 }

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use serde_json::Value;
+use serde_json::{Value, json};
 use tests::etcd::Etcd;
 use tests::vmm::{ColoVmm, Pair, Side, Vmm};
 use tests::{Result, harness};
@@ -215,7 +215,7 @@ fn renewed_by_nobody(program: &Path) -> Result<()> {
     // Nobody but the arbiter lets it run.
     pair.primary.qmp.execute("cont", Value::Null)?;
     let said = pair.primary.output()?.len();
-    thread::sleep(TERM);
+    thread::sleep(Duration::from_millis(u64::from(TERM)));
     assert_eq!(pair.primary.output()?.len(), said);
     // It answers again, and nobody else has asked.
     etcd.thaw()?;
@@ -249,15 +249,15 @@ fn late_claim(program: &Path) -> Result<()> {
             .execute_oob("yank", json!({"instances": instances}))?;
     }
     pair.primary.poll("claim", |vmm| {
-        Ok((heartbeat(vmm)?["state"] == "asking").then_some(()))
+        Ok((vmm.heartbeat()?["state"] == "asking").then_some(()))
     })?;
     pair.secondary.freeze()?;
     stands_still(&mut pair.primary)?;
     pair.secondary.thaw()?;
     pair.secondary.poll("claim", |vmm| {
-        Ok((heartbeat(vmm)?["state"] == "asking").then_some(()))
+        Ok((vmm.heartbeat()?["state"] == "asking").then_some(()))
     })?;
-    thread::sleep(TERM);
+    thread::sleep(Duration::from_millis(u64::from(TERM)));
     etcd.thaw()?;
     let both = [pair.primary, pair.secondary];
     one_goes_on(both)
@@ -267,7 +267,7 @@ fn late_claim(program: &Path) -> Result<()> {
 fn one_goes_on(mut sides: [Vmm; 2]) -> Result<()> {
     for side in &mut sides {
         side.poll("decision", |vmm| {
-            let state = heartbeat(vmm)?["state"].take();
+            let state = vmm.heartbeat()?["state"].take();
             Ok(["alone", "stopped"]
                 .iter()
                 .any(|s| state == *s)
@@ -275,12 +275,12 @@ fn one_goes_on(mut sides: [Vmm; 2]) -> Result<()> {
         })?;
     }
     let [a, b] = &mut sides;
-    let (alone, stopped) = match heartbeat(a)?["state"].as_str() {
+    let (alone, stopped) = match a.heartbeat()?["state"].as_str() {
         Some("alone") => (a, b),
         _ => (b, a),
     };
     goes_on(alone)?;
-    assert_eq!(heartbeat(stopped)?["state"], "stopped");
+    assert_eq!(stopped.heartbeat()?["state"], "stopped");
     stopped.wait_status("internal-error")
 }
 

@@ -43,7 +43,6 @@ fn main() -> ExitCode {
                                 hosts.network.cut(host(from), to, Traffic::All)
                             },
                             side: from,
-                            fatal: &[],
                         };
                         cuts.everywhere()
                     },
@@ -91,7 +90,7 @@ fn cut_apart(is_simulated: bool) -> Result<()> {
         let some = RandomState::new().hash_one(()) % 40_000;
         thread::sleep(Duration::from_micros(some));
         cut_between(&hosts, Traffic::All)?;
-        hosts.outcome(&mut pair).map(Some)
+        hosts.outcome(&mut pair)
     });
     report("both directions cut", &winners, &failures)
 }
