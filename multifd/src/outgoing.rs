@@ -14,6 +14,11 @@ use crate::config::{ChannelId, MultifdConfig};
 use crate::incoming::Role;
 use crate::packet::Hello;
 
+/// What a connection to this host may hold that was sent and not read, bytes (the kernel doubles it for
+/// its own use). More, and the system's own choice grows to megabytes on each connection, has left
+/// the processor's caches before it is read, where there is no wire that it could fill.
+const HELD_LOCALLY: usize = 256 << 10;
+
 /// The connections of an outgoing migration.
 #[derive(Debug)]
 pub struct Outgoing {
@@ -24,7 +29,8 @@ pub struct Outgoing {
 }
 
 /// Connects the main channel and, if `multifd` is on, its channels. TCP connections have
-/// `TCP_NODELAY`: a COLO checkpoint is made of small messages that somebody waits for.
+/// `TCP_NODELAY`: a COLO checkpoint is made of small messages that somebody waits for. Those to this host
+/// itself have a bounded send buffer, so that pages are read while the processor's caches still have them.
 ///
 /// All of it takes at most `timeout`, but for the resolution of a host name, which takes what the
 /// system's resolver allows itself. `limit` is how long the channels wait for the peer afterwards
@@ -143,6 +149,9 @@ fn connect_tcp(addresses: &[SocketAddr], deadline: Instant) -> io::Result<OwnedF
         match TcpStream::connect_timeout(address, remaining(deadline)?) {
             Ok(stream) => {
                 stream.set_nodelay(true)?;
+                if stream.local_addr()?.ip() == stream.peer_addr()?.ip() {
+                    sockopt::set_socket_send_buffer_size(&stream, HELD_LOCALLY)?;
+                }
                 return Ok(stream.into());
             }
             Err(e) => last = e,

@@ -196,7 +196,7 @@ fn channels_are_handed_out_in_the_order_of_their_ids_with_what_follows_unread() 
 }
 
 #[test]
-fn both_ends_of_every_tcp_connection_have_nodelay() {
+fn both_ends_of_every_tcp_connection_have_nodelay_and_local_ones_hold_little() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address: Address = format!("tcp:{}", listener.local_addr().unwrap())
         .parse()
@@ -216,6 +216,13 @@ fn both_ends_of_every_tcp_connection_have_nodelay() {
             .chain(&incoming.channels)
         {
             assert!(rustix::net::sockopt::tcp_nodelay(end).unwrap());
+        }
+        // The connection is to this host: nothing is gained by keeping more on its way.
+        let most = std::fs::read_to_string("/proc/sys/net/core/wmem_max").unwrap();
+        let most: usize = most.trim().parse().unwrap();
+        for end in [&out.main].into_iter().chain(&out.channels) {
+            let held = rustix::net::sockopt::socket_send_buffer_size(end).unwrap();
+            assert_eq!(held, 2 * most.min(256 << 10));
         }
         out
     });
