@@ -28,6 +28,8 @@ fn config(channels: u8) -> MultifdConfig {
         channels: ChannelCount::new(channels).unwrap(),
         zero_pages: ZeroPageDetection::None,
         stall_limit: LIMIT,
+        // The peers of these tests read when all is over.
+        lend_pages: false,
         ..MultifdConfig::default()
     }
 }
@@ -150,6 +152,21 @@ fn legacy_zero_pages_are_records_of_the_main_stream_ahead_of_its_flush() {
     assert_eq!((packet.normal_pages(), packet.zero_pages()), (1, 0));
     let offsets = &mut [0; 128];
     assert_eq!(packet.offsets(1 << 20, offsets).unwrap().0, [0x1000]);
+}
+
+#[test]
+fn nothing_leaves_beside_a_main_stream_that_has_zero_pages_of_its_own() {
+    for (zero_pages, is_ordered) in [
+        (ZeroPageDetection::Legacy, false),
+        (ZeroPageDetection::Multifd, true),
+        (ZeroPageDetection::None, true),
+    ] {
+        let mut s = sender(&MultifdConfig {
+            zero_pages,
+            ..config(1)
+        });
+        assert_eq!(s.set.beside().is_some(), is_ordered, "{zero_pages:?}");
+    }
 }
 
 #[test]

@@ -26,6 +26,8 @@ pub(super) struct Lender {
     writing: OwnedFd,
     /// What is in the pipe, bytes.
     inside: usize,
+    /// Something was lent since [`Lender::finish`].
+    has_lent: bool,
 }
 
 impl Lender {
@@ -63,6 +65,7 @@ impl Lender {
             reading,
             writing,
             inside: 0,
+            has_lent: false,
         }))
     }
 
@@ -81,6 +84,7 @@ impl Lender {
         };
         let n = usize::try_from(n).map_err(|_| io::Error::last_os_error())?;
         self.inside += n;
+        self.has_lent = true;
         Ok(n)
     }
 
@@ -112,9 +116,9 @@ impl Lender {
         }
     }
 
-    /// Waits until the peer has taken everything.
-    pub(super) fn finish(&self, socket: BorrowedFd<'_>, until: Instant) -> io::Result<()> {
-        while not_taken(socket)? > 0 {
+    /// Waits until the peer has taken everything that was lent, and what was sent behind it.
+    pub(super) fn finish(&mut self, socket: BorrowedFd<'_>, until: Instant) -> io::Result<()> {
+        while self.has_lent && not_taken(socket)? > 0 {
             if Instant::now() >= until {
                 return Err(io::Error::new(
                     io::ErrorKind::TimedOut,
@@ -123,6 +127,7 @@ impl Lender {
             }
             thread::sleep(LOOK);
         }
+        self.has_lent = false;
         Ok(())
     }
 }
