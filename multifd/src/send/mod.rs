@@ -447,7 +447,8 @@ impl PageTransport for SendSet {
     }
 
     fn beside(&mut self) -> Option<&mut dyn PagesBeside> {
-        Some(self)
+        // A zero page on the main stream could overtake what a channel had of it before.
+        self.main_zero.is_none().then_some(self)
     }
 }
 
