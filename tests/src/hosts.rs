@@ -90,7 +90,10 @@ impl Fate {
             .to_owned();
         Ok(match (side.status()?.as_str(), migration.as_str()) {
             ("internal-error", _) => Self::Stopped,
-            ("paused", _) if side.heartbeat()?["state"] == "suspended" => Self::Suspended,
+            // In the middle of precopy or a checkpoint, or not.
+            (status, _) if status != "running" && side.heartbeat()?["state"] == "suspended" => {
+                Self::Suspended
+            }
             // Its guest has not come, and nobody sends it any more.
             ("inmigrate", "none" | "setup" | "failed") => Self::Stopped,
             ("running", "none" | "failed" | "completed") => Self::Runs,

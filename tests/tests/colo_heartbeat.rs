@@ -233,8 +233,9 @@ fn stands_still(primary: &mut Vmm) -> Result<()> {
         let ran_out = beat["stop-reason"] == "the right to run has run out";
         Ok((ran_out && beat["state"] == "suspended").then_some(()))
     })?;
-    // In the middle of a checkpoint it is already not running, and stops when that is given up.
-    primary.wait_status("paused")
+    // In the middle of a checkpoint, or not.
+    assert_ne!(primary.status()?, "running");
+    Ok(())
 }
 
 /// The claim is in etcd's hands when its answer is given up, and the other's comes behind it.

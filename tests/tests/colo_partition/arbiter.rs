@@ -178,7 +178,7 @@ fn out_of_reach(hosts: &Hosts, mut pair: Pair) -> Result<()> {
 enum Word {
     /// Its host reaches etcd again.
     Etcd,
-    /// Somebody who knows that the primary does not run.
+    /// Somebody who has ended the primary.
     Operator,
 }
 
@@ -209,14 +209,21 @@ fn all_cut(hosts: &Hosts, mut pair: Pair, word: Word) -> Result<()> {
         refusal.desc
     );
     match word {
-        Word::Etcd => hosts.network.heal(Host::B, Host::C)?,
+        Word::Etcd => {
+            hosts.network.heal(Host::B, Host::C)?;
+            assert_eq!(hosts.outcome(&mut pair)?, Side::Secondary);
+        }
         Word::Operator => {
-            pair.secondary
-                .qmp
-                .execute("x-colo-override-arbiter", Value::Null)?;
+            // It would go on when etcd is back.
+            pair.primary.process.kill()?;
+            let side = &mut pair.secondary;
+            side.qmp.execute("x-colo-override-arbiter", Value::Null)?;
+            side.wait_lines(ENCORE)?;
+            hosts.heal()?;
+            side.wait_lines(ENCORE)?;
+            pair.check_history(Side::Secondary)?;
         }
     }
-    assert_eq!(hosts.outcome(&mut pair)?, Side::Secondary);
     // Etcd has heard of it, or does now.
     pair.secondary.poll("right", |side| {
         Ok((side.heartbeat()?["arbiter-state"] == "won").then_some(()))
