@@ -89,7 +89,10 @@ fn a_failover_requested_after_the_resume_ends_by_request_on_either_side() {
             };
             side.control.failover().request().unwrap();
             assert_eq!(side.exit().cause, Cause::FailoverRequested);
-            assert!(side.alone().guest.undisturbed);
+            // A secondary may have had all of the checkpoint by then: it goes on as the primary was.
+            let guest = side.alone().guest;
+            let is_primary_then = !primary_asked && guest.resumed_as.as_ref() == Some(&captured);
+            assert!(guest.undisturbed || is_primary_then);
             peer.exit();
             peer.give_up();
         }

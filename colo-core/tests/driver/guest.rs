@@ -172,6 +172,8 @@ pub struct Guest {
     own: State,
     /// It was last let run from there: nobody else has written a byte.
     pub undisturbed: bool,
+    /// What it was then.
+    pub resumed_as: Option<State>,
     tell: Sender<Told>,
     faults: Faults,
 }
@@ -187,6 +189,7 @@ impl Guest {
             },
             ram,
             undisturbed: true,
+            resumed_as: None,
             log: Log {
                 faults: faults.clone(),
                 ..Log::default()
@@ -311,6 +314,7 @@ impl ColoVm for Guest {
         self.faults.check("vm.resume")?;
         let state = self.state();
         self.undisturbed = state == self.own;
+        self.resumed_as = Some(state.clone());
         self.tell(Told::Resumed(state));
         let let_go = Instant::now();
         self.run();
