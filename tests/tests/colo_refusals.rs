@@ -276,7 +276,10 @@ fn silent_target() -> Result<()> {
         vmm.migrate(&uri)?;
         let error = vmm.wait_failure()?;
         assert!(since.elapsed() < AT_ONCE, "{:?}", since.elapsed());
-        says(&error, &["the peer sent nothing before the deadline"]);
+        // It takes what the connection holds, and whether that is all of the guest depends on the host.
+        let (said, taken) = ("the peer sent nothing", "the peer took nothing");
+        assert!(error.contains(said) || error.contains(taken), "{error}");
+        says(&error, &["nothing before the deadline"]);
         runs_on(&mut vmm)?;
     }
     Ok(())
