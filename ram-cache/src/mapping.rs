@@ -128,11 +128,10 @@ pub(crate) fn resident_pages(region: &MmapRegion) -> io::Result<usize> {
 fn advise(region: &MmapRegion, offset: usize, len: usize, advice: libc::c_int) -> io::Result<()> {
     check(region, offset, len)?;
     let address = region.as_ptr().wrapping_add(offset);
-    // SAFETY: the range lies within the mapping that `region` owns and keeps alive during the call.
-    // MADV_DONTDUMP, MADV_HUGEPAGE and MADV_POPULATE_WRITE change neither contents nor protection;
-    // MADV_DONTNEED changes contents, as a
-    // write of another thread would, of memory that is only ever reached by volatile accesses through
-    // raw pointers.
+    // Of these advices only MADV_DONTNEED changes contents, as a write of another thread would: of
+    // memory that is only ever reached by volatile accesses through raw pointers.
+    // SAFETY: the range lies within the mapping that `region` owns and keeps alive during the call,
+    // and no reference to what it holds exists.
     let result = unsafe { libc::madvise(address.cast(), len, advice) };
     if result == 0 {
         Ok(())

@@ -13,8 +13,8 @@ use std::time::{Duration, Instant};
 
 use super::zero_copy::size_of_socklen;
 
-/// What the pipe and the socket are asked to hold, bytes: what a process without privileges may have
-/// of a pipe.
+/// What the pipe and the socket are asked to hold, bytes: as much as a process without privileges may
+/// have of a pipe.
 static AT_A_TIME: libc::c_int = 1 << 20;
 /// Between two looks at what the peer has taken. It has at most a few hundred KB to copy.
 const LOOK: Duration = Duration::from_micros(20);
@@ -88,7 +88,7 @@ impl Lender {
         Ok(n)
     }
 
-    /// Whether there is something that the socket does not have yet.
+    /// Whether the socket has all that was lent.
     pub(super) const fn is_empty(&self) -> bool {
         self.inside == 0
     }
