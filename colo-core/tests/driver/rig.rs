@@ -325,7 +325,8 @@ impl PrimaryEnd {
         let (in_driver, mut parts) = (control.clone(), parts(self.guest, &self.faults));
         thread::spawn(move || {
             let outcome = run_primary(link, &mut parts, &in_driver, config).unwrap();
-            done.send((outcome, parts.vm))
+            // A test that has ended does not ask.
+            let _ = done.send((outcome, parts.vm));
         });
         Side {
             control,
@@ -370,7 +371,8 @@ impl SecondaryEnd {
         let (in_driver, mut parts) = (control.clone(), parts(self.guest, &self.faults));
         thread::spawn(move || {
             let outcome = run_secondary(link, &mut parts, &in_driver, config).unwrap();
-            done.send((outcome, parts.vm))
+            // A test that has ended does not ask.
+            let _ = done.send((outcome, parts.vm));
         });
         Side {
             control,
