@@ -1,8 +1,9 @@
-//! What the benchmarks share: how long they measure, memory that is there, what a process uses, where
+//! What the benchmarks share: how long they measure, how two sides are connected, memory that is there, what a process uses, where
 //! something was measured, and a drawing of it.
 #![forbid(unsafe_code)]
 
 pub mod chart;
+pub mod connection;
 pub mod host;
 pub mod usage;
 

@@ -10,18 +10,19 @@ use std::str::FromStr;
 use ::tests::Result;
 use ::tests::guest::compare;
 use ::tests::process::Process;
+use benches::connection::Way;
+use serde::Deserialize;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::ours::Receiver;
 use crate::ram::Ram;
-use crate::way;
 
 /// What such a process is told.
 #[derive(Clone, Debug)]
 pub struct Arguments {
     /// How the memory crosses.
-    pub way: String,
+    pub way: Way,
     /// Where to listen.
     pub uri: String,
     /// The blocks and their lengths.
@@ -42,7 +43,7 @@ impl FromStr for Arguments {
             .as_array()
             .and_then(|blocks| blocks.iter().map(block).collect());
         Ok(Self {
-            way: value["way"].as_str().ok_or("no way")?.to_owned(),
+            way: Way::deserialize(&value["way"]).map_err(|e| e.to_string())?,
             uri: value["uri"].as_str().ok_or("no address")?.to_owned(),
             blocks: blocks.ok_or("no blocks")?,
             is_populated: value["populated"] == true,
@@ -54,12 +55,11 @@ impl FromStr for Arguments {
 impl Arguments {
     /// Says where it listens, and takes one guest in.
     pub fn run(&self) -> Result<()> {
-        let way = way(&self.way).ok_or_else(|| format!("no way {}", self.way))?;
         let ram = Ram::fresh(&self.blocks)?;
         if self.is_populated {
             ram.populate()?;
         }
-        let receiver = Receiver::listen(&self.uri, ram, way.config())?;
+        let receiver = Receiver::listen(&self.uri, ram, self.way.multifd())?;
         println!("{}", receiver.uri());
         let (_, ram) = receiver.join()?;
         match &self.expected {

@@ -20,9 +20,9 @@ use ::tests::Result;
 use ::tests::guest::{Content, write_memory};
 use ::tests::harness::missing_kvm;
 use ::tests::qemu::{self, Accel, Binary, Machine, Qemu};
-use clap::Parser;
+use benches::connection::{Transport, Way};
+use clap::{Parser, ValueEnum};
 use migration_stream::opaque_tail::Tail;
-use multifd::{ChannelCount, Compression, MultifdConfig, ZstdLevel};
 use serde_json::json;
 
 use destination::Destination;
@@ -38,18 +38,18 @@ struct Arguments {
     /// Guest memory, MiB.
     #[arg(long, default_value_t = 2048)]
     memory: u32,
-    /// Only the contents (random, mixed, zero) whose names are given.
-    #[arg(long, value_delimiter = ',')]
-    content: Vec<String>,
-    /// Only the ways (plain, multifd-1, multifd-2, multifd-4, zstd-2) whose names are given.
-    #[arg(long, value_delimiter = ',')]
-    way: Vec<String>,
+    /// What memory holds.
+    #[arg(long, value_enum, value_delimiter = ',', default_values_t = Kind::value_variants().to_vec())]
+    content: Vec<Kind>,
+    /// How it crosses; by `zstd-2` only what is mixed.
+    #[arg(long, value_enum, value_delimiter = ',', default_values_t = Way::value_variants().to_vec())]
+    way: Vec<Way>,
     /// What connects the two.
     #[arg(long, value_enum, default_value_t = Transport::Tcp)]
     transport: Transport,
-    /// Only the pairs (qemu-qemu, qemu-us, us-qemu, us-us) whose names are given: for a profile.
-    #[arg(long, value_delimiter = ',')]
-    pair: Vec<String>,
+    /// Who sends and who receives.
+    #[arg(long, value_enum, value_delimiter = ',', default_values_t = PAIRS)]
+    pair: Vec<Pair>,
     /// What memory is before the guest moves, on both sides.
     #[arg(long, value_enum, default_value_t = State::Fresh)]
     memory_is: State,
@@ -65,25 +65,6 @@ struct Arguments {
     /// Be the destination of a run that another process measures.
     #[arg(long, hide = true)]
     destination: Option<destination::Arguments>,
-}
-
-/// What connects the two.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-enum Transport {
-    /// The loopback.
-    Tcp,
-    /// A socket in the file system.
-    Unix,
-}
-
-impl Transport {
-    /// Where a destination is to listen.
-    fn uri(self, dir: &Path) -> String {
-        match self {
-            Self::Tcp => "tcp:127.0.0.1:0".to_owned(),
-            Self::Unix => format!("unix:{}", dir.join("migration").display()),
-        }
-    }
 }
 
 /// What memory is before the guest moves.
@@ -108,87 +89,50 @@ impl State {
     }
 }
 
-/// How the memory crosses.
-#[derive(Clone, Copy, Debug)]
-struct Way {
-    name: &'static str,
-    channels: u8,
-    zstd: bool,
+/// What memory holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Kind {
+    /// Nothing that compresses.
+    Random,
+    /// 42 % zero pages.
+    Mixed,
+    /// Zero pages only.
+    Zero,
 }
 
-/// The way that is called so.
-fn way(name: &str) -> Option<Way> {
-    WAYS.into_iter().find(|way| way.name == name)
-}
-
-const WAYS: [Way; 5] = [
-    Way {
-        name: "plain",
-        channels: 0,
-        zstd: false,
-    },
-    Way {
-        name: "multifd-1",
-        channels: 1,
-        zstd: false,
-    },
-    Way {
-        name: "multifd-2",
-        channels: 2,
-        zstd: false,
-    },
-    Way {
-        name: "multifd-4",
-        channels: 4,
-        zstd: false,
-    },
-    Way {
-        name: "zstd-2",
-        channels: 2,
-        zstd: true,
-    },
-];
-
-const CONTENTS: [(&str, Content); 3] = [
-    ("random", Content::Random),
-    ("mixed", Content::Mixed),
-    ("zero", Content::Zero),
-];
-
-impl Way {
-    fn config(self) -> Option<MultifdConfig> {
-        Some(MultifdConfig {
-            channels: ChannelCount::new(self.channels)?,
-            compression: if self.zstd {
-                Compression::Zstd(ZstdLevel::default())
-            } else {
-                Compression::None
-            },
-            ..MultifdConfig::default()
-        })
+impl Kind {
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Random => "random",
+            Self::Mixed => "mixed",
+            Self::Zero => "zero",
+        }
     }
 
-    fn configure(self, vm: &mut Qemu) -> Result<()> {
-        vm.qmp.enable(&["return-path"])?;
-        // No limit: what is measured is how fast it can be.
-        vm.qmp.set_parameters(json!({"max-bandwidth": 0}))?;
-        if self.channels > 0 {
-            vm.qmp.enable(&["multifd"])?;
-            vm.qmp.set_parameters(json!({
-                "multifd-channels": self.channels,
-                "multifd-compression": if self.zstd { "zstd" } else { "none" },
-            }))?;
+    const fn content(self) -> Content {
+        match self {
+            Self::Random => Content::Random,
+            Self::Mixed => Content::Mixed,
+            Self::Zero => Content::Zero,
         }
-        Ok(())
+    }
+
+    /// A codec says most about the content that is like a guest's.
+    fn is_apt_for(self, way: Way) -> bool {
+        way != Way::Zstd2 || self == Self::Mixed
     }
 }
 
 /// Who sends and who receives.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 enum Pair {
+    #[value(name = "qemu-qemu")]
     QemuToQemu,
+    #[value(name = "qemu-us")]
     QemuToUs,
+    #[value(name = "us-qemu")]
     UsToQemu,
+    #[value(name = "us-us")]
     UsToUs,
 }
 
@@ -198,17 +142,6 @@ const PAIRS: [Pair; 4] = [
     Pair::UsToQemu,
     Pair::UsToUs,
 ];
-
-impl Pair {
-    const fn name(self) -> &'static str {
-        match self {
-            Self::QemuToQemu => "qemu-qemu",
-            Self::QemuToUs => "qemu-us",
-            Self::UsToQemu => "us-qemu",
-            Self::UsToUs => "us-us",
-        }
-    }
-}
 
 impl fmt::Display for Pair {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -264,7 +197,7 @@ impl Guest<'_> {
             .memory_from(self.file)
             .prealloc(self.memory_is.is_there_at_source())
             .start(self.qemu)?;
-        way.configure(&mut vm)?;
+        configure(&mut vm, way)?;
         Ok(vm)
     }
 
@@ -283,7 +216,7 @@ impl Guest<'_> {
             .args(["-object", &memory, "-machine", "memory-backend=ram0"])
             .incoming()
             .start(self.qemu)?;
-        way.configure(&mut vm)?;
+        configure(&mut vm, way)?;
         Ok(vm)
     }
 
@@ -300,7 +233,7 @@ impl Guest<'_> {
     fn our_destination(&self, way: Way, blocks: &[(String, u64)]) -> Result<Destination> {
         let dir = tempfile::tempdir()?;
         let arguments = destination::Arguments {
-            way: way.name.to_owned(),
+            way,
             uri: self.transport.uri(dir.path()),
             blocks: blocks.to_vec(),
             is_populated: self.memory_is.is_there_at_destination(),
@@ -311,7 +244,7 @@ impl Guest<'_> {
 
     /// How long one migration takes.
     fn run(&self, pair: Pair, way: Way, tail: &Tail, blocks: &[(String, u64)]) -> Result<Duration> {
-        let config = way.config();
+        let config = way.multifd();
         match pair {
             Pair::QemuToQemu => {
                 let mut destination = self.destination(way)?;
@@ -345,6 +278,13 @@ impl Guest<'_> {
             }
         }
     }
+}
+
+fn configure(vm: &mut Qemu, way: Way) -> Result<()> {
+    vm.qmp.enable(&["return-path"])?;
+    // No limit: what is measured is how fast it can be.
+    vm.qmp.set_parameters(json!({"max-bandwidth": 0}))?;
+    way.configure(&mut vm.qmp)
 }
 
 fn total_time(source: &mut Qemu) -> Result<Duration> {
@@ -383,32 +323,22 @@ fn measure(arguments: &Arguments) -> Result<()> {
         arguments.transport,
         arguments.memory_is
     );
-    let is_wanted =
-        |wanted: &[String], name: &str| wanted.is_empty() || wanted.iter().any(|w| w == name);
     let mut rows = Vec::new();
-    for (name, content) in CONTENTS {
-        if !is_wanted(&arguments.content, name) {
-            continue;
-        }
-        write_memory(&file, u64::from(memory) << 20, content)?;
+    for &content in &arguments.content {
+        write_memory(&file, u64::from(memory) << 20, content.content())?;
         let (tail, blocks) = devices(&mut guest)?;
-        for way in WAYS {
-            // A codec says most about the content that is like a guest's.
-            let is_apt = !way.zstd || content == Content::Mixed;
-            if !is_apt || !is_wanted(&arguments.way, way.name) {
-                continue;
-            }
+        for &way in arguments.way.iter().filter(|way| content.is_apt_for(**way)) {
             let mut times = PAIRS.map(|_| Vec::new());
             for _ in 0..runs {
                 for (pair, times) in PAIRS.into_iter().zip(&mut times) {
-                    if !is_wanted(&arguments.pair, pair.name()) {
+                    if !arguments.pair.contains(&pair) {
                         continue;
                     }
                     ram::warm(u64::from(memory) << 21)?;
                     times.push(guest.run(pair, way, &tail, &blocks)?);
                 }
             }
-            let row = Row::new(name, way.name, memory, times);
+            let row = Row::new(content.name(), way, memory, times);
             println!("{row}");
             rows.push(row);
         }
@@ -426,7 +356,7 @@ fn measure(arguments: &Arguments) -> Result<()> {
 
 /// The devices of the machine, as it sends them, and its blocks.
 fn devices(guest: &mut Guest<'_>) -> Result<(Tail, Vec<(String, u64)>)> {
-    let mut source = guest.source(WAYS[0])?;
+    let mut source = guest.source(Way::Plain)?;
     let blocks = source.ram_blocks()?;
     let receiver = ours::Receiver::listen("tcp:127.0.0.1:0", Ram::fresh(&blocks)?, None)?;
     source.migrate(receiver.uri())?;

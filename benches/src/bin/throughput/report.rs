@@ -4,6 +4,7 @@ use std::fmt;
 use std::time::Duration;
 
 use benches::chart::{self, Bar, Group, Series};
+use benches::connection::Way;
 use serde_json::json;
 
 use crate::{PAIRS, Pair};
@@ -12,7 +13,7 @@ use crate::{PAIRS, Pair};
 #[derive(Debug)]
 pub struct Row {
     content: &'static str,
-    way: &'static str,
+    way: Way,
     memory: u32,
     /// By pair, each sorted.
     times: [Vec<Duration>; PAIRS.len()],
@@ -22,7 +23,7 @@ impl Row {
     /// The times of each pair, in any order.
     pub fn new(
         content: &'static str,
-        way: &'static str,
+        way: Way,
         memory: u32,
         mut times: [Vec<Duration>; PAIRS.len()],
     ) -> Self {
@@ -144,7 +145,7 @@ mod tests {
     fn row() -> Row {
         let seconds = |s: [u64; 3]| s.map(Duration::from_secs).to_vec();
         let times = [[9, 2, 4], [4, 4, 4], [8, 8, 8], [1, 2, 3]].map(seconds);
-        Row::new("mixed", "plain", 1000, times)
+        Row::new("mixed", Way::Plain, 1000, times)
     }
 
     #[test]

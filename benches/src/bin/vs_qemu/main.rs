@@ -1,7 +1,7 @@
 //! What a COLO checkpoint costs: a pair of QEMU and one of `colo-vmm` in turns on this machine, with
 //! the same boot sector in both, which dirties a known number of pages.
 //!
-//! - `case`: what guest, and how its two sides are connected
+//! - `case`: what guest, how connected
 //! - `sample`: what is measured of a pair, whoever made it
 //! - `qemu` with `trace`, `ours`: the two kinds of pair
 //! - `serial`: what a client of the guest hears
@@ -28,10 +28,11 @@ use ::tests::Result;
 use ::tests::harness::missing_kvm;
 use ::tests::qemu::{Accel, Binary, VARIABLE, binaries};
 use ::tests::vmm;
+use benches::connection::{Transport, Way};
 use benches::host::Host;
 use clap::Parser;
 
-use case::{Case, Transport, Way};
+use case::Case;
 use ours::OurPair;
 use qemu::QemuPair;
 use report::{Figures, OURS, Report, Row};

@@ -333,8 +333,8 @@ fn ratios(ours: &Figures, theirs: &Figures) -> [f64; 4] {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::case::{Transport, Way};
     use crate::sample::Checkpoint;
+    use benches::connection::{Transport, Way};
 
     fn case() -> Case {
         Case {

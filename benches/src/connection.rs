@@ -1,0 +1,116 @@
+//! How two sides are connected, and how pages cross from one to the other.
+
+use std::fmt;
+use std::path::Path;
+
+use ::tests::Result;
+use ::tests::qmp::Qmp;
+use clap::ValueEnum;
+use multifd::{ChannelCount, Compression, MultifdConfig, ZstdLevel};
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+
+/// How the two sides are connected.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Transport {
+    /// A unix socket.
+    Unix,
+    /// TCP over the loopback interface.
+    Tcp,
+}
+
+impl Transport {
+    /// Where whoever takes a guest in is to listen.
+    #[must_use]
+    pub fn uri(self, dir: &Path) -> String {
+        match self {
+            Self::Unix => format!("unix:{}", dir.join("migration").display()),
+            Self::Tcp => "tcp:127.0.0.1:0".to_owned(),
+        }
+    }
+}
+
+impl fmt::Display for Transport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        name(*self, f)
+    }
+}
+
+/// How pages cross.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Way {
+    /// On the main stream.
+    Plain,
+    /// By one channel.
+    #[serde(rename = "multifd-1")]
+    #[value(name = "multifd-1")]
+    Multifd1,
+    /// By two.
+    #[serde(rename = "multifd-2")]
+    #[value(name = "multifd-2")]
+    Multifd2,
+    /// By four.
+    #[serde(rename = "multifd-4")]
+    #[value(name = "multifd-4")]
+    Multifd4,
+    /// By two that compress.
+    #[serde(rename = "zstd-2")]
+    #[value(name = "zstd-2")]
+    Zstd2,
+}
+
+impl Way {
+    /// How many channels there are beside the main stream.
+    #[must_use]
+    pub const fn channels(self) -> u8 {
+        match self {
+            Self::Plain => 0,
+            Self::Multifd1 => 1,
+            Self::Multifd2 | Self::Zstd2 => 2,
+            Self::Multifd4 => 4,
+        }
+    }
+
+    /// The configuration of ours.
+    #[must_use]
+    pub fn multifd(self) -> Option<MultifdConfig> {
+        Some(MultifdConfig {
+            channels: ChannelCount::new(self.channels())?,
+            compression: if self == Self::Zstd2 {
+                Compression::Zstd(ZstdLevel::default())
+            } else {
+                Compression::None
+            },
+            ..MultifdConfig::default()
+        })
+    }
+
+    /// The configuration of a side that is told by QMP.
+    ///
+    /// # Errors
+    /// The side refuses it.
+    pub fn configure(self, qmp: &mut Qmp) -> Result<()> {
+        if self.channels() > 0 {
+            qmp.enable(&["multifd"])?;
+            qmp.set_parameters(json!({
+                "multifd-channels": self.channels(),
+                "multifd-compression": if self == Self::Zstd2 { "zstd" } else { "none" },
+            }))?;
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Display for Way {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        name(*self, f)
+    }
+}
+
+/// The name that the command line has for it.
+fn name(value: impl ValueEnum, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+    let name = value.to_possible_value();
+    f.pad(name.as_ref().map_or("", |name| name.get_name()))
+}
