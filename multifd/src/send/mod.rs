@@ -34,7 +34,7 @@ use crate::error::{ChannelError, Failure};
 use crate::packet::PAGES_PER_PACKET;
 pub use level::LevelWatch;
 use places::Places;
-use queue::{Batch, DeviceState, Queue, Work};
+use queue::{Awaited, Batch, DeviceState, Queue, Work};
 use writer::{Totals, Writer};
 
 /// [`PAGE_SIZE`] as a length in memory.
@@ -319,7 +319,7 @@ impl SendSet {
         let mut patience = self.crew.patience(self.deadline, &state);
         loop {
             state.check()?;
-            if state.has_room(channel) {
+            if state.has_room(channel, &work) {
                 state.push(channel, work);
                 match channel {
                     None => self.crew.for_channels.notify_one(),
@@ -329,6 +329,7 @@ impl SendSet {
                 return Ok(());
             }
             let in_time;
+            state.wait_for(Awaited::Room(channel));
             (state, in_time) = patience.wait(&self.crew.for_owner, state, |s| s.progress);
             if !in_time {
                 drop(state);
@@ -348,6 +349,7 @@ impl SendSet {
                 return Ok(());
             }
             let in_time;
+            state.wait_for(Awaited::Drained);
             (state, in_time) = patience.wait(&self.crew.for_owner, state, |s| s.progress);
             if !in_time {
                 drop(state);
@@ -366,6 +368,7 @@ impl SendSet {
         let mut patience = self.crew.patience(self.deadline, &state);
         while !state.is_synced() {
             let in_time;
+            state.wait_for(Awaited::Synced);
             (state, in_time) = patience.wait(&self.crew.for_owner, state, |s| s.progress);
             state.check()?;
             if !in_time {

@@ -12,8 +12,12 @@ use crate::crew::Crew;
 use crate::device_state::DeviceStateHeader;
 use crate::packet::PAGES_PER_PACKET;
 
-/// Packets queued per channel: one more than it writes, so that it never waits for the next.
-const DEPTH: usize = 2;
+/// Packets of pages queued per channel, some 1 KiB each: their pages stay where they are. Whoever fills
+/// the queue is woken when half of it is free; woken for each packet, it took the processor from the
+/// channels each time.
+const DEPTH: usize = 16;
+/// Packets of device state queued per channel: one more than it writes. Their payloads are here.
+const STATES: usize = 2;
 
 /// The pages of one packet.
 #[derive(Debug)]
@@ -74,6 +78,19 @@ pub(super) struct Queue {
     finishing: bool,
     /// Until when a channel may write.
     pub(super) deadline: Option<Instant>,
+    /// What the owner of the set waits for.
+    awaited: Option<Awaited>,
+}
+
+/// What the owner of the set may wait for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Awaited {
+    /// Room for packets of this channel's own, or of any.
+    Room(Option<usize>),
+    /// That all is written.
+    Drained,
+    /// That all SYNC packets are.
+    Synced,
 }
 
 impl Queue {
@@ -91,15 +108,50 @@ impl Queue {
             synced: channels,
             finishing: false,
             deadline: None,
+            awaited: None,
         }
     }
 
-    /// Whether there is room for another packet, of this channel's own or of any.
-    pub(super) fn has_room(&self, channel: Option<usize>) -> bool {
-        match channel {
-            None => self.work.len() < self.channels * DEPTH,
-            Some(channel) => self.own.get(channel).is_some_and(|own| own.len() < DEPTH),
+    /// Whether there is room for this, of a channel's own or of any.
+    pub(super) fn has_room(&self, channel: Option<usize>, work: &Work) -> bool {
+        let (queued, most) = self.filling(channel);
+        match work {
+            Work::Pages(_) => queued < most,
+            Work::DeviceState(_) => {
+                let is_state = |work: &&Work| matches!(work, Work::DeviceState(_));
+                let states = self.work.iter().filter(is_state).count();
+                queued < most && states < self.channels * STATES
+            }
         }
+    }
+
+    /// How many packets are queued, of this channel's own or of any, and how many may be.
+    fn filling(&self, channel: Option<usize>) -> (usize, usize) {
+        match channel {
+            None => (self.work.len(), self.channels * DEPTH),
+            Some(channel) => (self.own.get(channel).map_or(DEPTH, VecDeque::len), DEPTH),
+        }
+    }
+
+    /// The owner waits for this from now on.
+    pub(super) const fn wait_for(&mut self, awaited: Awaited) {
+        self.awaited = Some(awaited);
+    }
+
+    /// Whether the owner is to be woken, once for each wait.
+    fn wakes_owner(&mut self) -> bool {
+        let is_there = self.awaited.is_some_and(|awaited| match awaited {
+            Awaited::Room(channel) => {
+                let (queued, most) = self.filling(channel);
+                queued <= most / 2
+            }
+            Awaited::Drained => self.is_drained(),
+            Awaited::Synced => self.is_synced(),
+        });
+        if is_there {
+            self.awaited = None;
+        }
+        is_there
     }
 
     pub(super) fn push(&mut self, channel: Option<usize>, work: Work) {
@@ -193,27 +245,99 @@ impl Crew<Queue> {
 
     /// A channel has written the pages of a packet.
     pub(super) fn wrote_pages(&self, batch: Batch) {
-        let mut state = self.lock();
-        state.spare.push(batch);
-        state.unwritten = state.unwritten.saturating_sub(1);
-        state.progress += 1;
-        self.for_owner.notify_all();
+        self.done(|state| {
+            state.spare.push(batch);
+            state.unwritten = state.unwritten.saturating_sub(1);
+        });
     }
 
     /// A channel has written the state of a device.
     pub(super) fn wrote_device_state(&self) {
-        let mut state = self.lock();
-        state.unwritten = state.unwritten.saturating_sub(1);
-        state.progress += 1;
-        drop(state);
-        self.for_owner.notify_all();
+        self.done(|state| state.unwritten = state.unwritten.saturating_sub(1));
     }
 
     /// A channel has written its SYNC packet.
     pub(super) fn wrote_sync(&self) {
+        self.done(|state| state.synced += 1);
+    }
+
+    fn done(&self, note: impl FnOnce(&mut Queue)) {
         let mut state = self.lock();
-        state.synced += 1;
+        note(&mut state);
         state.progress += 1;
-        self.for_owner.notify_all();
+        let wakes = state.wakes_owner();
+        drop(state);
+        if wakes {
+            self.for_owner.notify_all();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use migration_stream::codec::IdStr;
+    use migration_stream::section::InstanceId;
+
+    use super::*;
+    use crate::device_state::DeviceId;
+
+    const RAM: BlockId = BlockId::new(0);
+
+    fn pages(queue: &mut Queue) -> Work {
+        Work::Pages(queue.empty_batch(RAM))
+    }
+
+    fn state() -> Work {
+        let device = DeviceId {
+            idstr: IdStr::new("vfio").unwrap(),
+            instance: InstanceId(0),
+        };
+        let payload = vec![0];
+        Work::DeviceState(DeviceState {
+            header: DeviceStateHeader {
+                device,
+                payload_len: 1,
+            },
+            payload,
+        })
+    }
+
+    #[test]
+    fn whoever_waits_for_room_is_woken_once_half_of_it_is_free() {
+        let mut queue = Queue::new(ChannelCount::new(2).unwrap());
+        for channel in [None, Some(1)] {
+            let (_, most) = queue.filling(channel);
+            for _ in 0..most {
+                let work = pages(&mut queue);
+                assert!(queue.has_room(channel, &work));
+                queue.push(channel, work);
+            }
+            let work = pages(&mut queue);
+            assert!(!queue.has_room(channel, &work));
+            queue.wait_for(Awaited::Room(channel));
+            let mut woken_at = Vec::new();
+            while queue.pop(1).is_some() {
+                if queue.wakes_owner() {
+                    woken_at.push(queue.filling(channel).0);
+                }
+            }
+            assert_eq!(woken_at, [most / 2]);
+        }
+    }
+
+    #[test]
+    fn payloads_of_devices_are_few() {
+        let mut queue = Queue::new(ChannelCount::new(2).unwrap());
+        for _ in 0..2 * STATES {
+            assert!(queue.has_room(None, &state()));
+            queue.push(None, state());
+        }
+        assert!(!queue.has_room(None, &state()));
+        let work = pages(&mut queue);
+        assert!(queue.has_room(None, &work));
+        queue.wait_for(Awaited::Room(None));
+        queue.pop(0);
+        assert!(queue.wakes_owner());
+        assert!(queue.has_room(None, &state()));
     }
 }
