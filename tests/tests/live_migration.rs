@@ -31,6 +31,10 @@ fn main() -> ExitCode {
             },
         ),
         kvm("running_guest_goes_on_in_memory_that_is_there", prealloc),
+        kvm(
+            "huge_pages_are_asked_for_unless_they_are_not_wanted",
+            huge_pages,
+        ),
         kvm("running_guest_goes_on_over_unix_sockets", || {
             let unix = Connection {
                 unix: true,
@@ -106,7 +110,7 @@ fn running(guest: &ColoVmm, connection: Connection, capabilities: &[&str]) -> Re
 
 /// Both sides have all of their memory before they need it.
 fn prealloc() -> Result<()> {
-    let guest = guest().memory(256).args(["--prealloc", "--huge-pages"]);
+    let guest = guest().memory(256).args(["--prealloc"]);
     let connection = Connection::channels(2);
     let mut pair = Pair::start(&guest, connection, &["return-path"])?;
     pair.migrate(connection)?;
@@ -117,6 +121,18 @@ fn prealloc() -> Result<()> {
     }
     pair.secondary.wait_lines(ENCORE)?;
     seamless(&pair)
+}
+
+fn huge_pages() -> Result<()> {
+    for (options, is_asked) in [(&[][..], true), (&["--no-huge-pages"], false)] {
+        let vmm = guest().args(options).start()?;
+        let maps = std::fs::read_to_string(format!("/proc/{}/smaps", vmm.process.id()))?;
+        // `hg`: advised with MADV_HUGEPAGE (Linux, Documentation/filesystems/proc.rst).
+        let mut flags = maps.lines().filter_map(|l| l.strip_prefix("VmFlags:"));
+        let is_advised = flags.any(|flags| flags.split_whitespace().any(|flag| flag == "hg"));
+        assert_eq!(is_advised, is_asked, "{options:?}");
+    }
+    Ok(())
 }
 
 fn as_differences() -> Result<()> {
