@@ -73,6 +73,15 @@ impl Way {
         }
     }
 
+    /// What the channels do to pages, in QEMU's words.
+    #[must_use]
+    pub const fn compression(self) -> &'static str {
+        match self {
+            Self::Zstd2 => "zstd",
+            _ => "none",
+        }
+    }
+
     /// The configuration of ours.
     #[must_use]
     pub fn multifd(self) -> Option<MultifdConfig> {
@@ -96,7 +105,7 @@ impl Way {
             qmp.enable(&["multifd"])?;
             qmp.set_parameters(json!({
                 "multifd-channels": self.channels(),
-                "multifd-compression": if self == Self::Zstd2 { "zstd" } else { "none" },
+                "multifd-compression": self.compression(),
             }))?;
         }
         Ok(())

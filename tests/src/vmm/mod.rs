@@ -140,6 +140,14 @@ impl Vmm {
     pub fn listen_on(&mut self, uri: &str) -> Result<String> {
         let arguments = json!({"uri": uri, "exit-on-error": false});
         self.qmp.execute("migrate-incoming", arguments)?;
+        self.listens_at()
+    }
+
+    /// Where it listens, as a URI.
+    ///
+    /// # Errors
+    /// Nowhere.
+    pub fn listens_at(&mut self) -> Result<String> {
         let address = self.migration()?["socket-address"][0].take();
         let text = |key: &str| address[key].as_str().unwrap_or_default().to_owned();
         match address["type"].as_str() {

@@ -3,7 +3,7 @@
 //!
 //! - `case`: what guest, how connected
 //! - `sample`: what is measured of a pair, whoever made it
-//! - `qemu` with `trace`, `ours`: the two kinds of pair
+//! - `qemu` with `trace`, `ours`: the kinds of pair
 //! - `serial`: what a client of the guest hears
 //! - `report`: the table, the JSON and the drawing
 //!
@@ -81,6 +81,9 @@ struct Arguments {
     /// Further options of both our sides, separated by spaces.
     #[arg(long, default_value = "", allow_hyphen_values = true)]
     colo_options: String,
+    /// Measure QEMU with a `colo-vmm standby` for its secondary too.
+    #[arg(long)]
+    standby: bool,
     /// Measure no QEMU.
     #[arg(long)]
     ours_only: bool,
@@ -238,9 +241,15 @@ impl Arguments {
         for _ in 0..self.rounds.max(1) {
             for machine in &self.machine {
                 let Some(qemu) = qemu else { continue };
-                let (pair, line) = QemuPair::in_colo(case, machine, qemu, accel)?;
-                let sample = measure(pair, line, self.checkpoints, case.is_pinned)?;
-                samples.entry(machine.clone()).or_default().push(sample);
+                for is_standby in [false, true] {
+                    if is_standby && !self.standby {
+                        continue;
+                    }
+                    let (pair, line) = QemuPair::in_colo(case, machine, qemu, accel, is_standby)?;
+                    let sample = measure(pair, line, self.checkpoints, case.is_pinned)?;
+                    let name = report::name(machine, is_standby);
+                    samples.entry(name).or_default().push(sample);
+                }
             }
             let (pair, line) = OurPair::in_colo(case, &options, accel == Accel::Tcg)?;
             let sample = measure(pair, line, self.checkpoints, case.is_pinned)?;

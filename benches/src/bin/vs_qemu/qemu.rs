@@ -1,14 +1,15 @@
-//! A pair of QEMU. What its steps take is in its trace.
+//! A pair of QEMU, or one of QEMU and `colo-vmm standby`. What QEMU's steps take is in its trace.
 
 use std::ffi::OsString;
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use ::tests::Result;
 use ::tests::guest::write_disk;
 use ::tests::process::Process;
 use ::tests::qemu::{Accel, Binary, Machine, Qemu};
+use ::tests::vmm::Vmm;
 use colo_vmm::guest::workload;
 use tempfile::TempDir;
 
@@ -17,22 +18,56 @@ use crate::sample::{Checkpoint, Pair};
 use crate::serial::Line;
 use crate::trace;
 
-/// Two QEMU in COLO.
+/// A primary of QEMU's in COLO.
 #[derive(Debug)]
 pub struct QemuPair {
     primary: Qemu,
-    secondary: Qemu,
+    secondary: Secondary,
+    /// Of the primary, and of the secondary if that is a QEMU.
     traces: [PathBuf; 2],
     _dir: TempDir,
 }
 
+/// Who holds its checkpoints.
+#[derive(Debug)]
+enum Secondary {
+    Qemu(Qemu),
+    Standby(Vmm),
+}
+
+impl Secondary {
+    const fn process(&self) -> &Process {
+        match self {
+            Self::Qemu(qemu) => &qemu.process,
+            Self::Standby(standby) => &standby.process,
+        }
+    }
+
+    fn standby(case: &Case, dir: &Path) -> Result<(Self, String)> {
+        // It is restored nowhere.
+        let nowhere = format!("file:{}", dir.join("restored").display());
+        let mut arguments = vec!["--incoming".to_owned(), case.transport.uri(dir)];
+        arguments.extend(["--restore-into".to_owned(), nowhere]);
+        if case.way.channels() > 0 {
+            let channels = case.way.channels().to_string();
+            arguments.extend(["--multifd".to_owned(), channels]);
+            let compression = case.way.compression().to_owned();
+            arguments.extend(["--multifd-compression".to_owned(), compression]);
+        }
+        let mut standby = Vmm::standby(arguments)?;
+        let uri = standby.listens_at()?;
+        Ok((Self::Standby(standby), uri))
+    }
+}
+
 impl QemuPair {
-    /// Starts both, and waits until they are in COLO.
+    /// Starts both, and waits until they are in COLO. The secondary is a QEMU, or a standby of ours.
     pub fn in_colo(
         case: &Case,
         machine: &str,
         binary: &Binary,
         accel: Accel,
+        is_standby: bool,
     ) -> Result<(Self, Line)> {
         let dir = tempfile::Builder::new().prefix("vs-qemu-").tempdir()?;
         let line = Line::listen(&dir.path().join("line"))?;
@@ -50,15 +85,19 @@ impl QemuPair {
         let mut to_line = OsString::from("file:");
         to_line.push(line.path());
         let [trace, secondary_trace] = &traces;
-        let mut secondary = side("null".into(), secondary_trace)
-            .incoming()
-            .start(binary)?;
+        let (secondary, uri) = if is_standby {
+            Secondary::standby(case, dir.path())?
+        } else {
+            let mut secondary = side("null".into(), secondary_trace)
+                .incoming()
+                .start(binary)?;
+            case.configure(&mut secondary.qmp)?;
+            let uri = secondary.listen(&case.transport.uri(secondary.dir()))?;
+            (Secondary::Qemu(secondary), uri)
+        };
         let mut primary = side(to_line, trace).running().start(binary)?;
         line.wait(Duration::ZERO)?;
-        for side in [&mut secondary, &mut primary] {
-            case.configure(&mut side.qmp)?;
-        }
-        let uri = secondary.listen(&case.transport.uri(secondary.dir()))?;
+        case.configure(&mut primary.qmp)?;
         primary.migrate(&uri)?;
         primary.wait_migration("colo")?;
         let pair = Self {
@@ -70,14 +109,18 @@ impl QemuPair {
         Ok((pair, line))
     }
 
+    /// Nothing of a standby.
     fn trace(&self, side: usize) -> Result<Vec<trace::Entry>> {
+        if side == 1 && matches!(self.secondary, Secondary::Standby(_)) {
+            return Ok(Vec::new());
+        }
         trace::parse(&fs::read_to_string(&self.traces[side])?)
     }
 }
 
 impl Pair for QemuPair {
     fn processes(&self) -> [&Process; 2] {
-        [&self.primary.process, &self.secondary.process]
+        [&self.primary.process, self.secondary.process()]
     }
 
     fn is_vcpu(thread: &str) -> bool {

@@ -15,6 +15,15 @@ use crate::sample::Sample;
 /// The name of our pair among those of QEMU's machines.
 pub const OURS: &str = "colo-vmm";
 
+/// The name of a pair whose primary is a QEMU of this machine.
+pub fn name(machine: &str, is_standby: bool) -> String {
+    if is_standby {
+        format!("{machine} to standby")
+    } else {
+        machine.to_owned()
+    }
+}
+
 /// All there is to show.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Report {
@@ -33,7 +42,7 @@ pub struct Row {
     pub case: Case,
     /// Further options of our sides.
     pub colo_options: Vec<String>,
-    /// By QEMU's machine, or [`OURS`].
+    /// By [`name`], or [`OURS`].
     pub pairs: BTreeMap<String, Figures>,
 }
 
