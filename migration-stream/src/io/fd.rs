@@ -14,7 +14,8 @@ use std::time::{Duration, Instant};
 use vm_memory::VolatileSlice;
 
 use super::lent::Lender;
-use super::zero_copy::{ZeroCopy, size_of_socklen};
+use super::socket::{option, set_option};
+use super::zero_copy::ZeroCopy;
 use super::{ByteSink, ByteSource, Chunk, Readiness};
 
 /// The kernel takes at most this many pieces in one call (`UIO_MAXIOV`).
@@ -29,6 +30,7 @@ const LOW_WATER: usize = 64 << 10;
 pub struct FdChannel {
     fd: Arc<OwnedFd>,
     is_socket: bool,
+    is_tcp: bool,
     limit: Duration,
     read_deadline: Option<Instant>,
     write_deadline: Option<Instant>,
@@ -70,7 +72,9 @@ impl FdChannel {
             let ret = unsafe { libc::fstat(fd.as_raw_fd(), &raw mut stat) };
             ret == 0 && stat.st_mode & libc::S_IFMT == libc::S_IFSOCK
         };
+        let protocol = option(fd.as_fd(), libc::SOL_SOCKET, libc::SO_PROTOCOL);
         Ok(Self {
+            is_tcp: protocol.is_ok_and(|protocol| protocol == libc::IPPROTO_TCP),
             fd: Arc::new(fd),
             is_socket,
             limit,
@@ -87,6 +91,7 @@ impl FdChannel {
         Self {
             fd: Arc::clone(&self.fd),
             is_socket: self.is_socket,
+            is_tcp: self.is_tcp,
             limit: self.limit,
             read_deadline: None,
             write_deadline: None,
@@ -133,20 +138,24 @@ impl FdChannel {
         if !self.is_socket || self.low_water.load(Ordering::Relaxed) == mark {
             return;
         }
-        let value = c_int_len(mark);
-        // SAFETY: the option's value is an int that lives for the call.
-        let ret = unsafe {
-            libc::setsockopt(
-                self.fd.as_raw_fd(),
-                libc::SOL_SOCKET,
-                libc::SO_RCVLOWAT,
-                (&raw const value).cast(),
-                size_of_socklen::<libc::c_int>(),
-            )
-        };
+        let set = set_option(
+            self.as_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_RCVLOWAT,
+            c_int_len(mark),
+        );
         // A socket that knows no mark wakes its reader for everything: nothing is lost.
-        if ret == 0 {
+        if set.is_ok() {
             self.low_water.store(mark, Ordering::Relaxed);
+        }
+    }
+
+    /// Has the system confirm what TCP has received, before a wait for more: it may put that off for
+    /// 40 ms, during which a peer without `TCP_NODELAY` (QEMU's main channel) holds a small piece back.
+    fn acknowledge(&self) {
+        if self.is_tcp {
+            // Without it the peer waits, and that is all.
+            let _ = set_option(self.as_fd(), libc::IPPROTO_TCP, libc::TCP_QUICKACK, 1);
         }
     }
 
@@ -348,6 +357,7 @@ impl ByteSource for FdChannel {
                     // All that goes to guest memory was announced and has to come; what may come
                     // behind it may not.
                     self.wake_for(guest.iter().map(VolatileSlice::len).sum());
+                    self.acknowledge();
                     if let Err(late) = self.wait_for(libc::POLLIN, self.read_deadline) {
                         // A slow peer's bytes below the mark are progress all the same.
                         return match self.read_once(guest, buf) {
@@ -382,6 +392,7 @@ impl ByteSource for FdChannel {
         deadline: Option<Instant>,
     ) -> io::Result<Readiness> {
         self.wake_for(1);
+        self.acknowledge();
         let mut fds = [
             pollfd(self.fd.as_raw_fd(), libc::POLLIN),
             pollfd(other.map_or(-1, |o| o.as_raw_fd()), libc::POLLIN),

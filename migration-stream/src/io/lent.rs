@@ -11,11 +11,11 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::zero_copy::size_of_socklen;
+use super::socket::{option, set_option};
 
 /// What the pipe and the socket are asked to hold, bytes: as much as a process without privileges may
 /// have of a pipe.
-static AT_A_TIME: libc::c_int = 1 << 20;
+const AT_A_TIME: libc::c_int = 1 << 20;
 /// Between two looks at what the peer has taken. It has at most a few hundred KB to copy.
 const LOOK: Duration = Duration::from_micros(20);
 
@@ -33,8 +33,8 @@ pub(super) struct Lender {
 impl Lender {
     /// A way, if `socket` is one that takes pages.
     pub(super) fn new(socket: BorrowedFd<'_>) -> io::Result<Option<Self>> {
-        if option(socket, libc::SO_DOMAIN)? != libc::AF_UNIX
-            || option(socket, libc::SO_TYPE)? != libc::SOCK_STREAM
+        if option(socket, libc::SOL_SOCKET, libc::SO_DOMAIN)? != libc::AF_UNIX
+            || option(socket, libc::SOL_SOCKET, libc::SO_TYPE)? != libc::SOCK_STREAM
         {
             return Ok(None);
         }
@@ -47,20 +47,9 @@ impl Lender {
         let [reading, writing] = ends.map(|end| unsafe { OwnedFd::from_raw_fd(end) });
         // More at a time is fewer calls, and fewer waits for the peer. Whatever the system grants
         // does, as does what it has granted without being asked.
-        // SAFETY: fcntl with F_SETPIPE_SZ takes no pointers; the option's value is an int that lives
-        // for the call.
-        unsafe {
-            libc::fcntl(writing.as_raw_fd(), libc::F_SETPIPE_SZ, AT_A_TIME);
-            let len = size_of_socklen::<libc::c_int>();
-            let value = (&raw const AT_A_TIME).cast();
-            libc::setsockopt(
-                socket.as_raw_fd(),
-                libc::SOL_SOCKET,
-                libc::SO_SNDBUF,
-                value,
-                len,
-            );
-        }
+        // SAFETY: fcntl with F_SETPIPE_SZ takes no pointers.
+        unsafe { libc::fcntl(writing.as_raw_fd(), libc::F_SETPIPE_SZ, AT_A_TIME) };
+        let _ = set_option(socket, libc::SOL_SOCKET, libc::SO_SNDBUF, AT_A_TIME);
         Ok(Some(Self {
             reading,
             writing,
@@ -141,23 +130,4 @@ fn not_taken(socket: BorrowedFd<'_>) -> io::Result<libc::c_int> {
         return Err(io::Error::last_os_error());
     }
     Ok(bytes)
-}
-
-fn option(socket: BorrowedFd<'_>, name: libc::c_int) -> io::Result<libc::c_int> {
-    let mut value: libc::c_int = 0;
-    let mut len = size_of_socklen::<libc::c_int>();
-    // SAFETY: value and length live for the call, the length is the value's.
-    let ret = unsafe {
-        libc::getsockopt(
-            socket.as_raw_fd(),
-            libc::SOL_SOCKET,
-            name,
-            (&raw mut value).cast(),
-            &raw mut len,
-        )
-    };
-    if ret < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    Ok(value)
 }

@@ -15,6 +15,8 @@ mod lent;
 #[cfg(feature = "fd")]
 mod positioned;
 #[cfg(feature = "fd")]
+mod socket;
+#[cfg(feature = "fd")]
 mod zero_copy;
 #[cfg(feature = "fd")]
 pub use fd::FdChannel;

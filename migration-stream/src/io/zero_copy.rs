@@ -9,6 +9,7 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use std::time::Instant;
 
 use super::fd::{poll, pollfd};
+use super::socket::{option, set_option};
 
 /// `SO_EE_ORIGIN_ZEROCOPY`: the report is about zero-copy sends.
 const ORIGIN_ZEROCOPY: u8 = 5;
@@ -37,25 +38,13 @@ struct Report {
 impl ZeroCopy {
     /// Asks the socket for zero-copy sends.
     pub(super) fn enable(fd: BorrowedFd<'_>) -> io::Result<Self> {
-        let on: libc::c_int = 1;
-        // SAFETY: the option's value is an int that lives for the call.
-        let ret = unsafe {
-            libc::setsockopt(
-                fd.as_raw_fd(),
-                libc::SOL_SOCKET,
-                libc::SO_ZEROCOPY,
-                (&raw const on).cast(),
-                size_of_socklen::<libc::c_int>(),
+        set_option(fd, libc::SOL_SOCKET, libc::SO_ZEROCOPY, 1).map_err(|error| {
+            io::Error::new(
+                io::ErrorKind::Unsupported,
+                format!("zero-copy send needs a TCP connection: {error}"),
             )
-        };
-        if ret == 0 {
-            return Ok(Self::default());
-        }
-        let error = io::Error::last_os_error();
-        Err(io::Error::new(
-            io::ErrorKind::Unsupported,
-            format!("zero-copy send needs a TCP connection: {error}"),
-        ))
+        })?;
+        Ok(Self::default())
     }
 
     /// One more send succeeded.
@@ -177,22 +166,9 @@ fn next_report(fd: BorrowedFd<'_>) -> io::Result<Option<Report>> {
 
 /// The socket's pending error.
 fn socket_error(fd: BorrowedFd<'_>) -> io::Result<()> {
-    let mut code: libc::c_int = 0;
-    let mut len = size_of_socklen::<libc::c_int>();
-    // SAFETY: value and length live for the call, the length is the value's.
-    let ret = unsafe {
-        libc::getsockopt(
-            fd.as_raw_fd(),
-            libc::SOL_SOCKET,
-            libc::SO_ERROR,
-            (&raw mut code).cast(),
-            &raw mut len,
-        )
-    };
-    match (ret, code) {
-        (0, 0) => Ok(()),
-        (0, code) => Err(io::Error::from_raw_os_error(code)),
-        _ => Err(io::Error::last_os_error()),
+    match option(fd, libc::SOL_SOCKET, libc::SO_ERROR)? {
+        0 => Ok(()),
+        code => Err(io::Error::from_raw_os_error(code)),
     }
 }
 
@@ -212,11 +188,6 @@ fn memlock_limit() -> String {
 
 fn unexpected(what: &str) -> io::Error {
     io::Error::other(format!("the socket's error queue {what}"))
-}
-
-#[allow(clippy::cast_possible_truncation)] // a few bytes
-pub(super) const fn size_of_socklen<T>() -> libc::socklen_t {
-    size_of::<T>() as libc::socklen_t
 }
 
 #[allow(clippy::cast_possible_truncation)] // a few bytes

@@ -92,6 +92,26 @@ fn bytes_below_the_mark_are_read_at_the_deadline_and_by_the_next_reader() {
 }
 
 #[test]
+fn what_tcp_has_received_is_confirmed_at_once_by_who_waits() {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let _peer = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let mut channel = FdChannel::new(listener.accept().unwrap().0, SHORT).unwrap();
+    let (level, name) = (libc::IPPROTO_TCP, libc::TCP_QUICKACK);
+    let is_prompt = |channel: &FdChannel| option(channel.as_fd(), level, name).unwrap() == 1;
+    let be_late = |channel: &FdChannel| {
+        // As after something was sent.
+        set_option(channel.as_fd(), level, name, 0).unwrap();
+        assert!(!is_prompt(channel));
+    };
+    be_late(&channel);
+    channel.read(&mut [0; 4]).unwrap_err();
+    assert!(is_prompt(&channel));
+    be_late(&channel);
+    channel.wait(None, Some(Instant::now())).unwrap();
+    assert!(is_prompt(&channel));
+}
+
+#[test]
 fn what_is_lent_is_what_the_memory_holds_when_the_peer_takes_it() {
     let (mut a, mut b) = pair();
     assert!(a.lend_to_local_peer());
