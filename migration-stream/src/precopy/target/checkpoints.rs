@@ -1,0 +1,69 @@
+//! What a COLO secondary receives after the migration: RAM and device state, again and again.
+
+use std::fmt;
+use std::time::Instant;
+
+use super::link::Link;
+use super::pages::{Pages, Received};
+use crate::decoder::{CheckpointDecoder, Item};
+use crate::io::ByteSink;
+use crate::precopy::TargetError;
+use crate::{PageBarrier, PageStore, StreamReader};
+
+/// The receiving side of COLO's checkpoints.
+pub struct CheckpointReceiver {
+    pub(super) decoder: CheckpointDecoder,
+    pub(super) link: Link,
+    pub(super) out: Box<dyn ByteSink>,
+}
+
+impl CheckpointReceiver {
+    /// The main stream, for what is no RAM: messages and device state.
+    pub const fn reader(&mut self) -> &mut StreamReader {
+        &mut self.link.reader
+    }
+
+    /// The return path, which carries no return-path messages any more.
+    pub fn out(&mut self) -> &mut dyn ByteSink {
+        &mut *self.out
+    }
+
+    /// No read or write of the main channel waits longer than until `deadline`.
+    pub fn set_deadline(&mut self, deadline: Option<Instant>) {
+        self.link.reader.set_deadline(deadline);
+        self.out.set_write_deadline(deadline);
+    }
+
+    /// Receives the RAM of one checkpoint, to its EOF, into `store`.
+    ///
+    /// # Errors
+    /// Whatever is wrong with the stream; what was stored until then is part of no checkpoint.
+    pub fn receive_ram(
+        &mut self,
+        store: &dyn PageStore,
+        barrier: &mut dyn PageBarrier,
+    ) -> Result<Received, TargetError> {
+        let begun = self.link.reader.offset();
+        let mut received = Received::default();
+        let mut pages = Pages { store, barrier };
+        loop {
+            let (item, offset) = self.link.item(|r| self.decoder.next(r))?;
+            match item {
+                Item::Ram(item) => self.link.ram(item, &mut pages, &mut received)?,
+                Item::Command(command) => self.link.command(&command, offset)?,
+                Item::Eof => break,
+                _ => {}
+            }
+        }
+        received.bytes = self.link.reader.offset() - begun;
+        Ok(received)
+    }
+}
+
+impl fmt::Debug for CheckpointReceiver {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("CheckpointReceiver")
+            .field("link", &self.link)
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,139 @@
+//! The main channel in both directions: the stream, and the answers to it.
+
+use std::sync::Arc;
+use std::{fmt, io};
+
+use bytes::BytesMut;
+
+use crate::codec::Reader;
+use crate::command::Command;
+use crate::decoder::{Item, MAX_ITEM_LEN, Step};
+use crate::io::{ByteSink, Chunk};
+use crate::postcopy::PostcopyOrder;
+use crate::precopy::TargetError;
+use crate::precopy::switchover_ack::SwitchoverAcks;
+use crate::return_path::ReturnPathMessage;
+use crate::{DecodeError, StreamReader};
+
+/// The two directions of the main channel.
+pub(super) struct Link {
+    pub(super) reader: StreamReader,
+    pub(super) return_path: Option<Box<dyn ByteSink>>,
+    /// The source has asked for the return path.
+    pub(super) open: bool,
+    /// The devices that acknowledge the switch-over, and for how many of them it was done.
+    pub(super) acks: Option<(Arc<SwitchoverAcks>, u32)>,
+    /// What the source has said of postcopy, which never begins here.
+    pub(super) postcopy: PostcopyOrder,
+}
+
+impl Link {
+    pub(super) fn seek(&mut self, offset: u64) -> Result<(), TargetError> {
+        self.reader.seek(offset).map_err(|e| self.broken(e))
+    }
+
+    /// The migration has failed already: that the source cannot be told changes nothing.
+    pub(super) fn refuse(&mut self) {
+        let _ = self.send(&ReturnPathMessage::Shut { status: 1 });
+    }
+
+    pub(super) fn fill(&mut self, limit: usize) -> Result<(), TargetError> {
+        self.reader.fill(limit).map_err(|e| self.broken(e))
+    }
+
+    pub(super) fn broken(&self, source: io::Error) -> TargetError {
+        TargetError::Stream {
+            offset: self.reader.offset(),
+            source,
+        }
+    }
+
+    pub(super) fn send(&mut self, message: &ReturnPathMessage) -> Result<(), TargetError> {
+        if let (Some(out), true) = (&mut self.return_path, self.open) {
+            let mut bytes = BytesMut::new();
+            message.encode(&mut bytes);
+            out.write_all(&[Chunk::Bytes(&bytes)])
+                .map_err(TargetError::ReturnPath)?;
+        }
+        Ok(())
+    }
+
+    /// The next item, as `decode` finds it in what has come, and where it began.
+    pub(super) fn item(
+        &mut self,
+        mut decode: impl FnMut(&mut Reader<'_>) -> Result<Step, DecodeError>,
+    ) -> Result<(Item, u64), TargetError> {
+        loop {
+            self.acknowledge()?;
+            let offset = self.reader.offset();
+            let mut r = Reader::new(self.reader.buffered(), offset);
+            let step = decode(&mut r)?;
+            let consumed = r.consumed();
+            self.reader.consume(consumed);
+            match step {
+                Step::NeedMore { .. } => self.fill(MAX_ITEM_LEN)?,
+                Step::Item(item) => return Ok((item, offset)),
+            }
+        }
+    }
+
+    /// Sends the acknowledgements that are due.
+    fn acknowledge(&mut self) -> Result<(), TargetError> {
+        while let Some((devices, sent)) = &mut self.acks
+            && self.open
+            && *sent < devices.owed()
+        {
+            *sent += 1;
+            self.send(&ReturnPathMessage::SwitchoverAck)?;
+        }
+        Ok(())
+    }
+
+    pub(super) fn command(&mut self, command: &Command, offset: u64) -> Result<(), TargetError> {
+        match command {
+            Command::OpenReturnPath if self.return_path.is_some() => {
+                self.open = true;
+                Ok(())
+            }
+            Command::Ping(value) if self.open => self.send(&ReturnPathMessage::Pong(*value)),
+            Command::OpenReturnPath | Command::Ping(_) => Err(TargetError::NoReturnPath {
+                command: command.number(),
+                offset,
+            }),
+            // The guest stands still at the source: nothing to do for those who load at the end.
+            Command::SwitchoverStart => Ok(()),
+            // A source with `dirty-bitmaps` may go over to postcopy, and need not.
+            Command::PostcopyAdvise(None) => Ok(self
+                .postcopy
+                .command(command)
+                .map_err(|e| DecodeError::new(offset, e))?),
+            _ => Err(TargetError::Unsupported {
+                command: command.number(),
+                offset,
+            }),
+        }
+    }
+
+    /// Reads and drops `len` bytes.
+    pub(super) fn skip(&mut self, mut len: usize) -> Result<(), TargetError> {
+        while len > 0 {
+            let here = len.min(self.reader.buffered().len());
+            self.reader.consume(here);
+            len -= here;
+            if len > 0 && here == 0 {
+                self.fill(MAX_ITEM_LEN)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Debug for Link {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Link")
+            .field("reader", &self.reader)
+            .field("return_path", &self.return_path.is_some())
+            .field("open", &self.open)
+            .finish()
+    }
+}

@@ -1,0 +1,86 @@
+//! A guest that has come: confirmed, given back, or gone on with as a COLO secondary.
+
+use super::checkpoints::CheckpointReceiver;
+use super::link::Link;
+use super::pages::Received;
+use crate::DecodeError;
+use crate::configuration::Configuration;
+use crate::decoder::StreamDecoder;
+use crate::dirty_bitmap::BitmapSections;
+use crate::precopy::TargetError;
+use crate::ram::RamError;
+use crate::return_path::ReturnPathMessage;
+
+/// A guest that was taken over, devices included. The source stands still until
+/// [`Loaded::confirm`] and may still take the guest back before.
+#[derive(Debug)]
+pub struct Loaded {
+    pub(super) decoder: StreamDecoder,
+    pub(super) configuration: Option<Configuration>,
+    pub(super) link: Link,
+    pub(super) received: Received,
+    pub(super) bitmaps: BitmapSections,
+}
+
+impl Loaded {
+    /// What came in.
+    #[must_use]
+    pub const fn received(&self) -> Received {
+        self.received
+    }
+
+    /// The dirty bitmaps that came with a guest [taken as it is](Target::load_opaque), to be sent on
+    /// with it.
+    #[must_use]
+    pub const fn dirty_bitmaps(&self) -> &BitmapSections {
+        &self.bitmaps
+    }
+
+    /// The source's configuration, if the stream has one. Where it has a UUID and this side's has
+    /// none, nothing was compared, and whoever cares should hear of it.
+    #[must_use]
+    pub const fn configuration(&self) -> Option<&Configuration> {
+        self.configuration.as_ref()
+    }
+
+    /// Tells the source that everything is loaded, if it has opened a return path. From here on the
+    /// guest belongs to this side.
+    ///
+    /// # Errors
+    /// The return path's.
+    pub fn confirm(&mut self) -> Result<(), TargetError> {
+        self.link.send(&ReturnPathMessage::Shut { status: 0 })
+    }
+
+    /// Gives the guest back to the source, where it runs on: this side cannot keep it after all.
+    pub fn refuse(mut self) {
+        self.link.refuse();
+    }
+
+    /// What a COLO secondary goes on with: the same stream, which from here on carries checkpoints
+    /// and cannot set RAM up again.
+    ///
+    /// # Errors
+    /// The source has not opened a return path, without which there is no COLO.
+    pub fn into_checkpoints(self) -> Result<CheckpointReceiver, TargetError> {
+        let offset = self.link.reader.offset();
+        let missing = |what| TargetError::Missing { what, offset };
+        let decoder = self
+            .decoder
+            .into_checkpoint_decoder()
+            .map_err(|e| match e {
+                RamError::NotSetUp => missing("a complete RAM section"),
+                other => DecodeError::new(offset, other).into(),
+            })?;
+        let out = self.link.return_path.filter(|_| self.link.open);
+        let link = Link {
+            return_path: None,
+            open: false,
+            acks: None,
+            postcopy: self.link.postcopy,
+            reader: self.link.reader,
+        };
+        let out = out.ok_or(missing("a return path"))?;
+        Ok(CheckpointReceiver { decoder, link, out })
+    }
+}

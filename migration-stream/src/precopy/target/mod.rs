@@ -1,0 +1,320 @@
+//! The target of a live migration: pages into the store, devices to the VMM, answers on the return
+//! path; and what a COLO secondary goes on with after it.
+//!
+//! [`Target`] walks through the stream. The channel it reads and answers on is `link`'s, what a
+//! section holds is read by `pages` or `sections`; [`Loaded`] is what it comes to, and
+//! [`CheckpointReceiver`] what may follow.
+
+mod checkpoints;
+mod link;
+mod loaded;
+mod pages;
+mod sections;
+mod vm;
+
+use std::sync::Arc;
+
+pub use self::checkpoints::CheckpointReceiver;
+use self::link::Link;
+pub use self::loaded::Loaded;
+use self::pages::Pages;
+pub use self::pages::Received;
+use self::sections::{Devices, check_bitmap_section};
+pub use self::vm::{Body, TargetVm};
+use super::error::TargetError;
+use super::switchover_ack::SwitchoverAcks;
+use crate::configuration::Configuration;
+use crate::decoder::{DecoderConfig, Item, RamItem, StreamDecoder};
+use crate::dirty_bitmap::{BitmapSections, DIRTY_BITMAP_IDSTR};
+use crate::io::ByteSink;
+use crate::mapped_ram::MappedArea;
+use crate::opaque_tail::{Tail, TailLimits};
+use crate::postcopy::PostcopyOrder;
+use crate::ram::{BlockId, RAM_IDSTR, RamBlockTable};
+use crate::section::SectionId;
+use crate::{PageBarrier, PageStore, StreamReader};
+
+/// What a target expects and bounds.
+#[derive(Clone, Debug)]
+pub struct TargetConfig {
+    /// Header, configuration, footers.
+    pub decoder: DecoderConfig,
+    /// The longest device section accepted, bytes.
+    pub max_devices: usize,
+}
+
+/// An incoming migration.
+#[derive(Debug)]
+pub struct Target {
+    config: TargetConfig,
+    decoder: StreamDecoder,
+    configuration: Option<Configuration>,
+    ram_section: Option<SectionId>,
+    bitmap_section: Option<SectionId>,
+    bitmaps: BitmapSections,
+    keeps_bitmaps: bool,
+    /// Areas of a file that were announced before there was memory for them.
+    mapped: Vec<(BlockId, MappedArea)>,
+    link: Link,
+    received: Received,
+}
+
+impl Target {
+    /// A target that fills `store`. The store's blocks are what the source must announce. Messages
+    /// of the return path go to `return_path`, once the source has opened it.
+    #[must_use]
+    pub fn new(
+        config: TargetConfig,
+        reader: StreamReader,
+        return_path: Option<Box<dyn ByteSink>>,
+        store: &dyn PageStore,
+    ) -> Self {
+        Self::with_blocks(config, reader, return_path, Some(store.blocks().clone()))
+    }
+
+    /// A target that does not know the source's memory beforehand: reads the stream as far as the
+    /// list of its blocks, and returns that. The store that [`Target::load`] is given has to have
+    /// these blocks in this order. How much memory they may take up is the caller's to judge: only
+    /// their number is bounded.
+    ///
+    /// # Errors
+    /// Whatever is wrong with the stream; the source is told by a SHUT message if it can be.
+    pub fn from_announcement(
+        config: TargetConfig,
+        reader: StreamReader,
+        return_path: Option<Box<dyn ByteSink>>,
+    ) -> Result<(Self, RamBlockTable), TargetError> {
+        let mut target = Self::with_blocks(config, reader, return_path, None);
+        match target.announcement() {
+            Ok(blocks) => Ok((target, blocks)),
+            Err(error) => {
+                target.link.refuse();
+                Err(error)
+            }
+        }
+    }
+
+    fn with_blocks(
+        config: TargetConfig,
+        reader: StreamReader,
+        return_path: Option<Box<dyn ByteSink>>,
+        blocks: Option<RamBlockTable>,
+    ) -> Self {
+        Self {
+            decoder: StreamDecoder::new(config.decoder.clone(), blocks),
+            config,
+            configuration: None,
+            ram_section: None,
+            bitmap_section: None,
+            bitmaps: BitmapSections::new(),
+            keeps_bitmaps: false,
+            mapped: Vec::new(),
+            link: Link {
+                reader,
+                return_path,
+                open: false,
+                acks: None,
+                postcopy: PostcopyOrder::new(None),
+            },
+            received: Received::default(),
+        }
+    }
+
+    /// The source's configuration, once it was read.
+    #[must_use]
+    pub const fn configuration(&self) -> Option<&Configuration> {
+        self.configuration.as_ref()
+    }
+
+    /// Whether the source waits for [`Loaded::confirm`]: it has opened a return path.
+    #[must_use]
+    pub const fn has_return_path(&self) -> bool {
+        self.link.open
+    }
+
+    /// Synchronises multifd channels as [`DecoderConfig::flush_each_section`] says. For those who
+    /// learn the machine type from the stream.
+    #[must_use]
+    pub const fn flushing_each_section(mut self) -> Self {
+        self.decoder.flush_each_section();
+        self
+    }
+
+    /// Acknowledges the switch-over for `devices` (the capability `switchover-ack`).
+    #[must_use]
+    pub fn acknowledging(mut self, devices: Arc<SwitchoverAcks>) -> Self {
+        self.link.acks = Some((devices, 0));
+        self
+    }
+
+    /// Keeps dirty bitmaps (the capability `dirty-bitmaps`) of a guest that is
+    /// [taken as it is](Target::load_opaque), in [`Loaded::dirty_bitmaps`]. Without this a guest that
+    /// has some is refused: it would go on without them.
+    #[must_use]
+    pub const fn keeping_dirty_bitmaps(mut self) -> Self {
+        self.keeps_bitmaps = true;
+        self
+    }
+
+    /// Loads the stream to its end: pages into `store`, devices through `vm`.
+    ///
+    /// # Errors
+    /// Whatever is wrong with the stream; the source is told by a SHUT message if it can be.
+    pub fn load(
+        self,
+        store: &dyn PageStore,
+        barrier: &mut dyn PageBarrier,
+        vm: &mut dyn TargetVm,
+    ) -> Result<Loaded, TargetError> {
+        let mut devices = Devices::Known(vm);
+        self.finish(|target| target.run(&mut Pages { store, barrier }, &mut devices))
+            .map(|(loaded, _)| loaded)
+    }
+
+    /// Loads the stream to its end: pages into `store`, while device sections, which nobody here
+    /// knows, are taken as they are and told apart by the description behind them.
+    ///
+    /// # Errors
+    /// As for [`Target::load`], and when no description accounts for the sections.
+    pub fn load_opaque(
+        self,
+        store: &dyn PageStore,
+        barrier: &mut dyn PageBarrier,
+        limits: TailLimits,
+    ) -> Result<(Loaded, Tail), TargetError> {
+        self.finish(|target| {
+            let mut devices = Devices::Opaque(limits);
+            let tail = target.run(&mut Pages { store, barrier }, &mut devices)?;
+            let offset = target.link.reader.offset();
+            tail.ok_or(TargetError::Missing {
+                what: "device sections",
+                offset,
+            })
+        })
+    }
+
+    fn finish<R>(
+        mut self,
+        load: impl FnOnce(&mut Self) -> Result<R, TargetError>,
+    ) -> Result<(Loaded, R), TargetError> {
+        match load(&mut self) {
+            Ok(result) => {
+                self.received.bytes = self.link.reader.offset();
+                let Self {
+                    decoder,
+                    configuration,
+                    link,
+                    received,
+                    bitmaps,
+                    ..
+                } = self;
+                Ok((
+                    Loaded {
+                        decoder,
+                        configuration,
+                        link,
+                        received,
+                        bitmaps,
+                    },
+                    result,
+                ))
+            }
+            Err(error) => {
+                self.link.refuse();
+                Err(error)
+            }
+        }
+    }
+
+    /// The next item, and where it began.
+    fn item(&mut self) -> Result<(Item, u64), TargetError> {
+        self.link.item(|r| self.decoder.next(r))
+    }
+
+    /// Everything up to the block list.
+    fn announcement(&mut self) -> Result<RamBlockTable, TargetError> {
+        loop {
+            let (item, offset) = self.item()?;
+            match item {
+                Item::Configuration(received) => self.configuration = Some(received),
+                Item::Command(command) => self.link.command(&command, offset)?,
+                Item::Section(header) if header.idstr.as_str() == RAM_IDSTR => {
+                    self.ram_section = Some(header.id);
+                }
+                Item::Ram(RamItem::MappedBlock { block, area }) => {
+                    self.link.seek(area.end())?;
+                    self.mapped.push((block, area));
+                }
+                Item::Ram(RamItem::BlockList(blocks)) => return Ok(blocks),
+                Item::Section(_) | Item::Eof | Item::VmDescription { .. } => {
+                    let what = "the blocks of ram before anything else";
+                    return Err(TargetError::Missing { what, offset });
+                }
+                Item::Header | Item::Footer(_) | Item::Continuation { .. } | Item::Ram(_) => {}
+            }
+        }
+    }
+
+    /// Returns the tail if the devices were taken opaque.
+    fn run(
+        &mut self,
+        pages: &mut Pages<'_>,
+        devices: &mut Devices<'_>,
+    ) -> Result<Option<Tail>, TargetError> {
+        for (block, area) in std::mem::take(&mut self.mapped) {
+            pages.load_mapped(block, &area, &mut self.received)?;
+        }
+        let mut tail = None;
+        loop {
+            let (item, offset) = self.item()?;
+            match item {
+                Item::Header | Item::Footer(_) => {}
+                Item::Configuration(received) => self.configuration = Some(received),
+                Item::Command(command) => self.link.command(&command, offset)?,
+                Item::Section(header) => {
+                    let limit = self.config.max_devices;
+                    match devices {
+                        _ if header.idstr.as_str() == RAM_IDSTR => {
+                            self.ram_section = Some(header.id);
+                        }
+                        _ if header.idstr.as_str() == DIRTY_BITMAP_IDSTR => {
+                            check_bitmap_section(&header, offset)?;
+                            if matches!(devices, Devices::Opaque(_)) && !self.keeps_bitmaps {
+                                return Err(TargetError::DirtyBitmaps { offset });
+                            }
+                            self.bitmap_section = Some(header.id);
+                            self.link.bitmaps(devices, &mut self.bitmaps, None)?;
+                        }
+                        Devices::Known(vm) => self.link.device(*vm, &header, limit)?,
+                        Devices::Opaque(limits) => {
+                            tail = Some(self.link.tail(&header, *limits)?);
+                            break;
+                        }
+                    }
+                }
+                Item::Continuation { kind, id } => {
+                    if self.bitmap_section == Some(id) {
+                        self.link.bitmaps(devices, &mut self.bitmaps, Some(kind))?;
+                    } else if self.ram_section != Some(id) {
+                        return Err(TargetError::IterableDevice { id, offset });
+                    }
+                }
+                Item::Ram(item) => self.link.ram(item, pages, &mut self.received)?,
+                // The description follows.
+                Item::Eof => {}
+                Item::VmDescription { len } => {
+                    self.link.skip(len as usize)?;
+                    break;
+                }
+            }
+        }
+        if self.ram_section.is_none() {
+            let offset = self.link.reader.offset();
+            return Err(TargetError::Missing {
+                what: "a RAM section",
+                offset,
+            });
+        }
+        Ok(tail)
+    }
+}

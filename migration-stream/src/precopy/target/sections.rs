@@ -1,0 +1,135 @@
+//! The bodies of sections that are not RAM: devices, dirty bitmaps, and a tail that nobody knows.
+
+use super::link::Link;
+use super::vm::{Body, TargetVm};
+use crate::DecodeError;
+use crate::codec::Reader;
+use crate::decoder::MAX_ITEM_LEN;
+use crate::dirty_bitmap::{BitmapSections, DIRTY_BITMAP_IDSTR, DIRTY_BITMAP_VERSION};
+use crate::opaque_tail::{Fed, OpaqueTail, Tail, TailLimits};
+use crate::precopy::{BoxError, TargetError};
+use crate::section::{Continuation, InstanceId, SectionError, SectionHeader};
+
+/// What becomes of device sections.
+pub(super) enum Devices<'a> {
+    /// The VMM reads them.
+    Known(&'a mut dyn TargetVm),
+    /// They are kept as they are.
+    Opaque(TailLimits),
+}
+
+impl Link {
+    pub(super) fn device(
+        &mut self,
+        vm: &mut dyn TargetVm,
+        header: &SectionHeader,
+        limit: usize,
+    ) -> Result<(), TargetError> {
+        let offset = self.reader.offset();
+        let failed = |source: BoxError| TargetError::Device {
+            idstr: header.idstr.as_str().into(),
+            instance: header.instance.0,
+            offset,
+            source,
+        };
+        loop {
+            let available = self.reader.buffered();
+            match vm.load_device(header, available).map_err(failed)? {
+                Body::Complete(len) if len <= available.len() => {
+                    self.reader.consume(len);
+                    return Ok(());
+                }
+                Body::Complete(len) => {
+                    return Err(failed(
+                        format!("took {len} bytes of the {} there were", available.len()).into(),
+                    ));
+                }
+                Body::NeedMore => self.fill(limit)?,
+            }
+        }
+    }
+
+    /// The body of a section of dirty bitmaps.
+    pub(super) fn bitmaps(
+        &mut self,
+        devices: &mut Devices<'_>,
+        sections: &mut BitmapSections,
+        kind: Option<Continuation>,
+    ) -> Result<(), TargetError> {
+        if let Devices::Opaque(_) = devices {
+            sections.begin(kind);
+        }
+        loop {
+            let offset = self.reader.offset();
+            let mut r = Reader::new(self.reader.buffered(), offset);
+            let chunk = match devices {
+                Devices::Known(_) => sections.pass(&mut r),
+                Devices::Opaque(limits) => sections.next(&mut r, limits.len),
+            };
+            let consumed = r.consumed();
+            self.reader.consume(consumed);
+            let chunk = match chunk {
+                Ok(chunk) => chunk,
+                Err(e) if e.missing().is_some() => {
+                    self.fill(MAX_ITEM_LEN)?;
+                    continue;
+                }
+                Err(e) => return Err(e.into()),
+            };
+            if let (Devices::Known(vm), Some(bitmap), true) =
+                (&mut *devices, sections.current(), chunk.is_of_a_bitmap())
+            {
+                vm.load_dirty_bitmap(bitmap, &chunk)
+                    .map_err(|source| TargetError::Device {
+                        idstr: DIRTY_BITMAP_IDSTR.into(),
+                        instance: 0,
+                        offset,
+                        source,
+                    })?;
+            }
+            if chunk.is_last {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Device sections, EOF and description, beginning with the body of `header`.
+    pub(super) fn tail(
+        &mut self,
+        header: &SectionHeader,
+        limits: TailLimits,
+    ) -> Result<Tail, TargetError> {
+        let mut tail = OpaqueTail::beginning_with(header, limits);
+        loop {
+            match tail.feed(self.reader.buffered())? {
+                Fed::Complete { consumed, tail } => {
+                    self.reader.consume(consumed);
+                    return Ok(tail);
+                }
+                Fed::NeedMore => {
+                    self.reader.consume(self.reader.buffered().len());
+                    self.fill(MAX_ITEM_LEN)?;
+                }
+            }
+        }
+    }
+}
+
+pub(super) fn check_bitmap_section(header: &SectionHeader, offset: u64) -> Result<(), DecodeError> {
+    let idstr = header.idstr.clone();
+    let error = if header.instance != InstanceId(0) {
+        SectionError::Instance {
+            idstr,
+            instance: header.instance,
+        }
+    } else if header.version != DIRTY_BITMAP_VERSION {
+        SectionError::Version {
+            idstr,
+            version: header.version,
+            expected: DIRTY_BITMAP_VERSION,
+        }
+    } else {
+        return Ok(());
+    };
+    Err(DecodeError::new(offset, error))
+}
