@@ -1,0 +1,74 @@
+//! Why a stream could not be read.
+
+use std::io;
+
+use migration_stream::DecodeError;
+use migration_stream::opaque_tail::TailError;
+use migration_stream::section::SectionId;
+
+use crate::extract::ExtractError;
+use crate::incoming::IncomingError;
+
+/// Why a stream could not be read to its end.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ScanError {
+    /// It is not what a source of QEMU sends.
+    #[error(transparent)]
+    Decode(#[from] DecodeError),
+    /// It breaks off, or cannot be read.
+    #[error("reading byte {offset:#x} of the stream")]
+    Stream {
+        /// Where.
+        offset: u64,
+        /// Why.
+        source: io::Error,
+    },
+    /// The file ends before the pages of a block do.
+    #[error("the file has {size:#x} bytes, but the pages of a block end at {end:#x}")]
+    Truncated {
+        /// Where they end.
+        end: u64,
+        /// Length of the file, bytes.
+        size: u64,
+    },
+    /// Pages that have their places in a file, and there is none.
+    #[error("the stream says that its pages are in a file (mapped-ram), but it comes from none")]
+    NoFile,
+    /// The device sections cannot be told apart.
+    #[error(transparent)]
+    Tail(#[from] TailError),
+    /// A section whose length nobody knows.
+    #[error(
+        "section '{idstr}' at byte {offset:#x} comes before the end of RAM, and nothing says how \
+         long it is"
+    )]
+    Early {
+        /// The section.
+        idstr: String,
+        /// Where it begins.
+        offset: u64,
+    },
+    /// A continuation of something that is not RAM.
+    #[error("{id} at byte {offset:#x} goes on, and it is not RAM")]
+    Unknown {
+        /// The section.
+        id: SectionId,
+        /// Where.
+        offset: u64,
+    },
+    /// The source has switched to postcopy.
+    #[error(
+        "the source went on with postcopy at byte {offset:#x}: no guest is whole in its stream"
+    )]
+    Postcopy {
+        /// Where.
+        offset: u64,
+    },
+    /// The source cannot be answered, or is not wanted.
+    #[error(transparent)]
+    Incoming(#[from] IncomingError),
+    /// What was found cannot be written.
+    #[error(transparent)]
+    Extract(#[from] ExtractError),
+}

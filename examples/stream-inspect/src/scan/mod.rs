@@ -1,0 +1,241 @@
+//! From a stream's first byte to its last.
+//!
+//! [`scan()`] reads one item after the other. What it finds in RAM is counted by `ram` and, where
+//! pages have their places in a file, by `mapped`; device sections are told apart by `devices`;
+//! `meter` keeps account of what each part takes up.
+
+mod devices;
+mod error;
+mod file;
+mod mapped;
+mod meter;
+mod origin;
+mod ram;
+
+use migration_stream::codec::Reader;
+use migration_stream::command::{Command, CommandNumber};
+use migration_stream::decoder::{
+    ConfigurationRule, DecoderConfig, Item, MAX_ITEM_LEN, Step, StreamDecoder,
+};
+use migration_stream::dirty_bitmap::{DIRTY_BITMAP_IDSTR, DirtyBitmapDecoder};
+use migration_stream::mapped_ram::MappedArea;
+use migration_stream::ram::{BlockId, RAM_IDSTR};
+use migration_stream::section::{Announcement, Continuation, SectionId};
+use migration_stream::{Cause, StreamReader};
+
+pub use self::error::ScanError;
+use self::meter::Meter;
+pub use self::origin::{Beside, BesideBlock, FileOrigin, Origin};
+use crate::extract::Extract;
+use crate::inspection::{Commands, Inspection, Part, Section};
+use crate::pages::PageSet;
+
+/// How often whoever watches is told how far it is, bytes.
+const TOLD_EACH: u64 = 4 << 20;
+
+/// Reads a stream to its end. RAM goes into `extract`, if there is one; `progress` is told the
+/// offset from time to time.
+///
+/// # Errors
+/// [`ScanError`].
+pub fn scan(
+    reader: StreamReader,
+    origin: &mut dyn Origin,
+    extract: Option<&mut Extract>,
+    progress: &mut dyn FnMut(u64),
+) -> Result<Inspection, ScanError> {
+    let config = DecoderConfig {
+        xbzrle: true,
+        ..DecoderConfig::new(ConfigurationRule::Any)
+    };
+    let meter = Meter::new(reader.offset());
+    let scan = Scan {
+        reader,
+        origin,
+        extract,
+        progress,
+        told: 0,
+        meter,
+        found: Inspection::default(),
+        unique: Vec::new(),
+        areas: Vec::new(),
+        ram: Ram::Unknown,
+        bitmap_section: None,
+        bitmap_decoder: DirtyBitmapDecoder::new(),
+    };
+    scan.run(StreamDecoder::new(config, None))
+}
+
+/// How far RAM is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Ram {
+    Unknown,
+    Open(SectionId),
+    Ended,
+}
+
+struct Scan<'a> {
+    reader: StreamReader,
+    origin: &'a mut dyn Origin,
+    extract: Option<&'a mut Extract>,
+    progress: &'a mut dyn FnMut(u64),
+    told: u64,
+    meter: Meter,
+    found: Inspection,
+    /// The pages of each block.
+    unique: Vec<PageSet>,
+    /// Of blocks whose names have not come.
+    areas: Vec<(BlockId, MappedArea)>,
+    ram: Ram,
+    /// The section of dirty bitmaps, once it was announced.
+    bitmap_section: Option<SectionId>,
+    bitmap_decoder: DirtyBitmapDecoder,
+}
+
+impl Scan<'_> {
+    fn run(mut self, mut decoder: StreamDecoder) -> Result<Inspection, ScanError> {
+        loop {
+            let offset = self.reader.offset();
+            let mut r = Reader::new(self.reader.buffered(), offset);
+            let step = decoder.next(&mut r)?;
+            let consumed = r.consumed();
+            self.reader.consume(consumed);
+            match step {
+                Step::NeedMore { .. } => self.fill()?,
+                Step::Item(Item::Ram(item)) => self.ram_item(item, offset)?,
+                Step::Item(Item::Header) => {}
+                Step::Item(Item::Configuration(configuration)) => {
+                    self.found.configuration = Some(configuration);
+                }
+                Step::Item(Item::Command(command)) => {
+                    self.meter.turn(Part::Commands, offset);
+                    self.command(&command)?;
+                }
+                Step::Item(Item::Section(header)) if header.idstr.as_str() == RAM_IDSTR => {
+                    self.meter.turn(Part::Setup, offset);
+                    self.ram = Ram::Open(header.id);
+                    self.found.ram_sections += 1;
+                    self.found.sections.push(Section::Ram(header.id));
+                }
+                Step::Item(Item::Section(header))
+                    if header.idstr.as_str() == DIRTY_BITMAP_IDSTR
+                        && header.kind == Announcement::Start =>
+                {
+                    self.meter.turn(Part::Bitmaps, offset);
+                    self.bitmap_section = Some(header.id);
+                    self.bitmaps()?;
+                }
+                Step::Item(Item::Continuation { id, .. }) if self.bitmap_section == Some(id) => {
+                    self.meter.turn(Part::Bitmaps, offset);
+                    self.bitmaps()?;
+                }
+                Step::Item(Item::Section(header)) => {
+                    self.meter.turn(Part::Devices, offset);
+                    if self.ram == Ram::Ended && header.kind == Announcement::Full {
+                        return self.tail(&header, offset);
+                    }
+                    self.early(header, offset)?;
+                }
+                Step::Item(Item::Continuation { kind, id }) => {
+                    if self.ram != Ram::Open(id) {
+                        return Err(ScanError::Unknown { id, offset });
+                    }
+                    self.meter.turn(Part::Pages, offset);
+                    self.found.ram_sections += 1;
+                    if kind == Continuation::End {
+                        self.ram = Ram::Ended;
+                    }
+                }
+                Step::Item(Item::Footer(_)) => {}
+                // RAM alone, as nothing but a test has it.
+                Step::Item(Item::Eof) => {
+                    self.meter.turn(Part::Devices, offset);
+                    return self.finish();
+                }
+                Step::Item(Item::VmDescription { .. }) => return self.finish(),
+            }
+        }
+    }
+
+    fn finish(mut self) -> Result<Inspection, ScanError> {
+        self.meter.turn(Part::Configuration, self.reader.offset());
+        self.found.parts = self.meter.extents;
+        let beside = self.origin.beside()?;
+        if let Some(pages) = self.found.parts.get_mut(Part::Pages as usize) {
+            pages.bytes += beside.bytes;
+        }
+        let blocks = self.found.blocks.iter_mut().zip(&mut self.unique);
+        let mut beside = beside.blocks.into_iter();
+        for (block, unique) in blocks {
+            if let Some(beside) = beside.next() {
+                block.normal += beside.normal;
+                block.zero += beside.zero;
+                unique.extend(&beside.unique);
+            }
+            block.unique = unique.len();
+        }
+        if let Some(extract) = self.extract {
+            extract.finish()?;
+        }
+        Ok(self.found)
+    }
+
+    fn fill(&mut self) -> Result<(), ScanError> {
+        let offset = self.reader.offset();
+        if offset.abs_diff(self.told) >= TOLD_EACH {
+            self.told = offset;
+            (self.progress)(offset);
+        }
+        self.reader
+            .fill(MAX_ITEM_LEN)
+            .map_err(|source| ScanError::Stream { offset, source })
+    }
+
+    fn skip(&mut self, mut len: usize) -> Result<(), ScanError> {
+        loop {
+            let here = len.min(self.reader.buffered().len());
+            self.reader.consume(here);
+            len -= here;
+            if len == 0 {
+                return Ok(());
+            }
+            self.fill()?;
+        }
+    }
+
+    /// The body of a section of dirty bitmaps, whose bits are passed over.
+    fn bitmaps(&mut self) -> Result<(), ScanError> {
+        loop {
+            let mut r = Reader::new(self.reader.buffered(), self.reader.offset());
+            match self.bitmap_decoder.next(&mut r) {
+                Ok(chunk) => {
+                    let consumed = r.consumed();
+                    self.reader.consume(consumed);
+                    if chunk.is_last {
+                        break;
+                    }
+                }
+                Err(e) if matches!(e.cause, Cause::Truncated { .. }) => self.fill()?,
+                Err(e) => return Err(e.into()),
+            }
+        }
+        self.found.bitmaps = self.bitmap_decoder.bitmaps().to_vec();
+        Ok(())
+    }
+
+    fn command(&mut self, command: &Command) -> Result<(), ScanError> {
+        let number = command.number();
+        let commands = &mut self.found.commands;
+        match commands.iter_mut().find(|c| c.number == number) {
+            Some(known) => known.count += 1,
+            None => commands.push(Commands { number, count: 1 }),
+        }
+        if number == CommandNumber::Packaged {
+            // Postcopy: what is in there is a stream of its own, and pages follow on request.
+            return Err(ScanError::Postcopy {
+                offset: self.reader.offset(),
+            });
+        }
+        self.origin.command(command)
+    }
+}
