@@ -1,0 +1,175 @@
+//! A source and a target on the two ends of a socket.
+
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::time::Duration;
+
+use migration_stream::configuration::Configuration;
+use migration_stream::decoder::{ConfigurationRule, DecoderConfig};
+use migration_stream::io::{ByteSource, FdChannel};
+use migration_stream::precopy::{
+    Body, BoxError, Limits, Loaded, RamSetup, ReturnPathReader, Source, SourceConfig, SourceError,
+    SwitchedOver, Target, TargetConfig, TargetError, TargetVm,
+};
+use migration_stream::ram::{InStream, NoMultifd, ZeroPageDetection};
+use migration_stream::section::{InstanceId, SectionHeader};
+use migration_stream::{GuestRam, StreamReader, StreamWriter};
+
+use crate::common::guest::{Guest, Log, Ram, configuration};
+
+/// How long either side waits for the other.
+pub const LIMIT: Duration = Duration::from_millis(500);
+
+/// Knows the one device of [`Guest`].
+#[derive(Default)]
+pub struct Devices {
+    pub loaded: usize,
+    pub refuse: bool,
+}
+
+impl TargetVm for Devices {
+    fn load_device(&mut self, section: &SectionHeader, body: &[u8]) -> Result<Body, BoxError> {
+        assert_eq!(
+            (section.idstr.as_str(), section.instance),
+            ("thing", InstanceId(3))
+        );
+        if self.refuse {
+            return Err("no such state".into());
+        }
+        if body.len() < 100 {
+            return Ok(Body::NeedMore);
+        }
+        self.loaded += 1;
+        Ok(Body::Complete(100))
+    }
+}
+
+pub fn channels() -> (FdChannel, FdChannel) {
+    let (a, b) = UnixStream::pair().unwrap();
+    (
+        FdChannel::new(a, LIMIT).unwrap(),
+        FdChannel::new(b, LIMIT).unwrap(),
+    )
+}
+
+pub type Sent = Result<SwitchedOver<InStream, Log>, SourceError>;
+
+pub fn send(guest: &mut Guest, channel: &FdChannel) -> Sent {
+    let ram: Arc<dyn GuestRam> = Arc::clone(&guest.ram) as _;
+    send_by(
+        guest,
+        channel,
+        InStream::new(ram, ZeroPageDetection::Multifd),
+    )
+}
+
+pub fn send_by(guest: &mut Guest, channel: &FdChannel, transport: InStream) -> Sent {
+    begin(guest, channel, transport)?.run(guest)
+}
+
+pub fn begin(
+    guest: &Guest,
+    channel: &FdChannel,
+    transport: InStream,
+) -> Result<Source<InStream, Log>, SourceError> {
+    let ram: Arc<dyn GuestRam> = Arc::clone(&guest.ram) as _;
+    Source::start(
+        SourceConfig {
+            configuration: Some(Configuration {
+                uuid: guest.uuid,
+                ..configuration("test")
+            }),
+            switchover_start: true,
+            confirm_timeout: LIMIT,
+        },
+        Arc::new(Limits::new(0, guest.downtime)),
+        StreamWriter::new(channel.share()),
+        Some(ReturnPathReader::new(channel.share())),
+        RamSetup {
+            ram,
+            log: guest.log.clone(),
+            transport,
+        },
+    )
+}
+
+pub fn target(channel: &FdChannel, ram: &Ram) -> Target {
+    target_with(channel, ram, false)
+}
+
+pub fn target_with(channel: &FdChannel, ram: &Ram, xbzrle: bool) -> Target {
+    let rule = ConfigurationRule::Matching(configuration("test"));
+    let config = TargetConfig {
+        decoder: DecoderConfig {
+            xbzrle,
+            ..DecoderConfig::new(rule)
+        },
+        max_devices: 1 << 20,
+    };
+    let reader = StreamReader::new(channel.share(), b"");
+    Target::new(config, reader, Some(Box::new(channel.share())), ram)
+}
+
+pub fn receive(
+    channel: &FdChannel,
+    ram: &Ram,
+    devices: &mut Devices,
+) -> Result<Loaded, TargetError> {
+    let mut loaded = target(channel, ram).load(ram, &mut NoMultifd, devices)?;
+    loaded.confirm()?;
+    Ok(loaded)
+}
+
+pub const BLOCKS: &[(&str, u64)] = &[("pc.ram", 700), ("rom", 3)];
+
+pub fn source() -> (Arc<Ram>, Guest) {
+    let ram = Ram::new(BLOCKS);
+    for page in (0..700).step_by(2) {
+        ram.write(0, page, page + 1);
+    }
+    ram.write(1, 2, 99);
+    let guest = Guest::new(&ram, &Log::default());
+    (ram, guest)
+}
+
+pub type Begun = Source<InStream, Log>;
+
+/// Runs a migration between a source and a target that were made otherwise than by default.
+pub fn between(
+    guest: &mut Guest,
+    source: impl FnOnce(Begun) -> Result<Begun, SourceError> + Send,
+    target: impl FnOnce(Target) -> Target,
+) -> (Sent, Result<Loaded, TargetError>) {
+    let landed = Ram::new(BLOCKS);
+    let (a, b) = channels();
+    let mut devices = Devices::default();
+    let ram = Arc::clone(&guest.ram);
+    let (sent, received) = std::thread::scope(|scope| {
+        let sender = scope.spawn(|| {
+            let transport =
+                InStream::new(Arc::clone(&guest.ram) as _, ZeroPageDetection::default());
+            let sent = source(begin(guest, &a, transport)?)?.run(guest);
+            if sent.is_err() {
+                a.shutdown();
+            }
+            sent
+        });
+        let received = target(self::target(&b, &landed))
+            .load(&*landed, &mut NoMultifd, &mut devices)
+            .and_then(|mut loaded| loaded.confirm().map(|()| loaded));
+        if received.is_err() {
+            b.shutdown();
+        }
+        (sender.join().unwrap(), received)
+    });
+    if received.is_ok() {
+        ram.assert_equals(&landed);
+    }
+    (sent, received)
+}
+
+/// Takes everything that comes, and answers nothing.
+pub fn swallow(channel: &mut FdChannel) {
+    let mut buf = [0; 4096];
+    while channel.read(&mut buf).is_ok_and(|n| n > 0) {}
+}
