@@ -3,12 +3,14 @@
 
 use std::path::PathBuf;
 use std::sync::atomic::AtomicUsize;
+use std::sync::mpsc::Receiver;
 
 use multifd::Address;
 
 use super::*;
-use crate::arbiter::{Grant, Manual, Owner};
-use crate::{ColoStatus, Role};
+use crate::arbiter::{Answer, Grant, Manual, Owner};
+use crate::heartbeat::Order;
+use crate::{ColoMode, ColoStatus, Role};
 
 /// Far beyond what a busy machine needs.
 const LONG: Duration = Duration::from_secs(60);

@@ -1,0 +1,294 @@
+//! The heartbeat over its connection, in a thread of its own, with another for the arbiter, which
+//! may be slow.
+//!
+//! [`Heartbeat`] is its owner's handle. The thread that beats is in `beating`, with what it is told in
+//! `requests` and what it does in `orders`; `shared` is what both sides of the handle see.
+
+mod beating;
+mod orders;
+mod requests;
+mod shared;
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Mutex};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+use std::{fmt, io};
+
+use multifd::Address;
+
+use self::beating::Beating;
+pub use self::shared::HeartbeatReport;
+use self::shared::{Shared, lock};
+use super::arbitration::{HoldError, News, Question, Reply, Request, TakeOverError, serve};
+use super::decision::{Colo, Decider, PATIENCE, StopReason};
+use super::link::{Endpoint, Link};
+use super::peer::{Peer, PeerState, Rhythm};
+use super::{OnHeartbeatLoss, Phase};
+use crate::arbiter::{Arbiter, ArbiterError};
+use crate::{FailoverHandle, Outcome};
+
+/// What a heartbeat is told once.
+#[derive(Clone, Debug)]
+pub struct HeartbeatConfig {
+    /// Who beats, and how.
+    pub rhythm: Rhythm,
+    /// Where.
+    pub endpoint: Endpoint,
+}
+
+/// The guest, in the heartbeat's hands.
+pub trait Guest: Send + Sync {
+    /// Stops the guest for good: neither COLO nor an operator may let it run again. Returns when it
+    /// stands still. Called at most once, in the heartbeat's thread.
+    fn stop_for_good(&self, reason: StopReason);
+
+    /// Stops the guest until [`Guest::go_on`] or [`Guest::stop_for_good`]: neither COLO nor an
+    /// operator may let it run meanwhile, and neither is told that it does not. Returns when it stands
+    /// still.
+    fn suspend(&self);
+
+    /// Ends [`Guest::suspend`]: the guest runs if it would have without.
+    fn go_on(&self);
+}
+
+/// A running heartbeat. Dropping it ends it.
+pub struct Heartbeat {
+    shared: Arc<Shared>,
+    questions: Sender<Question>,
+    news: Sender<News>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Heartbeat {
+    /// Begins to beat. What is decided goes to `failover` and `guest`.
+    ///
+    /// # Errors
+    /// The address cannot be listened on, or there are no threads to be had.
+    pub fn start(
+        config: HeartbeatConfig,
+        failover: FailoverHandle,
+        arbiter: Box<dyn Arbiter>,
+        guest: Arc<dyn Guest>,
+    ) -> io::Result<Self> {
+        let now = Instant::now();
+        let rhythm = config.rhythm;
+        let (woken, wake) = io::pipe()?;
+        rustix::io::ioctl_fionbio(&woken, true)?;
+        rustix::io::ioctl_fionbio(&wake, true)?;
+        let report = HeartbeatReport {
+            peer: PeerState::Unheard,
+            peer_age: None,
+            peer_phase: None,
+            connected: false,
+            phase: Phase::Paired,
+            stop: None,
+            rhythm,
+            endpoint: config.endpoint.clone(),
+            arbiter: arbiter.kind(),
+            term: arbiter.term(),
+            answer: None,
+            generation: None,
+            refused: None,
+        };
+        let shared = Arc::new(Shared {
+            report: Mutex::new((report, now)),
+            survivor: AtomicBool::new(false),
+            ended: Mutex::new(None),
+            requests: Mutex::default(),
+            quit: AtomicBool::new(false),
+            wake: Mutex::new(wake),
+        });
+        let (questions, asked) = channel();
+        let (answers, news) = channel();
+        let beating = Beating {
+            peer: Peer::new(rhythm, now),
+            decider: Decider::new(rhythm.role, rhythm.on_loss, arbiter.term()),
+            link: Link::open(config.endpoint, rhythm.timeout(), now)?,
+            shared: Arc::clone(&shared),
+            failover,
+            guest,
+            questions: questions.clone(),
+            news,
+            woken,
+            entered: false,
+            replies: Vec::new(),
+        };
+        let to_beats = answers.clone();
+        let for_arbiter = Arc::clone(&shared);
+        let arbiter = thread::Builder::new()
+            .name("arbiter".into())
+            .spawn(move || {
+                serve(
+                    arbiter,
+                    &asked,
+                    &answers,
+                    |answer| for_arbiter.note(answer),
+                    || for_arbiter.wake(),
+                );
+            })?;
+        let mut this = Self {
+            shared,
+            questions,
+            news: to_beats,
+            threads: vec![arbiter],
+        };
+        let beats = thread::Builder::new().name("heartbeat".into());
+        this.threads.push(beats.spawn(move || beating.run())?);
+        Ok(this)
+    }
+
+    /// Takes the right to run for a primary that is about to enter COLO. Where no arbiter is asked,
+    /// nothing happens.
+    ///
+    /// # Errors
+    /// It was not given: COLO must not begin.
+    pub fn hold(&self, limit: Duration) -> Result<(), HoldError> {
+        if self.report().rhythm.on_loss != OnHeartbeatLoss::Ask {
+            return Ok(());
+        }
+        let (sender, receiver) = channel();
+        let question = Question::Hold(Instant::now() + limit, sender);
+        self.questions
+            .send(question)
+            .map_err(|_| HoldError::Ended)?;
+        receiver.recv().map_err(|_| HoldError::Ended)?
+    }
+
+    /// The peer is about to get the last of what it needs to be in COLO: from now on this side is one of
+    /// two, whatever it hears of the other. To be called before that is sent.
+    pub fn begins(&self) {
+        let (sender, receiver) = channel();
+        self.tell(News::Begins(sender));
+        // A heartbeat that has ended has ended with its guest.
+        let _ = receiver.recv();
+    }
+
+    /// COLO has not begun after all, and the peer does not have what it needs to have begun: the right
+    /// is given up. A survivor of another pair [keeps](Heartbeat::keep) it.
+    pub fn give_up(&self) {
+        if self.shared.survivor.load(Ordering::Acquire) {
+            self.keep();
+            return;
+        }
+        let _ = self
+            .questions
+            .send(Question::Release(Instant::now() + PATIENCE));
+    }
+
+    /// COLO has not begun on this side, whose guest goes on, but the peer may have begun: the right is
+    /// claimed for good. The guest is stopped if it is refused.
+    pub fn keep(&self) {
+        self.tell(News::Keep);
+    }
+
+    /// The survivor of a pair is to be the primary of a new one, with a secondary whose heartbeat listens
+    /// at `address`. Its right stays what it is, until [`Heartbeat::hold`].
+    ///
+    /// # Errors
+    /// The heartbeat has ended.
+    pub fn new_pair(&self, address: Address) -> io::Result<()> {
+        self.shared.survivor.store(true, Ordering::Release);
+        let (sender, receiver) = channel();
+        self.tell(News::NewPair(address, sender));
+        receiver
+            .recv()
+            .unwrap_or_else(|_| Err(io::Error::other("the heartbeat has ended")))
+    }
+
+    fn tell(&self, news: News) {
+        let _ = self.news.send(news);
+        self.shared.wake();
+    }
+
+    /// An operator believes that the other side is lost, and wants this one to go on alone. Where an
+    /// arbiter is asked, it has to give the right first, for which it is waited; otherwise this is
+    /// [`FailoverHandle::request`].
+    ///
+    /// # Errors
+    /// Nothing was done. Where the arbiter has refused or could not be asked, COLO goes on.
+    pub fn take_over(&self) -> Result<(), TakeOverError> {
+        self.request(Request::Ask)
+    }
+
+    /// An operator takes it upon himself that the other side does not run, and has this one go on
+    /// alone whatever the arbiter says. The arbiter is told when it can be reached.
+    ///
+    /// # Errors
+    /// This side's guest was stopped for good already, or is not in COLO.
+    pub fn overrule(&self) -> Result<(), TakeOverError> {
+        self.request(Request::Overrule)
+    }
+
+    fn request(&self, request: impl FnOnce(Reply) -> Request) -> Result<(), TakeOverError> {
+        let (reply, receiver) = channel();
+        lock(&self.shared.requests).push(request(reply));
+        self.shared.wake();
+        // What asking the arbiter may take, and what may be before it in the arbiter's thread.
+        let HeartbeatReport { rhythm, term, .. } = self.report();
+        let limit = rhythm.timeout() + term.unwrap_or_default() * 4 + PATIENCE;
+        receiver.recv_timeout(limit).unwrap_or_else(|e| {
+            Err(match e {
+                RecvTimeoutError::Timeout => TakeOverError::Unreachable(ArbiterError::new(
+                    "the arbiter has not answered, and may do so yet",
+                )),
+                RecvTimeoutError::Disconnected => TakeOverError::Ended,
+            })
+        })
+    }
+
+    /// COLO has ended on this side, and this has become of the VM.
+    pub fn colo_ended(&self, outcome: Outcome) {
+        *lock(&self.shared.ended) = Some(match outcome {
+            Outcome::TookOver => Colo::TookOver,
+            Outcome::Quit | Outcome::Broken(_) => Colo::Ended,
+        });
+        self.shared.wake();
+    }
+
+    /// What is known now.
+    #[must_use]
+    pub fn report(&self) -> HeartbeatReport {
+        let (mut report, at) = lock(&self.shared.report).clone();
+        report.peer_age = report.peer_age.map(|age| age + at.elapsed());
+        report
+    }
+
+    /// Ends it: the peer is told that this guest stands still, and the right is given up. To be
+    /// called when the guest does.
+    pub fn end(mut self) {
+        self.quit();
+    }
+
+    fn quit(&mut self) {
+        self.shared.quit.store(true, Ordering::Release);
+        self.shared.wake();
+        // The beats first: they tell the peer, and ask nothing any more.
+        for thread in self.threads.drain(..).rev() {
+            if thread.thread().name() == Some("arbiter") {
+                let _ = self.questions.send(Question::Quit);
+            }
+            if thread.join().is_err() {
+                tracing::error!("a thread of the heartbeat panicked");
+            }
+        }
+    }
+}
+
+impl Drop for Heartbeat {
+    fn drop(&mut self) {
+        self.quit();
+    }
+}
+
+impl fmt::Debug for Heartbeat {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Heartbeat")
+            .field("report", &self.report())
+            .finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,79 @@
+//! What is decided, done.
+
+use std::time::Instant;
+
+use super::beating::Beating;
+use crate::RequestError;
+use crate::heartbeat::arbitration::Question;
+use crate::heartbeat::decision::PATIENCE;
+use crate::heartbeat::{Colo, Order, PeerState};
+
+impl Beating {
+    /// Does what is to be done; the result is that of an order to take over.
+    pub(super) fn decide(&mut self, quit: bool) -> Option<Result<(), RequestError>> {
+        let mut taken_over = None;
+        loop {
+            let now = Instant::now();
+            let view = self.view();
+            if quit {
+                return taken_over;
+            }
+            if view.colo != Colo::Outside && view.peer != PeerState::Unheard {
+                self.peer.pin();
+            }
+            let Some(order) = self.decider.next(&view, now) else {
+                return taken_over;
+            };
+            match order {
+                Order::Renew | Order::Claim => {
+                    let deadline = self.decider.patience(order, &view, now);
+                    let _ = self.questions.send(Question::Order(order, deadline));
+                }
+                Order::TakeOver => {
+                    let silence = self.peer.silence(now);
+                    tracing::warn!(
+                        peer_age_ms = silence.heard.map(|d| d.as_millis()),
+                        unanswered_ms = silence.unanswered.map(|d| d.as_millis()),
+                        overslept_ms = silence.overslept.as_millis(),
+                        limit_ms = self.peer.rhythm().timeout().as_millis(),
+                        policy = %self.peer.rhythm().on_loss,
+                        "the peer is lost: this side goes on alone"
+                    );
+                    let result = self.failover.request();
+                    if let Err(error) = result {
+                        tracing::info!(%error, "failover was asked for already");
+                    }
+                    taken_over = Some(result);
+                }
+                Order::Suspend => {
+                    let silence = self.peer.silence(now);
+                    tracing::error!(
+                        peer_age_ms = silence.heard.map(|d| d.as_millis()),
+                        "the right to run has run out: the guest stands still until the arbiter has \
+                         said whose it is"
+                    );
+                    self.guest.suspend();
+                }
+                Order::GoOn => {
+                    tracing::warn!("the right to run is this side's: the guest goes on");
+                    self.guest.go_on();
+                }
+                Order::Stop(reason) => {
+                    let silence = self.peer.silence(now);
+                    tracing::error!(
+                        %reason,
+                        peer_age_ms = silence.heard.map(|d| d.as_millis()),
+                        unanswered_ms = silence.unanswered.map(|d| d.as_millis()),
+                        overslept_ms = silence.overslept.as_millis(),
+                        limit_ms = self.peer.rhythm().timeout().as_millis(),
+                        policy = %self.peer.rhythm().on_loss,
+                        "this side's guest is stopped for good"
+                    );
+                    self.guest.stop_for_good(reason);
+                    let until = Instant::now() + PATIENCE;
+                    let _ = self.questions.send(Question::Release(until));
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,119 @@
+//! What the beating thread is told: by operators, by the arbiter, by its owner.
+
+use std::io;
+use std::time::Instant;
+
+use multifd::Address;
+
+use super::beating::Beating;
+use super::shared::lock;
+use crate::RequestError;
+use crate::arbiter::Answer;
+use crate::heartbeat::Colo;
+use crate::heartbeat::arbitration::{News, Request, TakeOverError};
+use crate::heartbeat::decision::{Decider, Order, Requested};
+use crate::heartbeat::link::{Endpoint, Link};
+
+impl Beating {
+    /// Looks at what operators want.
+    pub(super) fn take_requests(&mut self, now: Instant) {
+        let requests = std::mem::take(&mut *lock(&self.shared.requests));
+        for request in requests {
+            let view = self.view();
+            let (requested, reply) = match request {
+                Request::Ask(reply) => (self.decider.request(&view, now), reply),
+                // What is not to be done is not to be decided either.
+                Request::Overrule(reply) if view.colo == Colo::Outside => {
+                    let _ = reply.send(Err(RequestError::NotInColo.into()));
+                    continue;
+                }
+                Request::Overrule(reply) => (self.decider.overrule(), reply),
+            };
+            // Who asked may have given up waiting.
+            let _ = match requested {
+                Requested::Granted => reply.send(self.failover.request().map_err(Into::into)),
+                Requested::Stopped(reason) => reply.send(Err(TakeOverError::Stopped(reason))),
+                Requested::Heard => reply.send(Err(TakeOverError::Heard)),
+                Requested::Asked => {
+                    self.replies.push(reply);
+                    Ok(())
+                }
+            };
+        }
+    }
+
+    /// Tells those who wait for the answer to a claim what has come of it.
+    pub(super) fn answer_requests(
+        &mut self,
+        claimed: Option<Result<(), TakeOverError>>,
+        taken_over: Option<Result<(), RequestError>>,
+    ) {
+        let result = match (claimed, taken_over, self.decider.stop_reason()) {
+            (Some(Ok(())), Some(result), _) => result.map_err(TakeOverError::from),
+            (Some(result), _, _) => result,
+            (None, _, Some(reason)) => Err(TakeOverError::Stopped(reason)),
+            (None, _, None) => return,
+        };
+        for reply in self.replies.drain(..) {
+            let _ = reply.send(match &result {
+                Ok(()) => Ok(()),
+                Err(error) => Err(error.again()),
+            });
+        }
+    }
+
+    /// Hands on what the arbiter says; what it has said to a claim is the result.
+    pub(super) fn news(&mut self, now: Instant) -> Option<Result<(), TakeOverError>> {
+        let mut claimed = None;
+        while let Ok(news) = self.news.try_recv() {
+            match news {
+                News::Answer(order, answer) => {
+                    if matches!(answer, Answer::Unreachable(_)) {
+                        tracing::warn!(%answer, ?order, "arbiter");
+                    } else if order == Order::Claim {
+                        tracing::info!(%answer, "arbiter");
+                    }
+                    self.decider.answer(order, &answer, now);
+                    if order == Order::Claim {
+                        claimed = Some(match answer {
+                            Answer::Won(_) => Ok(()),
+                            Answer::Lost(owner) => Err(TakeOverError::Lost(owner)),
+                            Answer::Unreachable(e) => Err(TakeOverError::Unreachable(e)),
+                        });
+                    }
+                }
+                News::Held(until, asked) => self.decider.held(until, asked),
+                News::Released => self.decider.given_up(),
+                News::Begins(reply) => {
+                    self.peer.pin();
+                    self.decider.begins();
+                    let _ = reply.send(());
+                }
+                News::Keep => self.decider.keep(),
+                News::NewPair(address, reply) => {
+                    let made = self.new_pair(address, now);
+                    self.publish(now);
+                    let _ = reply.send(made);
+                }
+            }
+        }
+        claimed
+    }
+
+    fn new_pair(&mut self, address: Address, now: Instant) -> io::Result<()> {
+        let peer = self.peer.renewed(now);
+        let rhythm = *peer.rhythm();
+        let endpoint = Endpoint::Connect(address);
+        let term = lock(&self.shared.report).0.term;
+        self.link = Link::open(endpoint.clone(), rhythm.timeout(), now)?;
+        self.decider = Decider::new(rhythm.role, rhythm.on_loss, term);
+        self.peer = peer;
+        self.entered = false;
+        *lock(&self.shared.ended) = None;
+        let mut shared = lock(&self.shared.report);
+        shared.0.rhythm = rhythm;
+        shared.0.endpoint = endpoint;
+        shared.0.refused = None;
+        Ok(())
+    }
+}

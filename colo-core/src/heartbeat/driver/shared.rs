@@ -1,0 +1,78 @@
+//! What the heartbeat's threads and its owner have together.
+
+use std::io::{PipeWriter, Write};
+use std::sync::atomic::AtomicBool;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use crate::arbiter::Answer;
+use crate::heartbeat::arbitration::Request;
+use crate::heartbeat::{Colo, Endpoint, PeerState, Phase, Rhythm, StopReason};
+
+/// What is known of the heartbeat.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HeartbeatReport {
+    /// The peer.
+    pub peer: PeerState,
+    /// How long ago it was heard.
+    pub peer_age: Option<Duration>,
+    /// What it has said of itself.
+    pub peer_phase: Option<Phase>,
+    /// Is there a connection on which it was heard?
+    pub connected: bool,
+    /// This side.
+    pub phase: Phase,
+    /// Why it has stopped, or stands still until the arbiter is heard.
+    pub stop: Option<StopReason>,
+    /// How it beats.
+    pub rhythm: Rhythm,
+    /// Where.
+    pub endpoint: Endpoint,
+    /// The arbiter's kind.
+    pub arbiter: &'static str,
+    /// How long a right of its lasts.
+    pub term: Option<Duration>,
+    /// What it has last said, `None` before it was asked.
+    pub answer: Option<String>,
+    /// The generation of the right that it has last given.
+    pub generation: Option<u64>,
+    /// Why beats were last refused.
+    pub refused: Option<String>,
+}
+
+pub(super) struct Shared {
+    pub(super) report: Mutex<(HeartbeatReport, Instant)>,
+    /// It has survived another pair: its right is never given up as long as its guest runs.
+    pub(super) survivor: AtomicBool,
+    /// What has become of COLO: see [`Heartbeat::colo_ended`](super::Heartbeat::colo_ended).
+    pub(super) ended: Mutex<Option<Colo>>,
+    /// Wishes that were not looked at yet: see [`Heartbeat::take_over`](super::Heartbeat::take_over).
+    pub(super) requests: Mutex<Vec<Request>>,
+    pub(super) quit: AtomicBool,
+    pub(super) wake: Mutex<PipeWriter>,
+}
+
+impl Shared {
+    /// What the arbiter has said last.
+    pub(super) fn note(&self, answer: &Answer) {
+        let mut report = lock(&self.report);
+        report.0.answer = Some(match answer {
+            Answer::Won(_) => "won".to_owned(),
+            Answer::Lost(owner) => format!("lost to {owner}"),
+            Answer::Unreachable(error) => error.chain(),
+        });
+        if let Answer::Won(grant) = answer {
+            report.0.generation = Some(grant.generation);
+        }
+    }
+
+    pub(super) fn wake(&self) {
+        // The pipe is read as soon as it has something: one that is full is about to be.
+        let _ = lock(&self.wake).write(&[1]);
+    }
+}
+
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Plain values, whole at every moment.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
