@@ -1,0 +1,118 @@
+//! Peers that are not there, say nothing or die, and operators who do not wait for them.
+
+use std::net::TcpListener;
+use std::time::Instant;
+
+use serde_json::{Value, json};
+use tests::Result;
+use tests::vmm::{ColoVmm, Connection, Pair, Vmm};
+
+use crate::{AT_ONCE, COLO, listening, runs_on, says, silent_listener, source};
+
+/// A port that nobody has.
+fn free_port() -> Result<u16> {
+    Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
+}
+
+pub fn nobody_listens() -> Result<()> {
+    let mut vmm = source().start()?;
+    vmm.qmp.enable(&["return-path", "x-colo", "events"])?;
+    let port = free_port()?;
+    vmm.migrate(&format!("tcp:127.0.0.1:{port}"))?;
+    says(
+        &vmm.wait_failure()?,
+        &["nobody listens on", &port.to_string()],
+    );
+    runs_on(&mut vmm)?;
+    vmm.migrate("unix:/nonexistent/socket")?;
+    says(
+        &vmm.wait_failure()?,
+        &["nobody listens on", "/nonexistent/socket"],
+    );
+    runs_on(&mut vmm)?;
+    // Whoever listens then is migrated to.
+    let (_target, uri) = listening()?;
+    vmm.migrate(&uri)?;
+    vmm.wait_migration("colo")?;
+    Ok(())
+}
+
+pub fn silent_target() -> Result<()> {
+    for capabilities in [&["return-path"][..], &["return-path", "x-colo", "multifd"]] {
+        let (_listener, uri) = silent_listener()?;
+        let mut vmm = source().args(["--peer-timeout", "500"]).start()?;
+        vmm.qmp.enable(capabilities)?;
+        let since = Instant::now();
+        vmm.migrate(&uri)?;
+        let error = vmm.wait_failure()?;
+        assert!(since.elapsed() < AT_ONCE, "{:?}", since.elapsed());
+        // It takes what the connection holds, and whether that is all of the guest depends on the host.
+        let (said, taken) = ("the peer sent nothing", "the peer took nothing");
+        assert!(error.contains(said) || error.contains(taken), "{error}");
+        says(&error, &["nothing before the deadline"]);
+        runs_on(&mut vmm)?;
+    }
+    Ok(())
+}
+
+/// A pair whose migration has begun, slow enough to be caught on the way.
+fn on_its_way(connection: Connection) -> Result<Pair> {
+    let guest = ColoVmm::new("colo-vmm").simulated();
+    let mut pair = Pair::start(&guest, connection, COLO)?;
+    pair.primary
+        .qmp
+        .set_parameters(json!({"max-bandwidth": 1 << 20}))?;
+    pair.migrate(connection)?;
+    Ok(pair)
+}
+
+/// Cancels a migration, which ends at once.
+fn cancelled(source: &mut Vmm) -> Result<()> {
+    let since = Instant::now();
+    source.qmp.execute("migrate_cancel", Value::Null)?;
+    source.poll("cancelled migration", |vmm| {
+        Ok((vmm.migration()?["status"] == "cancelled").then_some(()))
+    })?;
+    assert!(since.elapsed() < AT_ONCE);
+    Ok(())
+}
+
+pub fn killed_target() -> Result<()> {
+    let mut pair = on_its_way(Connection::channels(2))?;
+    pair.primary.wait_migration("active")?;
+    pair.secondary.process.kill()?;
+    let error = pair.primary.wait_failure()?;
+    assert!(!error.is_empty());
+    runs_on(&mut pair.primary)
+}
+
+pub fn killed_source() -> Result<()> {
+    let mut pair = on_its_way(Connection::channels(2))?;
+    pair.secondary.wait_migration("active")?;
+    pair.primary.process.kill()?;
+    says(&pair.secondary.wait_failure()?, &["stream"]);
+    assert_eq!(pair.secondary.status()?, "inmigrate");
+    Ok(())
+}
+
+pub fn cancel() -> Result<()> {
+    for connection in [Connection::default(), Connection::channels(2)] {
+        let mut pair = on_its_way(connection)?;
+        pair.primary.wait_migration("active")?;
+        cancelled(&mut pair.primary)?;
+        runs_on(&mut pair.primary)?;
+        pair.secondary.wait_failure()?;
+    }
+    Ok(())
+}
+
+pub fn cancel_silent() -> Result<()> {
+    let (_listener, uri) = silent_listener()?;
+    let mut vmm = source().start()?;
+    vmm.qmp.enable(&["return-path"])?;
+    vmm.migrate(&uri)?;
+    vmm.wait_migration("active")
+        .or_else(|_| vmm.wait_migration("device"))?;
+    cancelled(&mut vmm)?;
+    runs_on(&mut vmm)
+}
