@@ -74,11 +74,9 @@ mod stream {
             return false;
         }
         for offset in (0..len).step_by(LINE) {
-            // SAFETY: `offset + LINE <= len`, as `len` is a multiple of LINE, and the guards keep
-            // `len` bytes at `source` readable and at `target` writable. Both are aligned to LINE
-            // and so to the unit. No Rust reference to either exists, and a writer running beside
-            // us changes which bytes are copied and nothing else, as with vm-memory's own copies.
-            // The prefetch is a hint that never faults, and its address is not dereferenced.
+            // SAFETY: `offset + LINE <= len`, which the guards keep readable at `source` and writable at
+            // `target`, both aligned to LINE. No reference to either exists: a writer beside us changes
+            // what is copied, as with vm-memory's own copies. The prefetch dereferences nothing.
             unsafe {
                 _mm_prefetch::<_MM_HINT_NTA>(source.wrapping_add(offset + AHEAD).cast());
                 let source = source.add(offset).cast::<__m128i>();

@@ -61,11 +61,9 @@ pub(crate) fn replace_by_private(
     file: &File,
 ) -> io::Result<()> {
     check(region, offset, len)?;
-    // SAFETY: the range was checked to lie within the mapping that `region` owns and keeps for as long
-    // as the call lasts, so no other mapping of the process is replaced. It is mapped, readable and
-    // writable before and after, and belongs to `region`, which unmaps it whole when it is dropped.
-    // Guest memory is only ever reached by volatile accesses through raw pointers: there is no
-    // reference to it whose referent would change.
+    // SAFETY: `check` has the range lie within the mapping that `region` owns: no other is replaced, it
+    // stays readable and writable, and `region` unmaps it whole. No reference to guest memory exists
+    // whose referent would change: it is reached by volatile accesses through raw pointers alone.
     let address = unsafe {
         libc::mmap(
             region.as_ptr().wrapping_add(offset).cast(),
