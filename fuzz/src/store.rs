@@ -1,19 +1,15 @@
 //! Guest memory as a stream announces it.
 
 use migration_stream::ram::{BlockId, RamBlockTable};
-use migration_stream::{MemoryError, PAGE_SIZE, PageStore};
-use vm_memory::mmap::MmapRegion;
-use vm_memory::{VolatileMemory, VolatileSlice};
+use migration_stream::{GuestRamMmap, MemoryError, PAGE_SIZE, PageStore};
+use vm_memory::VolatileSlice;
 
 /// The most memory that is given to a stream, bytes. Nothing of it is taken before it is written.
 const LIMIT: u64 = 64 << 20;
 
 /// Memory of a guest.
 #[derive(Debug)]
-pub struct Store {
-    blocks: RamBlockTable,
-    regions: Vec<MmapRegion>,
-}
+pub struct Store(GuestRamMmap);
 
 impl Store {
     /// Memory for these blocks, if it is not too much.
@@ -22,42 +18,21 @@ impl Store {
     /// The system has none.
     #[must_use]
     pub fn new(blocks: RamBlockTable) -> Option<Self> {
-        let lengths: Vec<u64> = blocks.iter().map(|(_, b)| b.used_length()).collect();
-        let total = lengths
-            .iter()
-            .try_fold(0_u64, |sum, len| sum.checked_add(*len));
-        total.filter(|total| *total <= LIMIT)?;
-        let regions = lengths
-            .into_iter()
-            .map(|len| {
-                let len = usize::try_from(len).expect("below the limit");
-                MmapRegion::new(len).expect("memory")
-            })
-            .collect();
-        Some(Self { blocks, regions })
+        let fits = blocks.total_bytes() <= LIMIT;
+        fits.then(|| Self(GuestRamMmap::anonymous(blocks).expect("memory")))
     }
 
-    fn range(
-        &self,
-        block: BlockId,
-        offset: u64,
-        len: usize,
-    ) -> Result<VolatileSlice<'_>, MemoryError> {
-        let region = self
-            .regions
-            .get(block.index())
-            .ok_or(MemoryError::NoBlock(block))?;
-        let start = usize::try_from(offset).expect("an offset that was checked");
+    fn range(&self, block: BlockId, offset: u64, len: usize) -> VolatileSlice<'_> {
         // The libraries have checked the range: a store is not where that is found out.
-        Ok(region
-            .get_slice(start, len)
-            .expect("a range that was checked"))
+        self.0
+            .prepare(block, offset, len)
+            .expect("a range that was checked")
     }
 }
 
 impl PageStore for Store {
     fn blocks(&self) -> &RamBlockTable {
-        &self.blocks
+        self.0.blocks()
     }
 
     fn prepare(
@@ -66,20 +41,21 @@ impl PageStore for Store {
         offset: u64,
         len: usize,
     ) -> Result<VolatileSlice<'_>, MemoryError> {
-        self.range(block, offset, len)
+        Ok(self.range(block, offset, len))
     }
 
     fn landed(&self, block: BlockId, offset: u64, len: usize) -> Result<(), MemoryError> {
-        self.range(block, offset, len).map(drop)
+        self.range(block, offset, len);
+        Ok(())
     }
 
     fn zero(&self, block: BlockId, offset: u64, len: usize) -> Result<(), MemoryError> {
-        self.range(block, offset, len)?;
+        self.range(block, offset, len);
         // Every page of a large block would take longer than all the rest.
         let last = offset + (len as u64).saturating_sub(PAGE_SIZE);
         for at in [offset, last] {
-            let page = self.range(block, at, len.min(4096))?;
-            page.copy_from(&[0_u8; 4096]);
+            self.range(block, at, len.min(4096))
+                .copy_from(&[0_u8; 4096]);
         }
         Ok(())
     }

@@ -1,8 +1,8 @@
 //! QEMU's migration stream (QEMU 11.1, machine types of x86): what is on the wire as codecs without
 //! I/O, and precopy live migration on top of them.
 //!
-//! A VMM gives its memory ([`GuestRam`], [`PageStore`]) and its dirty log ([`DirtyLog`]) and gets
-//! [`precopy`]'s source and target. A tool that looks into a stream takes the [`decoder`]:
+//! A VMM gives its memory ([`GuestRam`] and [`PageStore`], which [`GuestRamMmap`] is for plain mappings) and
+//! its dirty log ([`DirtyLog`]) and gets [`precopy`]'s source and target. A tool that looks into a stream takes the [`decoder`]:
 //!
 //! ```
 //! use migration_stream::codec::Reader;
@@ -61,6 +61,7 @@ pub mod io;
 pub mod machine;
 pub mod mapped_ram;
 mod memory;
+mod mmap;
 pub mod opaque_tail;
 pub mod postcopy;
 pub mod precopy;
@@ -78,6 +79,7 @@ pub mod xbzrle;
 
 pub use error::{Cause, DecodeError};
 pub use memory::{DirtyLog, GuestRam, MemoryError, PageStore, prepare_range};
+pub use mmap::{GuestRamMmap, GuestRamMmapError};
 pub use reader::StreamReader;
 #[cfg(feature = "staged")]
 pub use staged::StagedRam;

@@ -16,7 +16,7 @@ use vm_memory::{MmapRegion, VolatileMemory, VolatileSlice};
 
 use crate::precopy::PageRun;
 use crate::ram::{BlockId, RamBlockTable};
-use crate::{GuestRam, MemoryError, PAGE_SIZE};
+use crate::{GuestRam, GuestRamMmap, MemoryError, PAGE_SIZE};
 
 /// [`PAGE_SIZE`] as a length in memory.
 const PAGE_LEN: usize = 4096;
@@ -33,7 +33,7 @@ const SHARED_FROM: u64 = 8192;
 /// are made with this in the place of the guest's memory.
 pub struct StagedRam {
     guest: Arc<dyn GuestRam>,
-    copies: Vec<MmapRegion<()>>,
+    copies: GuestRamMmap,
     kept: AtomicBool,
     use_of: Mutex<Vec<Use>>,
 }
@@ -54,27 +54,25 @@ impl StagedRam {
     /// # Errors
     /// The host has no addresses for it.
     pub fn new(guest: Arc<dyn GuestRam>) -> Result<Self, MemoryError> {
-        let mut copies = Vec::new();
-        let mut use_of = Vec::new();
-        for (_, block) in guest.blocks().iter() {
-            let len = usize::try_from(block.used_length()).unwrap_or(usize::MAX);
-            let mapping = MmapRegion::new(len).map_err(|e| MemoryError::Backend {
+        let copies =
+            GuestRamMmap::anonymous(guest.blocks().clone()).map_err(|e| MemoryError::Backend {
                 what: "mapping room for copies of guest memory",
                 source: e.into(),
             })?;
-            copies.push(mapping);
-            let words = vec![0; (len / PAGE_LEN).div_ceil(64)];
-            use_of.push(Use {
+        let use_of = copies.regions().iter().map(|copies| {
+            let words = vec![0; (copies.size() / PAGE_LEN).div_ceil(64)];
+            Use {
                 now: words.clone(),
                 before: words.clone(),
                 resident: words,
-            });
-        }
+            }
+        });
+        let use_of = Mutex::new(use_of.collect());
         Ok(Self {
             guest,
             copies,
             kept: AtomicBool::new(false),
-            use_of: Mutex::new(use_of),
+            use_of,
         })
     }
 
@@ -124,27 +122,8 @@ impl StagedRam {
     fn copy_run(&self, run: PageRun) -> Result<(), MemoryError> {
         let (offset, len) = run.bytes();
         let from = self.guest.slice(run.block, offset, len)?;
-        from.copy_to_volatile_slice(self.copy_of(run.block, offset, len)?);
+        from.copy_to_volatile_slice(self.copies.slice(run.block, offset, len)?);
         Ok(())
-    }
-
-    fn copy_of(
-        &self,
-        block: BlockId,
-        offset: u64,
-        len: usize,
-    ) -> Result<VolatileSlice<'_>, MemoryError> {
-        let copies = self
-            .copies
-            .get(block.index())
-            .ok_or(MemoryError::NoBlock(block))?;
-        let offset = usize::try_from(offset).unwrap_or(usize::MAX);
-        copies
-            .get_slice(offset, len)
-            .map_err(|e| MemoryError::Backend {
-                what: "reaching copies of guest memory",
-                source: e.into(),
-            })
     }
 
     /// What is read from now on are the copies. All that will be read was copied, and nothing that
@@ -156,7 +135,7 @@ impl StagedRam {
     /// What is read from now on is the guest's memory; a round is over, and all of it was read.
     pub(crate) fn let_go(&self) {
         self.kept.store(false, Ordering::Release);
-        for (of_block, copies) in self.use_of().iter_mut().zip(&self.copies) {
+        for (of_block, copies) in self.use_of().iter_mut().zip(self.copies.regions()) {
             of_block.end_round(copies);
         }
     }
@@ -192,7 +171,7 @@ impl GuestRam for StagedRam {
     ) -> Result<VolatileSlice<'_>, MemoryError> {
         let guest = self.guest.slice(block, offset, len)?;
         if self.kept.load(Ordering::Acquire) {
-            self.copy_of(block, offset, len)
+            self.copies.slice(block, offset, len)
         } else {
             Ok(guest)
         }
@@ -201,7 +180,7 @@ impl GuestRam for StagedRam {
 
 impl Use {
     /// Gives memory back that was of no use for two rounds.
-    fn end_round(&mut self, copies: &MmapRegion<()>) {
+    fn end_round(&mut self, copies: &MmapRegion) {
         let words = self.now.iter_mut().zip(&mut self.before);
         for (index, ((now, before), resident)) in words.zip(&mut self.resident).enumerate() {
             let mut stale = *resident & !*now & !*before;
@@ -264,40 +243,9 @@ mod tests {
     const PAGES: u64 = 2 * SHARED_FROM;
     const RAM: BlockId = BlockId::new(0);
 
-    struct Guest {
-        table: RamBlockTable,
-        memory: MmapRegion<()>,
-    }
-
-    impl GuestRam for Guest {
-        fn blocks(&self) -> &RamBlockTable {
-            &self.table
-        }
-        fn slice(
-            &self,
-            block: BlockId,
-            offset: u64,
-            len: usize,
-        ) -> Result<VolatileSlice<'_>, MemoryError> {
-            if block != RAM {
-                return Err(MemoryError::NoBlock(block));
-            }
-            let offset = usize::try_from(offset).unwrap();
-            self.memory
-                .get_slice(offset, len)
-                .map_err(|e| MemoryError::Backend {
-                    what: "slice",
-                    source: e.into(),
-                })
-        }
-    }
-
-    fn staged() -> (Arc<Guest>, StagedRam) {
-        let guest = Arc::new(Guest {
-            table: RamBlockTable::new(vec![RamBlock::new("ram", PAGES * PAGE_SIZE).unwrap()])
-                .unwrap(),
-            memory: MmapRegion::new(usize::try_from(PAGES * PAGE_SIZE).unwrap()).unwrap(),
-        });
+    fn staged() -> (Arc<GuestRamMmap>, StagedRam) {
+        let blocks = RamBlockTable::new(vec![RamBlock::new("ram", PAGES * PAGE_SIZE).unwrap()]);
+        let guest = Arc::new(GuestRamMmap::anonymous(blocks.unwrap()).unwrap());
         let staged = StagedRam::new(Arc::clone(&guest) as _).unwrap();
         (guest, staged)
     }
@@ -310,7 +258,7 @@ mod tests {
         }
     }
 
-    fn write(guest: &Guest, page: u64, byte: u8) {
+    fn write(guest: &GuestRamMmap, page: u64, byte: u8) {
         let slice = guest.slice(RAM, page * PAGE_SIZE, PAGE_LEN).unwrap();
         slice.copy_from(&[byte; PAGE_LEN]);
     }

@@ -10,10 +10,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{LIMIT, PAGE, Ram, receiver, text};
+use common::{LIMIT, PAGE, Pages, memory, receiver, text};
 use migration_stream::io::FdChannel;
 use migration_stream::ram::BlockId;
-use migration_stream::{PageBarrier, PageTransport, StreamWriter};
+use migration_stream::{GuestRamMmap, PageBarrier, PageTransport, StreamWriter};
 use multifd::{ChannelCount, Compression, MultifdConfig, SendChannel, SendSet, ZstdRange};
 
 /// 8 MiB.
@@ -44,7 +44,7 @@ fn line(mut from: UnixStream, mut to: UnixStream, bandwidth: &AtomicU64) {
 }
 
 /// Writes pages of words, as text has them, which any level of zstd makes smaller.
-fn write_text(ram: &Ram) {
+fn write_text(ram: &GuestRamMmap) {
     let mut x = 1_u64;
     for page in 0..PAGES {
         let words = (0..PAGE / 8).flat_map(|_| {
@@ -68,7 +68,7 @@ fn level_follows_the_bandwidth_and_every_page_arrives() {
         thread::spawn(move || line(theirs, peer, &bandwidth));
         SendChannel::from(FdChannel::new(ours, LIMIT).unwrap())
     });
-    let ram = Arc::new(Ram::new(&[PAGES]));
+    let ram = Arc::new(memory(&[PAGES]));
     write_text(&ram);
     let mut send = SendSet::start(ram.clone(), channels.collect(), &config).unwrap();
     let level = send.level().unwrap();
@@ -112,6 +112,6 @@ fn a_level_that_does_not_adapt_is_not_told() {
         let (ours, _) = UnixStream::pair().unwrap();
         SendChannel::from(FdChannel::new(ours, LIMIT).unwrap())
     });
-    let set = SendSet::start(Arc::new(Ram::new(&[1])), channels.into(), &config).unwrap();
+    let set = SendSet::start(Arc::new(memory(&[1])), channels.into(), &config).unwrap();
     assert!(set.level().is_none());
 }

@@ -6,7 +6,7 @@ mod common;
 use std::net::{TcpListener, TcpStream};
 use std::sync::Arc;
 
-use common::{LIMIT, Ram};
+use common::{LIMIT, Pages, memory};
 use migration_stream::io::FdChannel;
 use migration_stream::ram::BlockId;
 use migration_stream::{PageTransport, StreamWriter};
@@ -44,7 +44,7 @@ fn the_error_names_the_limit_on_locked_memory() {
     };
     let (channel, _peer) = connection();
     let (main, _main_peer) = connection();
-    let ram = Arc::new(Ram::new(&[PAGES]));
+    let ram = Arc::new(memory(&[PAGES]));
     (0..PAGES).for_each(|page| ram.fill(0, page, 0));
     let mut set = SendSet::start(ram, vec![channel.into()], &config).unwrap();
     let mut main = StreamWriter::new(main);

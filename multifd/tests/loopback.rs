@@ -8,11 +8,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{LIMIT, PAGE, Ram};
+use common::{LIMIT, PAGE, Pages, memory};
 use migration_stream::io::{ByteSource, FdChannel};
 use migration_stream::ram::{BlockId, ZeroPageDetection};
 use migration_stream::unchanged::WhenToCompare;
-use migration_stream::{PAGE_SIZE, PageBarrier, PageTransport, StreamWriter, TransportCounters};
+use migration_stream::{
+    GuestRamMmap, PAGE_SIZE, PageBarrier, PageTransport, StreamWriter, TransportCounters,
+};
 use multifd::incoming::{Acceptor, Incoming, Limits};
 use multifd::outgoing::{Outgoing, connect};
 use multifd::{
@@ -68,11 +70,11 @@ fn wait_for_flush(main: &mut FdChannel, barrier: &mut dyn PageBarrier) {
 }
 
 struct Migration {
-    ram: Arc<Ram>,
+    ram: Arc<GuestRamMmap>,
     main: StreamWriter,
     send: SendSet,
     incoming_main: FdChannel,
-    recv: RecvSet<Ram>,
+    recv: RecvSet<GuestRamMmap>,
 }
 
 const PAGES: [u64; 2] = [700, 33];
@@ -81,11 +83,11 @@ impl Migration {
     fn start(address: &Address, config: &MultifdConfig) -> Self {
         let (outgoing, incoming) = connections(address, config);
         assert_eq!(&incoming.prefix, b"QEVM");
-        let ram = Arc::new(Ram::new(&PAGES));
+        let ram = Arc::new(memory(&PAGES));
         let channels = outgoing.channels.into_iter().map(Into::into).collect();
         let send = SendSet::start(ram.clone(), channels, config).unwrap();
         let channels = incoming.channels.into_iter().map(Into::into).collect();
-        let recv = RecvSet::start(Ram::new(&PAGES), channels, config, |e| panic!("{e}")).unwrap();
+        let recv = RecvSet::start(memory(&PAGES), channels, config, |e| panic!("{e}")).unwrap();
         let main = StreamWriter::new(outgoing.main);
         Self {
             ram,
@@ -239,7 +241,7 @@ fn what_cannot_be_sent_without_a_copy_is_refused() {
         };
         let (outgoing, _incoming) = connections(address, &config);
         let channels = outgoing.channels.into_iter().map(Into::into).collect();
-        SendSet::start(Arc::new(Ram::new(&PAGES)), channels, &config).unwrap_err()
+        SendSet::start(Arc::new(memory(&PAGES)), channels, &config).unwrap_err()
     };
     let compressed = start(&tcp(), zstd());
     assert!(matches!(
@@ -343,10 +345,10 @@ fn a_peer_that_is_idle_for_longer_than_the_channels_limit_is_no_error() {
     let short = Duration::from_millis(20);
     let config = config(1, Compression::None);
     let channels = vec![FdChannel::new(ours, short).unwrap().into()];
-    let recv = RecvSet::start(Ram::new(&PAGES), channels, &config, |e| panic!("{e}")).unwrap();
+    let recv = RecvSet::start(memory(&PAGES), channels, &config, |e| panic!("{e}")).unwrap();
     thread::sleep(short * 5);
     let channels = vec![FdChannel::new(theirs, LIMIT).unwrap().into()];
-    let ram = Arc::new(Ram::new(&PAGES));
+    let ram = Arc::new(memory(&PAGES));
     ram.fill(0, 1, 1);
     let mut send = SendSet::start(ram.clone(), channels, &config).unwrap();
     let (main, mut incoming_main) = std::os::unix::net::UnixStream::pair()

@@ -10,11 +10,13 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{LIMIT, PAGE, Ram, Receiver, cause, receiver, receiver_into, text, write};
-use migration_stream::PageBarrier;
+use common::{
+    LIMIT, PAGE, Pages, Receiver, cause, memory, receiver, receiver_into, sharing, text, write,
+};
 use migration_stream::codec::IdStr;
 use migration_stream::io::FdChannel;
 use migration_stream::section::InstanceId;
+use migration_stream::{GuestRamMmap, PageBarrier};
 use multifd::device_state::{DeviceId, DeviceStateHeader, DeviceStateSink};
 use multifd::packet::{HEADER_LEN, Method, PacketError, PacketFlags, PacketHeader};
 use multifd::{ChannelCount, ChannelError, Compression, MultifdConfig, Part, RecvSet, ZstdLevel};
@@ -303,7 +305,7 @@ fn c6_a_channel_that_breaks_is_told_to_the_main_streams_loader_at_once() {
     let waker = main.share();
     let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
     let channels = vec![FdChannel::new(ours, LIMIT).unwrap().into()];
-    let set = multifd::RecvSet::start(common::Ram::new(&PAGES), channels, &config(1), move |_| {
+    let set = multifd::RecvSet::start(memory(&PAGES), channels, &config(1), move |_| {
         waker.shutdown();
     })
     .unwrap();
@@ -391,11 +393,11 @@ fn device_packet(device: DeviceId, payload: &[u8]) -> Vec<u8> {
     [&header.encode(), payload].concat()
 }
 
-fn start_with_device(config: &MultifdConfig) -> (RecvSet<Ram>, UnixStream, Arc<Device>) {
+fn start_with_device(config: &MultifdConfig) -> (RecvSet<GuestRamMmap>, UnixStream, Arc<Device>) {
     let (ours, theirs) = UnixStream::pair().unwrap();
     let channels = vec![FdChannel::new(ours, LIMIT).unwrap().into()];
     let device = Arc::new(Device::default());
-    let store = Ram::new(&PAGES);
+    let store = memory(&PAGES);
     let set = RecvSet::start_with_device_state(store, device.clone(), channels, config, |_| {});
     (set.unwrap(), theirs, device)
 }
@@ -459,7 +461,7 @@ fn c19_a_device_state_packet_is_refused_before_any_of_it_is_taken() {
 #[test]
 fn pages_of_a_block_that_is_not_migrated_are_an_error_and_nothing_is_written() {
     let shared = |header: PacketHeader<'_>, payload: &[u8]| {
-        let r = receiver_into(Ram::new(&[64, 64]).sharing("vga.vram"), &config(2));
+        let r = receiver_into(sharing(&memory(&[64, 64]), "vga.vram"), &config(2));
         // Of the other block they are taken, also right before.
         write(&r.peers[1], &pages(&[0]));
         write(&r.peers[1], &packet(&header, payload));

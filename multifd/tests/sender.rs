@@ -10,13 +10,13 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{LIMIT, Ram, cause, text};
+use common::{LIMIT, Pages, cause, memory, text};
 use migration_stream::codec::IdStr;
 use migration_stream::io::{ByteSink, Chunk, FdChannel};
 use migration_stream::ram::{BlockId, ZeroPageDetection};
 use migration_stream::section::InstanceId;
 use migration_stream::unchanged::WhenToCompare;
-use migration_stream::{PageTransport, StreamWriter};
+use migration_stream::{GuestRamMmap, PageTransport, StreamWriter};
 use multifd::device_state::{DeviceId, DeviceStateHeader};
 use multifd::packet::{HEADER_LEN, Method, PacketView};
 use multifd::{ChannelCount, ChannelError, Flush, MultifdConfig, SendChannel, SendSet};
@@ -35,7 +35,7 @@ fn config(channels: u8) -> MultifdConfig {
 }
 
 struct Sender {
-    ram: Arc<Ram>,
+    ram: Arc<GuestRamMmap>,
     set: SendSet,
     main: StreamWriter,
     peers: Vec<UnixStream>,
@@ -54,7 +54,7 @@ fn sender(config: &MultifdConfig) -> Sender {
         })
         .unzip();
     let (main, main_peer) = UnixStream::pair().unwrap();
-    let ram = Arc::new(Ram::new(&[PAGES]));
+    let ram = Arc::new(memory(&[PAGES]));
     Sender {
         set: SendSet::start(ram.clone(), channels, config).unwrap(),
         ram,
@@ -318,7 +318,7 @@ impl ByteSink for Broken {
 fn a_transport_that_panics_is_an_error_and_no_hang() {
     let reached = Arc::new(Mutex::new(false));
     let channels = vec![SendChannel::new(Broken(reached.clone()), || {})];
-    let mut set = SendSet::start(Arc::new(Ram::new(&[1])), channels, &config(1)).unwrap();
+    let mut set = SendSet::start(Arc::new(memory(&[1])), channels, &config(1)).unwrap();
     let (main, _peer) = UnixStream::pair().unwrap();
     let mut main = StreamWriter::new(FdChannel::new(main, LIMIT).unwrap());
     let e = set.sync(&mut main).unwrap_err();
@@ -331,7 +331,7 @@ fn a_transport_that_panics_is_an_error_and_no_hang() {
 
 #[test]
 fn another_number_of_channels_than_configured_is_refused() {
-    let e = SendSet::start(Arc::new(Ram::new(&[1])), Vec::new(), &config(2)).unwrap_err();
+    let e = SendSet::start(Arc::new(memory(&[1])), Vec::new(), &config(2)).unwrap_err();
     assert!(
         matches!(
             cause(&e),

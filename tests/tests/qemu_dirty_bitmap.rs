@@ -28,7 +28,7 @@ use migration_stream::ram::{
     BlockId, InStream, NoMultifd, RamBlock, RamBlockTable, ZeroPageDetection,
 };
 use migration_stream::section::SectionId;
-use migration_stream::{DirtyLog, GuestRam, MemoryError, StreamReader, StreamWriter};
+use migration_stream::{DirtyLog, GuestRam, GuestRamMmap, MemoryError, StreamReader, StreamWriter};
 use serde_json::{Value, json};
 use stream_inspect::inspection::Part;
 use stream_inspect::report::Report;
@@ -39,7 +39,7 @@ use stream_relay::outgoing::OutgoingConfig;
 use stream_relay::relay::{Origin, Relay};
 use tests::capture::Tap;
 use tests::qemu::{Binary, Machine, Qemu};
-use tests::store::Memory;
+use tests::store;
 use tests::{PATIENCE, Result, guest, harness};
 
 /// Guest memory, MiB.
@@ -378,7 +378,7 @@ fn handed_on(qemu: &Binary) -> Result<()> {
         .into_iter()
         .map(|(name, len)| RamBlock::new(name, len))
         .collect::<std::result::Result<Vec<_>, _>>()?;
-    let memory = Arc::new(Memory::new(RamBlockTable::new(blocks)?)?);
+    let memory = Arc::new(store::memory(RamBlockTable::new(blocks)?)?);
 
     let socket = from.dir().join("relay");
     let listener = UnixListener::bind(&socket)?;
@@ -460,7 +460,7 @@ fn send(
     channel: FdChannel,
     qemu: &Binary,
     configuration: Option<Configuration>,
-    memory: &Arc<Memory>,
+    memory: &Arc<GuestRamMmap>,
     tail: &Tail,
     bitmaps: &BitmapSections,
 ) -> Result<()> {

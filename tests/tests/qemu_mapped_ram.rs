@@ -16,7 +16,7 @@ use migration_stream::ram::{RamBlock, RamBlockTable};
 use serde_json::json;
 use tests::guest::{self, Content};
 use tests::qemu::{Binary, Machine};
-use tests::store::Memory;
+use tests::store;
 use tests::{Result, harness};
 
 const MEMORY: u32 = 32;
@@ -72,7 +72,7 @@ fn read(qemu: &Binary, offset: u64, channels: Option<u8>, ignore_shared: bool) -
     source.wait_migration("completed")?;
 
     let threads = channels.and_then(NonZeroU8::new).unwrap_or(NonZeroU8::MIN);
-    let store = Memory::new(blocks)?;
+    let landed = store::memory(blocks)?;
     let file: Arc<dyn PositionedFile> = Arc::new(File::open(&path)?);
     let config = TargetConfig {
         decoder: DecoderConfig::new(ConfigurationRule::Any),
@@ -80,8 +80,8 @@ fn read(qemu: &Binary, offset: u64, channels: Option<u8>, ignore_shared: bool) -
     };
     let load = || {
         let reader = StreamReader::from_file(Arc::clone(&file), offset);
-        Target::new(config.clone(), reader, None, &store).load_opaque(
-            &store,
+        Target::new(config.clone(), reader, None, &landed).load_opaque(
+            &landed,
             &mut FileReader::new(Arc::clone(&file)).with_threads(threads),
             TailLimits::default(),
         )
@@ -89,13 +89,13 @@ fn read(qemu: &Binary, offset: u64, channels: Option<u8>, ignore_shared: bool) -
     let (loaded, tail) = load()?;
     assert!(tail.sections().len() > 10);
     assert!(loaded.received().zero_pages > 0);
-    let ram = store.bytes(RAM)?;
+    let ram = store::bytes(&landed, RAM)?;
     if ignore_shared {
         assert!(ram.iter().all(|b| *b == 0xa5), "shared memory was touched");
     } else {
         guest::compare("RAM and its file", &fs::read(&memory)?, &ram)?;
     }
-    let firmware = store.bytes("pc.bios")?;
+    let firmware = store::bytes(&landed, "pc.bios")?;
     let expected = source.pmemsave((1 << 32) - firmware.len() as u64, firmware.len() as u64)?;
     guest::compare("firmware and pmemsave", &expected, &firmware)?;
 

@@ -17,7 +17,7 @@ use migration_stream::precopy::{
 };
 use migration_stream::ram::{BlockId, RamBlock, RamBlockTable, ZeroPageDetection};
 use migration_stream::{
-    DirtyLog, GuestRam, MemoryError, StreamReader, StreamWriter, TransportCounters,
+    DirtyLog, GuestRam, GuestRamMmap, MemoryError, StreamReader, StreamWriter, TransportCounters,
 };
 use multifd::incoming::{self, Acceptor};
 use multifd::{
@@ -28,7 +28,7 @@ use serde_json::{Value, json};
 use tests::guest::{self, Checker, Content};
 use tests::narrow::Narrow;
 use tests::qemu::{Binary, Machine, Qemu};
-use tests::store::Memory;
+use tests::store;
 use tests::{PATIENCE, Result, harness};
 
 /// Guest memory, MiB.
@@ -157,7 +157,7 @@ fn relay_with(qemu: &Binary, machine: &str, mut config: MultifdConfig) -> Result
     guest::compare(
         "RAM of the source and ours",
         &fs::read(&from)?,
-        &memory.bytes(RAM)?,
+        &store::bytes(&memory, RAM)?,
     )?;
 
     let mut destination = Machine::new(machine, MEMORY)
@@ -213,7 +213,7 @@ fn adaptive(qemu: &Binary) -> Result<()> {
     source.process.kill()?;
     let mut passes = source.process.stdout().whole()?;
 
-    let expected = memory.bytes(RAM)?;
+    let expected = store::bytes(&memory, RAM)?;
     let landed = dir.path().join("to");
     let mut destination = start(&landed).incoming().start(qemu)?;
     configure(&mut destination, qemu, &config)?;
@@ -269,13 +269,13 @@ fn configure(vm: &mut Qemu, qemu: &Binary, config: &MultifdConfig) -> Result<()>
 }
 
 /// Takes the migration of `source`.
-fn receive(source: &mut Qemu, config: &MultifdConfig) -> Result<(Memory, Tail)> {
+fn receive(source: &mut Qemu, config: &MultifdConfig) -> Result<(GuestRamMmap, Tail)> {
     let blocks = source
         .ram_blocks()?
         .into_iter()
         .map(|(name, len)| RamBlock::new(name, len))
         .collect::<std::result::Result<Vec<_>, _>>()?;
-    let memory = Memory::new(RamBlockTable::new(blocks)?)?;
+    let memory = store::memory(RamBlockTable::new(blocks)?)?;
     let listener = Listener::bind(&"tcp:127.0.0.1:0".parse()?)?;
     let uri = listener.local_address()?.to_string();
     let mut acceptor = Acceptor::new(listener, Some(config), incoming::Limits::default())?;
@@ -318,7 +318,7 @@ fn receive(source: &mut Qemu, config: &MultifdConfig) -> Result<(Memory, Tail)> 
 fn send(
     to: &str,
     machine: &str,
-    memory: Memory,
+    memory: GuestRamMmap,
     tail: &Tail,
     config: &MultifdConfig,
 ) -> Result<(TransportCounters, Option<LevelWatch>)> {

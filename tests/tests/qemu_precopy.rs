@@ -22,15 +22,15 @@ use migration_stream::ram::{
 };
 use migration_stream::xbzrle::PageCache;
 use migration_stream::{
-    DirtyLog, GuestRam, MemoryError, PAGE_SIZE, PageTransport, StreamReader, StreamWriter,
-    TransportCounters,
+    DirtyLog, GuestRam, GuestRamMmap, MemoryError, PAGE_SIZE, PageTransport, StreamReader,
+    StreamWriter, TransportCounters,
 };
 use multifd::incoming::{self, Acceptor};
 use multifd::{Listener, outgoing};
 use serde_json::json;
 use tests::guest::{self, Dirtier};
 use tests::qemu::{Binary, Machine, Qemu};
-use tests::store::Memory;
+use tests::store;
 use tests::{PATIENCE, Result, harness};
 
 /// Guest memory, MiB.
@@ -185,7 +185,7 @@ fn relay(qemu: &Binary, machine: &str, capabilities: &[&str]) -> Result<()> {
     destination.wait_migration("completed")?;
     guest::compare(
         "RAM of the destination and ours",
-        &memory.bytes(RAM)?,
+        &store::bytes(&memory, RAM)?,
         &fs::read(&to)?,
     )?;
     assert_eq!(counters.xbzrle.pages > 0, options.has("xbzrle"));
@@ -194,7 +194,7 @@ fn relay(qemu: &Binary, machine: &str, capabilities: &[&str]) -> Result<()> {
 }
 
 struct Received {
-    memory: Memory,
+    memory: GuestRamMmap,
     configuration: Configuration,
     tail: Tail,
 }
@@ -206,7 +206,7 @@ fn receive(source: &mut Qemu, options: &Options<'_>) -> Result<Received> {
         .into_iter()
         .map(|(name, len)| RamBlock::new(name, len))
         .collect::<std::result::Result<Vec<_>, _>>()?;
-    let memory = Memory::new(RamBlockTable::new(blocks)?)?;
+    let memory = store::memory(RamBlockTable::new(blocks)?)?;
     let listener = Listener::bind(&"tcp:127.0.0.1:0".parse()?)?;
     let uri = listener.local_address()?.to_string();
     let mut acceptor = Acceptor::new(listener, None, incoming::Limits::default())?;
@@ -260,7 +260,7 @@ fn receive(source: &mut Qemu, options: &Options<'_>) -> Result<Received> {
 fn send(
     destination: &mut Qemu,
     options: &Options<'_>,
-    memory: &Arc<Memory>,
+    memory: &Arc<GuestRamMmap>,
     configuration: Configuration,
     tail: &Tail,
 ) -> Result<TransportCounters> {

@@ -6,18 +6,18 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::thread::{self, JoinHandle};
 
-use migration_stream::StreamReader;
 use migration_stream::decoder::{ConfigurationRule, DecoderConfig};
 use migration_stream::opaque_tail::TailLimits;
 use migration_stream::precopy::{Loaded, Received, Target, TargetConfig};
 use migration_stream::ram::{NoMultifd, RamBlock, RamBlockTable};
+use migration_stream::{GuestRamMmap, StreamReader};
 use multifd::incoming::{Acceptor, Limits};
 use multifd::{ChannelCount, Compression, Listener, MultifdConfig, RecvSet, ZlibLevel};
 use serde_json::json;
 use tempfile::TempDir;
 use tests::guest::{self, Content, Dirtier};
 use tests::qemu::{Binary, Machine, Qemu};
-use tests::store::Memory;
+use tests::store;
 use tests::{Result, harness};
 
 /// Guest memory, MiB.
@@ -183,7 +183,7 @@ fn configure(source: &mut Qemu, how: How) -> Result<()> {
 /// Our side, in a thread of its own, until everything is loaded and confirmed.
 struct Destination {
     uri: String,
-    thread: JoinHandle<Result<(Memory, Received)>>,
+    thread: JoinHandle<Result<(GuestRamMmap, Received)>>,
 }
 
 impl Destination {
@@ -193,7 +193,7 @@ impl Destination {
             .into_iter()
             .map(|(name, len)| RamBlock::new(name, len))
             .collect::<std::result::Result<Vec<_>, _>>()?;
-        let memory = Memory::new(RamBlockTable::new(blocks)?)?;
+        let memory = store::memory(RamBlockTable::new(blocks)?)?;
         let multifd = match how {
             How::Plain | How::Xbzrle => None,
             How::Multifd(count, compression) => Some(MultifdConfig {
@@ -219,16 +219,17 @@ fn receive(
     mut acceptor: Acceptor,
     decoder: DecoderConfig,
     multifd: Option<&MultifdConfig>,
-    memory: Memory,
-) -> Result<(Memory, Received)> {
+    memory: GuestRamMmap,
+) -> Result<(GuestRamMmap, Received)> {
     let incoming = acceptor.accept(None)?;
     let config = TargetConfig {
         decoder,
         max_devices: 1 << 20,
     };
     let reader = StreamReader::new(incoming.main.share(), &incoming.prefix);
-    let target =
-        |store: &Memory| Target::new(config, reader, Some(Box::new(incoming.main.share())), store);
+    let target = |store: &GuestRamMmap| {
+        Target::new(config, reader, Some(Box::new(incoming.main.share())), store)
+    };
     let limits = TailLimits::default();
     let confirm = |loaded: &mut Loaded| -> Result<Received> {
         loaded.confirm()?;
@@ -257,7 +258,7 @@ fn check(destination: Destination, source: &mut Qemu, files: &Files) -> Result<R
     let arrived = destination.thread.join();
     let (memory, received) = arrived.map_err(|_| "our side panicked")??;
     source.wait_migration("completed")?;
-    let ram = memory.bytes(RAM)?;
+    let ram = store::bytes(&memory, RAM)?;
     guest::compare("RAM and its file", &fs::read(&files.memory)?, &ram)?;
     for range in guest::plain_ram(MEMORY) {
         let expected = source.pmemsave(range.start, range.end - range.start)?;
@@ -265,7 +266,7 @@ fn check(destination: Destination, source: &mut Qemu, files: &Files) -> Result<R
         guest::compare("RAM and pmemsave", &expected, &ram[slice])?;
     }
     // Firmware ends where the 32-bit address space does.
-    let firmware = memory.bytes("pc.bios")?;
+    let firmware = store::bytes(&memory, "pc.bios")?;
     let expected = source.pmemsave((1 << 32) - firmware.len() as u64, firmware.len() as u64)?;
     guest::compare("firmware and pmemsave", &expected, &firmware)?;
     Ok(received)

@@ -15,8 +15,8 @@ use migration_stream::precopy::{
 };
 use migration_stream::ram::{BlockId, RamBlock, RamBlockTable};
 use migration_stream::section::{Announcement, InstanceId, SectionHeader};
-use migration_stream::{DirtyLog, GuestRam, MemoryError, PAGE_SIZE};
-use vm_memory::{Bytes, MmapRegion, VolatileMemory, VolatileSlice};
+use migration_stream::{DirtyLog, GuestRamMmap, MemoryError, PAGE_SIZE};
+use vm_memory::{Bytes, VolatileMemory};
 
 /// Name and pages of the RAM blocks.
 pub const BLOCKS: [(&str, u64); 2] = [("pc.ram", 90), ("vga.vram", 7)];
@@ -25,61 +25,15 @@ const WRITES: u64 = 12;
 
 const ZEROES: [u8; 4096] = [0; 4096];
 
-/// Guest RAM.
-pub struct Ram {
-    table: RamBlockTable,
-    pub regions: Vec<Arc<MmapRegion>>,
-}
-
-impl Ram {
-    pub fn new() -> Arc<Self> {
-        let table = BLOCKS
-            .map(|(name, pages)| RamBlock::new(name, pages * PAGE_SIZE).unwrap())
-            .to_vec();
-        let regions = BLOCKS
-            .map(|(_, pages)| {
-                let len = usize::try_from(pages * PAGE_SIZE).unwrap();
-                Arc::new(MmapRegion::new(len).unwrap())
-            })
-            .to_vec();
-        Arc::new(Self {
-            table: RamBlockTable::new(table).unwrap(),
-            regions,
-        })
+/// All of guest RAM.
+fn bytes(ram: &GuestRamMmap) -> Vec<u8> {
+    let mut all = Vec::new();
+    for region in ram.regions() {
+        let mut bytes = vec![0; region.size()];
+        region.as_volatile_slice().copy_to(&mut bytes[..]);
+        all.append(&mut bytes);
     }
-
-    fn bytes(&self) -> Vec<u8> {
-        let mut all = Vec::new();
-        for region in &self.regions {
-            let mut bytes = vec![0; region.size()];
-            region.as_volatile_slice().copy_to(&mut bytes[..]);
-            all.append(&mut bytes);
-        }
-        all
-    }
-}
-
-impl GuestRam for Ram {
-    fn blocks(&self) -> &RamBlockTable {
-        &self.table
-    }
-    fn slice(
-        &self,
-        block: BlockId,
-        offset: u64,
-        len: usize,
-    ) -> Result<VolatileSlice<'_>, MemoryError> {
-        let region = self
-            .regions
-            .get(block.index())
-            .ok_or(MemoryError::NoBlock(block))?;
-        region
-            .get_slice(usize::try_from(offset).unwrap(), len)
-            .map_err(|e| MemoryError::Backend {
-                what: "slice",
-                source: e.into(),
-            })
-    }
+    all
 }
 
 /// What is to fail, once each.
@@ -163,7 +117,7 @@ pub enum Told {
 
 /// The guest, and what a driver does with it.
 pub struct Guest {
-    pub ram: Arc<Ram>,
+    pub ram: Arc<GuestRamMmap>,
     pub log: Log,
     device: u64,
     random: u64,
@@ -181,13 +135,16 @@ pub struct Guest {
 impl Guest {
     /// A stopped guest that behaves as `seed` has it.
     pub fn new(seed: u64, faults: &Faults, tell: Sender<Told>) -> Self {
-        let ram = Ram::new();
+        let blocks = BLOCKS
+            .map(|(name, pages)| RamBlock::new(name, pages * PAGE_SIZE).unwrap())
+            .to_vec();
+        let ram = GuestRamMmap::anonymous(RamBlockTable::new(blocks).unwrap()).unwrap();
         Self {
             own: State {
-                ram: ram.bytes(),
+                ram: bytes(&ram),
                 device: 0,
             },
-            ram,
+            ram: Arc::new(ram),
             undisturbed: true,
             resumed_as: None,
             log: Log {
@@ -204,7 +161,7 @@ impl Guest {
 
     pub fn state(&self) -> State {
         State {
-            ram: self.ram.bytes(),
+            ram: bytes(&self.ram),
             device: self.device,
         }
     }
@@ -226,7 +183,7 @@ impl Guest {
         let (block, value) = (u32::from(self.random().is_multiple_of(8)), self.random());
         let page = self.random() % BLOCKS[block as usize].1;
         let offset = usize::try_from(page * PAGE_SIZE).unwrap();
-        let region = &self.ram.regions[block as usize];
+        let region = &self.ram.regions()[block as usize];
         let memory = region.as_volatile_slice();
         match value % 4 {
             0 => {
@@ -252,7 +209,7 @@ impl Guest {
             for page in 0..pages {
                 let offset = usize::try_from(page * PAGE_SIZE).unwrap();
                 let value = self.random() | 1;
-                let region = self.ram.regions[block as usize].as_volatile_slice();
+                let region = self.ram.regions()[block as usize].as_volatile_slice();
                 region.write_obj(value, offset).unwrap();
                 self.log.writes.lock().unwrap().push((block, page));
             }

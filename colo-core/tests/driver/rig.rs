@@ -227,7 +227,7 @@ fn take_in(connections: Vec<FdChannel>, how: How) -> Result<SecondaryEnd, Target
     let discard = DiscardControl::new();
     let blocks = BLOCKS
         .iter()
-        .zip(&guest.ram.regions)
+        .zip(guest.ram.regions())
         .map(|((name, _), region)| CacheBlockSpec::whole_region(*name, Arc::clone(region)))
         .collect();
     let store = ColoStore::new(how.cache, blocks, discard.disable().unwrap()).unwrap();

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use migration_stream::ram::BlockId;
-use migration_stream::{DirtyLog, GuestRam, MemoryError, PAGE_SIZE};
+use migration_stream::{DirtyLog, MemoryError, PAGE_SIZE};
 use vm_memory::bitmap::AtomicBitmap;
 
 use crate::machine::MemorySlots;
@@ -134,8 +134,8 @@ impl DirtyLog for SoftwareDirtyLog {
     }
 
     fn sync(&mut self, sink: &mut dyn FnMut(BlockId, u64, u64)) -> Result<(), MemoryError> {
-        for ((block, _), bitmap) in self.memory.blocks().iter().zip(&self.bitmap.blocks) {
-            report(block, &bitmap.get_and_reset(), sink);
+        for (region, bitmap) in self.memory.regions().iter().zip(&self.bitmap.blocks) {
+            report(region.block, &bitmap.get_and_reset(), sink);
         }
         Ok(())
     }

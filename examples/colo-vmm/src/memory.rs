@@ -12,13 +12,11 @@ use std::num::NonZeroUsize;
 use std::sync::Arc;
 use std::thread;
 
-use migration_stream::ram::{BlockId, RamBlock, RamBlockError, RamBlockTable, zero_check};
-use migration_stream::{GuestRam, MemoryError, PAGE_SIZE, PageStore};
+use migration_stream::ram::{BlockId, RamBlock, RamBlockError, RamBlockTable};
+use migration_stream::{GuestRamMmap, GuestRamMmapError, PAGE_SIZE};
 use ram_cache::{Populate, PopulateError, Populated, advise_huge_pages};
-use vm_memory::mmap::MmapRegionError;
 use vm_memory::{
     GuestAddress, GuestMemoryMmap, GuestRegionCollectionError, GuestRegionMmap, MmapRegion,
-    VolatileMemory, VolatileSlice,
 };
 
 /// First address of the hole below 4 GiB in which RAM would hide the interrupt controllers.
@@ -31,13 +29,10 @@ pub const LOW_BLOCK: &str = "pc.ram";
 /// The RAM block that begins at [`HOLE_END`].
 pub const HIGH_BLOCK: &str = "pc.ram-above-4g";
 
-/// A page of nothing.
-const ZEROES: [u8; 4096] = [0; 4096];
-
 /// One RAM block in its place.
 #[derive(Clone, Debug)]
 pub struct Region {
-    /// The block's id in [`Memory::blocks`](GuestRam::blocks).
+    /// The block's id in [`Memory::ram`].
     pub block: BlockId,
     /// Where the guest sees it.
     pub base: GuestAddress,
@@ -49,7 +44,7 @@ pub struct Region {
 #[derive(Debug)]
 pub struct Memory {
     regions: Vec<Region>,
-    blocks: RamBlockTable,
+    ram: Arc<GuestRamMmap>,
     guest: GuestMemoryMmap<()>,
 }
 
@@ -64,26 +59,8 @@ pub enum MemorySetupError {
         bytes: u64,
     },
     /// The host did not map it.
-    #[error("cannot map {length:#x} bytes for ram block '{block}'")]
-    Map {
-        /// The block's name.
-        block: &'static str,
-        /// Its length, bytes.
-        length: u64,
-        /// The host's answer.
-        #[source]
-        source: MmapRegionError,
-    },
-    /// A mapping that was handed in has another size than its block.
-    #[error("ram block '{block}' of {length:#x} bytes was given a mapping of {mapped:#x} bytes")]
-    MappedSize {
-        /// The block's name.
-        block: &'static str,
-        /// Its length, bytes.
-        length: u64,
-        /// The mapping's length, bytes.
-        mapped: u64,
-    },
+    #[error(transparent)]
+    Map(#[from] GuestRamMmapError),
     /// The regions do not make up an address space.
     #[error("guest memory regions do not fit together")]
     Regions(#[from] GuestRegionCollectionError),
@@ -114,54 +91,29 @@ impl Memory {
     /// # Errors
     /// See [`MemorySetupError`].
     pub fn new(bytes: u64) -> Result<Self, MemorySetupError> {
-        Self::with_mappings(bytes, |block, length| {
-            usize::try_from(length)
-                .map_err(|_| MemorySetupError::Size { bytes: length })
-                .and_then(|length_usize| {
-                    MmapRegion::new(length_usize).map_err(|source| MemorySetupError::Map {
-                        block,
-                        length,
-                        source,
-                    })
-                })
-                .map(Arc::new)
-        })
-    }
-
-    /// RAM of `bytes` bytes in mappings of the caller's: `map(name, length)` is called once for
-    /// each block of [`layout`]. A RAM cache that shares pages with the guest comes in here.
-    ///
-    /// # Errors
-    /// Those of `map`; a mapping of another length than asked for.
-    pub fn with_mappings(
-        bytes: u64,
-        mut map: impl FnMut(&'static str, u64) -> Result<Arc<MmapRegion<()>>, MemorySetupError>,
-    ) -> Result<Self, MemorySetupError> {
+        let layout = layout(bytes)?;
+        let blocks = layout
+            .iter()
+            .map(|(name, _, length)| RamBlock::new(*name, *length));
+        let blocks = RamBlockTable::new(blocks.collect::<Result<_, _>>()?)?;
+        let ram = GuestRamMmap::anonymous(blocks)?;
         let mut regions = Vec::new();
-        let mut blocks = Vec::new();
         let mut guest = Vec::new();
-        for (index, (name, base, length)) in (0u32..).zip(layout(bytes)?) {
-            let mapping = map(name, length)?;
-            if mapping.size() as u64 != length {
-                return Err(MemorySetupError::MappedSize {
-                    block: name,
-                    length,
-                    mapped: mapping.size() as u64,
-                });
-            }
+        let mappings = ram.blocks().iter().zip(ram.regions());
+        for (((block, _), mapping), (_, base, _)) in mappings.zip(layout) {
+            let mapping = Arc::clone(mapping);
             let region = GuestRegionMmap::with_arc(Arc::clone(&mapping), base)
                 .ok_or(MemorySetupError::Size { bytes })?;
             guest.push(region);
-            blocks.push(RamBlock::new(name, length)?);
             regions.push(Region {
-                block: BlockId::new(index),
+                block,
                 base,
                 mapping,
             });
         }
         Ok(Self {
             regions,
-            blocks: RamBlockTable::new(blocks)?,
+            ram: Arc::new(ram),
             guest: GuestMemoryMmap::from_regions(guest)?,
         })
     }
@@ -171,8 +123,8 @@ impl Memory {
     /// # Errors
     /// The kernel has none.
     pub fn advise_huge_pages(&self) -> Result<(), PopulateError> {
-        let mut regions = self.regions.iter();
-        regions.try_for_each(|region| advise_huge_pages(&region.mapping))
+        let mut regions = self.ram.regions().iter();
+        regions.try_for_each(|region| advise_huge_pages(region))
     }
 
     /// Takes all of it from the system, by as many threads as there are cores.
@@ -180,18 +132,21 @@ impl Memory {
     /// # Errors
     /// No thread can be started.
     pub fn populate(&self) -> Result<Populate, PopulateError> {
-        let regions = self
-            .regions
-            .iter()
-            .map(|region| Arc::clone(&region.mapping));
         let threads = thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
-        Populate::start(regions.collect(), threads)
+        Populate::start(self.ram.regions().to_vec(), threads)
     }
 
-    /// The blocks in their places, in the order of [`Memory::blocks`](GuestRam::blocks).
+    /// The blocks in their places, in the order of [`Memory::ram`].
     #[must_use]
     pub fn regions(&self) -> &[Region] {
         &self.regions
+    }
+
+    /// RAM by block, for migration. Pages of plain live migration land in the guest itself: it does not
+    /// run before all are there.
+    #[must_use]
+    pub const fn ram(&self) -> &Arc<GuestRamMmap> {
+        &self.ram
     }
 
     /// RAM by guest physical address, for loaders and devices.
@@ -202,35 +157,8 @@ impl Memory {
 
     /// Size of RAM, bytes.
     #[must_use]
-    pub const fn bytes(&self) -> u64 {
-        self.blocks.total_bytes()
-    }
-
-    fn checked(
-        &self,
-        block: BlockId,
-        offset: u64,
-        len: usize,
-    ) -> Result<VolatileSlice<'_>, MemoryError> {
-        let region = self
-            .regions
-            .get(block.index())
-            .ok_or(MemoryError::NoBlock(block))?;
-        usize::try_from(offset)
-            .ok()
-            .and_then(|offset| region.mapping.get_slice(offset, len).ok())
-            .ok_or_else(|| {
-                let (name, used_length) = self
-                    .blocks
-                    .get(block)
-                    .map_or_else(Default::default, |b| (b.name().to_owned(), b.used_length()));
-                MemoryError::OutOfBlock {
-                    name,
-                    offset,
-                    len,
-                    used_length,
-                }
-            })
+    pub fn bytes(&self) -> u64 {
+        self.ram.blocks().total_bytes()
     }
 }
 
@@ -247,61 +175,9 @@ pub fn populated(populate: Populate) -> Result<(), PopulateError> {
     Ok(())
 }
 
-impl GuestRam for Memory {
-    fn blocks(&self) -> &RamBlockTable {
-        &self.blocks
-    }
-
-    fn slice(
-        &self,
-        block: BlockId,
-        offset: u64,
-        len: usize,
-    ) -> Result<VolatileSlice<'_>, MemoryError> {
-        self.checked(block, offset, len)
-    }
-}
-
-/// Pages of plain live migration land in the guest itself: it does not run before all are there.
-impl PageStore for Memory {
-    fn blocks(&self) -> &RamBlockTable {
-        &self.blocks
-    }
-
-    fn prepare(
-        &self,
-        block: BlockId,
-        offset: u64,
-        len: usize,
-    ) -> Result<VolatileSlice<'_>, MemoryError> {
-        self.checked(block, offset, len)
-    }
-
-    fn landed(&self, block: BlockId, offset: u64, len: usize) -> Result<(), MemoryError> {
-        self.checked(block, offset, len).map(drop)
-    }
-
-    fn zero(&self, block: BlockId, offset: u64, len: usize) -> Result<(), MemoryError> {
-        let slice = self.checked(block, offset, len)?;
-        for at in (0..len).step_by(ZEROES.len()) {
-            let part = slice
-                .subslice(at, ZEROES.len().min(len - at))
-                .map_err(|source| MemoryError::Backend {
-                    what: "guest memory cannot be sliced",
-                    source: source.into(),
-                })?;
-            // Reading a page that was never touched maps the host's zero page and allocates
-            // nothing; writing it would allocate.
-            if !zero_check(&part) {
-                part.copy_from(&ZEROES);
-            }
-        }
-        Ok(())
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use migration_stream::GuestRam;
     use vm_memory::{Bytes, GuestMemoryBackend};
 
     use super::*;
@@ -330,36 +206,12 @@ mod tests {
             .unwrap();
         let mut seen = [0u8; 4];
         memory
+            .ram()
             .slice(BlockId::new(1), 0x2000, 4)
             .unwrap()
             .copy_to(&mut seen[..]);
         assert_eq!(u32::from_le_bytes(seen), 0x1234_5678);
         assert!(!memory.guest().address_in_range(GuestAddress(HOLE_START)));
         assert_eq!(memory.bytes(), 5 << 30);
-    }
-
-    #[test]
-    fn slices_stay_within_their_block() {
-        let memory = Memory::new(1 << 20).unwrap();
-        let low = BlockId::new(0);
-        assert!(memory.slice(low, (1 << 20) - 4096, 4096).is_ok());
-        assert!(matches!(
-            memory.slice(low, (1 << 20) - 4096, 4097),
-            Err(MemoryError::OutOfBlock { .. })
-        ));
-        assert!(memory.slice(low, u64::MAX, 1).is_err());
-        assert!(matches!(
-            memory.slice(BlockId::new(1), 0, 1),
-            Err(MemoryError::NoBlock(_))
-        ));
-    }
-
-    #[test]
-    fn a_zero_page_clears_what_was_there() {
-        let memory = Memory::new(1 << 20).unwrap();
-        let at = GuestAddress(0x3000);
-        memory.guest().write_obj(7u64, at).unwrap();
-        memory.zero(BlockId::new(0), 0x2000, 0x3000).unwrap();
-        assert_eq!(memory.guest().read_obj::<u64>(at).unwrap(), 0);
     }
 }

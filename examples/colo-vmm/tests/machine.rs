@@ -185,6 +185,7 @@ fn same(what: &str, left: &[SavedSection], right: &[SavedSection]) -> Outcome {
 }
 
 fn copy_ram(from: &Memory, to: &Memory) -> Outcome {
+    let (from, to) = (from.ram(), to.ram());
     for (block, info) in from.blocks().iter() {
         let len = usize::try_from(info.used_length())?;
         from.slice(block, 0, len)?
@@ -339,6 +340,7 @@ fn snapshot(memory: &Memory) -> Result<Vec<Vec<u8>>, Box<dyn Error>> {
     let len = usize::try_from(memory.bytes())?;
     let mut bytes = vec![0; len];
     memory
+        .ram()
         .slice(BlockId::new(0), 0, len)?
         .copy_to(&mut bytes[..]);
     Ok(bytes.chunks(4096).map(<[u8]>::to_vec).collect())

@@ -2,10 +2,12 @@
 
 use std::sync::Arc;
 
-use migration_stream::ram::{BlockId, RamBlockTable, zero_check};
-use migration_stream::{GuestRam, MemoryError, PAGE_SIZE, PageStore};
-use ram_cache::{CacheBlockSpec, DirtyBitmap, PAGES_PER_WORD, PageRun};
-use vm_memory::{MmapRegion, VolatileMemory, VolatileSlice};
+use migration_stream::ram::{BlockId, RamBlockTable};
+use migration_stream::{
+    GuestRam, GuestRamMmap, GuestRamMmapError, MemoryError, PAGE_SIZE, PageStore,
+};
+use ram_cache::{BitmapError, CacheBlockSpec, DirtyBitmap, PAGES_PER_WORD, PageRun};
+use vm_memory::VolatileSlice;
 
 use crate::progress::Progress;
 
@@ -16,15 +18,11 @@ pub fn memory_of_this_machine() -> u64 {
     info.totalram.saturating_mul(info.mem_unit.into())
 }
 
-/// For pages that become zero again.
-static ZEROS: [u8; 4096] = [0; 4096];
-
 /// Anonymous memory for each block. A page that is zero takes nothing up, however often it is read:
 /// a file in memory would be given a page of its own by the first look at it.
 #[derive(Debug)]
 pub struct Memory {
-    blocks: RamBlockTable,
-    regions: Vec<Arc<MmapRegion>>,
+    ram: GuestRamMmap,
     /// Pages that have landed since somebody took note of it, a bitmap for each block.
     landed: Vec<DirtyBitmap>,
     progress: Arc<Progress>,
@@ -45,27 +43,14 @@ impl Memory {
             return Err(HoldError::TooLarge { total, limit });
         }
         progress.set_memory(total);
-        let regions = blocks.iter().map(|(_, block)| {
-            let failed = |source: BoxError| HoldError::Map {
-                name: block.name().to_owned(),
-                length: block.used_length(),
-                source,
-            };
-            let length = usize::try_from(block.used_length()).map_err(|e| failed(e.into()))?;
-            let region = MmapRegion::new(length).map_err(|e| failed(e.into()))?;
-            Ok(Arc::new(region))
-        });
-        let bitmaps = blocks.iter().map(|(_, block)| {
-            DirtyBitmap::new(block.pages()).map_err(|source| HoldError::Map {
-                name: block.name().to_owned(),
-                length: block.used_length(),
-                source: source.into(),
-            })
-        });
+        let ram = GuestRamMmap::anonymous(blocks)?;
+        let bitmaps = ram
+            .blocks()
+            .iter()
+            .map(|(_, block)| DirtyBitmap::new(block.pages()));
         Ok(Self {
-            regions: regions.collect::<Result<_, _>>()?,
             landed: bitmaps.collect::<Result<_, _>>()?,
-            blocks,
+            ram,
             progress,
         })
     }
@@ -73,14 +58,14 @@ impl Memory {
     /// The blocks.
     #[must_use]
     pub const fn blocks(&self) -> &RamBlockTable {
-        &self.blocks
+        self.ram.blocks()
     }
 
     /// The blocks as a COLO secondary's RAM cache wants them.
     #[must_use]
     pub fn cache_blocks(&self) -> Vec<CacheBlockSpec> {
-        let regions = self.blocks.iter().zip(&self.regions);
-        regions
+        let blocks = self.blocks().iter().zip(self.ram.regions());
+        blocks
             .map(|((_, block), region)| {
                 CacheBlockSpec::whole_region(block.name(), Arc::clone(region))
             })
@@ -90,7 +75,7 @@ impl Memory {
     /// Calls `sink(block, first_page, word)` for the pages that have landed since the last call, as
     /// [`DirtyLog::sync`](migration_stream::DirtyLog::sync) does.
     pub(crate) fn take_landed(&self, sink: &mut dyn FnMut(BlockId, u64, u64)) {
-        for ((block, _), landed) in self.blocks.iter().zip(&self.landed) {
+        for ((block, _), landed) in self.blocks().iter().zip(&self.landed) {
             for PageRun { first_page, pages } in landed.drain_runs() {
                 let (mut page, end) = (first_page, first_page + pages);
                 while page < end {
@@ -116,33 +101,11 @@ impl Memory {
             })?;
         Ok(pages)
     }
-
-    fn range(
-        &self,
-        block: BlockId,
-        offset: u64,
-        len: usize,
-    ) -> Result<VolatileSlice<'_>, MemoryError> {
-        let (known, region) = self
-            .blocks
-            .get(block)
-            .zip(self.regions.get(block.index()))
-            .ok_or(MemoryError::NoBlock(block))?;
-        usize::try_from(offset)
-            .ok()
-            .and_then(|offset| region.get_slice(offset, len).ok())
-            .ok_or_else(|| MemoryError::OutOfBlock {
-                name: known.name().to_owned(),
-                offset,
-                len,
-                used_length: known.used_length(),
-            })
-    }
 }
 
 impl GuestRam for Memory {
     fn blocks(&self) -> &RamBlockTable {
-        &self.blocks
+        self.ram.blocks()
     }
 
     fn slice(
@@ -151,13 +114,13 @@ impl GuestRam for Memory {
         offset: u64,
         len: usize,
     ) -> Result<VolatileSlice<'_>, MemoryError> {
-        self.range(block, offset, len)
+        self.ram.slice(block, offset, len)
     }
 }
 
 impl PageStore for Memory {
     fn blocks(&self) -> &RamBlockTable {
-        &self.blocks
+        self.ram.blocks()
     }
 
     fn prepare(
@@ -166,37 +129,23 @@ impl PageStore for Memory {
         offset: u64,
         len: usize,
     ) -> Result<VolatileSlice<'_>, MemoryError> {
-        self.range(block, offset, len)
+        self.ram.prepare(block, offset, len)
     }
 
     fn landed(&self, block: BlockId, offset: u64, len: usize) -> Result<(), MemoryError> {
-        self.range(block, offset, len)?;
+        self.ram.landed(block, offset, len)?;
         let pages = self.mark(block, offset, len)?;
         self.progress.incoming.add_pages(pages);
         Ok(())
     }
 
     fn zero(&self, block: BlockId, offset: u64, len: usize) -> Result<(), MemoryError> {
-        let all = self.range(block, offset, len)?;
-        let mut done = 0;
-        while let Some(left) = len.checked_sub(done).filter(|left| *left > 0) {
-            let page = all.subslice(done, left.min(ZEROS.len()));
-            let page = page.map_err(|source| MemoryError::Backend {
-                what: "clearing guest memory",
-                source: Box::new(source),
-            })?;
-            if !zero_check(&page) {
-                page.copy_from(&ZEROS);
-            }
-            done += page.len();
-        }
+        self.ram.zero(block, offset, len)?;
         let pages = self.mark(block, offset, len)?;
         self.progress.incoming.add_zero_pages(pages);
         Ok(())
     }
 }
-
-type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
 /// Why a guest cannot be held.
 #[derive(Debug, thiserror::Error)]
@@ -211,20 +160,16 @@ pub enum HoldError {
         limit: u64,
     },
     /// The system has no room for it.
-    #[error("no memory for ram block '{name}' of {length:#x} bytes")]
-    Map {
-        /// The block.
-        name: String,
-        /// Its length, bytes.
-        length: u64,
-        /// The system's reason.
-        source: BoxError,
-    },
+    #[error(transparent)]
+    Map(#[from] GuestRamMmapError),
+    /// The system has no room to note what has landed of it.
+    #[error("noting what has landed of a guest's memory")]
+    Landed(#[from] BitmapError),
 }
 
 #[cfg(test)]
 mod tests {
-    use migration_stream::ram::RamBlock;
+    use migration_stream::ram::{RamBlock, zero_check};
 
     use super::*;
 

@@ -336,65 +336,24 @@ mod tests {
     use std::io;
     use std::sync::{Mutex, PoisonError};
 
-    use vm_memory::VolatileSlice;
-
     use super::*;
-    use crate::MemoryError;
     use crate::codec::Reader;
     use crate::io::{ByteSink, Chunk};
     use crate::ram::{RamBlock, RamBlockTable, Record, RecordDecoder, encode_end_of_section};
+    use crate::{GuestRamMmap, MemoryError};
 
     const PAGES: u64 = 300;
     const PAGE: usize = 4096;
 
     /// A block of 300 pages: of page `i` all bytes are `i % 3`.
-    struct Ram {
-        blocks: RamBlockTable,
-        memory: vm_memory::MmapRegion,
-    }
-
-    impl Ram {
-        fn new() -> Arc<Self> {
-            let memory = vm_memory::MmapRegion::new(300 * PAGE).unwrap();
-            let ram = Self {
-                blocks: RamBlockTable::new(vec![
-                    RamBlock::new("pc.ram", PAGES * PAGE_SIZE).unwrap(),
-                ])
-                .unwrap(),
-                memory,
-            };
-            for i in 0..300 {
-                let page = ram.slice(BlockId::new(0), i * PAGE_SIZE, PAGE).unwrap();
-                page.copy_from(&[i.to_le_bytes()[0] % 3; PAGE]);
-            }
-            Arc::new(ram)
+    fn ram() -> Arc<GuestRamMmap> {
+        let blocks = RamBlockTable::new(vec![RamBlock::new("pc.ram", PAGES * PAGE_SIZE).unwrap()]);
+        let ram = GuestRamMmap::anonymous(blocks.unwrap()).unwrap();
+        for i in 0..PAGES {
+            let page = ram.slice(BlockId::new(0), i * PAGE_SIZE, PAGE).unwrap();
+            page.copy_from(&[i.to_le_bytes()[0] % 3; PAGE]);
         }
-    }
-
-    impl GuestRam for Ram {
-        fn blocks(&self) -> &RamBlockTable {
-            &self.blocks
-        }
-
-        fn slice(
-            &self,
-            block: BlockId,
-            offset: u64,
-            len: usize,
-        ) -> Result<VolatileSlice<'_>, MemoryError> {
-            use vm_memory::VolatileMemory;
-            let outside = || MemoryError::OutOfBlock {
-                name: "pc.ram".into(),
-                offset,
-                len,
-                used_length: PAGES * PAGE_SIZE,
-            };
-            if block.index() != 0 {
-                return Err(MemoryError::NoBlock(block));
-            }
-            let offset = usize::try_from(offset).map_err(|_| outside())?;
-            self.memory.get_slice(offset, len).map_err(|_| outside())
-        }
+        Arc::new(ram)
     }
 
     #[derive(Clone, Default)]
@@ -441,7 +400,7 @@ mod tests {
 
     #[test]
     fn every_page_arrives_once_in_order_and_the_block_is_named_once() {
-        let ram = Ram::new();
+        let ram = ram();
         let sink = Sink::default();
         let mut main = StreamWriter::new(sink.clone());
         let mut transport = InStream::new(ram.clone(), ZeroPageDetection::Multifd);
@@ -482,7 +441,7 @@ mod tests {
     fn scattered_pages_leave_in_one_write_with_what_follows_them() {
         let sink = Sink::default();
         let mut main = StreamWriter::new(sink.clone());
-        let mut transport = InStream::new(Ram::new(), ZeroPageDetection::Multifd);
+        let mut transport = InStream::new(ram(), ZeroPageDetection::Multifd);
         for page in [1, 3, 4, 7, 9] {
             transport
                 .send(&mut main, BlockId::new(0), page * PAGE_SIZE, 1)
@@ -499,7 +458,7 @@ mod tests {
 
     #[test]
     fn zero_pages_go_with_their_bytes_when_nobody_looks() {
-        let ram = Ram::new();
+        let ram = ram();
         let sink = Sink::default();
         let mut main = StreamWriter::new(sink.clone());
         let mut transport = InStream::new(ram.clone(), ZeroPageDetection::None);
@@ -516,7 +475,7 @@ mod tests {
     fn pages_outside_of_memory_are_an_error_and_nothing_is_sent() {
         let sink = Sink::default();
         let mut main = StreamWriter::new(sink.clone());
-        let mut transport = InStream::new(Ram::new(), ZeroPageDetection::Multifd);
+        let mut transport = InStream::new(ram(), ZeroPageDetection::Multifd);
         for (block, offset) in [(0, PAGES * PAGE_SIZE), (0, u64::MAX - 4095), (1, 0)] {
             let e = transport
                 .send(&mut main, BlockId::new(block), offset, 1)

@@ -11,15 +11,12 @@ use migration_stream::precopy::{
 };
 use migration_stream::ram::{BlockId, RamBlock, RamBlockTable};
 use migration_stream::section::{Announcement, InstanceId, SectionHeader};
-use migration_stream::{DirtyLog, GuestRam, MemoryError, PAGE_SIZE, PageStore};
+use migration_stream::{DirtyLog, GuestRam, GuestRamMmap, MemoryError, PAGE_SIZE, PageStore};
 use vm_memory::{Bytes, MmapRegion, VolatileMemory, VolatileSlice};
 
 /// Blocks of memory, as source and as target.
 #[derive(Debug)]
-pub struct Ram {
-    table: RamBlockTable,
-    regions: Vec<MmapRegion>,
-}
+pub struct Ram(GuestRamMmap);
 
 impl Ram {
     pub fn new(blocks: &[(&str, u64)]) -> Arc<Self> {
@@ -27,44 +24,20 @@ impl Ram {
             .iter()
             .map(|(name, pages)| RamBlock::new(*name, pages * PAGE_SIZE).unwrap())
             .collect();
-        let regions = blocks
-            .iter()
-            .map(|(_, pages)| MmapRegion::new(usize::try_from(pages * PAGE_SIZE).unwrap()).unwrap())
-            .collect();
-        Arc::new(Self {
-            table: RamBlockTable::new(table).unwrap(),
-            regions,
-        })
+        let ram = GuestRamMmap::anonymous(RamBlockTable::new(table).unwrap());
+        Arc::new(Self(ram.unwrap()))
     }
 
     pub fn write(&self, block: usize, page: u64, value: u64) {
         let offset = usize::try_from(page * PAGE_SIZE).unwrap();
-        self.regions[block]
+        self.0.regions()[block]
             .as_volatile_slice()
             .write_obj(value, offset)
             .unwrap();
     }
 
-    pub fn at(
-        &self,
-        id: BlockId,
-        offset: u64,
-        len: usize,
-    ) -> Result<VolatileSlice<'_>, MemoryError> {
-        let region = self
-            .regions
-            .get(id.index())
-            .ok_or(MemoryError::NoBlock(id))?;
-        region
-            .get_slice(usize::try_from(offset).unwrap(), len)
-            .map_err(|e| MemoryError::Backend {
-                what: "slice",
-                source: Box::new(e),
-            })
-    }
-
     pub fn assert_equals(&self, other: &Self) {
-        for (a, b) in self.regions.iter().zip(&other.regions) {
+        for (a, b) in self.0.regions().iter().zip(other.0.regions()) {
             let read = |r: &MmapRegion| {
                 let mut bytes = vec![0; r.size()];
                 r.as_volatile_slice().copy_to(&mut bytes);
@@ -77,36 +50,25 @@ impl Ram {
 
 impl GuestRam for Ram {
     fn blocks(&self) -> &RamBlockTable {
-        &self.table
+        self.0.blocks()
     }
-    fn slice(
-        &self,
-        block: BlockId,
-        offset: u64,
-        len: usize,
-    ) -> Result<VolatileSlice<'_>, MemoryError> {
-        self.at(block, offset, len)
+    fn slice(&self, id: BlockId, at: u64, len: usize) -> Result<VolatileSlice<'_>, MemoryError> {
+        self.0.slice(id, at, len)
     }
 }
 
 impl PageStore for Ram {
     fn blocks(&self) -> &RamBlockTable {
-        &self.table
+        self.0.blocks()
     }
-    fn prepare(
-        &self,
-        block: BlockId,
-        offset: u64,
-        len: usize,
-    ) -> Result<VolatileSlice<'_>, MemoryError> {
-        self.at(block, offset, len)
+    fn prepare(&self, id: BlockId, at: u64, len: usize) -> Result<VolatileSlice<'_>, MemoryError> {
+        self.0.prepare(id, at, len)
     }
-    fn landed(&self, _: BlockId, _: u64, _: usize) -> Result<(), MemoryError> {
-        Ok(())
+    fn landed(&self, id: BlockId, at: u64, len: usize) -> Result<(), MemoryError> {
+        self.0.landed(id, at, len)
     }
-    fn zero(&self, block: BlockId, offset: u64, len: usize) -> Result<(), MemoryError> {
-        self.at(block, offset, len)?.copy_from(&vec![0u8; len]);
-        Ok(())
+    fn zero(&self, id: BlockId, at: u64, len: usize) -> Result<(), MemoryError> {
+        self.0.zero(id, at, len)
     }
 }
 

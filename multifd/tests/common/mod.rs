@@ -10,77 +10,48 @@ use std::time::Duration;
 
 use migration_stream::io::FdChannel;
 use migration_stream::ram::{BlockId, RamBlock, RamBlockTable};
-use migration_stream::{GuestRam, MemoryError, PAGE_SIZE, PageStore, TransportError};
+use migration_stream::{GuestRam, GuestRamMmap, PAGE_SIZE, TransportError};
 use multifd::{ChannelError, MultifdConfig, RecvChannel, RecvSet};
-use vm_memory::mmap::MmapRegion;
-use vm_memory::{VolatileMemory, VolatileSlice};
 
 pub const PAGE: usize = 4096;
 /// Far longer than anything here takes, and short enough for a test to fail.
 pub const LIMIT: Duration = Duration::from_secs(20);
 
-/// Two blocks of memory, at both ends.
-pub struct Ram {
-    table: RamBlockTable,
-    regions: Vec<MmapRegion>,
+/// Blocks of memory, at either end.
+pub fn memory(pages: &[u64]) -> GuestRamMmap {
+    let names = ["pc.ram", "vga.vram", "pc.bios"];
+    let blocks = names
+        .iter()
+        .zip(pages)
+        .map(|(name, pages)| RamBlock::new(*name, pages * PAGE_SIZE).unwrap())
+        .collect();
+    GuestRamMmap::anonymous(RamBlockTable::new(blocks).unwrap()).unwrap()
 }
 
-impl Ram {
-    pub fn new(pages: &[u64]) -> Self {
-        let names = ["pc.ram", "vga.vram", "pc.bios"];
-        let blocks = names
-            .iter()
-            .zip(pages)
-            .map(|(name, pages)| RamBlock::new(*name, pages * PAGE_SIZE).unwrap())
-            .collect();
-        let table = RamBlockTable::new(blocks).unwrap();
-        let regions = table
-            .iter()
-            .map(|(_, b)| MmapRegion::new(usize::try_from(b.used_length()).unwrap()).unwrap())
-            .collect();
-        Self { table, regions }
-    }
-
-    /// The same, of which one block is shared with the source and not migrated.
-    pub fn sharing(self, name: &str) -> Self {
-        let blocks = self.table.iter().map(|(_, block)| {
-            if block.name() == name {
-                block.clone().shared()
-            } else {
-                block.clone()
-            }
-        });
-        let table = RamBlockTable::new(blocks.collect()).unwrap();
-        Self {
-            table: table.ignoring_shared(),
-            ..self
+/// The same memory, of which one block is shared with the source and not migrated.
+pub fn sharing(ram: &GuestRamMmap, name: &str) -> GuestRamMmap {
+    let blocks = ram.blocks().iter().map(|(_, block)| {
+        if block.name() == name {
+            block.clone().shared()
+        } else {
+            block.clone()
         }
-    }
+    });
+    let table = RamBlockTable::new(blocks.collect()).unwrap();
+    GuestRamMmap::new(table.ignoring_shared(), ram.regions().to_vec()).unwrap()
+}
 
-    fn get(
-        &self,
-        block: BlockId,
-        offset: u64,
-        len: usize,
-    ) -> Result<VolatileSlice<'_>, MemoryError> {
-        let region = self
-            .regions
-            .get(block.index())
-            .ok_or(MemoryError::NoBlock(block))?;
-        let at = usize::try_from(offset).unwrap();
-        region
-            .as_volatile_slice()
-            .subslice(at, len)
-            .map_err(|_| MemoryError::OutOfBlock {
-                name: self.table.get(block).unwrap().name().to_owned(),
-                offset,
-                len,
-                used_length: region.len() as u64,
-            })
-    }
-
+/// Memory page by page.
+pub trait Pages {
     /// Writes a page that no other `(block, page, round)` has.
-    pub fn fill(&self, block: u32, page: u64, round: u8) {
+    fn fill(&self, block: u32, page: u64, round: u8);
+    fn put(&self, block: u32, page: u64, bytes: &[u8]);
+    fn page(&self, block: u32, page: u64) -> Vec<u8>;
+    fn differing_pages(&self, other: &Self) -> Vec<(u32, u64)>;
+}
+
+impl Pages for GuestRamMmap {
+    fn fill(&self, block: u32, page: u64, round: u8) {
         let mut x = (u64::from(block) << 40 | page << 8 | u64::from(round)) * 2 + 1;
         let bytes: Vec<u8> = (0..PAGE / 8)
             .flat_map(|_| {
@@ -93,23 +64,23 @@ impl Ram {
         self.put(block, page, &bytes);
     }
 
-    pub fn put(&self, block: u32, page: u64, bytes: &[u8]) {
-        self.get(BlockId::new(block), page * PAGE_SIZE, bytes.len())
+    fn put(&self, block: u32, page: u64, bytes: &[u8]) {
+        self.slice(BlockId::new(block), page * PAGE_SIZE, bytes.len())
             .unwrap()
             .copy_from(bytes);
     }
 
-    pub fn page(&self, block: u32, page: u64) -> Vec<u8> {
+    fn page(&self, block: u32, page: u64) -> Vec<u8> {
         let mut bytes = vec![0; PAGE];
-        self.get(BlockId::new(block), page * PAGE_SIZE, PAGE)
+        self.slice(BlockId::new(block), page * PAGE_SIZE, PAGE)
             .unwrap()
             .copy_to(&mut bytes);
         bytes
     }
 
-    pub fn differing_pages(&self, other: &Self) -> Vec<(u32, u64)> {
+    fn differing_pages(&self, other: &Self) -> Vec<(u32, u64)> {
         let mut differing = Vec::new();
-        for (block, (_, b)) in (0..).zip(self.table.iter()) {
+        for (block, (_, b)) in (0..).zip(self.blocks().iter()) {
             let pages = 0..b.pages();
             differing.extend(
                 pages
@@ -121,54 +92,19 @@ impl Ram {
     }
 }
 
-impl GuestRam for Ram {
-    fn blocks(&self) -> &RamBlockTable {
-        &self.table
-    }
-    fn slice(
-        &self,
-        block: BlockId,
-        offset: u64,
-        len: usize,
-    ) -> Result<VolatileSlice<'_>, MemoryError> {
-        self.get(block, offset, len)
-    }
-}
-
-impl PageStore for Ram {
-    fn blocks(&self) -> &RamBlockTable {
-        &self.table
-    }
-    fn prepare(
-        &self,
-        block: BlockId,
-        offset: u64,
-        len: usize,
-    ) -> Result<VolatileSlice<'_>, MemoryError> {
-        self.get(block, offset, len)
-    }
-    fn landed(&self, block: BlockId, offset: u64, len: usize) -> Result<(), MemoryError> {
-        self.get(block, offset, len).map(|_| ())
-    }
-    fn zero(&self, block: BlockId, offset: u64, len: usize) -> Result<(), MemoryError> {
-        self.get(block, offset, len)?.copy_from(&vec![0u8; len]);
-        Ok(())
-    }
-}
-
 /// A receiving set and the other ends of its channels.
 pub struct Receiver {
-    pub set: RecvSet<Ram>,
+    pub set: RecvSet<GuestRamMmap>,
     pub peers: Vec<UnixStream>,
     /// What the error hook was called with.
     pub errors: mpsc::Receiver<String>,
 }
 
 pub fn receiver(config: &MultifdConfig, pages: &[u64]) -> Receiver {
-    receiver_into(Ram::new(pages), config)
+    receiver_into(memory(pages), config)
 }
 
-pub fn receiver_into(ram: Ram, config: &MultifdConfig) -> Receiver {
+pub fn receiver_into(ram: GuestRamMmap, config: &MultifdConfig) -> Receiver {
     let (peers, channels): (Vec<_>, Vec<_>) = config
         .channels
         .ids()

@@ -2,11 +2,12 @@
 
 use std::fs::File;
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use ::tests::Result;
 use migration_stream::ram::{BlockId, RamBlock, RamBlockTable};
-use migration_stream::{GuestRam, MemoryError, PAGE_SIZE, PageStore};
+use migration_stream::{GuestRam, GuestRamMmap, MemoryError, PAGE_SIZE, PageStore};
 use vm_memory::{FileOffset, MmapRegion, VolatileMemory, VolatileSlice};
 
 /// The block that the file of a run stands behind.
@@ -44,15 +45,10 @@ fn populate(region: &MmapRegion) -> Result<()> {
 /// The memory of a guest.
 #[derive(Debug)]
 pub struct Ram {
-    table: RamBlockTable,
-    blocks: Vec<Block>,
-}
-
-#[derive(Debug)]
-struct Block {
-    region: MmapRegion,
-    /// A bit for each page that was written: the others are zero because nobody touched them.
-    written: Vec<AtomicU64>,
+    ram: GuestRamMmap,
+    /// A bit for each page of each block that was written: the others are zero because nobody touched
+    /// them, and are not looked at.
+    written: Vec<Vec<AtomicU64>>,
 }
 
 impl Ram {
@@ -80,16 +76,14 @@ impl Ram {
 
     /// Takes all of it from the system, as a destination can while it waits for its source.
     pub fn populate(&self) -> Result<()> {
-        self.blocks
-            .iter()
-            .try_for_each(|block| populate(&block.region))
+        self.ram.regions().iter().try_for_each(|r| populate(r))
     }
 
     /// A copy of the main block.
     pub fn content(&self) -> Result<Vec<u8>> {
-        let main = self.table.find(MAIN.as_bytes());
-        let block = main.and_then(|id| self.blocks.get(id.index()));
-        let all = block.ok_or("no main block")?.region.as_volatile_slice();
+        let main = self.ram.blocks().find(MAIN.as_bytes());
+        let region = main.and_then(|id| self.ram.region(id));
+        let all = region.ok_or("no main block")?.as_volatile_slice();
         let mut bytes = vec![0; all.len()];
         all.copy_to(&mut bytes);
         Ok(bytes)
@@ -101,40 +95,19 @@ impl Ram {
     ) -> Result<Self> {
         let mut table = Vec::new();
         let mut regions = Vec::new();
+        let mut written = Vec::new();
         for (name, len) in blocks {
             table.push(RamBlock::new(name.as_str(), *len)?);
             let region = map(usize::try_from(*len)?)?;
             advise_huge(&region);
+            regions.push(Arc::new(region));
             let words = len.div_ceil(PAGE_SIZE * 64);
-            regions.push(Block {
-                region,
-                written: (0..words).map(|_| AtomicU64::new(0)).collect(),
-            });
+            written.push((0..words).map(|_| AtomicU64::new(0)).collect());
         }
         Ok(Self {
-            table: RamBlockTable::new(table)?,
-            blocks: regions,
+            ram: GuestRamMmap::new(RamBlockTable::new(table)?, regions)?,
+            written,
         })
-    }
-
-    fn get(
-        &self,
-        block: BlockId,
-        offset: u64,
-        len: usize,
-    ) -> std::result::Result<VolatileSlice<'_>, MemoryError> {
-        let known = self
-            .blocks
-            .get(block.index())
-            .ok_or(MemoryError::NoBlock(block))?;
-        let outside = |_| MemoryError::OutOfBlock {
-            name: block.to_string(),
-            offset,
-            len,
-            used_length: known.region.size() as u64,
-        };
-        let start = usize::try_from(offset).unwrap_or(usize::MAX);
-        known.region.get_slice(start, len).map_err(outside)
     }
 
     /// The words of the pages of a range, and which bits of them.
@@ -144,7 +117,7 @@ impl Ram {
         offset: u64,
         len: usize,
     ) -> impl Iterator<Item = (u64, &AtomicU64, u64)> {
-        let words = self.blocks.get(block.index()).map(|b| &b.written[..]);
+        let words = self.written.get(block.index());
         let first = offset / PAGE_SIZE;
         (first..first + len as u64 / PAGE_SIZE).filter_map(move |page| {
             let word = words?.get(usize::try_from(page / 64).ok()?)?;
@@ -155,7 +128,7 @@ impl Ram {
 
 impl GuestRam for Ram {
     fn blocks(&self) -> &RamBlockTable {
-        &self.table
+        self.ram.blocks()
     }
 
     fn slice(
@@ -164,13 +137,13 @@ impl GuestRam for Ram {
         offset: u64,
         len: usize,
     ) -> std::result::Result<VolatileSlice<'_>, MemoryError> {
-        self.get(block, offset, len)
+        self.ram.slice(block, offset, len)
     }
 }
 
 impl PageStore for Ram {
     fn blocks(&self) -> &RamBlockTable {
-        &self.table
+        self.ram.blocks()
     }
 
     fn prepare(
@@ -179,7 +152,7 @@ impl PageStore for Ram {
         offset: u64,
         len: usize,
     ) -> std::result::Result<VolatileSlice<'_>, MemoryError> {
-        self.get(block, offset, len)
+        self.ram.prepare(block, offset, len)
     }
 
     fn landed(
@@ -200,10 +173,11 @@ impl PageStore for Ram {
         offset: u64,
         len: usize,
     ) -> std::result::Result<(), MemoryError> {
-        self.get(block, offset, len)?;
+        self.ram.landed(block, offset, len)?;
         for (page, word, bit) in self.pages(block, offset, len) {
             if word.load(Ordering::Relaxed) & bit != 0 {
-                self.get(block, page * PAGE_SIZE, 4096)?
+                self.ram
+                    .slice(block, page * PAGE_SIZE, 4096)?
                     .copy_from(&[0_u8; 4096]);
             }
         }

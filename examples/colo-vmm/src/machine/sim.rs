@@ -250,7 +250,11 @@ impl SimGuest {
     /// One page of a pass; an error is what the page held instead of the expected word.
     fn visit(&self, cpu: &SimCpuState, offset: u64) -> Result<(), u32> {
         // A block without the page cannot be: `check` and `region` have seen to it.
-        let page = self.memory.slice(BLOCK, offset, 4).map_err(|_| 0u32)?;
+        let page = self
+            .memory
+            .ram()
+            .slice(BLOCK, offset, 4)
+            .map_err(|_| 0u32)?;
         let value = if cpu.initialised {
             let found = page.load::<u32>(0, Ordering::Relaxed).map_err(|_| 0u32)?;
             if found != expected(cpu, offset) {

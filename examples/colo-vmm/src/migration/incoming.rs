@@ -9,7 +9,7 @@ use colo_core::{ColoStore, IncomingPages, MigrationPlan, Role};
 use migration_stream::decoder::{ConfigurationRule, DecoderConfig};
 use migration_stream::precopy::{Body, BoxError, Loaded, Target, TargetConfig, TargetVm};
 use migration_stream::section::SectionHeader;
-use migration_stream::{PageStore, StreamReader};
+use migration_stream::{GuestRamMmap, PageStore, StreamReader};
 use multifd::incoming::{Acceptor, Incoming, IncomingError, Limits};
 use multifd::{Address, Listener, MultifdConfig, RecvChannel, RecvSet};
 use qmp_types::{MigrationStatus, RunState};
@@ -17,7 +17,7 @@ use ram_cache::{CacheBlockSpec, FlushPool, Populate};
 use vmstate::StagedSection;
 
 use super::{Cancel, MAX_DEVICE_SECTION, Migration, colo, failed};
-use crate::memory::{Memory, populated};
+use crate::memory::populated;
 
 /// What `migrate-incoming` has made before it returns.
 pub(super) struct Prepared {
@@ -32,7 +32,7 @@ pub(super) struct Prepared {
 /// Where pages land.
 enum Store {
     /// In the guest, which does not run before all are there.
-    Guest(Arc<Memory>),
+    Guest(Arc<GuestRamMmap>),
     /// In cache and guest.
     Colo(Box<ColoStore>),
 }
@@ -54,12 +54,11 @@ pub(super) fn prepare(
 ) -> Result<Prepared, BoxError> {
     let memory = migration.vm.memory();
     let store = if plan.migrate_colo() {
-        let blocks = memory
-            .regions()
-            .iter()
-            .zip(PageStore::blocks(&**memory).iter())
-            .map(|(region, (_, block))| {
-                CacheBlockSpec::whole_region(block.name(), Arc::clone(&region.mapping))
+        let ram = memory.ram();
+        let blocks = ram.blocks().iter().zip(ram.regions());
+        let blocks = blocks
+            .map(|((_, block), region)| {
+                CacheBlockSpec::whole_region(block.name(), Arc::clone(region))
             })
             .collect();
         Store::Colo(Box::new(ColoStore::new(
@@ -68,7 +67,7 @@ pub(super) fn prepare(
             migration.discard.disable()?,
         )?))
     } else {
-        Store::Guest(Arc::clone(memory))
+        Store::Guest(Arc::clone(memory.ram()))
     };
     let listener = Listener::bind(address)?;
     let address = listener.local_address().ok();
@@ -243,7 +242,7 @@ impl TargetVm for Staging<'_> {
 fn complete(
     migration: &Migration,
     mut loaded: Loaded,
-    pages: IncomingPages<Arc<Memory>>,
+    pages: IncomingPages<Arc<GuestRamMmap>>,
 ) -> Result<(), BoxError> {
     loaded.confirm()?;
     pages.join()?;

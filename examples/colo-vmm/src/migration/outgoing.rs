@@ -100,7 +100,7 @@ fn migrate(
         .channels
         .iter()
         .for_each(|channel| migration.connections.add(channel));
-    let ram: Arc<dyn GuestRam> = Arc::clone(migration.vm.memory()) as _;
+    let ram: Arc<dyn GuestRam> = Arc::clone(migration.vm.memory().ram()) as _;
     let staged = if plan.migrate_colo() && migration.options.early_resume {
         Some(Arc::new(StagedRam::new(Arc::clone(&ram))?))
     } else {
