@@ -1,7 +1,9 @@
 //! The secondary's page store: what the RAM cache is to the migration stream.
 
+use std::sync::Arc;
+
 use migration_stream::ram::{BlockId, RamBlock, RamBlockError, RamBlockTable};
-use migration_stream::{DirtyLog, MemoryError, PageStore};
+use migration_stream::{DirtyLog, GuestRamMmap, MemoryError, PageStore};
 use ram_cache::{
     CacheBlockSpec, CacheError, CacheKind, DiscardInhibitor, FlushPool, FlushReport, GuestStopped,
     RamCache,
@@ -40,6 +42,22 @@ impl ColoStore {
             .and_then(RamBlockTable::new)?;
         let cache = kind.make(blocks, inhibitor)?;
         Ok(Self { table, cache })
+    }
+
+    /// As [`ColoStore::new`], over all of `ram`.
+    ///
+    /// # Errors
+    /// There is no memory for the cache.
+    pub fn over(
+        kind: CacheKind,
+        ram: &GuestRamMmap,
+        inhibitor: DiscardInhibitor,
+    ) -> Result<Self, StoreError> {
+        let blocks = ram.blocks().iter().zip(ram.regions());
+        let blocks = blocks.map(|((_, block), region)| {
+            CacheBlockSpec::whole_region(block.name(), Arc::clone(region))
+        });
+        Self::new(kind, blocks.collect(), inhibitor)
     }
 
     /// The migration is over, COLO begins: from here on pages belong to checkpoints.
@@ -156,8 +174,6 @@ pub enum StoreError {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-
     use ram_cache::DiscardControl;
     use vm_memory::{Bytes, MmapRegion};
 

@@ -25,9 +25,9 @@ use migration_stream::ram::{InStream, ZeroPageDetection};
 use migration_stream::xbzrle::PageCache;
 use migration_stream::{GuestRam, PageTransport, StagedRam, StreamReader, StreamWriter};
 use multifd::{ChannelCount, MultifdConfig, RecvSet, SendSet};
-use ram_cache::{CacheBlockSpec, CacheKind, DiscardControl, FlushPool};
+use ram_cache::{CacheKind, DiscardControl, FlushPool};
 
-use crate::guest::{BLOCKS, Faults, Guest, Log, Outside, State, Told};
+use crate::guest::{Faults, Guest, Log, Outside, State, Told};
 
 /// Far longer than anything here takes, and short enough for a test to fail.
 pub const LIMIT: Duration = Duration::from_secs(20);
@@ -225,12 +225,7 @@ fn take_in(connections: Vec<FdChannel>, how: How) -> Result<SecondaryEnd, Target
     let faults = Faults::default();
     let mut guest = Guest::new(how.seed << 2 | 2, &faults, tell);
     let discard = DiscardControl::new();
-    let blocks = BLOCKS
-        .iter()
-        .zip(guest.ram.regions())
-        .map(|((name, _), region)| CacheBlockSpec::whole_region(*name, Arc::clone(region)))
-        .collect();
-    let store = ColoStore::new(how.cache, blocks, discard.disable().unwrap()).unwrap();
+    let store = ColoStore::over(how.cache, &guest.ram, discard.disable().unwrap()).unwrap();
     let (main, channels) = connections.split_first().unwrap();
     let mut pages = match multifd(channels) {
         None => IncomingPages::plain(store),

@@ -6,7 +6,7 @@ use migration_stream::ram::{BlockId, RamBlockTable};
 use migration_stream::{
     GuestRam, GuestRamMmap, GuestRamMmapError, MemoryError, PAGE_SIZE, PageStore,
 };
-use ram_cache::{BitmapError, CacheBlockSpec, DirtyBitmap, PAGES_PER_WORD, PageRun};
+use ram_cache::{BitmapError, DirtyBitmap, PAGES_PER_WORD, PageRun};
 use vm_memory::VolatileSlice;
 
 use crate::progress::Progress;
@@ -61,15 +61,10 @@ impl Memory {
         self.ram.blocks()
     }
 
-    /// The blocks as a COLO secondary's RAM cache wants them.
+    /// The memory itself. What is written there does not count as landed.
     #[must_use]
-    pub fn cache_blocks(&self) -> Vec<CacheBlockSpec> {
-        let blocks = self.blocks().iter().zip(self.ram.regions());
-        blocks
-            .map(|((_, block), region)| {
-                CacheBlockSpec::whole_region(block.name(), Arc::clone(region))
-            })
-            .collect()
+    pub const fn ram(&self) -> &GuestRamMmap {
+        &self.ram
     }
 
     /// Calls `sink(block, first_page, word)` for the pages that have landed since the last call, as

@@ -13,7 +13,7 @@ use migration_stream::{GuestRamMmap, PageStore, StreamReader};
 use multifd::incoming::{Acceptor, Incoming, IncomingError, Limits};
 use multifd::{Address, Listener, MultifdConfig, RecvChannel, RecvSet};
 use qmp_types::{MigrationStatus, RunState};
-use ram_cache::{CacheBlockSpec, FlushPool, Populate};
+use ram_cache::{FlushPool, Populate};
 use vmstate::StagedSection;
 
 use super::{Cancel, MAX_DEVICE_SECTION, Migration, colo, failed};
@@ -54,16 +54,9 @@ pub(super) fn prepare(
 ) -> Result<Prepared, BoxError> {
     let memory = migration.vm.memory();
     let store = if plan.migrate_colo() {
-        let ram = memory.ram();
-        let blocks = ram.blocks().iter().zip(ram.regions());
-        let blocks = blocks
-            .map(|((_, block), region)| {
-                CacheBlockSpec::whole_region(block.name(), Arc::clone(region))
-            })
-            .collect();
-        Store::Colo(Box::new(ColoStore::new(
+        Store::Colo(Box::new(ColoStore::over(
             migration.options.ram_cache,
-            blocks,
+            memory.ram(),
             migration.discard.disable()?,
         )?))
     } else {

@@ -57,11 +57,8 @@ pub(super) fn take(
     let configuration = configuration.ok_or(TakeError::NoConfiguration)?;
     let memory = Memory::new(blocks, config.max_memory, Arc::default())?;
     // The memory is this process's own, and nobody balloons it.
-    let store = ColoStore::new(
-        CacheKind::Mirror,
-        memory.cache_blocks(),
-        DiscardControl::new().disable()?,
-    )?;
+    let inhibitor = DiscardControl::new().disable()?;
+    let store = ColoStore::over(CacheKind::Mirror, memory.ram(), inhibitor)?;
     let mut pages = match &config.multifd {
         None => IncomingPages::plain(store),
         Some(multifd) => {
