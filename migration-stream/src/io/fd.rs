@@ -23,6 +23,9 @@ const MAX_IOVECS: usize = 1024;
 /// What is worth waking a reader of TCP for where at least as much has to come, bytes: with two
 /// channels a guest of 2 GiB arrives a twentieth sooner than when every segment wakes one.
 const LOW_WATER: usize = 64 << 10;
+/// How long TCP's next bytes may be on their way before those that came are confirmed: as long as they
+/// keep coming, confirmations are the system's business, and cost throughput where they are many.
+const CONFIRM_AFTER: Duration = Duration::from_micros(200);
 
 /// One direction, or both, of a connection. Clones share the connection, not the deadlines; one of
 /// them may send without copying.
@@ -112,11 +115,14 @@ impl FdChannel {
     }
 
     fn wait_for(&self, events: libc::c_short, deadline: Option<Instant>) -> io::Result<()> {
-        let until = self.until(deadline);
-        if poll(
-            &mut [pollfd(self.fd.as_raw_fd(), events), pollfd(-1, 0)],
-            Some(until),
-        )? {
+        let until = Some(self.until(deadline));
+        let mut fds = [pollfd(self.fd.as_raw_fd(), events), pollfd(-1, 0)];
+        let is_ready = if events == libc::POLLIN {
+            self.poll_input(&mut fds, until)?
+        } else {
+            poll(&mut fds, until)?
+        };
+        if is_ready {
             Ok(())
         } else {
             Err(io::Error::new(
@@ -150,13 +156,23 @@ impl FdChannel {
         }
     }
 
-    /// Has the system confirm what TCP has received, before a wait for more: it may put that off for
-    /// 40 ms, during which a peer without `TCP_NODELAY` (QEMU's main channel) holds a small piece back.
-    fn acknowledge(&self) {
+    /// Waits for one of `fds`, of which this is the first. If nothing comes soon, the system is to
+    /// confirm what TCP has received: it may put that off for 40 ms, during which a peer without
+    /// `TCP_NODELAY` (QEMU's main channel) holds a small piece back.
+    fn poll_input(
+        &self,
+        fds: &mut [libc::pollfd; 2],
+        deadline: Option<Instant>,
+    ) -> io::Result<bool> {
         if self.is_tcp {
+            let soon = Instant::now() + CONFIRM_AFTER;
+            if poll(fds, Some(deadline.map_or(soon, |deadline| deadline.min(soon))))? {
+                return Ok(true);
+            }
             // Without it the peer waits, and that is all.
             let _ = set_option(self.as_fd(), libc::IPPROTO_TCP, libc::TCP_QUICKACK, 1);
         }
+        poll(fds, deadline)
     }
 
     /// One non-blocking scatter read.
@@ -357,7 +373,6 @@ impl ByteSource for FdChannel {
                     // All that goes to guest memory was announced and has to come; what may come
                     // behind it may not.
                     self.wake_for(guest.iter().map(VolatileSlice::len).sum());
-                    self.acknowledge();
                     if let Err(late) = self.wait_for(libc::POLLIN, self.read_deadline) {
                         // A slow peer's bytes below the mark are progress all the same.
                         return match self.read_once(guest, buf) {
@@ -392,12 +407,11 @@ impl ByteSource for FdChannel {
         deadline: Option<Instant>,
     ) -> io::Result<Readiness> {
         self.wake_for(1);
-        self.acknowledge();
         let mut fds = [
             pollfd(self.fd.as_raw_fd(), libc::POLLIN),
             pollfd(other.map_or(-1, |o| o.as_raw_fd()), libc::POLLIN),
         ];
-        if !poll(&mut fds, deadline)? {
+        if !self.poll_input(&mut fds, deadline)? {
             return Ok(Readiness::TimedOut);
         }
         // The other descriptor is how somebody asks for attention: it goes first.
@@ -457,22 +471,28 @@ pub(super) const fn pollfd(fd: RawFd, events: libc::c_short) -> libc::pollfd {
     }
 }
 
+fn timespec(time: Duration) -> libc::timespec {
+    libc::timespec {
+        tv_sec: libc::time_t::try_from(time.as_secs()).unwrap_or(libc::time_t::MAX),
+        tv_nsec: time.subsec_nanos().into(),
+    }
+}
+
 /// Waits for one of `fds`; false when the deadline passed first.
 pub(super) fn poll(fds: &mut [libc::pollfd; 2], deadline: Option<Instant>) -> io::Result<bool> {
     loop {
-        let timeout = match deadline {
-            None => -1,
-            Some(d) => {
-                // Rounded up, so that a wait never turns into a busy loop below a millisecond.
-                let ms = d
-                    .saturating_duration_since(Instant::now())
-                    .as_micros()
-                    .div_ceil(1000);
-                libc::c_int::try_from(ms).unwrap_or(libc::c_int::MAX)
-            }
+        let left = deadline.map(|d| timespec(d.saturating_duration_since(Instant::now())));
+        let timeout = left.as_ref().map_or(std::ptr::null(), std::ptr::from_ref);
+        // SAFETY: `fds` is an array of `fds.len()` pollfd that lives for the call, as does the time,
+        // if there is one; no signal mask is given.
+        let n = unsafe {
+            libc::ppoll(
+                fds.as_mut_ptr(),
+                fds.len() as libc::nfds_t,
+                timeout,
+                std::ptr::null(),
+            )
         };
-        // SAFETY: `fds` is an array of `fds.len()` pollfd that lives for the call.
-        let n = unsafe { libc::poll(fds.as_mut_ptr(), fds.len() as libc::nfds_t, timeout) };
         match n {
             0 if deadline.is_some_and(|d| Instant::now() < d) => {}
             0 => return Ok(false),
