@@ -29,8 +29,8 @@ impl Loaded {
         self.received
     }
 
-    /// The dirty bitmaps that came with a guest [taken as it is](Target::load_opaque), to be sent on
-    /// with it.
+    /// The dirty bitmaps that came with a guest [taken as it is](super::Target::load_opaque), to be
+    /// sent on with it.
     #[must_use]
     pub const fn dirty_bitmaps(&self) -> &BitmapSections {
         &self.bitmaps
