@@ -11,7 +11,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use common::guest::{Guest, Log, Ram, configuration};
+use common::guest::{Guest, Log, Pages, configuration, memory};
 use migration_stream::decoder::{ConfigurationRule, DecoderConfig};
 use migration_stream::io::{PositionedFile, open_direct};
 use migration_stream::mapped_ram::{FileReader, FileWriter, MappedRamError};
@@ -21,7 +21,8 @@ use migration_stream::precopy::{
 };
 use migration_stream::ram::ZeroPageDetection;
 use migration_stream::{
-    GuestRam, PAGE_SIZE, StreamReader, StreamWriter, TransportCounters, TransportError,
+    GuestRam, GuestRamMmap, PAGE_SIZE, StreamReader, StreamWriter, TransportCounters,
+    TransportError,
 };
 use vm_memory::VolatileSlice;
 
@@ -31,8 +32,8 @@ fn threads(count: u8) -> NonZeroU8 {
     NonZeroU8::new(count).unwrap()
 }
 
-fn ram() -> Arc<Ram> {
-    let ram = Ram::new(&BLOCKS);
+fn ram() -> Arc<GuestRamMmap> {
+    let ram = memory(&BLOCKS);
     for page in (0..700).filter(|page| page % 5 < 2) {
         ram.write(0, page, 0xabcd + page);
     }
@@ -42,7 +43,7 @@ fn ram() -> Arc<Ram> {
 
 /// Migrates a guest that goes on writing into a file.
 fn write(
-    ram: &Arc<Ram>,
+    ram: &Arc<GuestRamMmap>,
     file: Arc<dyn PositionedFile>,
     offset: u64,
     writer: FileWriter,
@@ -73,8 +74,8 @@ fn read(
     file: &Arc<dyn PositionedFile>,
     offset: u64,
     mut reader: FileReader,
-) -> Result<Arc<Ram>, TargetError> {
-    let ram = Ram::new(&BLOCKS);
+) -> Result<Arc<GuestRamMmap>, TargetError> {
+    let ram = memory(&BLOCKS);
     // What is zero in the file must not stay as it is here.
     (0..700).for_each(|page| ram.write(0, page, 1));
     let config = TargetConfig {

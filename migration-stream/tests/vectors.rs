@@ -30,7 +30,7 @@ use std::collections::BTreeSet;
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
-use common::guest::Ram;
+use common::guest::memory;
 use common::{bytes_of, decode_all, table};
 use migration_stream::codec::{IdStr, Reader};
 use migration_stream::command::{
@@ -440,7 +440,7 @@ fn load(bytes: &[u8], has_return_path: bool) -> (Result<(), TargetError>, Vec<u8
     let mut source = FdChannel::new(a, LIMIT).unwrap();
     let channel = FdChannel::new(b, LIMIT).unwrap();
     source.write_all(&[Chunk::Bytes(bytes)]).unwrap();
-    let store = Ram::new(&[("pc.ram", 0x1e), ("vga", 2)]);
+    let store = memory(&[("pc.ram", 0x1e), ("vga", 2)]);
     let config = TargetConfig {
         decoder: decoder_config(),
         max_devices: 1 << 16,

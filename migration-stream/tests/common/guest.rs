@@ -11,33 +11,36 @@ use migration_stream::precopy::{
 };
 use migration_stream::ram::{BlockId, RamBlock, RamBlockTable};
 use migration_stream::section::{Announcement, InstanceId, SectionHeader};
-use migration_stream::{DirtyLog, GuestRam, GuestRamMmap, MemoryError, PAGE_SIZE, PageStore};
-use vm_memory::{Bytes, MmapRegion, VolatileMemory, VolatileSlice};
+use migration_stream::{DirtyLog, GuestRamMmap, MemoryError, PAGE_SIZE};
+use vm_memory::{Bytes, MmapRegion, VolatileMemory};
 
-/// Blocks of memory, as source and as target.
-#[derive(Debug)]
-pub struct Ram(GuestRamMmap);
+/// Blocks of memory, as source and as target: name and pages of each.
+pub fn memory(blocks: &[(&str, u64)]) -> Arc<GuestRamMmap> {
+    let table = blocks
+        .iter()
+        .map(|(name, pages)| RamBlock::new(*name, pages * PAGE_SIZE).unwrap())
+        .collect();
+    let memory = GuestRamMmap::anonymous(RamBlockTable::new(table).unwrap());
+    Arc::new(memory.unwrap())
+}
 
-impl Ram {
-    pub fn new(blocks: &[(&str, u64)]) -> Arc<Self> {
-        let table = blocks
-            .iter()
-            .map(|(name, pages)| RamBlock::new(*name, pages * PAGE_SIZE).unwrap())
-            .collect();
-        let ram = GuestRamMmap::anonymous(RamBlockTable::new(table).unwrap());
-        Arc::new(Self(ram.unwrap()))
-    }
+/// Memory by pages.
+pub trait Pages {
+    fn write(&self, block: usize, page: u64, value: u64);
+    fn assert_equals(&self, other: &Self);
+}
 
-    pub fn write(&self, block: usize, page: u64, value: u64) {
+impl Pages for GuestRamMmap {
+    fn write(&self, block: usize, page: u64, value: u64) {
         let offset = usize::try_from(page * PAGE_SIZE).unwrap();
-        self.0.regions()[block]
+        self.regions()[block]
             .as_volatile_slice()
             .write_obj(value, offset)
             .unwrap();
     }
 
-    pub fn assert_equals(&self, other: &Self) {
-        for (a, b) in self.0.regions().iter().zip(other.0.regions()) {
+    fn assert_equals(&self, other: &Self) {
+        for (a, b) in self.regions().iter().zip(other.regions()) {
             let read = |r: &MmapRegion| {
                 let mut bytes = vec![0; r.size()];
                 r.as_volatile_slice().copy_to(&mut bytes);
@@ -45,30 +48,6 @@ impl Ram {
             };
             assert!(read(a) == read(b), "memory differs");
         }
-    }
-}
-
-impl GuestRam for Ram {
-    fn blocks(&self) -> &RamBlockTable {
-        self.0.blocks()
-    }
-    fn slice(&self, id: BlockId, at: u64, len: usize) -> Result<VolatileSlice<'_>, MemoryError> {
-        self.0.slice(id, at, len)
-    }
-}
-
-impl PageStore for Ram {
-    fn blocks(&self) -> &RamBlockTable {
-        self.0.blocks()
-    }
-    fn prepare(&self, id: BlockId, at: u64, len: usize) -> Result<VolatileSlice<'_>, MemoryError> {
-        self.0.prepare(id, at, len)
-    }
-    fn landed(&self, id: BlockId, at: u64, len: usize) -> Result<(), MemoryError> {
-        self.0.landed(id, at, len)
-    }
-    fn zero(&self, id: BlockId, at: u64, len: usize) -> Result<(), MemoryError> {
-        self.0.zero(id, at, len)
     }
 }
 
@@ -102,7 +81,7 @@ impl DirtyLog for Log {
 
 /// A guest that writes pages between steps until it is stopped.
 pub struct Guest {
-    pub ram: Arc<Ram>,
+    pub ram: Arc<GuestRamMmap>,
     pub log: Log,
     pub writes_left: u64,
     pub running: bool,
@@ -121,7 +100,7 @@ pub struct Guest {
 }
 
 impl Guest {
-    pub fn new(ram: &Arc<Ram>, log: &Log) -> Self {
+    pub fn new(ram: &Arc<GuestRamMmap>, log: &Log) -> Self {
         Self {
             ram: Arc::clone(ram),
             log: log.clone(),

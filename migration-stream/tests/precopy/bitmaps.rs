@@ -11,7 +11,7 @@ use migration_stream::section::{
     Continuation, SectionHeader, SectionId, encode_continuation, encode_footer,
 };
 
-use crate::common::guest::Ram;
+use crate::common::guest::memory;
 use crate::rig::{BLOCKS, Devices, channels, send, source, target};
 
 const BITMAP_SECTION: SectionId = SectionId(9);
@@ -50,7 +50,7 @@ fn bitmap_sections() -> Vec<u8> {
 fn dirty_bitmaps_are_kept_with_a_guest_taken_as_it_is_and_sent_on_byte_for_byte() {
     let (_, mut guest) = source();
     guest.sections = bitmap_sections();
-    let landed = Ram::new(BLOCKS);
+    let landed = memory(BLOCKS);
     let (a, b) = channels();
     std::thread::scope(|scope| {
         let sections = guest.sections.clone();
@@ -76,7 +76,7 @@ fn dirty_bitmaps_that_are_not_kept_or_too_long_fail_the_migration() {
     for keeps in [false, true] {
         let (_, mut guest) = source();
         guest.sections = bitmap_sections();
-        let landed = Ram::new(BLOCKS);
+        let landed = memory(BLOCKS);
         let (a, b) = channels();
         let (sent, received) = std::thread::scope(|scope| {
             let sender = scope.spawn(|| send(&mut guest, &a).map(drop));
@@ -133,7 +133,7 @@ fn a_vmm_is_shown_each_chunk_of_its_bitmaps_or_refuses_them() {
     let run = |vm: &mut dyn TargetVm| {
         let (_, mut guest) = source();
         guest.sections = bitmap_sections();
-        let landed = Ram::new(BLOCKS);
+        let landed = memory(BLOCKS);
         let (a, b) = channels();
         std::thread::scope(|scope| {
             let sender = scope.spawn(|| send(&mut guest, &a).map(drop));

@@ -7,14 +7,14 @@ use migration_stream::PAGE_SIZE;
 use migration_stream::ram::{InStream, NoMultifd, ZeroPageDetection};
 use migration_stream::xbzrle::PageCache;
 
-use crate::common::guest::Ram;
+use crate::common::guest::{Pages, memory};
 use crate::rig::{BLOCKS, Devices, channels, send_by, source, target_with};
 
 #[test]
 fn pages_written_again_arrive_as_differences_and_no_checkpoints_follow_them() {
     let (ram, mut guest) = source();
     guest.writes_left = 60;
-    let landed = Ram::new(BLOCKS);
+    let landed = memory(BLOCKS);
     let (a, b) = channels();
     let transport = InStream::new(Arc::clone(&ram) as _, ZeroPageDetection::Multifd)
         .with_xbzrle(PageCache::new(PageCache::DEFAULT_SIZE).unwrap());
@@ -45,7 +45,7 @@ fn a_cache_smaller_than_what_the_guest_writes_costs_differences_and_never_memory
         let (ram, mut guest) = source();
         guest.writes_left = 150;
         guest.downtime = Duration::ZERO;
-        let landed = Ram::new(BLOCKS);
+        let landed = memory(BLOCKS);
         let (a, b) = channels();
         let transport = InStream::new(Arc::clone(&ram) as _, ZeroPageDetection::default())
             .with_xbzrle(PageCache::new(pages * PAGE_SIZE).unwrap());

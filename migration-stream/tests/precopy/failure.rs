@@ -3,14 +3,14 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use migration_stream::StreamWriter;
 use migration_stream::precopy::{Control, SourceError, TargetError};
+use migration_stream::{GuestRamMmap, StreamWriter};
 
-use crate::common::guest::Ram;
+use crate::common::guest::memory;
 use crate::rig::{BLOCKS, Devices, LIMIT, channels, receive, send, source, swallow};
 
 /// Runs a migration that must fail at the target, and checks that the guest goes on at the source.
-fn refused(landed: &Arc<Ram>, refuse: bool) -> (SourceError, TargetError) {
+fn refused(landed: &Arc<GuestRamMmap>, refuse: bool) -> (SourceError, TargetError) {
     let (_, mut guest) = source();
     let (a, b) = channels();
     let mut devices = Devices { loaded: 0, refuse };
@@ -27,7 +27,7 @@ fn refused(landed: &Arc<Ram>, refuse: bool) -> (SourceError, TargetError) {
 
 #[test]
 fn a_target_that_refuses_a_device_says_so_to_the_source() {
-    let (source, target) = refused(&Ram::new(BLOCKS), true);
+    let (source, target) = refused(&memory(BLOCKS), true);
     assert!(
         matches!(source, SourceError::Refused { status: 1 }),
         "{source}"
@@ -43,7 +43,7 @@ fn a_target_that_refuses_a_device_says_so_to_the_source() {
 #[test]
 fn a_target_with_another_ram_size_or_block_name_refuses_it() {
     for blocks in [&[("pc.ram", 701), ("rom", 3)], &[("ram", 700), ("rom", 3)]] {
-        let (_, target) = refused(&Ram::new(blocks), false);
+        let (_, target) = refused(&memory(blocks), false);
         assert!(matches!(target, TargetError::Decode(_)), "{target}");
         assert!(target.to_string().contains("ram"), "{target}");
     }
@@ -78,7 +78,7 @@ fn a_cancelled_migration_leaves_the_guest_running() {
 
 #[test]
 fn a_source_that_dies_in_the_middle_is_an_error_that_says_where() {
-    let landed = Ram::new(BLOCKS);
+    let landed = memory(BLOCKS);
     let (a, b) = channels();
     let mut out = StreamWriter::new(a.share());
     out.write_bytes(&[0x51, 0x45, 0x56, 0x4d, 0, 0]).unwrap();

@@ -15,13 +15,13 @@ use migration_stream::PAGE_SIZE;
 use migration_stream::precopy::TargetError;
 use migration_stream::ram::NoMultifd;
 
-use crate::common::guest::Ram;
+use crate::common::guest::{Pages, memory};
 use crate::rig::{BLOCKS, Devices, between, channels, receive, send, source};
 
 #[test]
 fn a_guest_that_writes_arrives_with_its_last_write_and_its_devices() {
     let (ram, mut guest) = source();
-    let landed = Ram::new(BLOCKS);
+    let landed = memory(BLOCKS);
     let (a, b) = channels();
     let mut devices = Devices::default();
     let (sent, received) = std::thread::scope(|scope| {
@@ -44,7 +44,7 @@ fn a_guest_that_writes_arrives_with_its_last_write_and_its_devices() {
 #[test]
 fn checkpoints_follow_on_the_same_stream_and_cannot_set_ram_up() {
     let (ram, mut guest) = source();
-    let landed = Ram::new(BLOCKS);
+    let landed = memory(BLOCKS);
     let (a, b) = channels();
     std::thread::scope(|scope| {
         let sender = scope.spawn(|| {

@@ -13,9 +13,9 @@ use migration_stream::precopy::{
 };
 use migration_stream::ram::{InStream, NoMultifd, ZeroPageDetection};
 use migration_stream::section::{InstanceId, SectionHeader};
-use migration_stream::{GuestRam, StreamReader, StreamWriter};
+use migration_stream::{GuestRam, GuestRamMmap, StreamReader, StreamWriter};
 
-use crate::common::guest::{Guest, Log, Ram, configuration};
+use crate::common::guest::{Guest, Log, Pages, configuration, memory};
 
 /// How long either side waits for the other.
 pub const LIMIT: Duration = Duration::from_millis(500);
@@ -93,11 +93,11 @@ pub fn begin(
     )
 }
 
-pub fn target(channel: &FdChannel, ram: &Ram) -> Target {
+pub fn target(channel: &FdChannel, ram: &GuestRamMmap) -> Target {
     target_with(channel, ram, false)
 }
 
-pub fn target_with(channel: &FdChannel, ram: &Ram, xbzrle: bool) -> Target {
+pub fn target_with(channel: &FdChannel, ram: &GuestRamMmap, xbzrle: bool) -> Target {
     let rule = ConfigurationRule::Matching(configuration("test"));
     let config = TargetConfig {
         decoder: DecoderConfig {
@@ -112,7 +112,7 @@ pub fn target_with(channel: &FdChannel, ram: &Ram, xbzrle: bool) -> Target {
 
 pub fn receive(
     channel: &FdChannel,
-    ram: &Ram,
+    ram: &GuestRamMmap,
     devices: &mut Devices,
 ) -> Result<Loaded, TargetError> {
     let mut loaded = target(channel, ram).load(ram, &mut NoMultifd, devices)?;
@@ -122,8 +122,8 @@ pub fn receive(
 
 pub const BLOCKS: &[(&str, u64)] = &[("pc.ram", 700), ("rom", 3)];
 
-pub fn source() -> (Arc<Ram>, Guest) {
-    let ram = Ram::new(BLOCKS);
+pub fn source() -> (Arc<GuestRamMmap>, Guest) {
+    let ram = memory(BLOCKS);
     for page in (0..700).step_by(2) {
         ram.write(0, page, page + 1);
     }
@@ -140,7 +140,7 @@ pub fn between(
     source: impl FnOnce(Begun) -> Result<Begun, SourceError> + Send,
     target: impl FnOnce(Target) -> Target,
 ) -> (Sent, Result<Loaded, TargetError>) {
-    let landed = Ram::new(BLOCKS);
+    let landed = memory(BLOCKS);
     let (a, b) = channels();
     let mut devices = Devices::default();
     let ram = Arc::clone(&guest.ram);

@@ -11,13 +11,13 @@ use migration_stream::opaque_tail::TailLimits;
 use migration_stream::precopy::{Loaded, SourceError, Target, TargetConfig, TargetError};
 use migration_stream::ram::NoMultifd;
 use migration_stream::section::encode_eof;
-use migration_stream::{StreamReader, header};
+use migration_stream::{GuestRamMmap, StreamReader, header};
 
-use crate::common::guest::{Ram, configuration};
+use crate::common::guest::{Pages, configuration, memory};
 use crate::rig::{BLOCKS, channels, send, source, target};
 
 /// Takes what `channel` brings without knowing its blocks or its devices.
-fn learn(channel: &FdChannel) -> Result<(Arc<Ram>, Loaded), TargetError> {
+fn learn(channel: &FdChannel) -> Result<(Arc<GuestRamMmap>, Loaded), TargetError> {
     let config = TargetConfig {
         decoder: DecoderConfig::new(ConfigurationRule::Any),
         max_devices: 1 << 20,
@@ -28,7 +28,7 @@ fn learn(channel: &FdChannel) -> Result<(Arc<Ram>, Loaded), TargetError> {
     assert!(target.has_return_path());
     assert_eq!(target.configuration(), Some(&configuration("test")));
     let blocks: Vec<_> = blocks.iter().map(|(_, b)| (b.name(), b.pages())).collect();
-    let ram = Ram::new(&blocks);
+    let ram = memory(&blocks);
     let (loaded, tail) = target.load_opaque(&*ram, &mut NoMultifd, TailLimits::default())?;
     assert_eq!(tail.sections().len(), 1);
     Ok((ram, loaded))
@@ -81,7 +81,7 @@ fn a_stream_without_ram_announces_nothing_and_its_source_is_told() {
 #[test]
 fn devices_that_nobody_knows_are_split_by_their_description() {
     let (ram, mut guest) = source();
-    let landed = Ram::new(BLOCKS);
+    let landed = memory(BLOCKS);
     let (a, b) = channels();
     std::thread::scope(|scope| {
         let sender = scope.spawn(|| send(&mut guest, &a).map(|_| ()));
