@@ -16,6 +16,7 @@
 #![forbid(unsafe_code)]
 
 pub mod capture;
+pub mod contents;
 pub mod disk;
 pub mod etcd;
 pub mod gate;
@@ -34,8 +35,10 @@ pub mod relay;
 pub mod resident;
 pub mod scripts;
 pub mod store;
+pub mod stored;
 pub mod succession;
 pub mod vmm;
+pub mod written;
 
 use std::time::Duration;
 

@@ -3,7 +3,6 @@
 //! Binaries come from the environment variable `COLO_QEMU` (paths, separated by colons), and then
 //! from `qemu-system-x86_64` on `PATH`.
 
-use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -16,6 +15,7 @@ use std::{env, fmt, fs, thread};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
+use crate::contents::Contents;
 use crate::process::Process;
 use crate::qmp::Qmp;
 use crate::{PATIENCE, Result};
@@ -480,9 +480,9 @@ impl Qemu {
     ///
     /// # Errors
     /// QEMU's answer is not understood, or its memory cannot be read.
-    pub fn ram_contents(&mut self) -> Result<Option<BTreeMap<String, Vec<u8>>>> {
+    pub fn ram_contents(&mut self) -> Result<Option<Contents>> {
         let memory = File::open(format!("/proc/{}/mem", self.process.id()))?;
-        let mut contents = BTreeMap::new();
+        let mut contents = Contents::new();
         for block in self.info_ramblock()? {
             let Some(address) = block.address else {
                 return Ok(None);

@@ -1,25 +1,19 @@
 //! Guests of a real QEMU that `colo-vmm standby` holds: what it holds is what QEMU has at that
 //! checkpoint, byte for byte, and when QEMU is lost the guest goes on from there in another one.
 
-use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
-use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use migration_stream::GuestRam;
 use serde_json::{Value, json};
-use stream_relay::Access;
-use stream_relay::guest::Guest;
-use stream_relay::incoming::{Incoming, IncomingConfig};
 use tempfile::TempDir;
 use tests::gate::Gate;
 use tests::qemu::{Accel, Binary, Machine, Qemu};
 use tests::vmm::{LINE, Vmm, check_count, program};
-use tests::{PATIENCE, Result, guest, harness};
+use tests::{PATIENCE, Result, contents, harness, stored};
 
 /// Guest memory, MiB.
 const MEMORY: u32 = 32;
@@ -256,8 +250,9 @@ fn held(qemu: &Binary, kind: &str, accel: Accel, way: Way) -> Result<()> {
     let printed = held.printed()?;
     assert!(held.standby.process.wait()?.success());
 
-    let guest = read(&into)?;
-    equal_memory("of the primary", &guest, &memory)?;
+    let guest = stored::read(&into)?;
+    let stored = contents::of(&*guest.memory)?;
+    contents::compare("of the primary", &memory, &stored)?;
     let own = guest.devices.tail.followed_by(&blob)?;
     let sections = |tail: &migration_stream::opaque_tail::Tail| {
         let sections = tail.sections();
@@ -277,40 +272,12 @@ fn held(qemu: &Binary, kind: &str, accel: Accel, way: Way) -> Result<()> {
     // KVM renews the page of its clock, which the firmware uses, as soon as it is told of it.
     if accel == Accel::Tcg {
         let memory = restored.ram_contents()?.ok_or("no memory")?;
-        equal_memory("of the restored QEMU", &guest, &memory)?;
+        contents::compare("of the restored QEMU", &stored, &memory)?;
     }
     restored.qmp.execute("cont", Value::Null)?;
     wait_for_lines(&restored, 3)?;
     restored.process.kill()?;
     goes_on(&printed, printed.len(), &restored.process.stdout().whole()?)
-}
-
-/// The guest in a file.
-fn read(address: &str) -> Result<Guest> {
-    let incoming = Incoming::open(IncomingConfig {
-        from: address.parse()?,
-        channels: None,
-        access: Access::default(),
-        xbzrle: false,
-        machine_version: None,
-        uuid: [0; 16],
-        max_memory: 1 << 30,
-        without_return_path: true,
-        timeout: PATIENCE,
-    })?;
-    Ok(incoming.receive(&Arc::default())?.guest)
-}
-
-fn equal_memory(whose: &str, guest: &Guest, expected: &BTreeMap<String, Vec<u8>>) -> Result<()> {
-    let memory = &guest.memory;
-    assert_eq!(memory.blocks().iter().count(), expected.len());
-    for (id, block) in memory.blocks().iter() {
-        let expected = expected.get(block.name()).ok_or("an unknown block")?;
-        let mut bytes = vec![0; expected.len()];
-        memory.slice(id, 0, bytes.len())?.copy_to(&mut bytes[..]);
-        guest::compare(&format!("{} {whose}", block.name()), expected, &bytes)?;
-    }
-    Ok(())
 }
 
 /// Its primary dies, and the guest goes on in a QEMU that waited for it.

@@ -5,7 +5,7 @@ use std::fs::{self, File};
 use std::num::NonZeroU8;
 use std::path::Path;
 use std::process::ExitCode;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use migration_stream::configuration::Configuration;
@@ -22,8 +22,7 @@ use migration_stream::ram::{
 };
 use migration_stream::xbzrle::PageCache;
 use migration_stream::{
-    DirtyLog, GuestRam, GuestRamMmap, MemoryError, PAGE_SIZE, PageTransport, StreamReader,
-    StreamWriter, TransportCounters,
+    GuestRam, GuestRamMmap, PAGE_SIZE, PageTransport, StreamReader, StreamWriter, TransportCounters,
 };
 use multifd::incoming::{self, Acceptor};
 use multifd::{Listener, outgoing};
@@ -31,6 +30,7 @@ use serde_json::json;
 use tests::guest::{self, Dirtier};
 use tests::qemu::{Binary, Machine, Qemu};
 use tests::store;
+use tests::written::Written;
 use tests::{PATIENCE, Result, harness};
 
 /// Guest memory, MiB.
@@ -282,7 +282,7 @@ fn send(
         let return_path = ReturnPathReader::new(main.share());
         (StreamWriter::new(main), Some(return_path), transport)
     };
-    let log = Log::default();
+    let log = Written::default();
     let mut guest = Relayed {
         tail,
         ram: Arc::clone(&ram),
@@ -343,38 +343,13 @@ fn file_of_ours(
     Ok((StreamWriter::to_file(file, 0), Box::new(transport)))
 }
 
-/// Pages of the main block that were written.
-#[derive(Clone, Default)]
-struct Log(Arc<Mutex<Vec<(BlockId, u64)>>>);
-
-impl DirtyLog for Log {
-    fn start(&mut self) -> std::result::Result<(), MemoryError> {
-        Ok(())
-    }
-
-    fn sync(
-        &mut self,
-        sink: &mut dyn FnMut(BlockId, u64, u64),
-    ) -> std::result::Result<(), MemoryError> {
-        let mut pages = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        for (block, page) in pages.drain(..) {
-            sink(block, page / 64 * 64, 1 << (page % 64));
-        }
-        Ok(())
-    }
-
-    fn stop(&mut self) -> std::result::Result<(), MemoryError> {
-        Ok(())
-    }
-}
-
 /// The guest whose devices were received; it writes its pages for five rounds as it would have
 /// written them itself.
 struct Relayed<'a> {
     tail: &'a Tail,
     ram: Arc<dyn GuestRam>,
     block: BlockId,
-    log: Log,
+    log: Written,
     pauses_left: u32,
 }
 
@@ -386,8 +361,7 @@ impl Relayed<'_> {
             let mut value = [0_u8];
             byte.copy_to(&mut value);
             byte.copy_from(&[value[0].wrapping_add(1)]);
-            let mut log = self.log.0.lock().unwrap_or_else(PoisonError::into_inner);
-            log.push((self.block, offset / PAGE_SIZE));
+            self.log.note(self.block, offset / PAGE_SIZE);
         }
         Ok(())
     }
