@@ -18,6 +18,8 @@ qapi_enum! {
         XQueryColoHeartbeat = "x-query-colo-heartbeat",
         /// Watch the secondary of a new pair. Not part of QEMU's schema.
         XSetColoHeartbeat = "x-set-colo-heartbeat",
+        /// How much is sent between checkpoints. Not part of QEMU's schema.
+        XSetColoGapBandwidth = "x-set-colo-gap-bandwidth",
         /// Failover without the arbiter's word; an extension of this project.
         XColoOverrideArbiter = "x-colo-override-arbiter",
         /// Ends the negotiation.
@@ -179,6 +181,11 @@ pub enum Command {
         /// Where the secondary's heartbeat listens: `uri` on the wire.
         address: MigrationAddress,
     },
+    /// `x-set-colo-gap-bandwidth`, an extension: the most that a primary sends between checkpoints.
+    XSetColoGapBandwidth {
+        /// Bytes a second, 0 for no limit.
+        bandwidth: u64,
+    },
     /// `yank`. All instances are looked for before any is yanked.
     Yank {
         /// Which.
@@ -252,6 +259,9 @@ impl Command {
                 let address = uri.parse()?;
                 return Ok(Self::XSetColoHeartbeat { address });
             }
+            CommandKind::XSetColoGapBandwidth => Self::XSetColoGapBandwidth {
+                bandwidth: members.take("bandwidth")?,
+            },
             CommandKind::Yank => Self::Yank {
                 instances: members.take("instances")?,
             },
@@ -288,6 +298,7 @@ impl Command {
             Self::XColoOverrideArbiter => CommandKind::XColoOverrideArbiter,
             Self::XQueryColoHeartbeat => CommandKind::XQueryColoHeartbeat,
             Self::XSetColoHeartbeat { .. } => CommandKind::XSetColoHeartbeat,
+            Self::XSetColoGapBandwidth { .. } => CommandKind::XSetColoGapBandwidth,
             Self::Yank { .. } => CommandKind::Yank,
             Self::QueryYank => CommandKind::QueryYank,
         }
@@ -318,6 +329,7 @@ impl Command {
                 Some(json!({ "capabilities": capabilities }))
             }
             Self::MigrateSetParameters(changes) => Some(json!(changes)),
+            Self::XSetColoGapBandwidth { bandwidth } => Some(json!({ "bandwidth": bandwidth })),
             Self::Yank { instances } => Some(json!({ "instances": instances })),
             Self::XSetColoHeartbeat { address } => Some(json!({ "uri": address.to_string() })),
             Self::QueryVersion

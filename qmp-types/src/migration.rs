@@ -98,6 +98,10 @@ pub struct ColoFigures {
     /// the first.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub heartbeat_age_us: Option<u64>,
+    /// The most that is sent between checkpoints, bytes a second, 0 for no limit: what
+    /// `x-set-colo-gap-bandwidth` changes. Absent where no pages are, as on a secondary.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub gap_bandwidth: Option<u64>,
 }
 
 /// The last checkpoint in [`ColoFigures`].

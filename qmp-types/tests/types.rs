@@ -7,8 +7,8 @@
 use proptest::prelude::*;
 use qmp_types::yank::YankInstance;
 use qmp_types::{
-    Client, ColoExitReason, ColoMode, ColoStatus, Command, CommandKind, Event, EventMessage,
-    InetSocketAddress, MigrateIncoming, MigrateSetParameters, MigrationAddress,
+    Client, ColoExitReason, ColoFigures, ColoMode, ColoStatus, Command, CommandKind, Event,
+    EventMessage, InetSocketAddress, MigrateIncoming, MigrateSetParameters, MigrationAddress,
     MigrationCapability, MigrationCapabilityStatus, MigrationInfo, MigrationStatus,
     MultiFdCompression, Parameters, QmpCapability, RunState, ServerMessage, Session, SessionConfig,
     SocketAddress, StatusInfo, VersionInfo, ZeroPageDetection,
@@ -118,6 +118,41 @@ fn the_event_of_a_checkpoint_is_marked_as_an_extension() {
     sample["data"]["ram-hash"] = json!("0123456789abcdef");
     sample["data"]["device-hash"] = json!("fedcba9876543210");
     identical::<Event>(&sample);
+}
+
+#[test]
+fn how_much_is_sent_between_checkpoints_is_a_number_of_bytes() {
+    let parse = |arguments: Value| {
+        let arguments = arguments.as_object().unwrap().clone();
+        Command::parse(CommandKind::XSetColoGapBandwidth, arguments)
+    };
+    let command = Command::XSetColoGapBandwidth { bandwidth: 1 << 40 };
+    assert_eq!(
+        parse(json!({"bandwidth": 1_u64 << 40})),
+        Ok(command.clone())
+    );
+    assert_eq!(command.kind().name(), "x-set-colo-gap-bandwidth");
+    for (arguments, text) in [
+        (json!({}), "Parameter 'bandwidth' is missing"),
+        (
+            json!({"bandwidth": "64M"}),
+            "Parameter 'bandwidth' expects uint64",
+        ),
+        (
+            json!({"bandwidth": -1}),
+            "Parameter 'bandwidth' expects uint64",
+        ),
+        (
+            json!({"bandwidth": 0, "unit": "MiB"}),
+            "Parameter 'unit' is unexpected",
+        ),
+    ] {
+        assert_eq!(parse(arguments).unwrap_err().desc, text);
+    }
+    let mut sample = json!({"checkpoints": 2, "total-pause-us": 300});
+    assert_eq!(identical::<ColoFigures>(&sample).gap_bandwidth, None);
+    sample["gap-bandwidth"] = json!(0);
+    assert_eq!(identical::<ColoFigures>(&sample).gap_bandwidth, Some(0));
 }
 
 #[test]
@@ -242,6 +277,7 @@ fn command() -> impl Strategy<Value = Command> {
     prop_oneof![
         Just(Command::QueryStatus),
         Just(Command::XColoLostHeartbeat),
+        any::<u64>().prop_map(|bandwidth| Command::XSetColoGapBandwidth { bandwidth }),
         (address(), any::<bool>()).prop_map(|(address, resume)| {
             Command::Migrate(qmp_types::Migrate { address, resume })
         }),

@@ -3,12 +3,13 @@
 use std::io::Write;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::ExitCode;
+use std::process::{Command, ExitCode};
+use std::time::{Duration, Instant};
 
-use serde_json::Value;
+use serde_json::{Value, json};
 use tests::metrics::{Metrics, ask};
 use tests::process::Process;
-use tests::vmm::{ColoVmm, Pair, Vmm};
+use tests::vmm::{ColoVmm, Connection, Pair, Vmm, program};
 use tests::{Result, harness};
 
 fn main() -> ExitCode {
@@ -19,6 +20,10 @@ fn main() -> ExitCode {
         ),
         harness::anywhere("clients_that_are_stuck_change_nothing", stuck),
         harness::anywhere("what_is_no_request_is_refused", refused),
+        harness::anywhere(
+            "limit_of_what_is_sent_between_checkpoints_changes_meanwhile",
+            limit,
+        ),
         harness::anywhere("each_guest_of_a_standby_has_figures_of_its_own", standby),
     ])
 }
@@ -172,6 +177,72 @@ fn like_qmp(side: &mut Vmm, metrics: &Metrics) -> Result<()> {
     ] {
         assert!(figures["last"][key].is_u64(), "{figures}");
     }
+    Ok(())
+}
+
+/// What `x-query-colo-figures` says of how much is sent between checkpoints, and `colo-vmm status`.
+fn shown(side: &mut Vmm) -> Result<(Value, String)> {
+    let figures = side.qmp.execute("x-query-colo-figures", Value::Null)?;
+    let qmp = format!("unix:{}", side.dir().join("qmp").display());
+    let output = Command::new(program()?).args(["status", &qmp]).output()?;
+    let status = String::from_utf8(output.stdout)?;
+    let line = status.lines().nth(1).ok_or("no line")?;
+    let column = line.get(line.len() - 8..).unwrap_or_default();
+    Ok((figures["gap-bandwidth"].clone(), column.trim().to_owned()))
+}
+
+fn limit() -> Result<()> {
+    /// How often pages are sent between checkpoints, a page at least.
+    const ROUND: Duration = Duration::from_millis(20);
+    /// In a gap, far more than a page in each round.
+    const MANY: u64 = 500;
+    // Pages are written anew after more than three readings of the dirty log.
+    let vmm = ColoVmm::new("colo-vmm")
+        .memory(16)
+        .simulated()
+        .dirty_pages(1024)
+        .args(["--gap-bandwidth", "64", "--pass-delay", "200000000"]);
+    let mut pair = Pair::in_colo(&vmm, Connection::channels(2), 500)?;
+    let set = |side: &mut Vmm, bandwidth: u64| {
+        let arguments = json!({"bandwidth": bandwidth});
+        side.qmp.execute("x-set-colo-gap-bandwidth", arguments)
+    };
+    let ahead = |checkpoint: &Value| checkpoint["ahead-pages"].as_u64().unwrap_or_default();
+    let side = &mut pair.primary;
+    assert_eq!(shown(side)?, (json!(64 << 20), "64.0".to_owned()));
+
+    let began = Instant::now();
+    set(side, 1)?;
+    assert_eq!(shown(side)?, (json!(1), "0.1".to_owned()));
+    // The gap that goes on began with another limit.
+    let before = side.checkpoints()?.len() + 1;
+    side.wait_checkpoints(before + 3)?;
+    let sent = side.checkpoints()?[before..].iter().map(ahead).sum::<u64>();
+    let rounds = u64::try_from(began.elapsed().as_millis() / ROUND.as_millis())?;
+    assert!(sent <= rounds + 2, "{sent} pages in {rounds} rounds");
+
+    let before = side.checkpoints()?.len();
+    set(side, 0)?;
+    assert_eq!(shown(side)?, (json!(0), "no limit".to_owned()));
+    side.poll("checkpoint of which much was sent before", |side| {
+        let checkpoints = side.checkpoints()?;
+        let much = checkpoints[before..].iter().any(|c| ahead(c) >= MANY);
+        Ok(much.then_some(()))
+    })?;
+
+    // The other side's is its own, for when it is the primary.
+    let side = &mut pair.secondary;
+    assert_eq!(shown(side)?.0, json!(64 << 20));
+    set(side, 5 << 20)?;
+    pair.primary.process.kill()?;
+    side.go_on_alone()?;
+    assert_eq!(shown(side)?, (json!(5 << 20), "5.0".to_owned()));
+
+    let mut other = ColoVmm::new("colo-vmm").memory(16).simulated().start()?;
+    assert_eq!(shown(&mut other)?, (Value::Null, "-".to_owned()));
+    let bandwidth = json!({"bandwidth": 0});
+    let refusal = other.qmp.refused("x-set-colo-gap-bandwidth", bandwidth)?;
+    assert!(refusal.desc.contains("--gap-bandwidth"), "{refusal}");
     Ok(())
 }
 

@@ -24,11 +24,21 @@ struct Inner {
     failover: FailoverHandle,
     schedule: Mutex<Schedule>,
     quit: AtomicBool,
+    gap: Mutex<GapCap>,
     /// Wakes a wait that is not for the peer. A byte at a time, so that it never fills.
     wake: Mutex<PipeWriter>,
     woken: PipeReader,
     signalled: AtomicBool,
     disconnect: Box<dyn Fn() + Send + Sync>,
+}
+
+/// The most that is sent between checkpoints, bytes a second.
+#[derive(Debug, Default)]
+struct GapCap {
+    /// What the driver was told; `None` as long as it sends none.
+    configured: Option<u64>,
+    /// What was asked for since the control was made.
+    asked: Option<u64>,
 }
 
 impl ColoControl {
@@ -51,6 +61,7 @@ impl ColoControl {
             failover,
             schedule: Mutex::new(Schedule::new(delay, Instant::now())),
             quit: AtomicBool::new(false),
+            gap: Mutex::default(),
             wake: Mutex::new(wake),
             woken,
             signalled: AtomicBool::new(false),
@@ -95,6 +106,35 @@ impl ColoControl {
     pub fn demand_checkpoint(&self) {
         self.schedule().demand();
         self.inner.wake();
+    }
+
+    /// Primary: changes how much is sent between checkpoints at most, bytes a second, 0 for no limit
+    /// ([`GapConfig::bandwidth`](super::GapConfig::bandwidth)): from the next round of pages on, of which one is
+    /// due at every [`GapConfig::interval`](super::GapConfig::interval). Without effect where none are sent.
+    pub fn set_gap_bandwidth(&self, bandwidth: u64) {
+        self.gap().asked = Some(bandwidth);
+    }
+
+    /// Primary: how much is sent between checkpoints at most, bytes a second, 0 for no limit. `None` where no
+    /// pages are: the driver was not told to, the transport has no channels for them, COLO has not begun.
+    #[must_use]
+    pub fn gap_bandwidth(&self) -> Option<u64> {
+        let gap = self.gap();
+        gap.configured
+            .map(|configured| gap.asked.unwrap_or(configured))
+    }
+
+    /// Pages are sent between checkpoints from now on, at most `bandwidth` unless something else was asked for.
+    pub(super) fn gap_begins(&self, bandwidth: u64) {
+        self.gap().configured = Some(bandwidth);
+    }
+
+    /// Two numbers, whole at every moment.
+    fn gap(&self) -> MutexGuard<'_, GapCap> {
+        self.inner
+            .gap
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Shuts every connection to the peer.

@@ -5,13 +5,14 @@ use std::time::{Duration, Instant};
 use migration_stream::precopy::{Budget, RamSender};
 use migration_stream::{DirtyLog, PageTransport};
 
-use super::StepError;
+use super::{ColoControl, StepError};
 
 /// How pages are sent while no checkpoint is under way, so that fewer are left for it. Multifd's
 /// channels take them; without any, none are sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct GapConfig {
-    /// The most that is sent, bytes a second; 0 for no limit.
+    /// The most that is sent, bytes a second; 0 for no limit. Can be changed while COLO goes on:
+    /// [`ColoControl::set_gap_bandwidth`].
     pub bandwidth: u64,
     /// How often the dirty log is read. Every reading makes the guest's next write to each page a
     /// little slower; a page that most of the last three readings report is left for the checkpoint.
@@ -31,7 +32,7 @@ impl Default for GapConfig {
 /// When the next round of pages is due.
 #[derive(Debug)]
 pub(super) struct Gap {
-    config: GapConfig,
+    interval: Duration,
     next: Instant,
 }
 
@@ -40,13 +41,15 @@ impl Gap {
     pub(super) fn begin<T: PageTransport, D: DirtyLog>(
         config: GapConfig,
         ram: &mut RamSender<T, D>,
+        control: &ColoControl,
     ) -> Option<Self> {
         if !ram.begin_ahead() {
             tracing::info!("pages are sent in checkpoints only: there are no channels beside");
             return None;
         }
+        control.gap_begins(config.bandwidth);
         Some(Self {
-            config,
+            interval: config.interval,
             next: Instant::now(),
         })
     }
@@ -57,10 +60,11 @@ impl Gap {
     }
 
     /// Sends a round of pages if it is time for one. It ends when a checkpoint is `due`, or after
-    /// what the bandwidth has room for; no channel blocks longer than until `deadline`.
+    /// what `bandwidth`, bytes a second, has room for; no channel blocks longer than until `deadline`.
     pub(super) fn send<T: PageTransport, D: DirtyLog>(
         &mut self,
         ram: &mut RamSender<T, D>,
+        bandwidth: u64,
         due: Option<Instant>,
         deadline: Option<Instant>,
     ) -> Result<u64, StepError> {
@@ -68,9 +72,9 @@ impl Gap {
         if now < self.next {
             return Ok(0);
         }
-        let end = now + self.config.interval;
+        let end = now + self.interval;
         let budget = Budget {
-            bytes: self.round(),
+            bytes: self.round(bandwidth),
             until: due.map_or(end, |due| due.min(end)),
         };
         ram.set_deadline(deadline);
@@ -81,12 +85,11 @@ impl Gap {
     }
 
     /// What one round may take, bytes.
-    fn round(&self) -> u64 {
-        if self.config.bandwidth == 0 {
+    fn round(&self, bandwidth: u64) -> u64 {
+        if bandwidth == 0 {
             return u64::MAX;
         }
-        let bytes =
-            u128::from(self.config.bandwidth) * self.config.interval.as_micros() / 1_000_000;
+        let bytes = u128::from(bandwidth) * self.interval.as_micros() / 1_000_000;
         u64::try_from(bytes).unwrap_or(u64::MAX)
     }
 }

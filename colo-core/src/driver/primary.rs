@@ -113,7 +113,9 @@ where
     if let Some(when) = config.leave_out_unchanged {
         leave_out_unchanged(&mut link.ram, when);
     }
-    let gap = config.gap.and_then(|gap| Gap::begin(gap, &mut link.ram));
+    let gap = config
+        .gap
+        .and_then(|gap| Gap::begin(gap, &mut link.ram, control));
     let mut wire = PrimaryWire {
         link,
         gap,
@@ -240,7 +242,8 @@ impl<T: PageTransport, D: DirtyLog> PrimaryWire<'_, T, D> {
                 Readiness::TimedOut => {
                     if let Some(gap) = &mut self.gap {
                         let deadline = Instant::now().checked_add(self.patience);
-                        meter.ahead(gap.send(ram, due, deadline)?);
+                        let bandwidth = self.control.gap_bandwidth().unwrap_or(0);
+                        meter.ahead(gap.send(ram, bandwidth, due, deadline)?);
                     }
                 }
                 Readiness::Channel => {

@@ -101,6 +101,56 @@ fn a_primary_that_loses_its_peer_while_it_sends_ahead_goes_on() {
     }
 }
 
+/// At one page a round, no more than that many can be sent in the time there was.
+fn rounds(began: Instant, interval: Duration) -> u64 {
+    2 + u64::try_from(began.elapsed().as_micros() / interval.as_micros()).unwrap()
+}
+
+#[test]
+fn the_limit_changes_in_the_gap_that_goes_on() {
+    let interval = Duration::from_millis(20);
+    let config = DriverConfig {
+        gap: Some(GapConfig {
+            bandwidth: 1,
+            interval,
+        }),
+        ..patient()
+    };
+    let (primary, secondary) = migrated(2);
+    let (primary, secondary) = (primary.start(config, NEVER), secondary.start(patient()));
+    let control = primary.control.clone();
+    let began = Instant::now();
+    let mut before = began;
+    let mut next_gap = |change: Option<u64>| {
+        if let Some(bandwidth) = change {
+            control.set_gap_bandwidth(bandwidth);
+        }
+        thread::sleep(2 * interval);
+        control.demand_checkpoint();
+        let ahead = primary.checkpoint().ahead_pages;
+        let most = rounds(before, interval);
+        before = Instant::now();
+        assert!(began.elapsed() < LIMIT);
+        (ahead, most)
+    };
+    for _ in 0..3 {
+        let (ahead, most) = next_gap(None);
+        assert!(ahead <= most, "{ahead} of at most {most}");
+    }
+    assert_eq!(control.gap_bandwidth(), Some(1));
+    // On a slow machine a round may not come to any page before the next checkpoint.
+    let (mut ahead, mut most) = next_gap(Some(0));
+    while ahead <= most {
+        (ahead, most) = next_gap(Some(0));
+    }
+    assert_eq!(control.gap_bandwidth(), Some(0));
+    // The gap after a checkpoint begins with the limit that there was.
+    let _ = next_gap(Some(1));
+    let (ahead, most) = next_gap(None);
+    assert!(ahead <= most, "{ahead} of at most {most}");
+    end(primary, secondary);
+}
+
 #[test]
 fn without_channels_nothing_is_sent_between_checkpoints() {
     let began = Instant::now();
@@ -112,6 +162,8 @@ fn without_channels_nothing_is_sent_between_checkpoints() {
         assert_eq!(primary.checkpoint().ahead_pages, 0);
         secondary.checkpoint();
     }
+    primary.control.set_gap_bandwidth(0);
+    assert_eq!(primary.control.gap_bandwidth(), None);
     end(primary, secondary);
     assert!(began.elapsed() < LIMIT);
 }

@@ -196,7 +196,7 @@ pub(crate) struct Observation {
 }
 
 impl Observation {
-    /// What `x-query-colo-figures` answers.
+    /// What `x-query-colo-figures` answers, without what only a primary knows.
     pub(crate) fn figures(&self) -> ColoFigures {
         let us = |d: Duration| u64::try_from(d.as_micros()).unwrap_or(u64::MAX);
         ColoFigures {
@@ -215,6 +215,7 @@ impl Observation {
                 .as_ref()
                 .and_then(|report| report.peer_age)
                 .map(us),
+            gap_bandwidth: None,
         }
     }
 }

@@ -3,8 +3,9 @@
 use std::sync::Arc;
 
 use qmp_types::{
-    ColoExitReason, ColoMode, ColoStatus, Command, CommandInfo, CommandKind, CommandResult, Event,
-    QmpError, RunState, ShutdownCause, VersionInfo, YankInstance, done, returns,
+    ColoExitReason, ColoFigures, ColoMode, ColoStatus, Command, CommandInfo, CommandKind,
+    CommandResult, Event, QmpError, RunState, ShutdownCause, VersionInfo, YankInstance, done,
+    returns,
 };
 
 use crate::machine::MachineError;
@@ -42,6 +43,7 @@ pub const COMMANDS: &[CommandKind] = &[
     CommandKind::XQueryColoFigures,
     CommandKind::XQueryColoHeartbeat,
     CommandKind::XSetColoHeartbeat,
+    CommandKind::XSetColoGapBandwidth,
     CommandKind::XColoOverrideArbiter,
     CommandKind::Yank,
     CommandKind::QueryYank,
@@ -213,7 +215,14 @@ impl Operator for Monitor {
                 done()
             }
             Command::QueryColoStatus => returns(&colo_status(migration.failover().status())),
-            Command::XQueryColoFigures => returns(&migration.observe().figures()),
+            Command::XQueryColoFigures => returns(&ColoFigures {
+                gap_bandwidth: migration.gap_bandwidth(),
+                ..migration.observe().figures()
+            }),
+            Command::XSetColoGapBandwidth { bandwidth } => {
+                migration.set_gap_bandwidth(bandwidth)?;
+                done()
+            }
             Command::Yank { instances } => self.yank(&instances),
             Command::QueryYank => {
                 let instances: &[YankInstance] = if migration.is_yankable() {

@@ -34,7 +34,7 @@ pub(super) fn show(sides: &[QmpAddress], every: Option<Duration>) -> Result<(), 
 }
 
 const HEAD: &str = "side                             guest          migration   colo       checkpoints \
-                    last pause ms  its age ms   its bytes";
+                    last pause ms  its age ms   its bytes  ahead MiB/s";
 
 fn line(address: &QmpAddress, remote: &mut Option<Remote>) -> Result<String, RemoteError> {
     let side = match remote {
@@ -54,6 +54,11 @@ fn line(address: &QmpAddress, remote: &mut Option<Remote>) -> Result<String, Rem
         (ColoMode::None, last) => format!("was {last}"),
         (mode, _) => mode.to_string(),
     };
+    let ahead = match figures.gap_bandwidth {
+        None => dash(),
+        Some(0) => "no limit".to_owned(),
+        Some(bytes) => mebibytes(bytes),
+    };
     let last = figures.last;
     let pause = last
         .as_ref()
@@ -61,11 +66,17 @@ fn line(address: &QmpAddress, remote: &mut Option<Remote>) -> Result<String, Rem
     let age = last.as_ref().map_or_else(dash, |l| l.age_ms.to_string());
     let bytes = last.map_or_else(dash, |l| (l.ram_bytes + l.device_bytes).to_string());
     Ok(format!(
-        "{:<32} {:<14} {state:<11} {mode:<10} {:>11} {pause:>14} {age:>11} {bytes:>11}",
+        "{:<32} {:<14} {state:<11} {mode:<10} {:>11} {pause:>14} {age:>11} {bytes:>11} {ahead:>12}",
         address.to_string(),
         status.status.to_string(),
         figures.checkpoints
     ))
+}
+
+/// With one digit behind the point, by which a limit that is not 0 does not look like it.
+fn mebibytes(bytes: u64) -> String {
+    let tenths = (u128::from(bytes) * 10).div_ceil(1 << 20);
+    format!("{}.{}", tenths / 10, tenths % 10)
 }
 
 fn milliseconds(us: u64) -> String {

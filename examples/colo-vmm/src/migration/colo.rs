@@ -33,7 +33,7 @@ pub(super) fn config(migration: &Migration) -> DriverConfig {
         // A primary has nothing to say between two checkpoints.
         deadlines: (migration.options.deadlines).for_checkpoint_delay(migration.checkpoint_delay()),
         on_loss: migration.options.on_peer_loss,
-        gap: migration.options.gap,
+        gap: migration.gap(),
         leave_out_unchanged: migration.options.skip_unchanged,
         ..DriverConfig::default()
     }

@@ -9,6 +9,7 @@ mod boundary;
 mod colo;
 mod connections;
 pub mod devices;
+mod gap;
 mod global_state;
 mod incoming;
 mod outgoing;
@@ -16,7 +17,7 @@ mod status;
 
 use std::io::{self, PipeReader, PipeWriter};
 use std::net::ToSocketAddrs;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
@@ -161,6 +162,8 @@ pub struct Migration {
     global_state: GlobalState,
     incoming: Mutex<IncomingMode>,
     figures: Figures,
+    /// As a primary, the most that is sent between checkpoints if any pages are, bytes a second.
+    gap_bandwidth: AtomicU64,
     /// `-S` of the target: whether the guest is to run once it has arrived.
     autostart: AtomicBool,
     job: Mutex<Job>,
@@ -235,6 +238,7 @@ impl Migration {
             settings: Mutex::new(settings),
             vm,
             console,
+            gap_bandwidth: AtomicU64::new(options.gap.map_or(0, |gap| gap.bandwidth)),
             options,
             failover: FailoverHandle::new(),
             discard: DiscardControl::new(),
