@@ -319,6 +319,22 @@ impl Rewriter {
     }
 }
 
+/// Writes a disk with a boot sector on it whose guest writes a byte to the serial port and stands still
+/// from then on, without interrupts: nothing in it writes its memory any more.
+///
+/// # Errors
+/// The file system's.
+pub fn write_halting_disk(path: &Path) -> Result<()> {
+    let sector = protected(&[
+        &[0x66, 0xba, 0xf8, 0x03], // mov dx, 0x3f8
+        &[0xb0, b'.', 0xee],       // mov al, '.'; out dx, al
+        // still:
+        &[0xf4],       // hlt
+        &[0xeb, 0xfd], // jmp still
+    ]);
+    write_disk(path, &sector)
+}
+
 /// Writes a disk with `boot_sector` on it, for [`crate::qemu::Machine::boot`].
 ///
 /// # Errors

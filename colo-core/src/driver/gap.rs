@@ -9,6 +9,10 @@ use super::{ColoControl, StepError};
 
 /// How pages are sent while no checkpoint is under way, so that fewer are left for it. Multifd's
 /// channels take them; without any, none are sent.
+///
+/// A secondary that is a QEMU (11.1) copies what it receives *during* its failover into the guest that goes on. Its
+/// connections have to have ended before it is told `x-colo-lost-heartbeat`: by the end of the primary's process, or by
+/// `yank` there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct GapConfig {
     /// The most that is sent, bytes a second; 0 for no limit. Can be changed while COLO goes on:
