@@ -40,6 +40,7 @@
 //! | feature | what |
 //! |---|---|
 //! | `etcd` | the arbiter in etcd, over HTTP; off by default |
+//! | `etcd-tls` | that over HTTPS as well; off by default |
 #![forbid(unsafe_code)]
 
 pub mod arbiter;

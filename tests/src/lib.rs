@@ -16,6 +16,7 @@
 #![forbid(unsafe_code)]
 
 pub mod capture;
+pub mod certificates;
 pub mod contents;
 pub mod disk;
 pub mod etcd;

@@ -21,7 +21,7 @@
 //! | [`Manual`] | nowhere: an operator decides |
 //! | [`LockFile`] | a file on storage that both hosts have |
 //! | [`RegisterArbiter`] | a value on any service that both reach and that can compare and replace |
-//! | `Etcd` | that, in etcd (feature `etcd`) |
+//! | `Etcd` | that, in etcd (feature `etcd`; by TLS with `etcd-tls`) |
 //!
 //! [`record`] has the rules, without I/O.
 
@@ -35,7 +35,7 @@ use std::fmt;
 use std::time::{Duration, Instant};
 
 #[cfg(feature = "etcd")]
-pub use etcd::{Etcd, EtcdAddress, Gateway};
+pub use etcd::{Etcd, EtcdAddress, EtcdOptions, Gateway};
 pub use lock_file::LockFile;
 pub use record::{Owner, Record};
 pub use register::{Register, RegisterArbiter};

@@ -10,7 +10,9 @@ use std::time::Duration;
 use clap::Args;
 use colo_core::Role;
 use colo_core::arbiter::etcd::AddressError;
-use colo_core::arbiter::{Arbiter, Etcd, EtcdAddress, Gateway, LockFile, Manual, Owner};
+use colo_core::arbiter::{
+    Arbiter, Etcd, EtcdAddress, EtcdOptions, Gateway, LockFile, Manual, Owner,
+};
 use colo_core::heartbeat::{
     Endpoint, Guest, Heartbeat, HeartbeatConfig, HeartbeatReport, OnHeartbeatLoss, PeerState,
     Phase, Rhythm, StopReason,
@@ -133,7 +135,7 @@ impl HeartbeatArgs {
             ArbiterArg::File(path) => Box::new(LockFile::new(path, session, me, term)),
             ArbiterArg::Etcd(address) => {
                 let key = address.key().map_or(format!("colo/{uuid}"), str::to_owned);
-                let gateway = Gateway::new(address, &key);
+                let gateway = Gateway::new(address, &key, EtcdOptions::default())?;
                 Box::new(Etcd::new(gateway, session, me, term))
             }
         };

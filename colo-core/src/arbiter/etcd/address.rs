@@ -4,9 +4,11 @@ use std::str::FromStr;
 
 use multifd::Address;
 
-/// The endpoints of an etcd, and a key in it: `HOST:PORT[,HOST:PORT...][/KEY]`.
+/// The endpoints of an etcd, and a key in it: `HOST:PORT[,HOST:PORT...][/KEY]`. `http://` may stand
+/// before an endpoint, and is meant where nothing does; `https://` stands before every one or none.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct EtcdAddress {
+    is_https: bool,
     endpoints: Vec<Address>,
     key: Option<String>,
 }
@@ -21,6 +23,9 @@ pub enum AddressError {
     /// There are more than [`EtcdAddress::ENDPOINTS`].
     #[error("{0} endpoints of an etcd are too many")]
     Endpoints(usize),
+    /// What is said to one of them in secret another would be told in the clear.
+    #[error("https:// stands before one endpoint and not before another")]
+    Mixed,
     /// The key is empty, or too long.
     #[error("a key of {0} bytes")]
     Key(usize),
@@ -38,40 +43,69 @@ impl EtcdAddress {
         self.key.as_deref()
     }
 
+    /// Are the endpoints asked by TLS?
+    #[must_use]
+    pub const fn is_https(&self) -> bool {
+        self.is_https
+    }
+
     pub(super) fn urls(&self) -> Vec<String> {
+        let scheme = if self.is_https { HTTPS } else { HTTP };
         let url = |address: &Address| {
             let text = address.to_string();
-            format!("http://{}", text.strip_prefix("tcp:").unwrap_or(&text))
+            format!("{scheme}{}", text.strip_prefix("tcp:").unwrap_or(&text))
         };
         self.endpoints.iter().map(url).collect()
     }
 }
 
+const HTTP: &str = "http://";
+const HTTPS: &str = "https://";
+
 impl FromStr for EtcdAddress {
     type Err = AddressError;
 
     fn from_str(text: &str) -> Result<Self, AddressError> {
-        let (endpoints, key) = match text.split_once('/') {
-            None => (text, None),
-            Some((endpoints, key)) if (1..=Self::KEY_LEN).contains(&key.len()) => {
-                (endpoints, Some(key.to_owned()))
-            }
-            Some((_, key)) => return Err(AddressError::Key(key.len())),
-        };
-        let endpoints: Vec<_> = endpoints
-            .split(',')
-            .map(|endpoint| {
-                let refuse = || AddressError::Endpoint(endpoint.to_owned());
-                match format!("tcp:{endpoint}").parse() {
-                    Ok(address) if is_host(&address) => Ok(address),
-                    _ => Err(refuse()),
+        let (mut endpoints, mut schemes) = (Vec::new(), Vec::new());
+        let mut rest = text;
+        let key = loop {
+            let (is_https, host) = match (rest.strip_prefix(HTTPS), rest.strip_prefix(HTTP)) {
+                (Some(host), _) => (true, host),
+                (None, Some(host)) => (false, host),
+                (None, None) => (false, rest),
+            };
+            let end = host.find([',', '/']).unwrap_or(host.len());
+            let (endpoint, behind) = host.split_at(end);
+            schemes.push(is_https);
+            endpoints.push(parse_endpoint(endpoint)?);
+            match (behind.strip_prefix(','), behind.strip_prefix('/')) {
+                (Some(next), _) => rest = next,
+                (None, Some(key)) if (1..=Self::KEY_LEN).contains(&key.len()) => {
+                    break Some(key.to_owned());
                 }
-            })
-            .collect::<Result<_, _>>()?;
-        match endpoints.len() {
-            1..=Self::ENDPOINTS => Ok(Self { endpoints, key }),
-            many => Err(AddressError::Endpoints(many)),
+                (None, Some(key)) => return Err(AddressError::Key(key.len())),
+                (None, None) => break None,
+            }
+        };
+        if endpoints.len() > Self::ENDPOINTS {
+            return Err(AddressError::Endpoints(endpoints.len()));
         }
+        let is_https = schemes.contains(&true);
+        if is_https && schemes.contains(&false) {
+            return Err(AddressError::Mixed);
+        }
+        Ok(Self {
+            is_https,
+            endpoints,
+            key,
+        })
+    }
+}
+
+fn parse_endpoint(endpoint: &str) -> Result<Address, AddressError> {
+    match format!("tcp:{endpoint}").parse() {
+        Ok(address) if is_host(&address) => Ok(address),
+        _ => Err(AddressError::Endpoint(endpoint.to_owned())),
     }
 }
 
@@ -106,6 +140,33 @@ mod tests {
     }
 
     #[test]
+    fn an_endpoint_may_say_by_what_it_is_asked() {
+        let plain: EtcdAddress = "http://a:1,b:2,http://[::1]:3/k".parse().unwrap();
+        assert!(!plain.is_https());
+        assert_eq!(plain, "a:1,b:2,[::1]:3/k".parse().unwrap());
+        let secret: EtcdAddress = "https://a:1,https://[::1]:2/k,l://m/".parse().unwrap();
+        assert!(secret.is_https());
+        assert_eq!(
+            (secret.urls(), secret.key()),
+            (
+                vec!["https://a:1".into(), "https://[::1]:2".into()],
+                Some("k,l://m/")
+            )
+        );
+        for text in [
+            "https://a:1,b:2",
+            "http://a:1,https://b:2",
+            "a:1,https://b:2/k",
+        ] {
+            assert_eq!(
+                text.parse::<EtcdAddress>(),
+                Err(AddressError::Mixed),
+                "{text}"
+            );
+        }
+    }
+
+    #[test]
     fn what_is_no_address_is_refused() {
         for text in [
             "",
@@ -120,7 +181,14 @@ mod tests {
             "::1:1",
             "u@a:1",
             "a b:1",
-            "http://a:1",
+            "http://",
+            "https://",
+            "https:a:1",
+            "https://u:p@a:1",
+            "ftp://a:1",
+            "HTTPS://a:1",
+            "https://https://a:1",
+            "https://a:1,https://",
             "a?:1",
         ] {
             assert!(text.parse::<EtcdAddress>().is_err(), "{text}");

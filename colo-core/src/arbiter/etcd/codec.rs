@@ -68,6 +68,11 @@ enum ResponseOp {
 }
 
 #[derive(Deserialize)]
+struct AuthenticateResponse {
+    token: String,
+}
+
+#[derive(Deserialize)]
 struct Refusal {
     /// Of later versions, which have no `error`.
     #[serde(default)]
@@ -134,14 +139,61 @@ pub(super) fn replace_answer(answer: &[u8], revision: u64) -> Result<(Header, bo
     }
 }
 
-/// The beginning of what etcd says of a request that it refuses.
-pub(super) fn refusal(answer: &[u8]) -> String {
+/// What asks for a token (`AuthenticateRequest`).
+pub(super) fn authenticate(name: &str, password: &str) -> String {
+    json!({ "name": name, "password": password }).to_string()
+}
+
+/// A token, fit to be sent as it is.
+pub(super) fn authenticate_answer(answer: &[u8]) -> Result<String, CodecError> {
+    // What it has instead is told to nobody.
+    let token = serde_json::from_slice(answer).map(|AuthenticateResponse { token }| token);
+    token
+        .ok()
+        .filter(|token| (1..=TOKEN_LEN).contains(&token.len()))
+        .filter(|token| token.bytes().all(|byte| byte.is_ascii_graphic()))
+        .ok_or(CodecError::Content("a token that is none"))
+}
+
+/// The most that a token may have, bytes. A simple one has 20 to 40, a signed one some hundreds.
+const TOKEN_LEN: usize = 4096;
+
+/// Is that the refusal of a request without a token that etcd knows? (As of
+/// `api/v3rpc/rpctypes/error.go`, and of `auth/store.go` for versions that do not have the last there.)
+pub(super) fn wants_token(message: &str) -> bool {
+    [
+        "etcdserver: invalid auth token",
+        "etcdserver: user name is empty",
+        "etcdserver: revision of auth store is old",
+        "auth: revision in header is old",
+    ]
+    .contains(&message)
+}
+
+/// Is that what is said of a password where none is wanted?
+pub(super) fn is_disabled(message: &str) -> bool {
+    message == "etcdserver: authentication is not enabled"
+}
+
+/// The beginning of what etcd says of a request that it refuses. What is no etcd may repeat what it was
+/// told, `secret` included, which is then not passed on.
+pub(super) fn refusal(answer: &[u8], secret: Option<&str>) -> String {
     let text = match serde_json::from_slice::<Refusal>(answer) {
         Ok(refusal) if refusal.error.is_empty() => refusal.message,
         Ok(refusal) => refusal.error,
         Err(_) => String::from_utf8_lossy(answer).into_owned(),
     };
+    if secret.is_some_and(|secret| mentions(&text, secret)) {
+        return "what it says has a secret in it".to_owned();
+    }
     text.chars().filter(|c| !c.is_control()).take(200).collect()
+}
+
+/// As it is, or as a request has it.
+fn mentions(text: &str, secret: &str) -> bool {
+    let quoted = json!(secret).to_string();
+    let escaped = quoted.trim_matches('"');
+    text.contains(secret) || (!escaped.is_empty() && text.contains(escaped))
 }
 
 fn unsigned<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u64, D::Error> {
@@ -205,11 +257,43 @@ mod tests {
         let other = br#"{"header":{"cluster_id":"10144879847569953045","member_id":"12428976124636271536","revision":"2","raft_term":"2"},"responses":[{"response_range":{"header":{"revision":"2"},"kvs":[{"key":"Y29sby9h","create_revision":"2","mod_revision":"2","version":"1","value":"dGV4dAo="}],"count":"1"}}]}"#;
         assert_eq!(replace_answer(other, 0).unwrap(), (header, false));
         let refused = br#"{"error":"etcdserver: request timed out","message":"etcdserver: request timed out","code":14}"#;
-        assert_eq!(refusal(refused), "etcdserver: request timed out");
+        assert_eq!(refusal(refused, None), "etcdserver: request timed out");
         let later = br#"{"code":14,"message":"no leader","details":[]}"#;
-        assert_eq!(refusal(later), "no leader");
-        assert_eq!(refusal(b"404 page not found\n"), "404 page not found");
-        assert_eq!(refusal(&[b'x'; 5000]).len(), 200);
+        assert_eq!(refusal(later, None), "no leader");
+        assert_eq!(refusal(b"404 page not found\n", None), "404 page not found");
+        assert_eq!(refusal(&[b'x'; 5000], None).len(), 200);
+    }
+
+    #[test]
+    fn a_secret_that_is_repeated_is_not_passed_on() {
+        for (secret, answer) in [
+            ("hush", r#"{"error":"no hush"}"#.to_owned()),
+            ("hush", format!("{}hush", "x".repeat(198))),
+            (r#"h"u\sh"#, authenticate("a", r#"h"u\sh"#) + "?"),
+        ] {
+            let said = refusal(answer.as_bytes(), Some(secret));
+            assert_eq!(said, "what it says has a secret in it", "{answer}");
+        }
+        assert_eq!(refusal(b"no", Some("hush")), "no");
+    }
+
+    #[test]
+    fn a_token_is_text_that_a_header_can_have() {
+        let request: serde_json::Value =
+            serde_json::from_str(&authenticate("colo", r#"a"\b"#)).unwrap();
+        assert_eq!(request, json!({"name": "colo", "password": r#"a"\b"#}));
+        // As etcd 3.4.23 gave it.
+        let answer = br#"{"header":{"cluster_id":"14841639068965178418","member_id":"10276657743932975437","revision":"1","raft_term":"2"},"token":"sssvIpwfnLAcWAQH.9"}"#;
+        assert_eq!(authenticate_answer(answer).unwrap(), "sssvIpwfnLAcWAQH.9");
+        let long = "t".repeat(TOKEN_LEN + 1);
+        for token in ["", "a b", "a\nb", "ä", &long] {
+            let answer = json!({ "token": token }).to_string();
+            let error = authenticate_answer(answer.as_bytes()).unwrap_err();
+            assert_eq!(error.to_string(), "an answer with a token that is none");
+        }
+        for answer in ["", "{}", r#"{"token":5}"#, "\"password\""] {
+            assert!(authenticate_answer(answer.as_bytes()).is_err(), "{answer}");
+        }
     }
 
     #[test]

@@ -10,17 +10,31 @@
 //! request. Of several endpoints the one that answered last is asked first; one that does not
 //! answer in its part of the time is left for the next, with the same request: a transaction that
 //! was carried out already then finds another revision, and what it has done is read.
+//!
+//! What [`EtcdOptions`] name is for `https://` endpoints, whose certificate is checked and which may be
+//! shown one, and for etcd's own authentication: `POST /v3/auth/authenticate` gives a token for a user's
+//! password, which goes with every request. When etcd does not know the token any more the user is
+//! authenticated again and the request sent once more, within the same deadline: a request that was
+//! refused for its token was not carried out.
 
+mod access;
 mod address;
 mod codec;
+mod options;
+#[cfg(feature = "etcd-tls")]
+mod tls;
 
+use std::error::Error;
 use std::time::{Duration, Instant};
+
+use access::Access;
 
 use super::register::{Content, ENTRY_LEN, Register};
 use super::{ArbiterError, RegisterArbiter};
 
 pub use address::{AddressError, EtcdAddress};
 pub use codec::CodecError;
+pub use options::{ClientCertificate, Credential, EtcdOptions, OptionsError, User};
 
 /// An arbiter in etcd.
 pub type Etcd = RegisterArbiter<Gateway>;
@@ -35,10 +49,12 @@ const SHARE: Duration = Duration::from_millis(200);
 /// One key of an etcd.
 #[derive(Debug)]
 pub struct Gateway {
-    /// `http://HOST:PORT`, the one to be asked first in front.
+    /// `http://HOST:PORT` or `https://HOST:PORT`, the one to be asked first in front.
     endpoints: Vec<String>,
+    is_https: bool,
     key: Vec<u8>,
-    agent: ureq::Agent,
+    options: EtcdOptions,
+    access: Access,
     /// What the answers have in common.
     history: History,
 }
@@ -57,6 +73,24 @@ pub enum EtcdError {
     /// No connection, or no answer in time.
     #[error("no answer")]
     Transport(#[source] ureq::Error),
+    /// There was no time left to ask.
+    #[error("no time is left")]
+    NoTime,
+    /// The certificate that it shows is not one of its authority's for this endpoint, or not any more.
+    #[error("its certificate is not accepted")]
+    ServerCertificate(#[source] Box<dyn Error + Send + Sync>),
+    /// It does not accept the certificate of this side, or that there is none.
+    #[error("it does not accept this side, by its certificate or for want of one")]
+    Alert(#[source] Box<dyn Error + Send + Sync>),
+    /// It has not given a token for the password.
+    #[error("user {user:?} is not authenticated")]
+    Authentication {
+        /// Who was to be.
+        user: String,
+        /// Why not.
+        #[source]
+        source: Box<EtcdError>,
+    },
     /// It refused the request.
     #[error("refused with status {status}: {message}")]
     Refused {
@@ -86,25 +120,52 @@ pub enum EtcdError {
     },
 }
 
+impl EtcdError {
+    /// The one behind an error of the arbiter's.
+    #[must_use]
+    pub fn of(error: &ArbiterError) -> Option<&Self> {
+        error.source.as_ref()?.downcast_ref()
+    }
+
+    /// Will the same request be refused again, until somebody changes something about etcd or about what
+    /// this side shows of itself?
+    #[must_use]
+    pub fn is_lasting(&self) -> bool {
+        match self {
+            Self::ServerCertificate(_) | Self::Alert(_) => true,
+            // Of HTTP, for what is wrong about a request itself, or about who asks.
+            Self::Refused { status, .. } => matches!(status, 400 | 401 | 403 | 404 | 412),
+            Self::Authentication { source, .. } => source.is_lasting(),
+            _ => false,
+        }
+    }
+}
+
 impl Gateway {
     /// The key `key` at these endpoints. Nothing is sent yet.
-    #[must_use]
-    pub fn new(address: &EtcdAddress, key: &str) -> Self {
-        let agent = ureq::Agent::config_builder()
-            // Whatever the environment says: these are the addresses.
-            .proxy(None)
-            .max_redirects(0)
-            .http_status_as_error(false)
-            .max_idle_connections(0)
-            .max_response_header_size(4096)
-            .build()
-            .into();
-        Self {
-            endpoints: address.urls(),
-            key: key.as_bytes().to_vec(),
-            agent,
-            history: History::default(),
+    ///
+    /// # Errors
+    /// See [`OptionsError`].
+    pub fn new(
+        address: &EtcdAddress,
+        key: &str,
+        options: EtcdOptions,
+    ) -> Result<Self, OptionsError> {
+        let access = Access::new(address.is_https(), &options)?;
+        if let (Some(user), false) = (&options.user, address.is_https()) {
+            tracing::warn!(
+                user = user.name,
+                "the password of etcd's user is sent in the clear"
+            );
         }
+        Ok(Self {
+            endpoints: address.urls(),
+            is_https: address.is_https(),
+            key: key.as_bytes().to_vec(),
+            options,
+            access,
+            history: History::default(),
+        })
     }
 
     /// Asks one endpoint after the other.
@@ -115,7 +176,7 @@ impl Gateway {
         deadline: Instant,
         decode: impl Fn(&[u8]) -> Result<(codec::Header, T), CodecError>,
     ) -> Result<T, ArbiterError> {
-        let mut failure = None;
+        let mut failure: Option<ArbiterError> = None;
         for left in (1..=self.endpoints.len()).rev() {
             let now = Instant::now();
             let whole = deadline.saturating_duration_since(now);
@@ -123,22 +184,23 @@ impl Gateway {
                 break;
             }
             let share = whole / u32::try_from(left).unwrap_or(u32::MAX);
-            let Some(endpoint) = self.endpoints.first() else {
+            let until = now + share.max(SHARE).min(whole);
+            let Some(endpoint) = self.endpoints.first().cloned() else {
                 break;
             };
             let answer = self
-                .post(
-                    &format!("{endpoint}{path}"),
-                    body,
-                    share.max(SHARE).min(whole),
-                )
+                .request(&endpoint, path, body, until)
                 .and_then(|answer| Ok(decode(&answer)?))
                 .and_then(|(header, value)| self.history.follow(header).map(|()| value));
             match answer {
                 Ok(value) => return Ok(value),
                 Err(error) => {
-                    let what = format!("asking etcd at {endpoint}");
-                    failure = Some(ArbiterError::because(what, error));
+                    // What somebody has to see to is not hidden behind an endpoint that is down.
+                    let earlier = failure.as_ref().and_then(EtcdError::of);
+                    if !earlier.is_some_and(EtcdError::is_lasting) {
+                        let what = format!("asking etcd at {endpoint}");
+                        failure = Some(ArbiterError::because(what, error));
+                    }
                     self.endpoints.rotate_left(1);
                 }
             }
@@ -146,28 +208,43 @@ impl Gateway {
         Err(failure.unwrap_or_else(|| ArbiterError::new("no time is left to ask etcd")))
     }
 
-    fn post(&self, url: &str, body: &str, limit: Duration) -> Result<Vec<u8>, EtcdError> {
-        let mut response = self
-            .agent
-            .post(url)
-            .config()
-            .timeout_global(Some(limit))
-            .build()
-            .content_type("application/json")
-            .send(body)
-            .map_err(EtcdError::Transport)?;
-        let status = response.status().as_u16();
-        let answer = response
-            .body_mut()
-            .with_config()
-            .limit(ANSWER)
-            .read_to_vec()
-            .map_err(EtcdError::Transport)?;
-        if status == 200 {
-            Ok(answer)
-        } else {
-            let message = codec::refusal(&answer);
-            Err(EtcdError::Refused { status, message })
+    /// Asks one endpoint, and again if it refuses what has been replaced in the meantime.
+    fn request(
+        &mut self,
+        endpoint: &str,
+        path: &str,
+        body: &str,
+        until: Instant,
+    ) -> Result<Vec<u8>, EtcdError> {
+        match self.access.request(endpoint, path, body, until) {
+            Err(error) if error.is_lasting() && self.read_again() => {
+                self.access.request(endpoint, path, body, until)
+            }
+            result => result,
+        }
+    }
+
+    /// Are there other certificates, or another password, than there were?
+    fn read_again(&mut self) -> bool {
+        let changed = self.options.changed().and_then(|changed| {
+            let Some(options) = changed else {
+                return Ok(None);
+            };
+            let access = Access::new(self.is_https, &options)?;
+            Ok(Some((options, access)))
+        });
+        match changed {
+            Ok(Some((options, access))) => {
+                tracing::info!("etcd's certificates or password were replaced");
+                (self.options, self.access) = (options, access);
+                true
+            }
+            Ok(None) => false,
+            // Certificate and key are not replaced at one moment.
+            Err(error) => {
+                tracing::warn!(%error, "etcd's certificates or password were replaced by what is none");
+                false
+            }
         }
     }
 }

@@ -64,7 +64,11 @@ fn ok(cluster: u64, revision: u64) -> String {
 }
 
 fn gateway(endpoints: &str) -> Gateway {
-    Gateway::new(&endpoints.parse().unwrap(), "colo/a")
+    gateway_with(endpoints, EtcdOptions::default())
+}
+
+fn gateway_with(endpoints: &str, options: EtcdOptions) -> Gateway {
+    Gateway::new(&endpoints.parse().unwrap(), "colo/a", options).unwrap()
 }
 
 fn soon() -> Instant {
@@ -172,4 +176,319 @@ fn endpoints_of_two_clusters_or_one_that_has_lost_data_are_not_believed() {
     let back = gateway.read(patient()).unwrap_err();
     assert!(back.chain().contains("revision 4 follows 5"));
     assert!(gateway.read(patient()).is_ok());
+}
+
+const PASSWORD: &str = "open sesame";
+
+fn user(password: &str) -> EtcdOptions {
+    EtcdOptions {
+        user: Some(User {
+            name: "colo".into(),
+            password: Credential::new("the test", password),
+        }),
+        ..EtcdOptions::default()
+    }
+}
+
+fn token(token: &str) -> String {
+    let header = r#""header":{"cluster_id":"1","revision":"5"}"#;
+    http("200 OK", &format!(r#"{{{header},"token":"{token}"}}"#))
+}
+
+fn refuses(status: &str, why: &str) -> String {
+    http(status, &format!(r#"{{"error":"{why}","message":"{why}"}}"#))
+}
+
+fn stale() -> String {
+    refuses("401 Unauthorized", "etcdserver: invalid auth token")
+}
+
+/// What a request asks for, and the token it has.
+fn asked(request: &str) -> (String, Option<String>) {
+    let path = request.split(' ').nth(1).unwrap_or_default();
+    let token = request.lines().find_map(|line| {
+        let (name, value) = line.split_once(": ")?;
+        name.eq_ignore_ascii_case("authorization")
+            .then(|| value.to_owned())
+    });
+    (path.to_owned(), token)
+}
+
+#[test]
+fn a_user_is_authenticated_once_and_its_token_goes_with_every_request() {
+    let (endpoint, requests) = server(vec![token("t.1"), ok(1, 5), ok(1, 6)]);
+    let mut gateway = gateway_with(&endpoint, user("open sesame\r\n"));
+    for _ in 0..2 {
+        assert!(gateway.read(patient()).is_ok());
+    }
+    let first = requests.recv().unwrap();
+    assert_eq!(asked(&first), ("/v3/auth/authenticate".into(), None));
+    let (_, body) = first.split_once("\r\n\r\n").unwrap();
+    let body: serde_json::Value = serde_json::from_str(body).unwrap();
+    assert_eq!(
+        body,
+        serde_json::json!({"name": "colo", "password": PASSWORD})
+    );
+    for _ in 0..2 {
+        let next = requests.recv().unwrap();
+        assert_eq!(asked(&next), ("/v3/kv/range".into(), Some("t.1".into())));
+    }
+}
+
+#[test]
+fn a_token_that_etcd_has_forgotten_is_replaced_once() {
+    for forgotten in [
+        stale(),
+        refuses("400 Bad Request", "etcdserver: user name is empty"),
+        refuses(
+            "400 Bad Request",
+            "etcdserver: revision of auth store is old",
+        ),
+    ] {
+        let (endpoint, requests) = server(vec![
+            token("t.1"),
+            ok(1, 5),
+            forgotten,
+            token("t.2"),
+            ok(1, 5),
+        ]);
+        let mut gateway = gateway_with(&endpoint, user(PASSWORD));
+        for _ in 0..2 {
+            assert!(gateway.read(patient()).is_ok());
+        }
+        let tokens: Vec<_> = requests.iter().take(5).map(|r| asked(&r).1).collect();
+        let [one, two] = ["t.1", "t.2"].map(|token| Some(token.to_owned()));
+        assert_eq!(tokens, [None, one.clone(), one, None, two]);
+    }
+    // One that is refused at once will be refused again.
+    let (endpoint, requests) = server(vec![
+        token("t.1"),
+        stale(),
+        token("t.2"),
+        stale(),
+        token("t.3"),
+        ok(1, 5),
+    ]);
+    let mut gateway = gateway_with(&endpoint, user(PASSWORD));
+    let error = gateway.read(patient()).unwrap_err();
+    assert!(
+        error.chain().contains("invalid auth token"),
+        "{}",
+        error.chain()
+    );
+    assert_eq!(requests.iter().take(4).count(), 4);
+    assert!(requests.try_recv().is_err());
+    // The next request tries again.
+    assert!(gateway.read(patient()).is_ok());
+}
+
+#[test]
+fn an_etcd_that_asks_nobody_who_he_is_is_asked_without_a_token_until_it_does() {
+    let off = || {
+        let why = "etcdserver: authentication is not enabled";
+        refuses("412 Precondition Failed", why)
+    };
+    let (endpoint, requests) = server(vec![
+        off(),
+        ok(1, 5),
+        ok(1, 5),
+        refuses("400 Bad Request", "etcdserver: user name is empty"),
+        token("t.1"),
+        ok(1, 5),
+    ]);
+    let mut gateway = gateway_with(&endpoint, user(PASSWORD));
+    for _ in 0..3 {
+        assert!(gateway.read(patient()).is_ok());
+    }
+    let last = requests.iter().nth(5).unwrap();
+    assert_eq!(asked(&last), ("/v3/kv/range".into(), Some("t.1".into())));
+}
+
+#[test]
+fn a_password_that_is_refused_is_an_error_that_says_whose_and_not_which() {
+    for (answer, what) in [
+        (
+            refuses(
+                "400 Bad Request",
+                "etcdserver: authentication failed, invalid user ID or password",
+            ),
+            "refused with status 400: etcdserver: authentication failed",
+        ),
+        (
+            refuses("400 Bad Request", "no open sesame here"),
+            "has a secret in it",
+        ),
+        (http("200 OK", r#""open sesame""#), "a token that is none"),
+        (token("a b"), "a token that is none"),
+    ] {
+        let (endpoint, requests) = server(vec![answer]);
+        let mut gateway = gateway_with(&endpoint, user(PASSWORD));
+        let error = gateway.read(patient()).unwrap_err();
+        let chain = error.chain();
+        assert!(
+            chain.contains(r#"user "colo" is not authenticated"#),
+            "{chain}"
+        );
+        assert!(chain.contains(what), "{chain}");
+        assert_eq!(requests.iter().take(1).count(), 1);
+        for said in [chain, format!("{error:?}"), format!("{gateway:?}")] {
+            assert!(!said.contains("sesame"), "{said}");
+        }
+    }
+}
+
+#[test]
+fn neither_password_nor_token_is_in_what_is_said_of_a_gateway() {
+    let (endpoint, _requests) = server(vec![token("t.secret"), ok(1, 5)]);
+    let mut gateway = gateway_with(&endpoint, user(PASSWORD));
+    assert!(gateway.read(patient()).is_ok());
+    let said = format!("{gateway:?} {:?}", user(PASSWORD));
+    assert!(said.contains("colo") && said.contains("the test"), "{said}");
+    assert!(
+        !said.contains("sesame") && !said.contains("t.secret"),
+        "{said}"
+    );
+}
+
+#[test]
+fn authentication_has_no_more_time_than_the_request_it_is_for() {
+    for answers in [vec![], vec![token("t.1")], vec![token("t.1"), stale()]] {
+        let (endpoint, _requests) = server(answers);
+        let deadline = soon();
+        let error = gateway_with(&endpoint, user(PASSWORD))
+            .read(deadline)
+            .unwrap_err();
+        assert!(Instant::now() >= deadline);
+        assert!(deadline.elapsed() < Duration::from_secs(30));
+        assert!(error.chain().contains("no answer"), "{}", error.chain());
+    }
+}
+
+#[test]
+fn an_etcd_that_will_not_be_content_is_told_from_one_that_may() {
+    for (answer, lasts) in [
+        (
+            refuses("403 Forbidden", "etcdserver: permission denied"),
+            true,
+        ),
+        (
+            refuses("400 Bad Request", "etcdserver: user name is empty"),
+            true,
+        ),
+        (
+            refuses("503 Service Unavailable", "etcdserver: no leader"),
+            false,
+        ),
+        (http("200 OK", "{}"), false),
+        (String::new(), false),
+    ] {
+        let (endpoint, _requests) = server(vec![answer.clone()]);
+        let error = gateway(&endpoint).read(patient()).unwrap_err();
+        let error = EtcdError::of(&error).unwrap();
+        assert_eq!(error.is_lasting(), lasts, "{answer}");
+    }
+    // Even if an endpoint that is down is asked after it.
+    let (endpoint, _requests) = server(vec![refuses("403 Forbidden", "no")]);
+    let mut gateway = gateway(&format!("{endpoint},127.0.0.1:1"));
+    let error = gateway.read(patient()).unwrap_err();
+    assert!(EtcdError::of(&error).unwrap().is_lasting(), "{error:?}");
+    assert!(error.chain().contains("403"));
+}
+
+#[test]
+fn a_password_is_one_line_of_a_file_and_read_again_when_it_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("password");
+    for (text, what) in [
+        (b"".as_slice(), "nothing"),
+        (b"\n", "nothing"),
+        (b"a\nb\n", "several lines"),
+        (b"\xff", "no utf-8 text"),
+    ] {
+        std::fs::write(&file, text).unwrap();
+        let password = Credential::file(&file).unwrap();
+        let error = Gateway::new(
+            &"a:1".parse().unwrap(),
+            "k",
+            EtcdOptions {
+                user: Some(User {
+                    name: "colo".into(),
+                    password,
+                }),
+                ..EtcdOptions::default()
+            },
+        )
+        .unwrap_err();
+        let said = format!("{} has {what} instead of a password", file.display());
+        assert_eq!(error.to_string(), said);
+    }
+    let denied = || {
+        let why = "etcdserver: authentication failed, invalid user ID or password";
+        refuses("400 Bad Request", why)
+    };
+    let (endpoint, requests) = server(vec![denied(), denied(), token("t.1"), ok(1, 5)]);
+    std::fs::write(&file, "old").unwrap();
+    let mut gateway = gateway_with(
+        &endpoint,
+        EtcdOptions {
+            user: Some(User {
+                name: "colo".into(),
+                password: Credential::file(&file).unwrap(),
+            }),
+            ..EtcdOptions::default()
+        },
+    );
+    assert!(gateway.read(patient()).is_err());
+    assert_eq!(requests.iter().take(1).count(), 1);
+    std::fs::write(&file, "new\n").unwrap();
+    assert!(gateway.read(patient()).is_ok());
+    let passwords: Vec<_> = requests.iter().take(2).collect();
+    assert!(passwords[0].ends_with(r#""password":"old"}"#));
+    assert!(passwords[1].ends_with(r#""password":"new"}"#));
+    // What is no password any more changes nothing.
+    std::fs::write(&file, "").unwrap();
+    assert!(!gateway.read_again());
+}
+
+#[test]
+fn a_file_that_is_too_long_or_not_there_is_named() {
+    let error = Credential::file("/none/such").unwrap_err();
+    assert_eq!(error.to_string(), "cannot read /none/such");
+    let error = Credential::file("/dev/zero").unwrap_err();
+    assert_eq!(error.to_string(), "/dev/zero has more than 1048576 bytes");
+}
+
+#[test]
+fn options_that_do_not_fit_the_endpoints_are_refused() {
+    let new = |address: &str, options| {
+        Gateway::new(&address.parse().unwrap(), "k", options)
+            .unwrap_err()
+            .to_string()
+    };
+    let ca = || EtcdOptions {
+        ca: Some(Credential::new("the test", "")),
+        ..EtcdOptions::default()
+    };
+    assert_eq!(
+        new("a:1", ca()),
+        "certificates are given, and the endpoints are not https://"
+    );
+    let mut nobody = user(PASSWORD);
+    nobody.user.as_mut().unwrap().name.clear();
+    assert_eq!(new("a:1", nobody), "a user of etcd's without a name");
+    if cfg!(feature = "etcd-tls") {
+        assert_eq!(
+            new("https://a:1", ca()),
+            "the test has no certificate in pem"
+        );
+        assert_eq!(
+            new("https://a:1", EtcdOptions::default()),
+            "https:// endpoints need the certificates of their authority"
+        );
+    } else {
+        assert_eq!(
+            new("https://a:1", ca()),
+            "https:// endpoints need the feature etcd-tls, which was not built"
+        );
+    }
 }

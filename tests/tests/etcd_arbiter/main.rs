@@ -1,17 +1,20 @@
 //! The arbiter in a real etcd: one side at most is ever given the right, whatever etcd does.
 
+mod secured;
+
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Barrier;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use colo_core::arbiter::etcd::EtcdOptions;
 use colo_core::arbiter::{Answer, Arbiter, Etcd as Right, Gateway, Owner, Register};
 use tests::etcd::Etcd;
 use tests::{PATIENCE, Result, harness};
 
 fn main() -> ExitCode {
-    harness::run([
+    let open = [
         harness::on_etcd(
             "of_two_that_claim_at_once_one_wins_every_time",
             two_claimants,
@@ -27,7 +30,8 @@ fn main() -> ExitCode {
         ),
         harness::on_etcd("right_survives_the_death_of_etcd", killed),
         harness::on_etcd("endpoint_that_is_down_is_made_up_for_by_another", endpoints),
-    ])
+    ];
+    harness::run(open.into_iter().chain(secured::trials()))
 }
 
 const SESSION: [u8; 16] = [7; 16];
@@ -39,7 +43,17 @@ const LONG: Duration = Duration::from_secs(30);
 const SHORT: Duration = Duration::from_millis(300);
 
 fn side(endpoints: &str, key: &str, me: u64, term: Duration) -> Result<Right> {
-    let gateway = Gateway::new(&endpoints.parse()?, key);
+    side_with(endpoints, key, me, term, EtcdOptions::default())
+}
+
+fn side_with(
+    endpoints: &str,
+    key: &str,
+    me: u64,
+    term: Duration,
+    options: EtcdOptions,
+) -> Result<Right> {
+    let gateway = Gateway::new(&endpoints.parse()?, key, options)?;
     Ok(Right::new(gateway, SESSION, Owner::new(me), term))
 }
 
@@ -144,7 +158,8 @@ fn renewals(program: &Path) -> Result<()> {
     let etcd = Etcd::start(program)?;
     let mut primary = side(etcd.endpoint(), "colo/a", A, LONG)?;
     wins(&primary.hold(patient()))?;
-    let mut key = Gateway::new(&etcd.endpoint().parse()?, "colo/a");
+    let address = etcd.endpoint().parse()?;
+    let mut key = Gateway::new(&address, "colo/a", EtcdOptions::default())?;
     let written = key.read(patient())?;
     assert!(written.value.is_some());
     for _ in 0..50 {
