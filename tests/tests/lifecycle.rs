@@ -9,6 +9,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
+use tests::certificates::Authority;
+use tests::etcd::{Etcd, Guard};
 use tests::metrics::Metrics;
 use tests::process::workspace_program;
 use tests::qmp::Qmp;
@@ -40,6 +42,10 @@ fn main() -> ExitCode {
         harness::anywhere(
             "survivor_with_a_heartbeat_takes_no_secondary_that_it_cannot_watch",
             unwatched,
+        ),
+        harness::on_etcd(
+            "both_sides_of_a_pair_ask_an_etcd_with_certificates_and_a_password",
+            guarded,
         ),
         harness::anywhere("both_sides_of_a_pair_serve_their_figures", figures),
         harness::anywhere(
@@ -272,6 +278,69 @@ fn outlives_by_itself(run: &[&str]) -> Result<()> {
     let heard = fs::read(&serial)?;
     let (begin, _) = first_line(&heard)?;
     check_count(begin, &heard)?;
+    Ok(())
+}
+
+/// What is said to `pair` once each side uses, and no list of processes or log has the password.
+fn guarded(program: &Path) -> Result<()> {
+    const PASSWORD: &str = "open sesame";
+    let authority = Authority::new()?;
+    let (server, client) = (
+        authority.issue(&["127.0.0.1"])?,
+        authority.issue(&["host"])?,
+    );
+    let ca = authority.certificate();
+    let etcd = Etcd::start_guarded(
+        program,
+        Guard {
+            client_authority: Some(&ca),
+            ..Guard::by_tls(&server)
+        },
+    )?;
+    etcd.enable_authentication(PASSWORD)?;
+    let mut life = Life::new()?;
+    let dir = tempfile::tempdir()?;
+    let (pair, password) = (dir.path().join("pair"), dir.path().join("password"));
+    fs::write(&password, format!("{PASSWORD}\n"))?;
+    let run = ["--memory", "16", "--sim", "--pass-delay", "2000000"];
+    let mut options = watched(dir.path(), "beat", &run);
+    let arbiter = options
+        .iter_mut()
+        .find(|option| option.starts_with("file:"));
+    *arbiter.ok_or("no arbiter")? = format!("etcd:{}", etcd.endpoint());
+    for (option, value) in [
+        ("--etcd-ca", text(&ca)?),
+        ("--etcd-cert", text(&client.certificate)?),
+        ("--etcd-key", text(&client.key)?),
+        ("--etcd-user", Etcd::USER),
+        ("--etcd-password-file", text(&password)?),
+    ] {
+        options.extend([option.to_owned(), value.to_owned()]);
+    }
+    let options: Vec<&str> = options.iter().map(String::as_str).collect();
+    life.run(&with(
+        &["pair", "--dir", text(&pair)?, "--delay", "50"],
+        &options,
+    ))?;
+    for pid in life.pids.values() {
+        let line = String::from_utf8(fs::read(format!("/proc/{pid}/cmdline"))?)?;
+        assert!(line.contains("--etcd-password-file"), "{line}");
+        assert!(!line.contains(PASSWORD), "{line}");
+    }
+    let mut primary = Qmp::connect(&pair.join("primary.qmp"), || Ok(()))?;
+    assert_eq!(heartbeat(&mut primary)?["arbiter-state"], "won");
+    life.kill("primary")?;
+    let mut secondary = Qmp::connect(&pair.join("secondary.qmp"), || Ok(()))?;
+    wait_alone(&mut secondary)?;
+    let beat = heartbeat(&mut secondary)?;
+    assert_eq!(
+        (&beat["arbiter-state"], &beat["generation"]),
+        (&"won".into(), &2.into())
+    );
+    for side in ["primary", "secondary"] {
+        let log = fs::read_to_string(pair.join(side).with_extension("log"))?;
+        assert!(!log.contains(PASSWORD), "{log}");
+    }
     Ok(())
 }
 

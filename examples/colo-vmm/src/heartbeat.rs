@@ -2,17 +2,12 @@
 
 use std::error::Error;
 use std::hash::{BuildHasher, RandomState};
-use std::path::PathBuf;
-use std::str::FromStr;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use clap::Args;
 use colo_core::Role;
-use colo_core::arbiter::etcd::AddressError;
-use colo_core::arbiter::{
-    Arbiter, Etcd, EtcdAddress, EtcdOptions, Gateway, LockFile, Manual, Owner,
-};
+use colo_core::arbiter::Owner;
 use colo_core::heartbeat::{
     Endpoint, Guest, Heartbeat, HeartbeatConfig, HeartbeatReport, OnHeartbeatLoss, PeerState,
     Phase, Rhythm, StopReason,
@@ -21,6 +16,7 @@ use multifd::Address;
 use qmp_types::ColoHeartbeat;
 use uuid::Uuid;
 
+use crate::arbiter::ArbiterArgs;
 use crate::migration::Migration;
 
 /// How the other side's life is watched.
@@ -40,18 +36,8 @@ pub struct HeartbeatArgs {
     /// or stop for good.
     #[arg(long, default_value = "stop", value_name = "take-over|ask|stop")]
     on_heartbeat_loss: LossArg,
-    /// Who says which side goes on: none (only x-colo-lost-heartbeat does), file:PATH on storage
-    /// that both hosts have, or etcd:HOST:PORT[,HOST:PORT...][/KEY], by HTTP. KEY is colo/UUID if
-    /// none is named, and the same on both sides.
-    #[arg(
-        long,
-        default_value = "none",
-        value_name = "none|file:PATH|etcd:HOST:PORT,..."
-    )]
-    arbiter: ArbiterArg,
-    /// How long a right to run lasts that is not renewed, ms; the same on both sides.
-    #[arg(long, value_name = "MS", default_value_t = 1000, value_parser = clap::value_parser!(u64).range(100..=60_000))]
-    arbiter_term: u64,
+    #[command(flatten)]
+    arbiter: ArbiterArgs,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -59,28 +45,6 @@ enum LossArg {
     TakeOver,
     Ask,
     Stop,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq)]
-enum ArbiterArg {
-    None,
-    File(PathBuf),
-    Etcd(EtcdAddress),
-}
-
-impl FromStr for ArbiterArg {
-    type Err = String;
-
-    fn from_str(arg: &str) -> Result<Self, String> {
-        match arg.split_once(':') {
-            None if arg == "none" => Ok(Self::None),
-            Some(("file", path)) if !path.is_empty() => Ok(Self::File(path.into())),
-            Some(("etcd", address)) => Ok(Self::Etcd(
-                address.parse().map_err(|e: AddressError| e.to_string())?,
-            )),
-            _ => Err("expected none, file:PATH or etcd:HOST:PORT[,HOST:PORT...][/KEY]".into()),
-        }
-    }
 }
 
 impl HeartbeatArgs {
@@ -93,7 +57,7 @@ impl HeartbeatArgs {
     /// Starts what was asked for.
     ///
     /// # Errors
-    /// The address cannot be listened on.
+    /// The address cannot be listened on, or the arbiter cannot be had.
     pub fn start(
         &self,
         migration: &Arc<Migration>,
@@ -126,19 +90,7 @@ impl HeartbeatArgs {
             },
             endpoint,
         };
-        let (me, term) = (
-            Owner::new(process),
-            Duration::from_millis(self.arbiter_term),
-        );
-        let arbiter: Box<dyn Arbiter> = match &self.arbiter {
-            ArbiterArg::None => Box::new(Manual),
-            ArbiterArg::File(path) => Box::new(LockFile::new(path, session, me, term)),
-            ArbiterArg::Etcd(address) => {
-                let key = address.key().map_or(format!("colo/{uuid}"), str::to_owned);
-                let gateway = Gateway::new(address, &key, EtcdOptions::default())?;
-                Box::new(Etcd::new(gateway, session, me, term))
-            }
-        };
+        let arbiter = self.arbiter.arbiter(uuid, Owner::new(process))?;
         let guest = Arc::new(Fence(Arc::downgrade(migration)));
         let heartbeat = Heartbeat::start(config, migration.failover().clone(), arbiter, guest)
             .map_err(|error| format!("heartbeat at {address}: {error}"))?;
@@ -208,24 +160,5 @@ pub fn describe(report: &HeartbeatReport) -> ColoHeartbeat {
         arbiter_state: report.answer.clone(),
         generation: report.generation,
         refused: report.refused.clone(),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn an_arbiter_is_named_by_its_kind_and_place() {
-        assert_eq!("none".parse(), Ok(ArbiterArg::None));
-        assert_eq!("file:/a:b".parse(), Ok(ArbiterArg::File("/a:b".into())));
-        let etcd = "a:2379,[::1]:2379/colo/web".parse().unwrap();
-        assert_eq!(
-            "etcd:a:2379,[::1]:2379/colo/web".parse(),
-            Ok(ArbiterArg::Etcd(etcd))
-        );
-        for text in ["", "file:", "etcd:", "etcd:a", "etcd:a:1/", "zookeeper:a:1"] {
-            assert!(text.parse::<ArbiterArg>().is_err(), "{text}");
-        }
     }
 }

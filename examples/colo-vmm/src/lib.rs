@@ -35,13 +35,14 @@
 //! - [`vm`] and [`console`]: the machine with its run state, and the guest's output with its gate
 //! - [`outlet`]: writing where nobody may read
 //! - [`migration`]: the crates at work, live migration and COLO
-//! - [`heartbeat`]: whether the other side lives
+//! - [`heartbeat`]: whether the other side lives; [`arbiter`]: who says which side goes on
 //! - [`metrics`]: figures for Prometheus
 //! - [`monitor`], [`operator`] and [`qmp`]: what an operator can ask for, and how
 //! - [`lifecycle`]: a pair's life in one command each; [`demo`]: an operator of a pair, played
 //! - [`standby`]: guests of QEMU that are held, and restored when their primary is lost
 //! - [`cli`] and [`event_loop`]: the program; [`error_chain`]: what it says of an error
 
+pub mod arbiter;
 pub mod cli;
 pub mod console;
 pub mod demo;

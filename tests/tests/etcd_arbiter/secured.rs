@@ -4,6 +4,7 @@ use std::fs;
 use std::io::{Read, Write};
 use std::net::TcpListener;
 use std::path::Path;
+use std::process::{Command, Stdio};
 use std::sync::Barrier;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -13,7 +14,7 @@ use colo_core::arbiter::{Answer, Arbiter, Etcd as Right, Gateway, Register};
 use libtest_mimic::Trial;
 use tests::certificates::{Authority, Issued};
 use tests::etcd::{Etcd, Guard};
-use tests::{Result, harness};
+use tests::{Result, harness, vmm};
 
 use super::{A, B, LONG, SHORT, loses_to, patient, side_with, soon, wins};
 
@@ -56,6 +57,10 @@ pub fn trials() -> Vec<Trial> {
         harness::on_etcd(
             "certificates_and_passwords_that_are_replaced_meanwhile_are_read_again",
             replaced,
+        ),
+        harness::on_etcd(
+            "colo_vmm_that_etcd_will_not_be_content_with_does_not_start_and_says_why",
+            refused_at_start,
         ),
     ]
 }
@@ -443,4 +448,42 @@ fn replaced(program: &Path) -> Result<()> {
     fs::write(&password, "another\n")?;
     wins(&owner.hold(patient()))?;
     wins(&owner.claim(patient()))
+}
+
+fn refused_at_start(program: &Path) -> Result<()> {
+    let authority = Authority::new()?;
+    let server = authority.issue(&[HERE])?;
+    let etcd = Etcd::start_guarded(program, Guard::by_tls(&server))?;
+    etcd.enable_authentication(PASSWORD)?;
+    let dir = tempfile::tempdir()?;
+    let password = dir.path().join("password");
+    fs::write(&password, "another")?;
+    let another = Authority::new()?;
+    let arbiter = format!("etcd:{}", etcd.endpoint());
+    for (ca, why) in [
+        (
+            authority.certificate(),
+            r#"user "colo" is not authenticated"#,
+        ),
+        (another.certificate(), "its certificate is not accepted"),
+    ] {
+        let output = Command::new(vmm::program()?)
+            .args(["run", "--sim", "--memory", "16", "--serial", "null"])
+            .args(["--uuid", "8f2a3c1e-0b64-4f4e-9a53-4d1f6f0f7a11"])
+            .arg("--heartbeat")
+            .arg(format!("unix:{}", dir.path().join("beat").display()))
+            .args(["--on-heartbeat-loss", "ask", "--arbiter", &arbiter])
+            .arg("--etcd-ca")
+            .arg(ca)
+            .args(["--etcd-user", Etcd::USER, "--etcd-password-file"])
+            .arg(&password)
+            .env("RUST_LOG", "trace")
+            .stdin(Stdio::null())
+            .output()?;
+        let said = String::from_utf8(output.stderr)?;
+        assert!(!output.status.success(), "{said}");
+        assert!(said.contains(why), "{said}");
+        assert!(!said.contains("another"), "{said}");
+    }
+    Ok(())
 }
