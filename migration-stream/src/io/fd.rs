@@ -166,7 +166,10 @@ impl FdChannel {
     ) -> io::Result<bool> {
         if self.is_tcp {
             let soon = Instant::now() + CONFIRM_AFTER;
-            if poll(fds, Some(deadline.map_or(soon, |deadline| deadline.min(soon))))? {
+            if poll(
+                fds,
+                Some(deadline.map_or(soon, |deadline| deadline.min(soon))),
+            )? {
                 return Ok(true);
             }
             // Without it the peer waits, and that is all.
