@@ -109,10 +109,17 @@ impl Line {
 
     /// The next whole answer; `None` at the deadline, or if no more will come.
     fn next(&mut self, deadline: Instant) -> Result<Option<Answer>> {
+        let text = self.next_text(deadline)?;
+        text.map(|text| Answer::parse(&text)).transpose()
+    }
+
+    /// The next text up to a line feed, likewise.
+    fn next_text(&mut self, deadline: Instant) -> Result<Option<Vec<u8>>> {
         loop {
             if let Some(end) = self.rest.iter().position(|b| *b == b'\n') {
-                let line: Vec<u8> = self.rest.drain(..=end).collect();
-                return Answer::parse(&line[..end]).map(Some);
+                let mut text: Vec<u8> = self.rest.drain(..=end).collect();
+                text.truncate(end);
+                return Ok(Some(text));
             }
             let more = self.output.more(self.read, deadline);
             if more.is_empty() {
@@ -181,6 +188,15 @@ impl Client {
             self.repeated += 1;
         }
         Ok(())
+    }
+
+    /// Whether this is how an answer to a beginning of the history ends, the whole of it not.
+    fn is_end_of_answer(&self, text: &[u8]) -> bool {
+        let mut answers = (0..).zip(&self.digests);
+        answers.any(|(count, digest): (usize, _)| {
+            let whole = format!("{count:08x} {digest:08x}");
+            text.len() < whole.len() && whole.as_bytes().ends_with(text)
+        })
     }
 
     /// So many checkpoints have been reported before now. The next may have begun already, the one
@@ -300,8 +316,15 @@ fn fail_over(client: &mut Client, guest: &mut Succession, line: &mut Line) -> Re
     *line = Line::of(survivor.stdout());
     survivor.type_in(&[ASK])?;
     let deadline = Instant::now() + PATIENCE;
+    let mut is_first = true;
     loop {
-        let answer = line.next(deadline)?.ok_or("the survivor does not answer")?;
+        let text = line.next_text(deadline)?;
+        let text = text.ok_or("the survivor does not answer")?;
+        // It is heard from the byte behind the checkpoint on, which may be within an answer.
+        if std::mem::take(&mut is_first) && client.is_end_of_answer(&text) {
+            continue;
+        }
+        let answer = Answer::parse(&text)?;
         if answer.asked {
             return client.resume(answer);
         }
