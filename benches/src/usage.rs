@@ -3,6 +3,7 @@
 use std::fs;
 use std::io;
 use std::ops::Range;
+use std::path::Path;
 use std::time::Duration;
 
 use nix::errno::Errno;
@@ -27,13 +28,11 @@ impl CpuTime {
     pub fn of(process: u32, is_vcpu: impl Fn(&str) -> bool) -> io::Result<Self> {
         let mut vcpus = Duration::ZERO;
         for thread in fs::read_dir(format!("/proc/{process}/task"))? {
-            let path = thread?.path();
-            let name = fs::read_to_string(path.join("comm"))?;
-            if is_vcpu(name.trim_end()) {
-                // Nanoseconds on a CPU, waiting for one, and how often.
-                let spent = fs::read_to_string(path.join("schedstat"))?;
-                vcpus += number(spent.split_whitespace().next()).map(Duration::from_nanos)?;
-            }
+            vcpus += match vcpu_time(&thread?.path(), &is_vcpu) {
+                // It has ended meanwhile.
+                Err(e) if is_gone(&e) => Duration::ZERO,
+                time => time?,
+            };
         }
         let process = i32::try_from(process).map_err(io::Error::other)?;
         // Finer than the hundredths of a second in /proc/PID/stat.
@@ -50,6 +49,22 @@ impl CpuTime {
             vcpus: self.vcpus.saturating_sub(earlier.vcpus),
         }
     }
+}
+
+/// What a thread has spent, if it runs a vCPU.
+fn vcpu_time(thread: &Path, is_vcpu: impl Fn(&str) -> bool) -> io::Result<Duration> {
+    let name = fs::read_to_string(thread.join("comm"))?;
+    if !is_vcpu(name.trim_end()) {
+        return Ok(Duration::ZERO);
+    }
+    // Nanoseconds on a CPU, waiting for one, and how often.
+    let spent = fs::read_to_string(thread.join("schedstat"))?;
+    number(spent.split_whitespace().next()).map(Duration::from_nanos)
+}
+
+/// Before its file was opened, or before it was read.
+fn is_gone(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(libc::ESRCH)
 }
 
 /// What everything on the machine has used of its CPUs since it was started.
