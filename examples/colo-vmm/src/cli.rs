@@ -174,7 +174,7 @@ struct RunArgs {
     #[arg(long)]
     prealloc: bool,
     /// Do not ask for huge pages for guest RAM. With them there are fewer page faults, and pages are
-    /// lent to a peer on the same host sooner, but a byte that is written may take 2 MiB.
+    /// lent to a peer on the same host at less cost, but a byte that is written may take 2 MiB.
     #[arg(long)]
     no_huge_pages: bool,
     /// As a source with multifd compressed by zstd, go up with the level where the network is the
