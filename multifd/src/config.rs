@@ -301,7 +301,9 @@ pub struct MultifdConfig {
     pub lend_pages: bool,
     /// The VM's UUID, all zero if it has none.
     pub uuid: [u8; 16],
-    /// How long a wait without a deadline of its own goes on while no channel completes a packet.
+    /// How long a wait without a deadline of its own goes on while no channel completes a packet:
+    /// as long as a connection may be silent. The set waits half as long again, so that it is the
+    /// channel whose peer does nothing that reports it.
     pub stall_limit: Duration,
 }
 

@@ -112,9 +112,15 @@ impl<T> Crew<T> {
         Ok(())
     }
 
-    /// How long the owner waits: until `deadline`, or while there is progress.
+    /// How long the owner waits: until `deadline`, or while there is progress. Without a deadline it
+    /// has more patience than a channel whose peer does nothing, which may have begun to wait later
+    /// and whose error says more.
     pub(crate) fn patience(&self, deadline: Option<Instant>, state: &State<T>) -> Patience {
-        Patience::new(deadline, self.limit, state.progress)
+        Patience::new(
+            deadline,
+            self.limit.saturating_add(self.limit / 2),
+            state.progress,
+        )
     }
 
     /// Records the error if it is the first, and ends all channels.
