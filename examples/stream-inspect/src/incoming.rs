@@ -328,6 +328,10 @@ impl ByteSource for Counted {
     fn set_read_deadline(&mut self, deadline: Option<Instant>) {
         self.source.set_read_deadline(deadline);
     }
+
+    fn confirm_when_it_suits(&mut self) {
+        self.source.confirm_when_it_suits();
+    }
 }
 
 /// Why a source's stream could not be had.

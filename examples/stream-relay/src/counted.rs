@@ -47,6 +47,10 @@ impl<T: ByteSource> ByteSource for Counted<T> {
         self.inner.set_read_deadline(deadline);
     }
 
+    fn confirm_when_it_suits(&mut self) {
+        self.inner.confirm_when_it_suits();
+    }
+
     fn seek(&mut self, offset: u64) -> io::Result<()> {
         self.inner.seek(offset)
     }

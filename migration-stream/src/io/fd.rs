@@ -33,7 +33,8 @@ const CONFIRM_AFTER: Duration = Duration::from_micros(200);
 pub struct FdChannel {
     fd: Arc<OwnedFd>,
     is_socket: bool,
-    is_tcp: bool,
+    /// What has come over TCP is confirmed early if nothing follows it soon.
+    confirms_early: bool,
     limit: Duration,
     read_deadline: Option<Instant>,
     write_deadline: Option<Instant>,
@@ -77,7 +78,7 @@ impl FdChannel {
         };
         let protocol = option(fd.as_fd(), libc::SOL_SOCKET, libc::SO_PROTOCOL);
         Ok(Self {
-            is_tcp: protocol.is_ok_and(|protocol| protocol == libc::IPPROTO_TCP),
+            confirms_early: protocol.is_ok_and(|protocol| protocol == libc::IPPROTO_TCP),
             fd: Arc::new(fd),
             is_socket,
             limit,
@@ -94,7 +95,7 @@ impl FdChannel {
         Self {
             fd: Arc::clone(&self.fd),
             is_socket: self.is_socket,
-            is_tcp: self.is_tcp,
+            confirms_early: self.confirms_early,
             limit: self.limit,
             read_deadline: None,
             write_deadline: None,
@@ -164,7 +165,7 @@ impl FdChannel {
         fds: &mut [libc::pollfd; 2],
         deadline: Option<Instant>,
     ) -> io::Result<bool> {
-        if self.is_tcp {
+        if self.confirms_early {
             let soon = Instant::now() + CONFIRM_AFTER;
             if poll(
                 fds,
@@ -423,6 +424,10 @@ impl ByteSource for FdChannel {
         } else {
             Readiness::Channel
         })
+    }
+
+    fn confirm_when_it_suits(&mut self) {
+        self.confirms_early = false;
     }
 
     fn set_read_deadline(&mut self, deadline: Option<Instant>) {

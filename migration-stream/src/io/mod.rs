@@ -136,6 +136,10 @@ pub trait ByteSource: Send {
     /// No read may wait longer than until `deadline`; `None`: the transport's own limit.
     fn set_read_deadline(&mut self, deadline: Option<Instant>);
 
+    /// The peer sends whatever was confirmed to it (with `TCP_NODELAY`): no confirmation need be hastened,
+    /// which costs a timer for every wait.
+    fn confirm_when_it_suits(&mut self) {}
+
     /// What is read next comes from byte `offset` of the file that this is.
     ///
     /// # Errors
@@ -191,6 +195,9 @@ impl<T: ByteSource + ?Sized> ByteSource for Box<T> {
     }
     fn set_read_deadline(&mut self, deadline: Option<Instant>) {
         (**self).set_read_deadline(deadline);
+    }
+    fn confirm_when_it_suits(&mut self) {
+        (**self).confirm_when_it_suits();
     }
     fn seek(&mut self, offset: u64) -> io::Result<()> {
         (**self).seek(offset)

@@ -142,7 +142,9 @@ impl<S: PageStore + 'static> RecvSet<S> {
             config.stall_limit,
         ));
         let mut threads = Threads::new(Arc::clone(&crew));
-        for (id, source) in (0..count).zip(sources) {
+        for (id, mut source) in (0..count).zip(sources) {
+            // Packets leave a sender at once, QEMU as well.
+            source.confirm_when_it_suits();
             let decoder = config
                 .compression
                 .decoder()

@@ -38,7 +38,7 @@ pub(super) struct Reader<'a, S> {
     block: Option<BlockId>,
     /// Where the payload goes, one slice for pages that follow each other.
     landing: Vec<VolatileSlice<'a>>,
-    /// A compressed payload, and the header that may come along behind it.
+    /// A compressed payload.
     compressed: Vec<u8>,
     idle_until: Option<Instant>,
 }
@@ -62,7 +62,7 @@ impl<'a, S: PageStore> Reader<'a, S> {
         id: u8,
     ) -> Self {
         let room = if decoder.is_some() {
-            MAX_COMPRESSED_LEN as usize + HEADER_LEN
+            MAX_COMPRESSED_LEN as usize
         } else {
             0
         };
@@ -294,18 +294,15 @@ impl<'a, S: PageStore> Reader<'a, S> {
         self.source.set_read_deadline(None);
         let mut got = 0;
         while got < len {
-            match self
-                .source
-                .read(&mut self.compressed[got..len + HEADER_LEN])
-            {
+            let rest = VolatileSlice::from(&mut self.compressed[got..len]);
+            let n = match self.source.read_scatter(&[rest], &mut self.header) {
                 Ok(0) => return Err(self.eof(Part::Payload, got, len)),
-                Ok(n) => got = (got + n).min(len + HEADER_LEN),
+                Ok(n) => n,
                 Err(e) => return Err(self.broken(Part::Payload, e)),
-            }
+            };
+            self.have = n.saturating_sub(len - got).min(HEADER_LEN);
+            got += n;
         }
-        let beyond = &self.compressed[len..got.max(len)];
-        self.header[..beyond.len()].copy_from_slice(beyond);
-        self.have = beyond.len();
         let index = self.index;
         match &mut self.decoder {
             // A packet of zero pages alone is not part of the compressed stream.

@@ -109,6 +109,11 @@ fn what_tcp_has_received_is_confirmed_at_once_by_who_waits() {
     be_late(&channel);
     channel.wait(None, Some(Instant::now() + SHORT)).unwrap();
     assert!(is_prompt(&channel));
+    // Nobody waits for the confirmation.
+    channel.confirm_when_it_suits();
+    be_late(&channel);
+    channel.read(&mut [0; 4]).unwrap_err();
+    assert!(!is_prompt(&channel));
 }
 
 #[test]
