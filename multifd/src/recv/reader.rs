@@ -130,6 +130,11 @@ impl<'a, S: PageStore> Reader<'a, S> {
             } else {
                 None
             });
+            if self.have == 0 {
+                // A read that found nothing would be one call more, and mostly there is nothing yet.
+                let waited = self.source.wait(None, self.idle_until);
+                waited.map_err(|e| self.broken(Part::Header, e))?;
+            }
             match self.source.read(&mut self.header[self.have..]) {
                 Ok(0) if self.have == 0 => return Ok(None),
                 Ok(0) => return Err(self.eof(Part::Header, self.have, wanted)),
