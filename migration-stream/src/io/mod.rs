@@ -136,8 +136,8 @@ pub trait ByteSource: Send {
     /// No read may wait longer than until `deadline`; `None`: the transport's own limit.
     fn set_read_deadline(&mut self, deadline: Option<Instant>);
 
-    /// The peer sends whatever was confirmed to it (with `TCP_NODELAY`): no confirmation need be hastened,
-    /// which costs a timer for every wait.
+    /// The peer never waits for confirmations before it sends on (it has `TCP_NODELAY`): none need be
+    /// hastened, which costs a timer for every wait.
     fn confirm_when_it_suits(&mut self) {}
 
     /// What is read next comes from byte `offset` of the file that this is.
