@@ -76,7 +76,8 @@ impl InetSocketAddress {
     /// Host and port as [`std::net::ToSocketAddrs`] takes them: `host:port`, `[::1]:port`.
     #[must_use]
     pub fn authority(&self) -> String {
-        if self.host.contains(':') {
+        // A host that begins with a bracket is read as one in brackets.
+        if self.host.contains(':') || self.host.starts_with('[') {
             format!("[{}]:{}", self.host, self.port)
         } else {
             format!("{}:{}", self.host, self.port)
@@ -88,6 +89,7 @@ impl InetSocketAddress {
         let malformed = || QmpError::generic(format!("error parsing address '{text}'"));
         let (host, after) = if let Some(rest) = text.strip_prefix('[') {
             rest.split_once("]:")
+                .filter(|(host, _)| !host.is_empty())
                 .ok_or_else(|| QmpError::generic(format!("error parsing IPv6 address '{text}'")))?
         } else {
             text.split_once(':').ok_or_else(malformed)?

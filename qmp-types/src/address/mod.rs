@@ -378,6 +378,9 @@ mod tests {
                     args: vec!["/bin/sh".into(), "-c".into(), "cat >x".into()],
                 },
             ),
+            // QEMU 11.1.3 reads such hosts, and says that they do not resolve.
+            ("tcp:[[]:a", inet("[", "a")),
+            ("tcp:a]b:1", inet("a]b", "1")),
             (
                 "rdma:h:1",
                 MigrationAddress::Rdma(InetSocketAddress::new("h", "1")),
@@ -413,6 +416,7 @@ mod tests {
             ("tcp:localhost", "error parsing address 'localhost'"),
             ("tcp:localhost:", "error parsing address 'localhost:'"),
             ("tcp:[::1", "error parsing IPv6 address '[::1'"),
+            ("tcp:[]:1", "error parsing IPv6 address '[]:1'"),
             ("tcp:localhost:1,foo=1", "Invalid parameter 'foo'"),
             ("tcp:localhost:1,to=x", "Parameter 'to' expects a number"),
             ("unix:", "invalid Unix socket address"),
