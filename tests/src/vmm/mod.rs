@@ -143,18 +143,21 @@ impl Vmm {
         self.listens_at()
     }
 
-    /// Where it listens, as a URI.
+    /// Where it listens, as a URI. A standby answers before it listens.
     ///
     /// # Errors
-    /// Nowhere.
+    /// Nowhere within [`PATIENCE`].
     pub fn listens_at(&mut self) -> Result<String> {
-        let address = self.migration()?["socket-address"][0].take();
-        let text = |key: &str| address[key].as_str().unwrap_or_default().to_owned();
-        match address["type"].as_str() {
-            Some("inet") => Ok(format!("tcp:{}:{}", text("host"), text("port"))),
-            Some("unix") => Ok(format!("unix:{}", text("path"))),
-            _ => Err(format!("listens nowhere: {address}").into()),
-        }
+        self.poll("a place where it listens", |vmm| {
+            let migration = vmm.migration()?;
+            let address = &migration["socket-address"][0];
+            let text = |key: &str| address[key].as_str().unwrap_or_default().to_owned();
+            Ok(match address["type"].as_str() {
+                Some("inet") => Some(format!("tcp:{}:{}", text("host"), text("port"))),
+                Some("unix") => Some(format!("unix:{}", text("path"))),
+                _ => None,
+            })
+        })
     }
 
     /// What `query-migrate` answers.
