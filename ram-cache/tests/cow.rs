@@ -148,6 +148,33 @@ mod tests {
     }
 
     #[test]
+    fn a_copy_that_no_log_knows_of_hides_nothing_that_arrives() {
+        let secondary = Secondary::new();
+        let copy_of = |page: usize| {
+            let memory = secondary.guest.get_slice(page * PAGE, 1).unwrap();
+            let mut byte = [0u8];
+            memory.copy_to(&mut byte);
+            memory.copy_from(&byte);
+        };
+        // Pages that arrive, as data and as zero; and one that does not.
+        [70, 71, 75, 79].into_iter().for_each(copy_of);
+        assert_eq!(secondary.copies(), [70, 71, 75, 79]);
+        (64..72).for_each(|page| secondary.receive(page, 9));
+        let zero = |page: usize| secondary.cache.zero(0, (page * PAGE) as u64, PAGE).unwrap();
+        (72..79).for_each(zero);
+        secondary.commit();
+        assert!((64..72).all(|page| secondary.byte(page) == 9));
+        assert!((72..79).all(|page| secondary.byte(page) == 0));
+        assert_eq!(secondary.byte(79), 1);
+        // They are known from now on.
+        (70..80).for_each(|page| secondary.receive(page, 3));
+        assert_eq!((secondary.byte(70), secondary.byte(75)), (9, 0));
+        copy_of(72);
+        secondary.commit();
+        assert!((70..80).all(|page| secondary.byte(page) == 3));
+    }
+
+    #[test]
     fn a_log_that_names_every_page_makes_no_copies() {
         let secondary = Secondary::new();
         secondary.write(3, 2);

@@ -28,9 +28,9 @@ enum Todo {
 }
 
 impl Todo {
-    /// What the page needs, `used` saying whether its base may be other than zero.
-    fn of(entry: Entry, used: bool) -> Self {
-        let guest = entry.is_private();
+    /// What the page needs, `used` saying whether its base may be other than zero, and `guest` whether
+    /// the guest has a copy of it.
+    fn of(entry: Entry, used: bool, guest: bool) -> Self {
         match entry.slot() {
             _ if entry.is_zero() && (used || guest) => Self::Zero { base: used, guest },
             _ if entry.is_zero() => Self::Nothing,
@@ -55,6 +55,15 @@ impl Todo {
     }
 }
 
+/// Whether putting the page in place writes all of its base.
+fn changes_base(entry: Entry, used: bool) -> bool {
+    if entry.is_zero() {
+        used
+    } else {
+        entry.slot().is_some()
+    }
+}
+
 /// The commit of a part of a block, on one thread.
 pub(super) struct Commit<'a> {
     pub(super) block: &'a CowBlock,
@@ -67,9 +76,10 @@ impl Commit<'_> {
     /// Puts what is dirty in some words of the block's bitmaps in place.
     pub(super) fn words(&self, words: Range<usize>) -> Result<FlushReport, CacheError> {
         let block = self.block;
-        // Before anything changes: what the guest has a copy of would not be seen in the base.
         let dirty = |word| block.received.word(word) | block.dirtied.word(word);
-        block.find_copies(words.clone(), dirty, self.pagemap)?;
+        // Before anything changes: of a page that is not received the guest's copy must be known to be
+        // one. Of a page that is received it is seen when its base changes.
+        block.find_copies(words.clone(), |word| block.dirtied.word(word), self.pagemap)?;
         let mut report = FlushReport::default();
         let mut run: Option<(Todo, Range<usize>)> = None;
         for word in words {
@@ -78,7 +88,6 @@ impl Commit<'_> {
             }
             let dirtied = block.dirtied.take_word(word);
             let mut dirty = block.received.take_word(word) | dirtied;
-            self.note_cold(word, dirtied)?;
             report.pages += u64::from(dirty.count_ones());
             let used = block.used.word(word);
             let mut newly_used = 0;
@@ -87,7 +96,10 @@ impl Commit<'_> {
                 dirty &= dirty - 1;
                 let page = word * WORD_BITS + bit;
                 let entry = block.table.settle(page);
-                let todo = Todo::of(entry, used >> bit & 1 != 0);
+                let used = used >> bit & 1 != 0;
+                let guest = entry.is_private()
+                    || (changes_base(entry, used) && block.turns_out_private(page)?);
+                let todo = Todo::of(entry, used, guest);
                 if todo == Todo::Nothing {
                     continue;
                 }
@@ -112,6 +124,7 @@ impl Commit<'_> {
                     .or_word((word * WORD_BITS) as u64, newly_used)
                     .map_err(|source| block.spec.bitmap_error(source))?;
             }
+            self.note_cold(word, dirtied)?;
         }
         self.carry_out(run, &mut report)?;
         report.bytes = report.pages * PAGE_SIZE;

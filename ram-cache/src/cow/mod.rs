@@ -45,8 +45,9 @@ use crate::{PAGE_BYTES, PAGE_SIZE};
 /// have made copies of page addresses that outlast a change of the mapping without being told (KVM is
 /// told). The memory must not be locked.
 ///
-/// The hypervisor's dirty log need not know of every copy that the guest has: of pages that arrive and
-/// of those in the log the kernel is asked (`/proc/self/pagemap`, opened when the cache is made).
+/// The hypervisor's dirty log need not know of every copy that the guest has: of pages in the log the
+/// kernel is asked (`/proc/self/pagemap`, opened when the cache is made), and whether the guest has a
+/// copy of a page that arrives is seen when the commit changes the base.
 ///
 /// # When it is released
 /// The guest goes on with the mapping that it has. A page that it shares with the base until it
@@ -114,25 +115,14 @@ impl CowCache {
         self.in_colo.load(Ordering::Acquire)
     }
 
-    fn commit_words(&self, share: &Share<'_>, bytes: u64) -> Result<FlushReport, CacheError> {
+    fn commit_words(&self, share: &Share<'_>, copier: &Copier) -> Result<FlushReport, CacheError> {
         Commit {
             block: share.block,
             staging: &self.staging,
             pagemap: &self.pagemap,
-            copier: &Copier::for_flush(bytes),
+            copier,
         }
         .words(share.words.clone())
-    }
-
-    /// All words of all blocks, cut into pieces with about `pages` dirty pages each.
-    fn shares(&self, pages: u64) -> Vec<Share<'_>> {
-        self.blocks
-            .iter()
-            .flat_map(|block| {
-                let words = block.shares(pages).into_iter();
-                words.map(move |words| Share { block, words })
-            })
-            .collect()
     }
 }
 
@@ -194,17 +184,29 @@ impl RamCache for CowCache {
         _stopped: GuestStopped<'_>,
         pool: &FlushPool,
     ) -> Result<FlushReport, CacheError> {
-        let bytes = self.dirty_pages() * PAGE_SIZE;
-        let report = match pool.share(bytes) {
-            None => self
-                .shares(u64::MAX)
+        let work: Vec<_> = self.blocks.iter().map(|b| (b, b.work())).collect();
+        let bytes = work.iter().map(|(_, work)| work.pages).sum::<u64>() * PAGE_SIZE;
+        let share = pool.share(bytes);
+        let shares: Vec<_> = (work.into_iter())
+            .flat_map(|(block, work)| {
+                let words = match share {
+                    None => work.words,
+                    Some(bytes) => block.shares(&work.words, bytes / PAGE_SIZE),
+                };
+                words.into_iter().map(move |words| Share { block, words })
+            })
+            .collect();
+        let copier = || Copier::for_flush(bytes);
+        let report = if share.is_none() {
+            let copier = copier();
+            shares
                 .iter()
                 .try_fold(FlushReport::default(), |sum, share| {
-                    Ok(sum + self.commit_words(share, bytes)?)
-                })?,
-            Some(share) => pool.run(&self.shares(share / PAGE_SIZE), |share| {
-                self.commit_words(share, bytes)
-            })?,
+                    Ok::<_, CacheError>(sum + self.commit_words(share, &copier)?)
+                })?
+        } else {
+            // A copier for each share: dropped by its thread, it orders that thread's copies.
+            pool.run(&shares, |share| self.commit_words(share, &copier()))?
         };
         self.staging.clear()?;
         self.is_fresh.store(true, Ordering::Release);

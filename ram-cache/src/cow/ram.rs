@@ -39,6 +39,15 @@ pub(super) struct CowBlock {
     pub(super) used: DirtyBitmap,
 }
 
+/// What a commit has to look at in a block.
+#[derive(Debug, Default)]
+pub(super) struct Work {
+    /// Ranges of words in which something is dirty, or the guest has a copy.
+    pub(super) words: Vec<Range<usize>>,
+    /// Pages that are dirty.
+    pub(super) pages: u64,
+}
+
 impl AsRef<CacheBlockSpec> for CowBlock {
     fn as_ref(&self) -> &CacheBlockSpec {
         &self.spec
@@ -207,27 +216,42 @@ impl CowBlock {
     }
 
     pub(super) fn dirty_pages(&self) -> u64 {
-        (0..self.received.word_count())
-            .map(|word| self.received.word(word) | self.dirtied.word(word))
-            .filter(|&bits| bits != 0)
-            .map(|bits| u64::from(bits.count_ones()))
-            .sum()
+        self.work().pages
     }
 
-    /// All words, cut into ranges with about `pages` dirty pages each.
-    pub(super) fn shares(&self, pages: u64) -> Vec<Range<usize>> {
-        let words = self.received.word_count();
-        let (mut shares, mut start, mut dirty) = (Vec::new(), 0, 0);
-        for word in 0..words {
-            let bits = self.received.word(word) | self.dirtied.word(word);
-            dirty += u64::from(bits.count_ones());
-            if dirty >= pages.max(1) {
-                shares.push(start..word + 1);
-                (start, dirty) = (word + 1, 0);
+    /// What a commit has to look at: in a large guest most words have nothing in any bitmap, and one
+    /// look at each is enough.
+    pub(super) fn work(&self) -> Work {
+        let mut work = Work::default();
+        for word in 0..self.received.word_count() {
+            let dirty = self.received.word(word) | self.dirtied.word(word);
+            if dirty | self.private.word(word) | self.cold.word(word) != 0 {
+                work.pages += u64::from(dirty.count_ones());
+                match work.words.last_mut() {
+                    Some(last) if last.end == word => last.end += 1,
+                    _ => work.words.push(word..word + 1),
+                }
             }
         }
-        if start < words {
-            shares.push(start..words);
+        work
+    }
+
+    /// Those words cut into ranges with about `pages` dirty pages each.
+    pub(super) fn shares(&self, words: &[Range<usize>], pages: u64) -> Vec<Range<usize>> {
+        let mut shares = Vec::new();
+        for range in words {
+            let (mut start, mut dirty) = (range.start, 0);
+            for word in range.clone() {
+                let bits = self.received.word(word) | self.dirtied.word(word);
+                dirty += u64::from(bits.count_ones());
+                if dirty >= pages.max(1) {
+                    shares.push(start..word + 1);
+                    (start, dirty) = (word + 1, 0);
+                }
+            }
+            if start < range.end {
+                shares.push(start..range.end);
+            }
         }
         shares
     }
@@ -271,14 +295,40 @@ impl CowBlock {
         pagemap
             .own_pages(address, pages.len(), |index| {
                 let page = pages.start + index;
-                // The table decides; the bitmap must not have a page that is not private there.
-                self.table.set_private(page);
-                if let Err(error) = self.set(&self.private, &(page..page + 1)) {
+                if let Err(error) = self.note_copies(page..page + 1) {
                     result = Err(error);
                 }
             })
             .map_err(CacheError::Pagemap)?;
         result
+    }
+
+    /// Whether the guest, which is stopped, has a copy of a page of which that is not known. It is
+    /// found by changing the base, all of which the caller writes next: the guest's mapping shows the
+    /// change, or its own copy. That takes a fifth of asking the kernel.
+    pub(super) fn turns_out_private(&self, page: usize) -> Result<bool, CacheError> {
+        let (offset, _) = bytes_of(&(page..page + 1));
+        let outside = |_| self.spec.out_of_block(offset as u64, size_of::<u64>());
+        let base = self.base_slice(offset, size_of::<u64>())?;
+        let guest = self.spec.guest_slice(offset, size_of::<u64>())?;
+        // Volatile accesses, in this order. The two addresses may be of the same memory, which every
+        // processor keeps coherent with itself.
+        let base = base.get_ref::<u64>(0).map_err(outside)?;
+        let guest = guest.get_ref::<u64>(0).map_err(outside)?;
+        let before = guest.load();
+        base.store(!before);
+        let is_private = guest.load() == before;
+        if is_private {
+            self.note_copies(page..page + 1)?;
+        }
+        Ok(is_private)
+    }
+
+    /// Notes that the guest has copies of some pages.
+    fn note_copies(&self, pages: Range<usize>) -> Result<(), CacheError> {
+        // The table decides; the bitmap must not have a page that is not private there.
+        pages.clone().for_each(|page| self.table.set_private(page));
+        self.set(&self.private, &pages)
     }
 
     /// Drops all of the guest's own copies.
