@@ -225,6 +225,45 @@ fn pages_in_any_order_and_a_page_twice_are_taken() {
 }
 
 #[test]
+fn what_comes_along_with_packets_without_a_payload_is_what_it_would_be_alone() {
+    let zeroes = |page: u64| {
+        packet(
+            &PacketHeader {
+                zero: &[page * PAGE as u64],
+                ..header(&[])
+            },
+            &[],
+        )
+    };
+    // All at once, and in pieces that end where no packet does: few packets in a row, and so many
+    // that the channel lets them gather.
+    for (count, piece) in [(3, usize::MAX), (200, usize::MAX), (200, 1000), (7, 4097)] {
+        let r = start(1);
+        let mut bytes = Vec::new();
+        let mut payload = vec![5; PAGE];
+        payload.extend([6; PAGE]);
+        for (first, second) in [(1, 2), (3, 9)] {
+            bytes.extend(packet(&header(&[0x7000, 0x8000]), &vec![4; 2 * PAGE]));
+            (0..count).for_each(|index| bytes.extend(zeroes(7 + index % 2)));
+            let offsets = [first, second].map(|page: u64| page * PAGE as u64);
+            bytes.extend(packet(&header(&offsets), &payload));
+            (0..count).for_each(|_| bytes.extend(zeroes(10)));
+            bytes.extend(sync());
+        }
+        let (peer, mut barrier) = (&r.peers[0], r.set.barrier());
+        thread::scope(|scope| {
+            scope.spawn(|| bytes.chunks(piece).for_each(|piece| write(peer, piece)));
+            barrier.set_deadline(Some(Instant::now() + LIMIT));
+            barrier.flush().unwrap();
+            barrier.flush().unwrap();
+        });
+        for (page, byte) in [(1, 5), (2, 6), (3, 5), (7, 0), (8, 0), (9, 6)] {
+            assert_eq!(r.set.store().page(0, page), [byte; PAGE], "page {page}");
+        }
+    }
+}
+
+#[test]
 fn a_peer_that_stops_inside_a_packet_is_late() {
     let config = MultifdConfig {
         stall_limit: Duration::from_millis(50),

@@ -7,6 +7,7 @@
 //! COLO does when it takes over from precopy, does so in [`RecvSet::between_packets`], during which
 //! no channel is inside a packet, whatever the peer sends.
 
+mod ahead;
 mod reader;
 mod rendezvous;
 

@@ -8,6 +8,7 @@ use migration_stream::ram::BlockId;
 use migration_stream::{MemoryError, PageStore, prepare_range};
 use vm_memory::VolatileSlice;
 
+use super::ahead::Ahead;
 use super::rendezvous::Rendezvous;
 use crate::compression::Decoder;
 use crate::crew::Crew;
@@ -31,9 +32,10 @@ pub(super) struct Reader<'a, S> {
     id: u8,
     /// Packets read on this channel.
     index: u64,
-    /// The next header, as far as it came along with a payload.
-    header: [u8; HEADER_LEN],
-    have: usize,
+    /// The next header, as far as it came along with what was before it, and maybe more of them.
+    ahead: Ahead,
+    /// Packets without a payload since the last one with.
+    bare: u32,
     /// The block of the last packet: a channel's packets are mostly of one.
     block: Option<BlockId>,
     /// Where the payload goes, one slice for pages that follow each other.
@@ -42,6 +44,13 @@ pub(super) struct Reader<'a, S> {
     compressed: Vec<u8>,
     idle_until: Option<Instant>,
 }
+
+/// After so many packets in a row that bring no bytes (zero pages, 16 MiB of them) a channel
+/// lets some gather: each takes a sender longer to find than this thread to take, and waking it
+/// for every one keeps the sender from its work.
+const MANY_BARE: u32 = 32;
+/// How long.
+const GATHER: Duration = Duration::from_micros(400);
 
 /// Bytes of device state for which memory is taken at a time.
 const DEVICE_STATE_STEP: usize = 1 << 20;
@@ -74,8 +83,8 @@ impl<'a, S: PageStore> Reader<'a, S> {
             method,
             id,
             index: 0,
-            header: [0; HEADER_LEN],
-            have: 0,
+            ahead: Ahead::new(),
+            bare: 0,
             block: None,
             landing: Vec::with_capacity(PAGES_PER_PACKET),
             compressed: vec![0; room],
@@ -110,7 +119,7 @@ impl<'a, S: PageStore> Reader<'a, S> {
         let mut kind = None;
         loop {
             if kind.is_none()
-                && let Some(prefix) = self.header[..self.have].first_chunk::<PREFIX_LEN>()
+                && let Some(prefix) = self.ahead.bytes().first_chunk::<PREFIX_LEN>()
             {
                 let found = PacketView::check_prefix(prefix).map_err(|e| self.bad(e))?;
                 if found == PacketKind::DeviceState && self.devices.is_none() {
@@ -122,42 +131,51 @@ impl<'a, S: PageStore> Reader<'a, S> {
                 Some(PacketKind::DeviceState) => DEVICE_STATE_HEADER_LEN,
                 _ => HEADER_LEN,
             };
-            if self.have >= wanted {
+            let have = self.ahead.len();
+            if have >= wanted {
                 return Ok(kind);
             }
-            self.source.set_read_deadline(if self.have == 0 {
-                self.idle_until
-            } else {
-                None
-            });
-            if self.have == 0 {
+            self.source
+                .set_read_deadline(if have == 0 { self.idle_until } else { None });
+            if have == 0 {
+                if self.bare >= MANY_BARE {
+                    std::thread::sleep(GATHER);
+                }
                 // A read that found nothing would be one call more, and mostly there is nothing yet.
                 let waited = self.source.wait(None, self.idle_until);
                 waited.map_err(|e| self.broken(Part::Header, e))?;
             }
-            match self.source.read(&mut self.header[self.have..]) {
-                Ok(0) if self.have == 0 => return Ok(None),
-                Ok(0) => return Err(self.eof(Part::Header, self.have, wanted)),
-                Ok(n) => self.have = (self.have + n).min(HEADER_LEN),
+            // Of a payload nothing is to be read here: it would be copied once more.
+            match self.source.read(self.ahead.room(self.bare > 0)) {
+                Ok(0) if have == 0 => return Ok(None),
+                Ok(0) => return Err(self.eof(Part::Header, have, wanted)),
+                Ok(n) => self.ahead.filled(n),
                 Err(e) => return Err(self.broken(Part::Header, e)),
             }
         }
     }
 
     fn take_packet(&mut self) -> Result<After, ChannelError> {
-        let header = PacketView::unfill(&self.header, self.method).map_err(|e| self.bad(e))?;
+        let Some(header) = self.ahead.bytes().first_chunk().copied() else {
+            return Ok(After::Next);
+        };
+        self.ahead.consume(HEADER_LEN);
+        let header = PacketView::unfill(&header, self.method).map_err(|e| self.bad(e))?;
         let after = if header.is_sync() {
             After::Sync
         } else {
             After::Next
         };
-        self.have = 0;
+        let bare = std::mem::take(&mut self.bare);
         if !header.has_pages() {
             return Ok(after);
         }
         let name = header.block().map_err(|e| self.bad(e))?;
         let (block, used_length) = self.find_block(name)?;
         let payload_len = header.payload_len() as usize;
+        if payload_len == 0 && !header.is_sync() {
+            self.bare = bare.saturating_add(1);
+        }
         let mut offsets = [0; PAGES_PER_PACKET];
         let (normal, zero) = header
             .offsets(used_length, &mut offsets)
@@ -190,7 +208,7 @@ impl<'a, S: PageStore> Reader<'a, S> {
     /// Takes a packet of device state. Of it, and of the header behind it, something may be there
     /// already behind its own header.
     fn take_device_state(&mut self) -> Result<After, ChannelError> {
-        let Some(header) = self.header.first_chunk() else {
+        let Some(header) = self.ahead.bytes().first_chunk() else {
             return Ok(After::Next);
         };
         let header = DeviceStateHeader::decode(header).map_err(|e| self.bad(e))?;
@@ -212,11 +230,11 @@ impl<'a, S: PageStore> Reader<'a, S> {
             return Err(self.bad(refused));
         }
         let len = header.payload_len as usize;
-        let here = len.min(self.have - DEVICE_STATE_HEADER_LEN);
-        let end = DEVICE_STATE_HEADER_LEN + here;
-        let mut payload = self.header[DEVICE_STATE_HEADER_LEN..end].to_vec();
-        self.header.copy_within(end..self.have, 0);
-        self.have -= end;
+        self.bare = 0;
+        self.ahead.consume(DEVICE_STATE_HEADER_LEN);
+        let here = len.min(self.ahead.len());
+        let mut payload = self.ahead.bytes()[..here].to_vec();
+        self.ahead.consume(here);
         self.source.set_read_deadline(None);
         while payload.len() < len {
             // Memory follows what has come, not what was said.
@@ -267,45 +285,61 @@ impl<'a, S: PageStore> Reader<'a, S> {
         self.source.set_read_deadline(None);
         let mut got = 0;
         let mut first = 0;
+        while let Some(slice) = self.landing.get(first)
+            && self.ahead.len() > 0
+        {
+            let here = slice.len().min(self.ahead.len());
+            slice.copy_from(&self.ahead.bytes()[..here]);
+            self.ahead.consume(here);
+            got += here;
+            first = self.fill_landing(first, here);
+        }
         while got < len {
             let Some(rest) = self.landing.get(first..) else {
                 break;
             };
-            let n = match self.source.read_scatter(rest, &mut self.header) {
+            let n = match self.source.read_scatter(rest, self.ahead.room(false)) {
                 Ok(0) => return Err(self.eof(Part::Payload, got, len)),
                 Ok(n) => n,
                 Err(e) => return Err(self.broken(Part::Payload, e)),
             };
-            self.have = n.saturating_sub(len - got).min(HEADER_LEN);
+            self.ahead.filled(n.saturating_sub(len - got));
             got += n;
-            // Past the slices that are full, and to the middle of the one that is not.
-            let mut n = n;
-            while let Some(slice) = self.landing.get_mut(first) {
-                if n < slice.len() {
-                    if let Ok(rest) = slice.offset(n) {
-                        *slice = rest;
-                    }
-                    break;
-                }
-                n -= slice.len();
-                first += 1;
-            }
+            first = self.fill_landing(first, n);
         }
         Ok(())
+    }
+
+    /// Goes past the slices that `n` bytes more have filled, and to the middle of the one that is not
+    /// full. The index of that one.
+    fn fill_landing(&mut self, mut first: usize, mut n: usize) -> usize {
+        while let Some(slice) = self.landing.get_mut(first) {
+            if n < slice.len() {
+                if let Ok(rest) = slice.offset(n) {
+                    *slice = rest;
+                }
+                break;
+            }
+            n -= slice.len();
+            first += 1;
+        }
+        first
     }
 
     /// Reads a compressed payload, likewise, and takes it apart into the store.
     fn read_compressed(&mut self, len: usize) -> Result<(), ChannelError> {
         self.source.set_read_deadline(None);
-        let mut got = 0;
+        let mut got = len.min(self.ahead.len());
+        self.compressed[..got].copy_from_slice(&self.ahead.bytes()[..got]);
+        self.ahead.consume(got);
         while got < len {
             let rest = VolatileSlice::from(&mut self.compressed[got..len]);
-            let n = match self.source.read_scatter(&[rest], &mut self.header) {
+            let n = match self.source.read_scatter(&[rest], self.ahead.room(false)) {
                 Ok(0) => return Err(self.eof(Part::Payload, got, len)),
                 Ok(n) => n,
                 Err(e) => return Err(self.broken(Part::Payload, e)),
             };
-            self.have = n.saturating_sub(len - got).min(HEADER_LEN);
+            self.ahead.filled(n.saturating_sub(len - got));
             got += n;
         }
         let index = self.index;
