@@ -145,7 +145,8 @@ impl<'a, S: PageStore> Reader<'a, S> {
                 let waited = self.source.wait(None, self.idle_until);
                 waited.map_err(|e| self.broken(Part::Header, e))?;
             }
-            // Of a payload nothing is to be read here: it would be copied once more.
+            // What is read here of a payload is copied once more: behind a packet without one mostly none
+            // follows, behind one with, nothing beyond the header is read.
             match self.source.read(self.ahead.room(self.bare > 0)) {
                 Ok(0) if have == 0 => return Ok(None),
                 Ok(0) => return Err(self.eof(Part::Header, have, wanted)),
@@ -156,11 +157,10 @@ impl<'a, S: PageStore> Reader<'a, S> {
     }
 
     fn take_packet(&mut self) -> Result<After, ChannelError> {
-        let Some(header) = self.ahead.bytes().first_chunk().copied() else {
+        let Some(header) = self.ahead.bytes().first_chunk() else {
             return Ok(After::Next);
         };
-        self.ahead.consume(HEADER_LEN);
-        let header = PacketView::unfill(&header, self.method).map_err(|e| self.bad(e))?;
+        let header = PacketView::unfill(header, self.method).map_err(|e| self.bad(e))?;
         let after = if header.is_sync() {
             After::Sync
         } else {
@@ -168,6 +168,7 @@ impl<'a, S: PageStore> Reader<'a, S> {
         };
         let bare = std::mem::take(&mut self.bare);
         if !header.has_pages() {
+            self.ahead.consume(HEADER_LEN);
             return Ok(after);
         }
         let name = header.block().map_err(|e| self.bad(e))?;
@@ -180,6 +181,7 @@ impl<'a, S: PageStore> Reader<'a, S> {
         let (normal, zero) = header
             .offsets(used_length, &mut offsets)
             .map_err(|e| self.bad(e))?;
+        self.ahead.consume(HEADER_LEN);
         self.block = Some(block);
 
         self.landing.clear();

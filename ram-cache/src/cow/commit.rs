@@ -76,16 +76,12 @@ impl Commit<'_> {
     /// Puts what is dirty in some words of the block's bitmaps in place.
     pub(super) fn words(&self, words: Range<usize>) -> Result<FlushReport, CacheError> {
         let block = self.block;
-        let dirty = |word| block.received.word(word) | block.dirtied.word(word);
         // Before anything changes: of a page that is not received the guest's copy must be known to be
         // one. Of a page that is received it is seen when its base changes.
         block.find_copies(words.clone(), |word| block.dirtied.word(word), self.pagemap)?;
         let mut report = FlushReport::default();
         let mut run: Option<(Todo, Range<usize>)> = None;
         for word in words {
-            if dirty(word) | block.private.word(word) | block.cold.word(word) == 0 {
-                continue;
-            }
             let dirtied = block.dirtied.take_word(word);
             let mut dirty = block.received.take_word(word) | dirtied;
             report.pages += u64::from(dirty.count_ones());

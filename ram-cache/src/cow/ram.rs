@@ -216,7 +216,14 @@ impl CowBlock {
     }
 
     pub(super) fn dirty_pages(&self) -> u64 {
-        self.work().pages
+        (0..self.received.word_count())
+            .map(|word| u64::from(self.dirty(word).count_ones()))
+            .sum()
+    }
+
+    /// The pages of a word that the next commit is to put in place.
+    pub(super) fn dirty(&self, word: usize) -> u64 {
+        self.received.word(word) | self.dirtied.word(word)
     }
 
     /// What a commit has to look at: in a large guest most words have nothing in any bitmap, and one
@@ -224,7 +231,7 @@ impl CowBlock {
     pub(super) fn work(&self) -> Work {
         let mut work = Work::default();
         for word in 0..self.received.word_count() {
-            let dirty = self.received.word(word) | self.dirtied.word(word);
+            let dirty = self.dirty(word);
             if dirty | self.private.word(word) | self.cold.word(word) != 0 {
                 work.pages += u64::from(dirty.count_ones());
                 match work.words.last_mut() {
@@ -242,8 +249,7 @@ impl CowBlock {
         for range in words {
             let (mut start, mut dirty) = (range.start, 0);
             for word in range.clone() {
-                let bits = self.received.word(word) | self.dirtied.word(word);
-                dirty += u64::from(bits.count_ones());
+                dirty += u64::from(self.dirty(word).count_ones());
                 if dirty >= pages.max(1) {
                     shares.push(start..word + 1);
                     (start, dirty) = (word + 1, 0);
