@@ -7,7 +7,7 @@ use serde_json::json;
 use tests::Result;
 
 use crate::wire::{OURS, RAM, RAM_END, hello, preamble, ram_setup};
-use crate::{AT_ONCE, connect, is_closed, listening, migrates_to, says, target};
+use crate::{AT_ONCE, connect, is_closed, listening, migrates_to, says, source, target};
 
 pub fn silent_connection() -> Result<()> {
     let (mut target, uri) = listening()?;
@@ -25,6 +25,24 @@ pub fn silent_connection() -> Result<()> {
     silent.set_read_timeout(Some(AT_ONCE))?;
     assert_eq!(silent.read(&mut [0])?, 0);
     Ok(())
+}
+
+pub fn left_early() -> Result<()> {
+    let mut target = target().start()?;
+    target.qmp.enable(&["return-path", "multifd"])?;
+    let uri = target.listen()?;
+    let mut main = connect(&uri)?;
+    main.write_all(&preamble(OURS))?;
+    let mut channel = connect(&uri)?;
+    channel.write_all(&hello(0))?;
+    drop((main, channel));
+    let mut source = source().start()?;
+    source.qmp.enable(&["return-path", "multifd"])?;
+    source.migrate(&uri)?;
+    source.wait_migration("completed")?;
+    target.wait_migration("completed")?;
+    target.wait_status("running")?;
+    target.wait_lines(20)
 }
 
 pub fn unexpected_channel() -> Result<()> {

@@ -98,7 +98,9 @@ pub fn killed_source() -> Result<()> {
 pub fn cancel() -> Result<()> {
     for connection in [Connection::default(), Connection::channels(2)] {
         let mut pair = on_its_way(connection)?;
-        pair.primary.wait_migration("active")?;
+        // Before that the target has only some of the connections, and waits for another source
+        // when those are closed.
+        pair.secondary.wait_migration("active")?;
         cancelled(&mut pair.primary)?;
         runs_on(&mut pair.primary)?;
         pair.secondary.wait_failure()?;

@@ -16,7 +16,7 @@ use serde_json::json;
 use tests::vmm::{ColoVmm, Vmm, check_count};
 use tests::{Result, harness};
 
-use self::channels::{broken_channel, silent_connection, unexpected_channel};
+use self::channels::{broken_channel, left_early, silent_connection, unexpected_channel};
 use self::lost::{
     cancel, cancel_silent, killed_source, killed_target, nobody_listens, silent_target,
 };
@@ -50,6 +50,10 @@ fn main() -> ExitCode {
             no_memory,
         ),
         anywhere("silent_connection_holds_nobody_up", silent_connection),
+        anywhere(
+            "source_that_leaves_before_its_last_channel_holds_nobody_up",
+            left_early,
+        ),
         anywhere(
             "multifd_channel_of_a_plain_target_is_turned_away",
             unexpected_channel,
