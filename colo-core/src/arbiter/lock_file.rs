@@ -1,10 +1,22 @@
 //! The right as a file on storage that both hosts have.
 //!
 //! Two locks of the kind that belongs to an open file (`F_OFD_SETLK`, Linux 3.15) are in it. Byte 0
-//! is held for as long as the record is read and written; byte 1 for as long as the process of the
-//! record's owner lives. Whoever gets byte 1 knows that the owner's process is gone. An owner that
-//! lives but does not renew (it is stopped, or has lost the storage) is known by a record that does
-//! not change for a term of the observer's own monotonic clock: no two clocks are compared.
+//! is held while the right changes hands; byte 1 for as long as the process of the record's owner
+//! lives. Whoever gets byte 1 knows that the owner's process is gone. An owner that lives but does not
+//! renew (it is stopped, or has lost the storage) is known by a record and a *beat* that do not change
+//! for a term of the observer's own monotonic clock: no two clocks are compared.
+//!
+//! An owner renews without byte 0, because it may be stopped at any moment, and would keep the lock. So it
+//! and a claimant write and then look, each at what the other writes:
+//!
+//! | owner, renewing | claimant, when nothing has changed for a term |
+//! |---|---|
+//! | writes its beat | writes the record |
+//! | looks at the record: is it still its own? | looks at the beat: has it moved? |
+//!
+//! One of the two sees the other. A beat that has not moved: whoever moves it later finds the record
+//! another's. One that has: the owner may have looked before the record was written, and its lease
+//! lasts a term from before that at most; the claimant waits for a term then.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -25,6 +37,13 @@ use super::{Answer, Arbiter, ArbiterError, Grant, POLL};
 const RECORD: libc::off_t = 0;
 /// Held while the owner lives.
 const ALIVE: libc::off_t = 1;
+/// The first of those that a side locks for itself.
+const OWN: libc::off_t = 2;
+
+/// Where the beat is: a sector behind the record's, so that neither is damaged by a write of the other.
+const BEAT_AT: u64 = 512;
+/// Its length, bytes.
+const BEAT_LEN: usize = 64;
 
 /// A file that says who may run a guest.
 ///
@@ -32,6 +51,9 @@ const ALIVE: libc::off_t = 1;
 /// once. On NFS 4 the server lets a dead host's locks go after its own lease (90 s on Linux); until
 /// then the record that does not change decides, after the term. A term has to be shorter than
 /// that, and the mount must not be one with `nolock` or `local_lock`.
+///
+/// A side that is stopped in the moment in which it claims keeps the other's claim waiting until it goes
+/// on or its process ends. One that is stopped while it renews does not.
 #[derive(Debug)]
 pub struct LockFile {
     path: PathBuf,
@@ -42,7 +64,14 @@ pub struct LockFile {
     file: Option<Arc<File>>,
     /// This side holds byte 1.
     alive: bool,
+    /// The record of this side's lease, and how often it was renewed.
+    held: Option<(Record, u64)>,
+    /// This side has written itself over an owner that lives, whose beat was this; whether that has
+    /// moved since is still to be looked at.
+    taken: Option<Beat>,
 }
+
+type Beat = Vec<u8>;
 
 impl LockFile {
     /// The file at `path`, made when it is first used, for the guest of `session`. `term` is how
@@ -56,6 +85,8 @@ impl LockFile {
             term,
             file: None,
             alive: false,
+            held: None,
+            taken: None,
         }
     }
 
@@ -84,17 +115,19 @@ impl LockFile {
         self.file = Some(Arc::clone(&file));
         // Its locks are another's.
         self.alive = false;
+        self.held = None;
+        self.taken = None;
         Ok(file)
     }
 
-    /// Reads the record, has `decide` say what is to become of it, and writes that. `None` if it is
-    /// locked until `deadline`.
+    /// Reads the record, has `decide` say what is to become of it, and writes that.
     fn exchange(
         &mut self,
         deadline: Instant,
         observed: &mut Observed,
         decide: fn(Option<Record>, Owner, Lease) -> Verdict,
     ) -> Result<Verdict, ArbiterError> {
+        self.held = None;
         let file = &*self.open()?;
         let locked = Locked::wait(file, deadline).map_err(|e| self.error("locking", e))?;
         if locked.is_none() {
@@ -107,15 +140,14 @@ impl LockFile {
             let what = format!("{} was removed or replaced", self.path.display());
             return Err(ArbiterError::new(what));
         }
-        let text = read(file).map_err(|e| self.error("reading", e))?;
-        let current = Record::parse(&text, self.session)
-            .map_err(|e| ArbiterError::because(format!("using {}", self.path.display()), e))?;
+        let current = self.record(file)?;
+        let beat = self.beat(file)?;
         // An attempt at byte 1 is at the same time the question whether its holder lives.
         let mine = self.alive;
         let free = mine || lock(file, ALIVE).map_err(|e| self.error("locking", e))?;
         let lease = match current {
             Some(r) if r.owner != self.me && r.locked && free && !mine => Lease::Gone,
-            Some(r) if r.owner != self.me => observed.lease(r, self.term),
+            Some(r) if r.owner != self.me => observed.lease(r, &beat, self.term),
             _ => Lease::Valid,
         };
         let mut verdict = decide(current, self.me, lease);
@@ -125,10 +157,11 @@ impl LockFile {
                 verdict = Verdict::Wait(current.map_or(self.me, |r| r.owner));
             } else {
                 record.locked = free;
-                let text = record.to_text(self.session);
-                file.write_all_at(text.as_bytes(), 0)
-                    .and_then(|()| file.sync_data())
-                    .map_err(|e| self.error("writing", e))?;
+                // Before: what fails may have been written all the same.
+                if lease == Lease::Lapsed {
+                    self.taken = Some(beat);
+                }
+                self.write(file, record.to_text(self.session).as_bytes(), 0)?;
             }
         }
         let owns = matches!(verdict, Verdict::Write(_));
@@ -136,7 +169,100 @@ impl LockFile {
             unlock(file, ALIVE);
         }
         self.alive = free && owns;
+        self.held = match verdict {
+            Verdict::Write(record) if !record.alone => Some((record, 0)),
+            _ => None,
+        };
         Ok(verdict)
+    }
+
+    /// Renews this side's lease, without the lock that another needs to take it. `None` if it has none,
+    /// or if the record is not as this side has written it.
+    fn renew(&mut self) -> Result<Option<Record>, ArbiterError> {
+        if self.held.is_none() {
+            return Ok(None);
+        }
+        self.write_beat()?;
+        self.held_record()
+    }
+
+    /// Says that this owner lives.
+    fn write_beat(&mut self) -> Result<(), ArbiterError> {
+        let Some((record, beats)) = &mut self.held else {
+            return Ok(());
+        };
+        *beats = beats.wrapping_add(1);
+        let text = format!("beat {} {} {beats}", record.owner, record.generation);
+        let text = format!("{text:<width$}\n", width = BEAT_LEN - 1);
+        let file = self.open()?;
+        self.write(&file, text.as_bytes(), BEAT_AT)
+    }
+
+    /// The record of this side's lease, if that is the file's.
+    fn held_record(&self) -> Result<Option<Record>, ArbiterError> {
+        let (Some((held, _)), Some(file)) = (self.held, self.file.as_deref()) else {
+            return Ok(None);
+        };
+        if !is_at(file, &self.path) {
+            return Ok(None);
+        }
+        self.refresh(file)?;
+        // Another's that is half written is not this side's either.
+        let now = self.record(file).ok().flatten();
+        Ok(now.filter(|now| *now == held))
+    }
+
+    /// Waits until a right that was taken from an owner that lives is this side's alone.
+    fn wait_for_the_other(&mut self) -> Result<(), ArbiterError> {
+        if let Some(until) = self.other_may_run_until()? {
+            thread::sleep(until.saturating_duration_since(Instant::now()));
+        }
+        self.taken = None;
+        Ok(())
+    }
+
+    /// When the lease ends that an owner may have renewed before it could see that it was taken.
+    fn other_may_run_until(&self) -> Result<Option<Instant>, ArbiterError> {
+        let (Some(seen), Some(file)) = (&self.taken, self.file.as_deref()) else {
+            return Ok(None);
+        };
+        let written = Instant::now();
+        self.refresh(file)?;
+        let has_moved = self.beat(file)? != *seen;
+        Ok(has_moved.then(|| written + self.term))
+    }
+
+    fn record(&self, file: &File) -> Result<Option<Record>, ArbiterError> {
+        let text = read(file, 0, TEXT_LEN).map_err(|e| self.error("reading", e))?;
+        Record::parse(&text, self.session)
+            .map_err(|e| ArbiterError::because(format!("using {}", self.path.display()), e))
+    }
+
+    fn beat(&self, file: &File) -> Result<Beat, ArbiterError> {
+        read(file, BEAT_AT, BEAT_LEN).map_err(|e| self.error("reading", e))
+    }
+
+    fn write(&self, file: &File, text: &[u8], at: u64) -> Result<(), ArbiterError> {
+        file.write_all_at(text, at)
+            .and_then(|()| file.sync_data())
+            .map_err(|e| self.error("writing", e))
+    }
+
+    /// Makes what is read next what the storage has now: a client of NFS forgets what it has read when
+    /// it is given a lock. Nobody else asks for this one.
+    fn refresh(&self, file: &File) -> Result<(), ArbiterError> {
+        let own =
+            libc::off_t::try_from(self.me.number() & (u64::MAX >> 2)).unwrap_or_default() + OWN;
+        lock(file, own).map_err(|e| self.error("locking", e))?;
+        unlock(file, own);
+        Ok(())
+    }
+
+    fn won(&self, record: Record, asked: Instant) -> Answer {
+        Answer::Won(Grant {
+            generation: record.generation,
+            until: (!record.alone).then(|| super::until(asked, self.term)),
+        })
     }
 
     fn ask(
@@ -153,10 +279,10 @@ impl LockFile {
             };
             match verdict {
                 Verdict::Write(record) => {
-                    return Answer::Won(Grant {
-                        generation: record.generation,
-                        until: (!record.alone).then(|| super::until(asked, self.term)),
-                    });
+                    return match self.wait_for_the_other() {
+                        Ok(()) => self.won(record, asked),
+                        Err(error) => Answer::Unreachable(error),
+                    };
                 }
                 Verdict::Lost(owner) => return Answer::Lost(owner),
                 Verdict::Wait(owner) if Instant::now() >= deadline => return Answer::Lost(owner),
@@ -166,11 +292,12 @@ impl LockFile {
     }
 }
 
-fn read(file: &File) -> io::Result<Vec<u8>> {
-    let mut text = vec![0; TEXT_LEN];
+/// Up to `len` bytes from `at` on, less at the file's end.
+fn read(file: &File, at: u64, len: usize) -> io::Result<Vec<u8>> {
+    let mut text = vec![0; len];
     let mut len = 0;
     while let Some(rest) = text.get_mut(len..).filter(|rest| !rest.is_empty()) {
-        match file.read_at(rest, len as u64) {
+        match file.read_at(rest, at + len as u64) {
             Ok(0) => break,
             Ok(n) => len += n,
             Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
@@ -181,14 +308,14 @@ fn read(file: &File) -> io::Result<Vec<u8>> {
     Ok(text)
 }
 
-/// Since when another's record has been the same.
+/// Since when another's record and beat have been the same.
 #[derive(Debug, Default)]
-struct Observed(Option<(Record, Instant)>);
+struct Observed(Option<(Record, Beat, Instant)>);
 
 impl Observed {
-    fn lease(&mut self, record: Record, term: Duration) -> Lease {
-        match self.0 {
-            Some((same, since)) if same == record => {
+    fn lease(&mut self, record: Record, beat: &Beat, term: Duration) -> Lease {
+        match &self.0 {
+            Some((same, still, since)) if *same == record && still == beat => {
                 if since.elapsed() >= term {
                     Lease::Lapsed
                 } else {
@@ -197,7 +324,7 @@ impl Observed {
             }
             _ => {
                 // From when it has been read on: it may have been written a moment before.
-                self.0 = Some((record, Instant::now()));
+                self.0 = Some((record, beat.clone(), Instant::now()));
                 Lease::Valid
             }
         }
@@ -214,7 +341,12 @@ impl Arbiter for LockFile {
     }
 
     fn hold(&mut self, deadline: Instant) -> Answer {
-        self.ask(deadline, record::hold)
+        let asked = Instant::now();
+        match self.renew() {
+            Ok(Some(record)) => self.won(record, asked),
+            Ok(None) => self.ask(deadline, record::hold),
+            Err(error) => Answer::Unreachable(error),
+        }
     }
 
     fn claim(&mut self, deadline: Instant) -> Answer {
@@ -225,6 +357,8 @@ impl Arbiter for LockFile {
         // The locks go with the file; an owner without byte 1 is gone.
         self.file = None;
         self.alive = false;
+        self.held = None;
+        self.taken = None;
     }
 }
 
@@ -364,6 +498,84 @@ mod tests {
         assert!(matches!(secondary.claim(soon()), Answer::Lost(_)));
         // A new guest may begin when the survivor's process is gone.
         assert!(matches!(secondary.hold(soon()), Answer::Won(g) if g.generation == 2));
+        let _ = std::fs::remove_file(path);
+    }
+
+    /// A right of the primary's, which a secondary has watched for a term, and taken in the end.
+    fn taken(name: &str) -> (PathBuf, LockFile, LockFile) {
+        let path = path(name);
+        let (mut primary, mut secondary) = (side(&path, 1), side(&path, 2));
+        assert!(matches!(primary.hold(patient()), Answer::Won(_)));
+        let mut observed = Observed::default();
+        let since = Instant::now();
+        while !matches!(
+            secondary.exchange(patient(), &mut observed, record::claim),
+            Ok(Verdict::Write(_))
+        ) {
+            assert!(since.elapsed() < 20 * TERM, "never taken");
+            thread::sleep(POLL);
+        }
+        (path, primary, secondary)
+    }
+
+    #[test]
+    fn an_owner_that_is_stopped_while_it_renews_keeps_nobody_from_its_right() {
+        let path = path("stopped");
+        let (mut primary, mut secondary) = (side(&path, 1), side(&path, 2));
+        assert!(matches!(primary.hold(patient()), Answer::Won(_)));
+        // It has written its beat, and gets no further.
+        primary.write_beat().unwrap();
+        assert!(matches!(secondary.claim(patient()), Answer::Won(g) if g.until.is_none()));
+        assert!(primary.held_record().unwrap().is_none());
+        assert!(matches!(primary.hold(soon()), Answer::Lost(owner) if owner == Owner::new(2)));
+        let _ = std::fs::remove_file(path);
+    }
+
+    #[test]
+    fn an_owner_renews_while_somebody_else_has_the_record() {
+        let path = path("record");
+        let mut primary = side(&path, 1);
+        assert!(matches!(primary.hold(patient()), Answer::Won(_)));
+        let other = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open(&path)
+            .unwrap();
+        assert!(lock(&other, RECORD).unwrap());
+        assert!(matches!(primary.hold(soon()), Answer::Won(g) if g.until.is_some()));
+        let Answer::Unreachable(error) = primary.claim(soon()) else {
+            panic!("claimed")
+        };
+        assert!(error.to_string().contains("waiting for"), "{error}");
+        unlock(&other, RECORD);
+        assert!(matches!(primary.claim(soon()), Answer::Won(_)));
+        let _ = std::fs::remove_file(path);
+    }
+
+    #[test]
+    fn a_right_whose_owner_stood_still_is_the_takers_at_once() {
+        let (path, mut primary, mut secondary) = taken("still");
+        assert_eq!(secondary.other_may_run_until().unwrap(), None);
+        // It moves its beat too late, and finds out.
+        primary.write_beat().unwrap();
+        assert!(primary.held_record().unwrap().is_none());
+        secondary.wait_for_the_other().unwrap();
+        let _ = std::fs::remove_file(path);
+    }
+
+    #[test]
+    fn a_right_whose_owner_renewed_at_the_last_moment_is_the_takers_after_a_term() {
+        let (path, mut primary, mut secondary) = taken("moved");
+        primary.write_beat().unwrap();
+        let until = secondary.other_may_run_until().unwrap().unwrap();
+        assert!(until > Instant::now() + TERM / 2);
+        // What has failed meanwhile does not make it the taker's any sooner.
+        let Answer::Won(_) = secondary.claim(patient()) else {
+            panic!("not won")
+        };
+        assert!(Instant::now() >= until);
+        assert!(secondary.taken.is_none());
+        assert!(matches!(primary.hold(soon()), Answer::Lost(_)));
         let _ = std::fs::remove_file(path);
     }
 
