@@ -1,5 +1,6 @@
 //! A child process that does not outlive its test and whose output can be waited for.
 
+use std::fs;
 use std::io::{self, Read, Write};
 use std::path::PathBuf;
 use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
@@ -109,7 +110,32 @@ impl Process {
     /// # Errors
     /// There is no such process.
     pub fn freeze(&self) -> Result<()> {
-        self.signal("STOP")
+        self.signal("STOP")?;
+        // Each of its threads takes the signal when it gets a processor, and goes on until then.
+        let deadline = Instant::now() + PATIENCE;
+        while !self.is_frozen()? {
+            if Instant::now() >= deadline {
+                return Err(self.failure("does not stop"));
+            }
+            thread::sleep(Duration::from_millis(1));
+        }
+        Ok(())
+    }
+
+    /// Whether none of its threads does anything. What waits for a disk stops when it has it.
+    fn is_frozen(&self) -> Result<bool> {
+        for task in fs::read_dir(format!("/proc/{}/task", self.id()))? {
+            // One that has ended meanwhile does nothing either.
+            let stat = fs::read_to_string(task?.path().join("stat")).unwrap_or_default();
+            let state = stat
+                .rsplit(") ")
+                .next()
+                .and_then(|rest| rest.chars().next());
+            if matches!(state, Some('R' | 'S')) {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     /// Lets it go on after [`Process::freeze`].
