@@ -157,6 +157,10 @@ impl LockFile {
                 verdict = Verdict::Wait(current.map_or(self.me, |r| r.owner));
             } else {
                 record.locked = free;
+                if current.is_none() {
+                    // A renewal is not to fail for want of space.
+                    self.write(file, &[b' '; BEAT_LEN], BEAT_AT)?;
+                }
                 // Before: what fails may have been written all the same.
                 if lease == Lease::Lapsed {
                     self.taken = Some(beat);
@@ -542,7 +546,10 @@ mod tests {
             .open(&path)
             .unwrap();
         assert!(lock(&other, RECORD).unwrap());
+        let len = || other.metadata().unwrap().len();
+        let before = len();
         assert!(matches!(primary.hold(soon()), Answer::Won(g) if g.until.is_some()));
+        assert_eq!(len(), before, "a renewal takes no space");
         let Answer::Unreachable(error) = primary.claim(soon()) else {
             panic!("claimed")
         };
