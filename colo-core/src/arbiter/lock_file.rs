@@ -49,7 +49,7 @@ const BEAT_LEN: usize = 64;
 ///
 /// On a local file system, or one whose locks work across its hosts, an owner that dies is known at
 /// once. On NFS 4 the server lets a dead host's locks go after its own lease (90 s on Linux); until
-/// then the record that does not change decides, after the term. A term has to be shorter than
+/// then the beat that does not change decides, after the term. A term has to be shorter than
 /// that, and the mount must not be one with `nolock` or `local_lock`.
 ///
 /// A side that is stopped in the moment in which it claims keeps the other's claim waiting until it goes
