@@ -5,6 +5,7 @@ use std::num::NonZeroU8;
 use std::str::FromStr;
 use std::time::Duration;
 
+use migration_stream::io::Lending;
 use migration_stream::ram::ZeroPageDetection;
 
 use crate::packet::Method;
@@ -295,10 +296,9 @@ pub struct MultifdConfig {
     /// Sender only: pages are not copied on their way into the kernel (`MSG_ZEROCOPY`, QEMU's
     /// `zero-copy-send`). Needs TCP, no compression, and memory that the process may lock.
     pub zero_copy: bool,
-    /// Sender only: pages that are not compressed are lent to a peer on the same host (a unix
-    /// socket), who copies them once, instead of being copied into the socket and out of it. The
-    /// peer has taken them when a synchronisation is over. On by default.
-    pub lend_pages: bool,
+    /// Sender only: over which connections pages that are not compressed are lent to a peer on the
+    /// same host. It has taken them when a synchronisation is over.
+    pub lending: Lending,
     /// The VM's UUID, all zero if it has none.
     pub uuid: [u8; 16],
     /// How long a wait without a deadline of its own goes on while no channel completes a packet:
@@ -315,7 +315,7 @@ impl Default for MultifdConfig {
             zero_pages: ZeroPageDetection::Multifd,
             flush: Flush::EachRound,
             zero_copy: false,
-            lend_pages: true,
+            lending: Lending::default(),
             uuid: [0; 16],
             stall_limit: Duration::from_secs(30),
         }

@@ -9,7 +9,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use common::{LIMIT, PAGE, Pages, memory};
-use migration_stream::io::{ByteSource, FdChannel};
+use migration_stream::io::{ByteSource, FdChannel, Lending};
 use migration_stream::ram::{BlockId, ZeroPageDetection};
 use migration_stream::unchanged::WhenToCompare;
 use migration_stream::{
@@ -206,14 +206,19 @@ fn every_page_arrives_without_being_copied_on_its_way_out() {
 
 #[test]
 fn pages_lent_to_a_local_peer_are_its_own_when_they_are_synchronised() {
-    for lend_pages in [true, false] {
-        let dir = tempfile::tempdir().unwrap();
-        let unix = Address::Unix(dir.path().join("socket"));
+    let dir = tempfile::tempdir().unwrap();
+    let unix = |n| Address::Unix(dir.path().join(format!("socket{n}")));
+    for (address, lending) in [
+        (unix(0), Lending::Never),
+        (unix(1), Lending::UnixSockets),
+        (tcp(), Lending::UnixSockets),
+        (tcp(), Lending::UnixSocketsAndTcp),
+    ] {
         let config = MultifdConfig {
-            lend_pages,
+            lending,
             ..config(2, Compression::None)
         };
-        let mut m = Migration::start(&unix, &config);
+        let mut m = Migration::start(&address, &config);
         for round in 1..10 {
             for page in 0..PAGES[0] {
                 m.ram.put(0, page, &[round; PAGE]);

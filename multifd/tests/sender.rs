@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use common::{LIMIT, Pages, cause, memory, text};
 use migration_stream::codec::IdStr;
-use migration_stream::io::{ByteSink, Chunk, FdChannel};
+use migration_stream::io::{ByteSink, Chunk, FdChannel, Lending};
 use migration_stream::ram::{BlockId, ZeroPageDetection};
 use migration_stream::section::InstanceId;
 use migration_stream::unchanged::WhenToCompare;
@@ -29,7 +29,7 @@ fn config(channels: u8) -> MultifdConfig {
         zero_pages: ZeroPageDetection::None,
         stall_limit: LIMIT,
         // The peers of these tests read when all is over.
-        lend_pages: false,
+        lending: Lending::Never,
         ..MultifdConfig::default()
     }
 }

@@ -16,7 +16,7 @@ use vm_memory::VolatileSlice;
 use super::lent::Lender;
 use super::socket::{option, set_option};
 use super::zero_copy::ZeroCopy;
-use super::{ByteSink, ByteSource, Chunk, Readiness};
+use super::{ByteSink, ByteSource, Chunk, Lending, Readiness};
 
 /// The kernel takes at most this many pieces in one call (`UIO_MAXIOV`).
 const MAX_IOVECS: usize = 1024;
@@ -48,7 +48,7 @@ pub struct FdChannel {
 enum Uncopied {
     /// The kernel reads it when it transmits it (TCP).
     Pinned(ZeroCopy),
-    /// The peer, on this host, reads it (unix sockets).
+    /// The peer, on this host, reads it (unix sockets and TCP).
     Lent(Lender),
 }
 
@@ -246,7 +246,7 @@ impl ByteSink for FdChannel {
                 0
             };
             match (&self.uncopied, part.first().is_some_and(is_guest)) {
-                (Some(Uncopied::Lent(_)), true) => self.lend(part)?,
+                (Some(Uncopied::Lent(_)), true) => self.lend(part, more != 0)?,
                 (Some(Uncopied::Pinned(_)), true) => {
                     self.write_gathered(part, more | libc::MSG_ZEROCOPY)?;
                 }
@@ -261,9 +261,9 @@ impl ByteSink for FdChannel {
         Ok(())
     }
 
-    fn lend_to_local_peer(&mut self) -> bool {
+    fn lend_to_local_peer(&mut self, lending: Lending) -> bool {
         // Whatever stands against it, copying is left.
-        match Lender::new(self.fd.as_fd()) {
+        match Lender::new(self.fd.as_fd(), lending) {
             Ok(Some(lender)) => self.uncopied = Some(Uncopied::Lent(lender)),
             Ok(None) | Err(_) => return false,
         }
@@ -327,9 +327,11 @@ impl FdChannel {
         Ok(())
     }
 
-    /// Lends the peer all of it.
-    fn lend(&mut self, chunks: &[Chunk<'_>]) -> io::Result<()> {
-        for batch in chunks.chunks(MAX_IOVECS) {
+    /// Lends the peer all of it; `more` will be written behind it.
+    fn lend(&mut self, chunks: &[Chunk<'_>], more: bool) -> io::Result<()> {
+        let mut batches = chunks.chunks(MAX_IOVECS).peekable();
+        while let Some(batch) = batches.next() {
+            let more = more || batches.peek().is_some();
             let mut iovecs = iovecs(batch);
             let mut rest = iovecs.as_mut_slice();
             skip(&mut rest, 0);
@@ -340,7 +342,7 @@ impl FdChannel {
                     let n = lender.take(rest)?;
                     skip(&mut rest, n);
                 }
-                match lender.pass(self.fd.as_fd()) {
+                match lender.pass(self.fd.as_fd(), more || !rest.is_empty()) {
                     Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
                         self.wait_for(libc::POLLOUT, self.write_deadline)?;
                     }

@@ -1,16 +1,19 @@
-//! Pages that are lent to a peer on the same host, over a unix stream socket: the socket holds
+//! Pages that are lent to a peer on the same host, over a unix stream socket or TCP: the socket holds
 //! references to them, and they are copied once, by the peer, into its own memory. By copying into
 //! the socket and out of it again they would be copied twice.
 //!
 //! A page gets there by way of a pipe (`vmsplice(2)`, `splice(2)`). The socket's count of bytes that
-//! the peer has not taken (`SIOCOUTQ`) says when none is lent any more.
+//! the peer has not taken (`SIOCOUTQ`) says when none is lent any more; TCP's is of those that have not
+//! arrived, so there the peer's own socket is looked at too ([`LocalPeer`]).
 #![allow(unsafe_code)]
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
-use std::thread;
 use std::time::{Duration, Instant};
 
+use super::Lending;
+use super::fd::{poll, pollfd};
+use super::local_peer::LocalPeer;
 use super::socket::{option, set_option};
 
 /// What the pipe and the socket are asked to hold, bytes: as much as a process without privileges may
@@ -28,16 +31,27 @@ pub(super) struct Lender {
     inside: usize,
     /// Something was lent since [`Lender::finish`].
     has_lent: bool,
+    /// Of TCP, whose sender does not hear what was read.
+    peer: Option<LocalPeer>,
 }
 
 impl Lender {
-    /// A way, if `socket` is one that takes pages.
-    pub(super) fn new(socket: BorrowedFd<'_>) -> io::Result<Option<Self>> {
-        if option(socket, libc::SOL_SOCKET, libc::SO_DOMAIN)? != libc::AF_UNIX
-            || option(socket, libc::SOL_SOCKET, libc::SO_TYPE)? != libc::SOCK_STREAM
-        {
+    /// A way, if `lending` has it for such a `socket` and the peer is on this host.
+    pub(super) fn new(socket: BorrowedFd<'_>, lending: Lending) -> io::Result<Option<Self>> {
+        let is = |name, value| Ok::<_, io::Error>(option(socket, libc::SOL_SOCKET, name)? == value);
+        if lending == Lending::Never || !is(libc::SO_TYPE, libc::SOCK_STREAM)? {
             return Ok(None);
         }
+        let peer = if is(libc::SO_DOMAIN, libc::AF_UNIX)? {
+            None
+        } else if lending == Lending::UnixSocketsAndTcp
+            && is(libc::SO_PROTOCOL, libc::IPPROTO_TCP)?
+            && let Some(peer) = LocalPeer::find(socket)?
+        {
+            Some(peer)
+        } else {
+            return Ok(None);
+        };
         let mut ends = [-1; 2];
         // SAFETY: `ends` has room for two descriptors and lives for the call.
         if unsafe { libc::pipe2(ends.as_mut_ptr(), libc::O_CLOEXEC | libc::O_NONBLOCK) } < 0 {
@@ -49,12 +63,15 @@ impl Lender {
         // does, as does what it has granted without being asked.
         // SAFETY: fcntl with F_SETPIPE_SZ takes no pointers.
         unsafe { libc::fcntl(writing.as_raw_fd(), libc::F_SETPIPE_SZ, AT_A_TIME) };
-        let _ = set_option(socket, libc::SOL_SOCKET, libc::SO_SNDBUF, AT_A_TIME);
+        if peer.is_none() {
+            let _ = set_option(socket, libc::SOL_SOCKET, libc::SO_SNDBUF, AT_A_TIME);
+        }
         Ok(Some(Self {
             reading,
             writing,
             inside: 0,
             has_lent: false,
+            peer,
         }))
     }
 
@@ -82,8 +99,10 @@ impl Lender {
         self.inside == 0
     }
 
-    /// Gives the socket what it takes now; [`io::ErrorKind::WouldBlock`] if that is nothing.
-    pub(super) fn pass(&mut self, socket: BorrowedFd<'_>) -> io::Result<()> {
+    /// Gives the socket what it takes now; [`io::ErrorKind::WouldBlock`] if that is nothing. `more`: it
+    /// need not send the last of it before there is more.
+    pub(super) fn pass(&mut self, socket: BorrowedFd<'_>, more: bool) -> io::Result<()> {
+        let more = if more { libc::SPLICE_F_MORE } else { 0 };
         // SAFETY: splice without offsets takes no pointers; both descriptors are open.
         let n = unsafe {
             libc::splice(
@@ -92,7 +111,7 @@ impl Lender {
                 socket.as_raw_fd(),
                 std::ptr::null_mut(),
                 self.inside,
-                libc::SPLICE_F_NONBLOCK | libc::SPLICE_F_MORE,
+                libc::SPLICE_F_NONBLOCK | more,
             )
         };
         match usize::try_from(n) {
@@ -107,21 +126,40 @@ impl Lender {
 
     /// Waits until the peer has taken everything that was lent, and what was sent behind it.
     pub(super) fn finish(&mut self, socket: BorrowedFd<'_>, until: Instant) -> io::Result<()> {
-        while self.has_lent && not_taken(socket)? > 0 {
+        while self.has_lent && !self.is_taken(socket)? {
+            // A connection that has ended, at either side, is POLLHUP, which needs no asking for.
+            let mut fds = [pollfd(socket.as_raw_fd(), 0), pollfd(-1, 0)];
+            let has_ended = poll(&mut fds, Some(until.min(Instant::now() + LOOK)))?;
+            if has_ended && !self.is_taken(socket)? {
+                return Err(io::Error::new(
+                    io::ErrorKind::BrokenPipe,
+                    "the connection ended before the peer had taken what was lent to it",
+                ));
+            }
             if Instant::now() >= until {
                 return Err(io::Error::new(
                     io::ErrorKind::TimedOut,
                     "the peer did not take what was lent to it before the deadline",
                 ));
             }
-            thread::sleep(LOOK);
         }
         self.has_lent = false;
         Ok(())
     }
+
+    /// Whether the peer has all that was sent.
+    fn is_taken(&self, socket: BorrowedFd<'_>) -> io::Result<bool> {
+        // What has not arrived is in no queue of the peer's yet, so that is the second look.
+        Ok(not_taken(socket)? == 0
+            && match &self.peer {
+                Some(peer) => peer.unread()? == 0,
+                None => true,
+            })
+    }
 }
 
-/// What the socket holds for its peer, bytes, with what the kernel adds to them.
+/// What the socket holds for its peer, bytes, with what the kernel adds to them; of TCP what has not been
+/// acknowledged.
 fn not_taken(socket: BorrowedFd<'_>) -> io::Result<libc::c_int> {
     let mut bytes: libc::c_int = 0;
     // SAFETY: the call writes an int, which lives for it.

@@ -13,6 +13,8 @@ mod file;
 #[cfg(feature = "fd")]
 mod lent;
 #[cfg(feature = "fd")]
+mod local_peer;
+#[cfg(feature = "fd")]
 mod positioned;
 #[cfg(feature = "fd")]
 mod socket;
@@ -61,6 +63,21 @@ impl Chunk<'_> {
     }
 }
 
+/// Over which connections to a peer on the same host guest memory is lent to it: the connection
+/// refers to the pages, and the peer copies them once, instead of twice, into the connection and out of it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Lending {
+    /// Over none: the peer need not read for a synchronisation to end.
+    Never,
+    /// Over unix sockets.
+    #[default]
+    UnixSockets,
+    /// Over TCP within one network namespace too. It takes work off the sender and gives it to
+    /// the peer: good for one channel or where the sender is waited for, as in a COLO checkpoint, and not
+    /// for several channels that have all processors busy between them, where TCP's own work is most.
+    UnixSocketsAndTcp,
+}
+
 /// The outgoing direction of a channel.
 pub trait ByteSink: Send {
     /// Writes all chunks in order, as one gather write where the transport can.
@@ -90,10 +107,11 @@ pub trait ByteSink: Send {
         Err(io::ErrorKind::Unsupported.into())
     }
 
-    /// Lends guest memory to a peer on the same host instead of copying it, where the transport can;
-    /// whether it does. What is sent is what the memory holds when the peer takes it, at the latest
-    /// before [`ByteSink::finish_zero_copy`] returns.
-    fn lend_to_local_peer(&mut self) -> bool {
+    /// Lends guest memory to a peer on the same host instead of copying it, where `lending` has it, the
+    /// transport can, and the peer is seen to be there; whether it does. What is sent is what the memory
+    /// holds when the peer takes it, at the latest before [`ByteSink::finish_zero_copy`] returns.
+    fn lend_to_local_peer(&mut self, lending: Lending) -> bool {
+        let _ = lending;
         false
     }
 
@@ -171,8 +189,8 @@ impl<T: ByteSink + ?Sized> ByteSink for Box<T> {
     fn enable_zero_copy(&mut self) -> io::Result<()> {
         (**self).enable_zero_copy()
     }
-    fn lend_to_local_peer(&mut self) -> bool {
-        (**self).lend_to_local_peer()
+    fn lend_to_local_peer(&mut self, lending: Lending) -> bool {
+        (**self).lend_to_local_peer(lending)
     }
     fn finish_zero_copy(&mut self) -> io::Result<u64> {
         (**self).finish_zero_copy()

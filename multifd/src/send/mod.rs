@@ -101,10 +101,10 @@ impl SendSet {
                 })?;
             }
         }
-        if config.lend_pages && !config.zero_copy && !is_compressed {
+        if !config.zero_copy && !is_compressed {
             for sink in &mut sinks {
                 // Where there is no way to lend, pages are copied.
-                sink.lend_to_local_peer();
+                sink.lend_to_local_peer(config.lending);
             }
         }
         let crew = Arc::new(Crew::new(

@@ -26,6 +26,7 @@ use colo_core::driver::{ColoControl, GapConfig};
 use colo_core::heartbeat::{Endpoint, Heartbeat, Phase, TakeOverError};
 use colo_core::{Deadlines, FailoverHandle, MigrationPlan, OnPeerLoss};
 use migration_stream::configuration::{Configuration, MachineName};
+use migration_stream::io::Lending;
 use migration_stream::precopy::{BoxError, Limits};
 use migration_stream::ram;
 use migration_stream::unchanged::WhenToCompare;
@@ -571,6 +572,11 @@ impl Migration {
                 compression,
                 zero_pages: zero_pages(parameters),
                 zero_copy: settings.has(MigrationCapability::ZeroCopySend),
+                lending: match capabilities.x_colo {
+                    // A checkpoint's pause waits for the sender.
+                    true => Lending::UnixSocketsAndTcp,
+                    false => Lending::default(),
+                },
                 uuid: self.options.uuid.map_or([0; 16], Uuid::into_bytes),
                 stall_limit: self.options.io_limit,
                 ..MultifdConfig::default()

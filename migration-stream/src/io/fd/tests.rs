@@ -15,6 +15,15 @@ fn pair() -> (FdChannel, FdChannel) {
     )
 }
 
+fn tcp_pair() -> (FdChannel, FdChannel) {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let a = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    (
+        FdChannel::new(a, SHORT).unwrap(),
+        FdChannel::new(listener.accept().unwrap().0, SHORT).unwrap(),
+    )
+}
+
 #[test]
 fn a_gather_write_arrives_in_order_and_scatters_into_guest_memory_first() {
     let (mut a, mut b) = pair();
@@ -69,10 +78,7 @@ fn a_peer_that_takes_nothing_is_an_error_when_the_deadline_has_passed() {
 
 #[test]
 fn bytes_below_the_mark_are_read_at_the_deadline_and_by_the_next_reader() {
-    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    let sender = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-    let mut a = FdChannel::new(sender, SHORT).unwrap();
-    let mut b = FdChannel::new(listener.accept().unwrap().0, SHORT).unwrap();
+    let (mut a, mut b) = tcp_pair();
     let mut landed = vec![0u8; 4 * LOW_WATER];
     let slice = VolatileSlice::from(landed.as_mut_slice());
     // Nothing comes, then less than the mark, then all the rest.
@@ -93,9 +99,7 @@ fn bytes_below_the_mark_are_read_at_the_deadline_and_by_the_next_reader() {
 
 #[test]
 fn what_tcp_has_received_is_confirmed_at_once_by_who_waits() {
-    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    let _peer = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-    let mut channel = FdChannel::new(listener.accept().unwrap().0, SHORT).unwrap();
+    let (_peer, mut channel) = tcp_pair();
     let (level, name) = (libc::IPPROTO_TCP, libc::TCP_QUICKACK);
     let is_prompt = |channel: &FdChannel| option(channel.as_fd(), level, name).unwrap() == 1;
     let be_late = |channel: &FdChannel| {
@@ -118,84 +122,142 @@ fn what_tcp_has_received_is_confirmed_at_once_by_who_waits() {
 
 #[test]
 fn what_is_lent_is_what_the_memory_holds_when_the_peer_takes_it() {
-    let (mut a, mut b) = pair();
-    assert!(a.lend_to_local_peer());
-    let mut pages = vec![7u8; 3 * 4096];
-    let guest = VolatileSlice::from(pages.as_mut_slice());
-    let (odd, rest) = guest.split_at(100).unwrap();
-    a.write_all(&[Chunk::Bytes(b"ab"), Chunk::Guest(odd), Chunk::Guest(rest)])
-        .unwrap();
-    let late = a.finish_zero_copy().unwrap_err();
-    assert_eq!(late.kind(), io::ErrorKind::TimedOut, "{late}");
-    guest.subslice(4096, 4096).unwrap().copy_from(&[8u8; 4096]);
-    let reader = thread::spawn(move || {
-        let mut landed = vec![0; 2 + 3 * 4096];
-        let mut n = 0;
-        while n < landed.len() {
-            n += b.read(&mut landed[n..]).unwrap();
-        }
-        landed
-    });
-    a.set_write_deadline(Some(Instant::now() + Duration::from_secs(60)));
-    assert_eq!(a.finish_zero_copy().unwrap(), 0);
-    let landed = reader.join().unwrap();
-    assert_eq!(landed, [&b"ab"[..], &pages].concat());
-    assert_eq!(pages[4096..8192], [8; 4096]);
+    for (mut a, mut b) in [pair(), tcp_pair()] {
+        assert!(a.lend_to_local_peer(Lending::UnixSocketsAndTcp));
+        let mut pages = vec![7u8; 3 * 4096];
+        let guest = VolatileSlice::from(pages.as_mut_slice());
+        let (odd, rest) = guest.split_at(100).unwrap();
+        a.write_all(&[Chunk::Bytes(b"ab"), Chunk::Guest(odd), Chunk::Guest(rest)])
+            .unwrap();
+        let late = a.finish_zero_copy().unwrap_err();
+        assert_eq!(late.kind(), io::ErrorKind::TimedOut, "{late}");
+        guest.subslice(4096, 4096).unwrap().copy_from(&[8u8; 4096]);
+        let reader = thread::spawn(move || {
+            let mut landed = vec![0; 2 + 3 * 4096];
+            let mut n = 0;
+            while n < landed.len() {
+                n += b.read(&mut landed[n..]).unwrap();
+            }
+            landed
+        });
+        a.set_write_deadline(Some(Instant::now() + Duration::from_secs(60)));
+        assert_eq!(a.finish_zero_copy().unwrap(), 0);
+        let landed = reader.join().unwrap();
+        assert_eq!(landed, [&b"ab"[..], &pages].concat());
+        assert_eq!(pages[4096..8192], [8; 4096]);
+    }
 }
 
 #[test]
 fn much_more_than_the_socket_holds_is_lent_as_the_peer_takes_it() {
-    let (mut a, mut b) = pair();
-    assert!(a.lend_to_local_peer());
-    let mut pages: Vec<u8> = (0..8_usize << 20)
-        .map(|i| (i / 4096 + i).to_le_bytes()[0])
-        .collect();
-    let sent = pages.clone();
-    let reader = thread::spawn(move || {
-        let mut landed = vec![0; 8 << 20];
-        let slice = VolatileSlice::from(landed.as_mut_slice());
+    for (mut a, mut b) in [pair(), tcp_pair()] {
+        assert!(a.lend_to_local_peer(Lending::UnixSocketsAndTcp));
+        let mut pages: Vec<u8> = (0..8_usize << 20)
+            .map(|i| (i / 4096 + i).to_le_bytes()[0])
+            .collect();
+        let sent = pages.clone();
+        let reader = thread::spawn(move || {
+            let mut landed = vec![0; 8 << 20];
+            let slice = VolatileSlice::from(landed.as_mut_slice());
+            let mut n = 0;
+            while n < slice.len() {
+                n += b
+                    .read_scatter(&[slice.offset(n).unwrap()], &mut [])
+                    .unwrap();
+            }
+            landed
+        });
+        a.set_write_deadline(Some(Instant::now() + Duration::from_secs(60)));
+        let guest = VolatileSlice::from(pages.as_mut_slice());
+        let pieces: Vec<_> = (0..guest.len())
+            .step_by(4096)
+            .map(|at| Chunk::Guest(guest.subslice(at, 4096).unwrap()))
+            .collect();
+        a.write_all(&pieces).unwrap();
+        a.finish_zero_copy().unwrap();
+        assert!(reader.join().unwrap() == sent);
+    }
+}
+
+#[test]
+fn last_page_that_is_lent_does_not_wait_for_more() {
+    // TCP holds a segment that is not full for 200 ms if it is told that there is more.
+    let (mut a, mut b) = tcp_pair();
+    set_option(a.as_fd(), libc::IPPROTO_TCP, libc::TCP_NODELAY, 1).unwrap();
+    assert!(a.lend_to_local_peer(Lending::UnixSocketsAndTcp));
+    let mut page = vec![7u8; 4096];
+    let guest = VolatileSlice::from(page.as_mut_slice());
+    for _ in 0..20 {
+        a.write_all(&[Chunk::Bytes(b"header"), Chunk::Guest(guest)])
+            .unwrap();
         let mut n = 0;
-        while n < slice.len() {
-            n += b
-                .read_scatter(&[slice.offset(n).unwrap()], &mut [])
-                .unwrap();
+        while n < 6 + 4096 {
+            n += b.read(&mut [0; 8192]).unwrap();
         }
-        landed
-    });
-    a.set_write_deadline(Some(Instant::now() + Duration::from_secs(60)));
-    let guest = VolatileSlice::from(pages.as_mut_slice());
-    let pieces: Vec<_> = (0..guest.len())
-        .step_by(4096)
-        .map(|at| Chunk::Guest(guest.subslice(at, 4096).unwrap()))
-        .collect();
-    a.write_all(&pieces).unwrap();
-    a.finish_zero_copy().unwrap();
-    assert!(reader.join().unwrap() == sent);
+        a.finish_zero_copy().unwrap();
+    }
 }
 
 #[test]
 fn a_peer_that_has_gone_takes_nothing_that_is_lent() {
-    let (mut a, b) = pair();
-    assert!(a.lend_to_local_peer());
-    drop(b);
     let mut page = vec![7u8; 4096];
     let guest = VolatileSlice::from(page.as_mut_slice());
-    let gone = a.write_all(&[Chunk::Guest(guest)]).unwrap_err();
-    assert_eq!(gone.kind(), io::ErrorKind::BrokenPipe, "{gone}");
+    for (mut a, b) in [pair(), tcp_pair()] {
+        assert!(a.lend_to_local_peer(Lending::UnixSocketsAndTcp));
+        drop(b);
+        // TCP hears of it by what it sends.
+        let gone = (0..10)
+            .find_map(|_| a.write_all(&[Chunk::Guest(guest)]).err())
+            .unwrap();
+        assert_eq!(gone.kind(), io::ErrorKind::BrokenPipe, "{gone}");
+    }
 }
 
 #[test]
-fn only_a_local_stream_socket_is_lent_to() {
-    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    let tcp = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+fn nobody_waits_for_a_peer_that_goes_with_what_was_lent_to_it() {
+    let mut page = vec![7u8; 4096];
+    let guest = VolatileSlice::from(page.as_mut_slice());
+    for (mut a, b) in [pair(), tcp_pair()] {
+        assert!(a.lend_to_local_peer(Lending::UnixSocketsAndTcp));
+        a.write_all(&[Chunk::Guest(guest)]).unwrap();
+        drop(b);
+        a.set_write_deadline(Some(Instant::now() + Duration::from_secs(600)));
+        // It reads nothing any more, whether that is said or not.
+        if let Err(gone) = a.finish_zero_copy() {
+            assert_eq!(gone.kind(), io::ErrorKind::BrokenPipe, "{gone}");
+        }
+    }
+    // Nor when it is we who have closed the connection.
+    for (mut a, _b) in [pair(), tcp_pair()] {
+        assert!(a.lend_to_local_peer(Lending::UnixSocketsAndTcp));
+        a.write_all(&[Chunk::Guest(guest)]).unwrap();
+        a.set_write_deadline(Some(Instant::now() + Duration::from_secs(600)));
+        a.share().shutdown();
+        let closed = a.finish_zero_copy().unwrap_err();
+        assert_eq!(closed.kind(), io::ErrorKind::BrokenPipe, "{closed}");
+    }
+}
+
+#[test]
+fn only_a_stream_socket_whose_peer_is_here_is_lent_to() {
     let (_, pipe) = std::io::pipe().unwrap();
     let file = tempfile::tempfile().unwrap();
     let (datagram, _other) = std::os::unix::net::UnixDatagram::pair().unwrap();
-    let others = [tcp.into(), pipe.into(), file.into(), datagram.into()];
+    // Its peer could be anywhere.
+    let unconnected = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let others = [
+        pipe.into(),
+        file.into(),
+        datagram.into(),
+        unconnected.into(),
+    ];
     for other in others as [OwnedFd; 4] {
         let mut channel = FdChannel::new(other, SHORT).unwrap();
-        assert!(!channel.lend_to_local_peer());
+        assert!(!channel.lend_to_local_peer(Lending::UnixSocketsAndTcp));
     }
+    assert!(!pair().0.lend_to_local_peer(Lending::Never));
+    assert!(pair().0.lend_to_local_peer(Lending::UnixSockets));
+    assert!(!tcp_pair().0.lend_to_local_peer(Lending::UnixSockets));
 }
 
 #[test]
