@@ -238,6 +238,41 @@ fn pages_lent_to_a_local_peer_are_its_own_when_they_are_synchronised() {
 }
 
 #[test]
+fn pages_sent_beside_are_read_when_they_have_drained() {
+    let dir = tempfile::tempdir().unwrap();
+    let unix = |n| Address::Unix(dir.path().join(format!("socket{n}")));
+    for (address, lending) in [
+        (unix(0), Lending::Never),
+        (unix(1), Lending::UnixSockets),
+        (tcp(), Lending::UnixSocketsAndTcp),
+    ] {
+        let config = MultifdConfig {
+            lending,
+            ..config(2, Compression::None)
+        };
+        let mut m = Migration::start(&address, &config);
+        m.send.beside().unwrap().keep_order();
+        for round in 1..10 {
+            for page in 0..PAGES[0] {
+                m.ram.put(0, page, &[round; PAGE]);
+            }
+            let beside = m.send.beside().unwrap();
+            beside.send_beside(BlockId::new(0), 0, PAGES[0]).unwrap();
+            beside.drain().unwrap();
+            // The guest goes on, and what it writes belongs to no checkpoint yet.
+            for page in 0..PAGES[0] {
+                m.ram.put(0, page, &[0xee; PAGE]);
+            }
+            m.send.sync(&mut m.main).unwrap();
+            wait_for_flush(&mut m.incoming_main, &mut m.recv.barrier());
+            for page in 0..PAGES[0] {
+                assert_eq!(m.recv.store().page(0, page), [round; PAGE], "{page}");
+            }
+        }
+    }
+}
+
+#[test]
 fn what_cannot_be_sent_without_a_copy_is_refused() {
     let start = |address: &Address, compression| {
         let config = MultifdConfig {

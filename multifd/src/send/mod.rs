@@ -34,7 +34,7 @@ use crate::error::{ChannelError, Failure};
 use crate::packet::PAGES_PER_PACKET;
 pub use level::LevelWatch;
 use places::Places;
-use queue::{Awaited, Batch, DeviceState, Queue, Work};
+use queue::{Awaited, Batch, DeviceState, Due, Queue, Work};
 use writer::{Totals, Writer};
 
 /// [`PAGE_SIZE`] as a length in memory.
@@ -57,6 +57,8 @@ pub struct SendSet {
     deadline: Option<Instant>,
     flush: Flush,
     is_compressed: bool,
+    /// Guest memory may still be read when a packet of it is written.
+    is_uncopied: bool,
     /// The level of all channels, if it adapts.
     level: Option<LevelWatch>,
     /// Zero pages go on the main stream.
@@ -101,10 +103,11 @@ impl SendSet {
                 })?;
             }
         }
+        let mut is_uncopied = config.zero_copy;
         if !config.zero_copy && !is_compressed {
             for sink in &mut sinks {
                 // Where there is no way to lend, pages are copied.
-                sink.lend_to_local_peer(config.lending);
+                is_uncopied |= sink.lend_to_local_peer(config.lending);
             }
         }
         let crew = Arc::new(Crew::new(
@@ -145,6 +148,7 @@ impl SendSet {
             deadline: None,
             flush: config.flush,
             is_compressed,
+            is_uncopied,
             level,
             main_zero: (config.zero_pages == ZeroPageDetection::Legacy).then(MainZero::default),
         })
@@ -360,20 +364,25 @@ impl SendSet {
 
     /// Every channel writes exactly one SYNC packet behind everything that is queued.
     fn sync_channels(&mut self) -> Result<(), Failure> {
+        self.settle(Due::Sync, "every channel to write its sync packet")
+    }
+
+    /// Every channel does what is due behind everything that is queued.
+    fn settle(&mut self, due: Due, what: &'static str) -> Result<(), Failure> {
         self.queue_batch()?;
         let mut state = self.crew.lock();
         state.check()?;
-        state.begin_sync();
+        state.begin_point(due);
         self.crew.for_channels.notify_all();
         let mut patience = self.crew.patience(self.deadline, &state);
-        while !state.is_synced() {
+        while !state.is_settled() {
             let in_time;
-            state.wait_for(Awaited::Synced);
+            state.wait_for(Awaited::Settled);
             (state, in_time) = patience.wait(&self.crew.for_owner, state, |s| s.progress);
             state.check()?;
             if !in_time {
                 drop(state);
-                return Err(self.give_up("every channel to write its sync packet"));
+                return Err(self.give_up(what));
             }
         }
         Ok(())
@@ -475,7 +484,10 @@ impl PagesBeside for SendSet {
     }
 
     fn drain(&mut self) -> Result<(), TransportError> {
-        Ok(self.wait_written()?)
+        Ok(match self.is_uncopied {
+            true => self.settle(Due::LetGo, "the peer to take the pages that were sent"),
+            false => self.wait_written(),
+        }?)
     }
 }
 

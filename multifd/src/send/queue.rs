@@ -1,5 +1,5 @@
 //! What the channels have to do: packets of pages that any of them may take, packets that only one
-//! of them may, and a SYNC packet that each of them owes.
+//! of them may, and what each of them owes at a point behind these.
 
 use std::collections::VecDeque;
 use std::time::Instant;
@@ -70,10 +70,12 @@ pub(super) struct Queue {
     unwritten: usize,
     /// Batches to be used again.
     spare: Vec<Batch>,
-    /// How many sync points there were. A channel owes SYNC packets up to this number.
-    syncs: u64,
-    /// Channels that have written all they owe.
-    synced: usize,
+    /// How many points there were. A channel owes what is due at them up to this number.
+    points: u64,
+    /// What is due at the last one.
+    due: Due,
+    /// Channels that have done all they owe.
+    settled: usize,
     /// The channels end when the queue is empty.
     finishing: bool,
     /// Until when a channel may write.
@@ -89,8 +91,17 @@ pub(super) enum Awaited {
     Room(Option<usize>),
     /// That all is written.
     Drained,
-    /// That all SYNC packets are.
-    Synced,
+    /// That every channel has done what it owes.
+    Settled,
+}
+
+/// What every channel owes at a point behind all that was queued before it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Due {
+    /// A SYNC packet, and that nobody reads for what was sent before it any more.
+    Sync,
+    /// The latter alone.
+    LetGo,
 }
 
 impl Queue {
@@ -104,8 +115,9 @@ impl Queue {
                 .collect(),
             unwritten: 0,
             spare: Vec::new(),
-            syncs: 0,
-            synced: channels,
+            points: 0,
+            due: Due::Sync,
+            settled: channels,
             finishing: false,
             deadline: None,
             awaited: None,
@@ -146,7 +158,7 @@ impl Queue {
                 queued <= most / 2
             }
             Awaited::Drained => self.is_drained(),
-            Awaited::Synced => self.is_synced(),
+            Awaited::Settled => self.is_settled(),
         });
         if is_there {
             self.awaited = None;
@@ -187,13 +199,14 @@ impl Queue {
         batch
     }
 
-    pub(super) fn begin_sync(&mut self) {
-        self.syncs += 1;
-        self.synced = 0;
+    pub(super) fn begin_point(&mut self, due: Due) {
+        self.points += 1;
+        self.due = due;
+        self.settled = 0;
     }
 
-    pub(super) fn is_synced(&self) -> bool {
-        self.synced == self.channels
+    pub(super) fn is_settled(&self) -> bool {
+        self.settled == self.channels
     }
 
     pub(super) fn finish(&mut self) {
@@ -208,17 +221,17 @@ pub(super) enum Job {
     Pages(Batch),
     /// It writes this state of a device.
     DeviceState(DeviceState),
-    /// It writes a SYNC packet.
-    Sync,
+    /// It does what is due.
+    Due(Due),
     /// It ends.
     End,
 }
 
 impl Crew<Queue> {
-    /// Waits for work for `channel`, which has written `syncs` SYNC packets. Pages go first: a SYNC
-    /// packet stands behind everything that was queued before it. An idle channel waits without
-    /// end; the owner of the set is what wakes it.
-    pub(super) fn next_job(&self, channel: usize, syncs: u64) -> (Job, Option<Instant>) {
+    /// Waits for work for `channel`, which has done what was due at `points` points. Pages go first: a
+    /// point is behind everything that was queued before it. An idle channel waits without end; the
+    /// owner of the set is what wakes it.
+    pub(super) fn next_job(&self, channel: usize, points: u64) -> (Job, Option<Instant>) {
         let mut state = self.lock();
         loop {
             let deadline = state.deadline;
@@ -230,8 +243,8 @@ impl Crew<Queue> {
                 Some(Work::DeviceState(state)) => return (Job::DeviceState(state), deadline),
                 None => {}
             }
-            if syncs < state.syncs {
-                return (Job::Sync, deadline);
+            if points < state.points {
+                return (Job::Due(state.due), deadline);
             }
             if state.finishing {
                 return (Job::End, deadline);
@@ -256,9 +269,9 @@ impl Crew<Queue> {
         self.done(|state| state.unwritten = state.unwritten.saturating_sub(1));
     }
 
-    /// A channel has written its SYNC packet.
-    pub(super) fn wrote_sync(&self) {
-        self.done(|state| state.synced += 1);
+    /// A channel has done what was due.
+    pub(super) fn settled(&self) {
+        self.done(|state| state.settled += 1);
     }
 
     fn done(&self, note: impl FnOnce(&mut Queue)) {

@@ -11,7 +11,7 @@ use migration_stream::{GuestRam, MemoryError, PAGE_SIZE, TransportCounters};
 use vm_memory::VolatileSlice;
 
 use super::level::{LevelWatch, Pace};
-use super::queue::{Batch, DeviceState, Job, Queue};
+use super::queue::{Batch, DeviceState, Due, Job, Queue};
 use crate::compression::Encoder;
 use crate::crew::Crew;
 use crate::error::{ChannelError, Part};
@@ -103,9 +103,9 @@ impl<'a> Writer<'a> {
     }
 
     pub(super) fn run(mut self, channel: u8, crew: &Crew<Queue>) -> Result<(), ChannelError> {
-        let mut syncs = 0;
+        let mut points = 0;
         loop {
-            let (job, deadline) = crew.next_job(usize::from(channel), syncs);
+            let (job, deadline) = crew.next_job(usize::from(channel), points);
             self.sink.set_write_deadline(deadline);
             match job {
                 Job::Pages(batch) => {
@@ -116,13 +116,13 @@ impl<'a> Writer<'a> {
                     self.write_device_state(&state)?;
                     crew.wrote_device_state();
                 }
-                Job::Sync => {
-                    self.write_sync()?;
-                    if let Some(pace) = &mut self.pace {
-                        pace.sync();
+                Job::Due(due) => {
+                    if due == Due::Sync {
+                        self.write_sync()?;
                     }
-                    syncs += 1;
-                    crew.wrote_sync();
+                    self.let_go()?;
+                    points += 1;
+                    crew.settled();
                 }
                 Job::End => return Ok(()),
             }
@@ -270,18 +270,25 @@ impl<'a> Writer<'a> {
             .write_all(&[Chunk::Bytes(&self.header)])
             .map_err(|e| write_failed(index, Part::Header, e))?;
         self.index += 1;
-        // Newer content of a page may leave on another channel from here on: nothing may read it
-        // for what was sent before.
-        let copied = self
-            .sink
-            .finish_zero_copy()
-            .map_err(|e| write_failed(index, Part::Header, e))?;
-        if copied > 0 {
-            self.totals.missed_zero_copy.fetch_add(1, Ordering::Relaxed);
-        }
         self.totals
             .bytes
             .fetch_add(HEADER_LEN as u64, Ordering::Relaxed);
+        if let Some(pace) = &mut self.pace {
+            pace.sync();
+        }
+        Ok(())
+    }
+
+    /// Waits until nobody reads guest memory for what was sent: from here on the guest may change it,
+    /// and newer content of a page may leave on another channel.
+    fn let_go(&mut self) -> Result<(), ChannelError> {
+        let copied = self
+            .sink
+            .finish_zero_copy()
+            .map_err(|e| write_failed(self.index, Part::Payload, e))?;
+        if copied > 0 {
+            self.totals.missed_zero_copy.fetch_add(1, Ordering::Relaxed);
+        }
         Ok(())
     }
 
