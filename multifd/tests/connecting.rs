@@ -313,11 +313,12 @@ fn waiting_for_nobody_can_be_cancelled() {
 
 #[test]
 fn connecting_where_nobody_listens_is_refused() {
+    // The near end's port of a connection is given to nobody who would listen.
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let address: Address = format!("tcp:{}", listener.local_addr().unwrap())
+    let taken = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let address: Address = format!("tcp:{}", taken.local_addr().unwrap())
         .parse()
         .unwrap();
-    drop(listener);
     let dir = tempfile::tempdir().unwrap();
     for address in [address, Address::Unix(dir.path().join("nobody"))] {
         let e = connect(&address, None, LIMIT, LIMIT).unwrap_err();

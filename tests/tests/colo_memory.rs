@@ -1,5 +1,6 @@
-//! What a secondary takes of memory, by what it keeps checkpoints in.
+//! What a secondary takes of memory, by what it keeps checkpoints in, and what a primary lends it.
 
+use std::fs;
 use std::process::ExitCode;
 use std::thread;
 use std::time::Duration;
@@ -25,7 +26,40 @@ fn main() -> ExitCode {
             assert!(most >= 1.9, "{most:.3} times guest memory");
             Ok(())
         }),
+        harness::anywhere("pages_are_lent_unless_told_otherwise", lending),
     ])
+}
+
+/// Pages that are lent take the way through a pipe of each channel.
+fn lending() -> Result<()> {
+    let channels = Connection::channels(2);
+    let over_unix = Connection {
+        unix: true,
+        ..channels
+    };
+    for connection in [channels, over_unix] {
+        for (options, pipes) in [(&[][..], 4), (&["--no-lending"], 0)] {
+            let vmm = ColoVmm::new("colo-vmm")
+                .simulated()
+                .memory(16)
+                .args(options);
+            let pair = Pair::in_colo(&vmm, connection, DELAY)?;
+            let ends =
+                pipe_ends(pair.primary.process.id())? - pipe_ends(pair.secondary.process.id())?;
+            assert_eq!(ends, pipes, "{connection:?} {options:?}");
+        }
+    }
+    Ok(())
+}
+
+/// How many ends of pipes a process has.
+fn pipe_ends(process: u32) -> Result<i32> {
+    let mut ends = 0;
+    for entry in fs::read_dir(format!("/proc/{process}/fd"))? {
+        let to = fs::read_link(entry?.path());
+        ends += i32::from(to.is_ok_and(|to| to.to_string_lossy().starts_with("pipe:")));
+    }
+    Ok(ends)
 }
 
 /// Guest memory, MiB: much more than a process takes for itself.

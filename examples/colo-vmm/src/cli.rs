@@ -177,6 +177,10 @@ struct RunArgs {
     /// lent to a peer on the same host at less cost, but a byte that is written may take 2 MiB.
     #[arg(long)]
     no_huge_pages: bool,
+    /// Copy pages into the connections to a peer on the same host instead of lending them: for a proxy in
+    /// between that does not read them, but passes them on by `splice(2)`.
+    #[arg(long)]
+    no_lending: bool,
     /// As a source with multifd compressed by zstd, go up with the level where the network is the
     /// bottleneck and down where the processors are, within -7 to 12 (auto:MIN:MAX: within others,
     /// -100 to 20) [default: the parameter `multifd-zstd-level`].
@@ -310,6 +314,7 @@ impl RunArgs {
                 bandwidth: mib.saturating_mul(1 << 20),
                 ..GapConfig::default()
             }),
+            lends: !self.no_lending,
             zstd_level: self.zstd_level,
             prealloc: self.prealloc,
             boundaries: Arc::new(boundaries),

@@ -65,6 +65,13 @@ impl Chunk<'_> {
 
 /// Over which connections to a peer on the same host guest memory is lent to it: the connection
 /// refers to the pages, and the peer copies them once, instead of twice, into the connection and out of it.
+///
+/// It is known when the peer, or a proxy in its place, has read them. One that does not read, but passes
+/// on what comes by `splice(2)`, goes on to refer to the pages when a synchronisation is over: where there
+/// may be such a one it has to be [`Lending::Never`].
+///
+/// A filter of system calls has to allow `pipe2`, `vmsplice` and `splice` for it, and over TCP a socket of
+/// `AF_NETLINK`; where the system refuses one, pages are copied.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Lending {
     /// Over none: the peer need not read for a synchronisation to end.

@@ -1,6 +1,6 @@
 //! Peers that are not there, say nothing or die, and operators who do not wait for them.
 
-use std::net::TcpListener;
+use std::net::{TcpListener, TcpStream};
 use std::time::Instant;
 
 use serde_json::{Value, json};
@@ -9,15 +9,17 @@ use tests::vmm::{ColoVmm, Connection, Pair, Vmm};
 
 use crate::{AT_ONCE, COLO, listening, runs_on, says, silent_listener, source};
 
-/// A port that nobody has.
-fn free_port() -> Result<u16> {
-    Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
+/// A connection, on whose port nobody listens: nobody else is given it as long as both ends live.
+fn connection() -> Result<(TcpStream, TcpListener)> {
+    let listener = TcpListener::bind("127.0.0.1:0")?;
+    Ok((TcpStream::connect(listener.local_addr()?)?, listener))
 }
 
 pub fn nobody_listens() -> Result<()> {
     let mut vmm = source().start()?;
     vmm.qmp.enable(&["return-path", "x-colo", "events"])?;
-    let port = free_port()?;
+    let (taken, _other_end) = connection()?;
+    let port = taken.local_addr()?.port();
     vmm.migrate(&format!("tcp:127.0.0.1:{port}"))?;
     says(
         &vmm.wait_failure()?,

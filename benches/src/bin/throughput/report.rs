@@ -76,12 +76,19 @@ impl Row {
 impl fmt::Display for Row {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "| {:6} | {:9} |", self.content, self.way)?;
+        let [qemu, ..] = &self.times;
         let figures = self.medians().into_iter().zip(self.speeds());
-        for ((time, (speed, ratio)), quicker) in figures.zip(self.quicker()) {
-            write!(
-                f,
-                " {time:6.3} s {speed:5.2} GB/s {ratio:5.2} {quicker:4.2} |"
-            )?;
+        let figures = figures.zip(self.quicker());
+        for (times, ((time, (speed, ratio)), quicker)) in self.times.iter().zip(figures) {
+            if times.is_empty() {
+                write!(f, " - |")?;
+                continue;
+            }
+            write!(f, " {time:6.3} s {speed:5.2} GB/s")?;
+            if !qemu.is_empty() {
+                write!(f, " {ratio:5.2} {quicker:4.2}")?;
+            }
+            write!(f, " |")?;
         }
         Ok(())
     }
@@ -185,6 +192,19 @@ mod tests {
     #[test]
     fn runs_are_compared_one_by_one() {
         assert_eq!(row().quicker(), [0.5, 0.5, 1.0 / 3.0, 7.5 / 9.0]);
+    }
+
+    #[test]
+    fn nothing_is_said_of_what_was_not_measured() {
+        let seconds = |s: &[u64]| s.iter().copied().map(Duration::from_secs).collect();
+        let row = |qemu: &[u64]| {
+            let times = [seconds(qemu), seconds(&[4]), vec![], vec![]];
+            Row::new("mixed", Way::Plain, 1000, times).to_string()
+        };
+        assert!(
+            row(&[2]).ends_with("0.52 GB/s  1.00 0.50 |  4.000 s  0.26 GB/s  0.50 0.00 | - | - |")
+        );
+        assert!(row(&[]).ends_with("| plain     | - |  4.000 s  0.26 GB/s | - | - |"));
     }
 
     #[test]

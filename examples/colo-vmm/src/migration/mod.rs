@@ -108,6 +108,8 @@ pub struct MigrationOptions {
     pub early_resume: bool,
     /// As a primary, whether and how pages are sent between checkpoints.
     pub gap: Option<GapConfig>,
+    /// As a source, lend pages to a peer on the same host.
+    pub lends: bool,
     /// As a source with zstd, between which levels it chooses, whatever `multifd-zstd-level` says.
     pub zstd_level: Option<ZstdRange>,
     /// Take all of guest RAM from the system while a guest is waited for, unless it is for COLO.
@@ -130,6 +132,7 @@ impl Default for MigrationOptions {
             output_commit: false,
             early_resume: false,
             gap: None,
+            lends: true,
             zstd_level: None,
             prealloc: false,
             skip_unchanged: None,
@@ -572,10 +575,11 @@ impl Migration {
                 compression,
                 zero_pages: zero_pages(parameters),
                 zero_copy: settings.has(MigrationCapability::ZeroCopySend),
-                lending: match capabilities.x_colo {
+                lending: match (self.options.lends, capabilities.x_colo) {
+                    (false, _) => Lending::Never,
                     // A checkpoint's pause waits for the sender.
-                    true => Lending::UnixSocketsAndTcp,
-                    false => Lending::default(),
+                    (true, true) => Lending::UnixSocketsAndTcp,
+                    (true, false) => Lending::default(),
                 },
                 uuid: self.options.uuid.map_or([0; 16], Uuid::into_bytes),
                 stall_limit: self.options.io_limit,
