@@ -151,6 +151,7 @@ fn what_is_lent_is_what_the_memory_holds_when_the_peer_takes_it() {
 #[test]
 fn much_more_than_the_socket_holds_is_lent_as_the_peer_takes_it() {
     for (mut a, mut b) in [pair(), tcp_pair()] {
+        b.set_read_deadline(Some(Instant::now() + Duration::from_secs(60)));
         assert!(a.lend_to_local_peer(Lending::UnixSocketsAndTcp));
         let mut pages: Vec<u8> = (0..8_usize << 20)
             .map(|i| (i / 4096 + i).to_le_bytes()[0])
@@ -187,6 +188,8 @@ fn last_page_that_is_lent_does_not_wait_for_more() {
     assert!(a.lend_to_local_peer(Lending::UnixSocketsAndTcp));
     let mut page = vec![7u8; 4096];
     let guest = VolatileSlice::from(page.as_mut_slice());
+    // Its acknowledgement may be late; the page is there when the write returns.
+    a.set_write_deadline(Some(Instant::now() + Duration::from_secs(60)));
     for _ in 0..20 {
         a.write_all(&[Chunk::Bytes(b"header"), Chunk::Guest(guest)])
             .unwrap();
