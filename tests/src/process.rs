@@ -308,6 +308,14 @@ impl Output {
 pub fn workspace_program(package: &str, program: &str) -> Result<PathBuf> {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let mut build = Command::new(cargo);
+    // What Cargo has told this process of its own package would pass for a change of the environment in
+    // which dependencies were built (ring's build script looks at it), and each run would build them again.
+    for (name, _) in std::env::vars_os() {
+        let of_a_package = ["CARGO_MANIFEST_", "CARGO_PKG_"];
+        if (name.to_str()).is_some_and(|name| of_a_package.iter().any(|of| name.starts_with(of))) {
+            build.env_remove(name);
+        }
+    }
     build.args([
         "build",
         "--quiet",
