@@ -143,4 +143,7 @@ pub enum CacheError {
         /// Why.
         source: BitmapError,
     },
+    /// A thread that helped with a commit panicked.
+    #[error("a thread that copies a checkpoint into the guest panicked")]
+    Panicked,
 }

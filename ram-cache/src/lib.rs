@@ -65,6 +65,7 @@ mod cow;
 mod discard;
 mod error;
 mod flush;
+mod help;
 mod mapping;
 mod mirror;
 mod pagemap;

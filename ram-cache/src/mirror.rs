@@ -1,6 +1,7 @@
 //! QEMU's design: a second, full copy of guest RAM.
 
 use std::ops::Range;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use vm_memory::{MmapRegion, VolatileMemory, VolatileSlice};
@@ -11,7 +12,7 @@ use crate::cache::RamCache;
 use crate::copy::Copier;
 use crate::discard::DiscardInhibitor;
 use crate::error::CacheError;
-use crate::flush::{FlushPool, FlushReport, GuestStopped};
+use crate::flush::{FlushPool, FlushReport, GuestStopped, Share};
 use crate::zero::zero_unless_zero;
 use crate::{PAGE_SIZE, mapping};
 
@@ -53,7 +54,8 @@ use crate::{PAGE_SIZE, mapping};
 /// ```
 #[derive(Debug)]
 pub struct MirrorCache {
-    blocks: Vec<Block>,
+    // The threads that help with a commit have them too until it is over.
+    blocks: Arc<[Block]>,
     in_colo: AtomicBool,
     // Held, not used: discard is forbidden as long as the cache exists.
     _no_discard: DiscardInhibitor,
@@ -64,12 +66,6 @@ struct Block {
     spec: CacheBlockSpec,
     cache: MmapRegion,
     dirty: DirtyBitmap,
-}
-
-/// A part of a flush: words of the dirty bitmap of a block.
-struct Share<'a> {
-    block: &'a Block,
-    words: Range<usize>,
 }
 
 impl MirrorCache {
@@ -108,11 +104,14 @@ impl MirrorCache {
     }
 
     /// The dirty bitmap cut into pieces of about `pages` marked pages each.
-    fn shares(&self, pages: u64) -> Vec<Share<'_>> {
+    fn shares(&self, pages: u64) -> Vec<Share> {
         let mut shares = Vec::new();
-        for block in &self.blocks {
+        for (index, block) in self.blocks.iter().enumerate() {
             for words in block.dirty.shares(pages) {
-                shares.push(Share { block, words });
+                shares.push(Share {
+                    block: index,
+                    words,
+                });
             }
         }
         shares
@@ -192,10 +191,14 @@ impl RamCache for MirrorCache {
                         Ok(sum + block.flush_words(0..block.dirty.word_count(), &copier)?)
                     })
             }
-            Some(share) => pool.run(&self.shares(share / PAGE_SIZE), |share| {
-                let copier = Copier::for_flush(bytes);
-                share.block.flush_words(share.words.clone(), &copier)
-            }),
+            Some(share) => {
+                let blocks = Arc::clone(&self.blocks);
+                pool.run(self.shares(share / PAGE_SIZE), move |share| {
+                    let copier = Copier::for_flush(bytes);
+                    let block = block::find(&blocks, share.block)?;
+                    block.flush_words(share.words.clone(), &copier)
+                })
+            }
         }
     }
 

@@ -5,7 +5,7 @@ mod ram;
 mod staging;
 mod table;
 
-use std::ops::Range;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use vm_memory::VolatileSlice;
@@ -18,7 +18,7 @@ use crate::cache::RamCache;
 use crate::copy::Copier;
 use crate::discard::DiscardInhibitor;
 use crate::error::CacheError;
-use crate::flush::{FlushPool, FlushReport, GuestStopped};
+use crate::flush::{FlushPool, FlushReport, GuestStopped, Share};
 use crate::pagemap::Pagemap;
 use crate::{PAGE_BYTES, PAGE_SIZE};
 
@@ -59,9 +59,7 @@ use crate::{PAGE_BYTES, PAGE_SIZE};
 /// either (`MADV_DONTNEED` would show what is behind them) without punching the hole in the file too.
 #[derive(Debug)]
 pub struct CowCache {
-    blocks: Vec<CowBlock>,
-    staging: Staging,
-    pagemap: Pagemap,
+    memory: Arc<Memory>,
     in_colo: AtomicBool,
     /// A commit is over and the guest has not run since, as far as is known.
     is_fresh: AtomicBool,
@@ -69,10 +67,24 @@ pub struct CowCache {
     _no_discard: DiscardInhibitor,
 }
 
-/// A part of a commit.
-struct Share<'a> {
-    block: &'a CowBlock,
-    words: Range<usize>,
+/// What a commit is of: the threads that help with it have it too until it is over.
+#[derive(Debug)]
+struct Memory {
+    blocks: Vec<CowBlock>,
+    staging: Staging,
+    pagemap: Pagemap,
+}
+
+impl Memory {
+    fn commit(&self, share: &Share, copier: &Copier) -> Result<FlushReport, CacheError> {
+        Commit {
+            block: block::find(&self.blocks, share.block)?,
+            staging: &self.staging,
+            pagemap: &self.pagemap,
+            copier,
+        }
+        .words(share.words.clone())
+    }
 }
 
 impl CowCache {
@@ -97,9 +109,11 @@ impl CowCache {
         // Last: whatever fails before leaves guest memory as it was.
         blocks.iter().try_for_each(CowBlock::put_in_place)?;
         Ok(Self {
-            blocks,
-            staging,
-            pagemap,
+            memory: Arc::new(Memory {
+                blocks,
+                staging,
+                pagemap,
+            }),
             in_colo: AtomicBool::new(false),
             is_fresh: AtomicBool::new(false),
             _no_discard: inhibitor,
@@ -114,16 +128,6 @@ impl CowCache {
     fn in_colo(&self) -> bool {
         self.in_colo.load(Ordering::Acquire)
     }
-
-    fn commit_words(&self, share: &Share<'_>, copier: &Copier) -> Result<FlushReport, CacheError> {
-        Commit {
-            block: share.block,
-            staging: &self.staging,
-            pagemap: &self.pagemap,
-            copier,
-        }
-        .words(share.words.clone())
-    }
 }
 
 impl RamCache for CowCache {
@@ -133,20 +137,20 @@ impl RamCache for CowCache {
         offset: u64,
         len: usize,
     ) -> Result<VolatileSlice<'_>, CacheError> {
-        let (block, offset) = block::locate(&self.blocks, block, offset, len)?;
+        let (block, offset) = block::locate(&self.memory.blocks, block, offset, len)?;
         if self.in_colo() {
-            block.stage(offset, len, &self.staging)
+            block.stage(offset, len, &self.memory.staging)
         } else {
             block.prepare(offset, len)
         }
     }
 
     fn landed(&self, block: usize, offset: u64, len: usize) -> Result<(), CacheError> {
-        block::locate(&self.blocks, block, offset, len).map(drop)
+        block::locate(&self.memory.blocks, block, offset, len).map(drop)
     }
 
     fn zero(&self, block: usize, offset: u64, len: usize) -> Result<(), CacheError> {
-        let (block, offset) = block::locate(&self.blocks, block, offset, len)?;
+        let (block, offset) = block::locate(&self.memory.blocks, block, offset, len)?;
         if self.in_colo() {
             block.stage_zero(offset, len)
         } else {
@@ -156,7 +160,10 @@ impl RamCache for CowCache {
 
     fn enter_colo(&self) -> Result<(), CacheError> {
         // From here on whether the guest has a copy of a page is kept account of.
-        self.blocks.iter().try_for_each(CowBlock::drop_copies)?;
+        self.memory
+            .blocks
+            .iter()
+            .try_for_each(CowBlock::drop_copies)?;
         // Pages of checkpoints are received after the primary was sent a message, which is sent
         // after this: the channels order it, and Release/Acquire says so.
         self.in_colo.store(true, Ordering::Release);
@@ -165,18 +172,19 @@ impl RamCache for CowCache {
 
     fn or_dirty_word(&self, block: usize, first_page: u64, word: u64) -> Result<(), CacheError> {
         self.is_fresh.store(false, Ordering::Release);
-        block::find(&self.blocks, block)?.note_dirtied(first_page, word)
+        block::find(&self.memory.blocks, block)?.note_dirtied(first_page, word)
     }
 
     fn guest_stopped(&self, _stopped: GuestStopped<'_>) -> Result<(), CacheError> {
         self.is_fresh.store(false, Ordering::Release);
-        self.blocks
+        self.memory
+            .blocks
             .iter()
-            .try_for_each(|block| block.find_copies_of_dirtied(&self.pagemap))
+            .try_for_each(|block| block.find_copies_of_dirtied(&self.memory.pagemap))
     }
 
     fn dirty_pages(&self) -> u64 {
-        self.blocks.iter().map(CowBlock::dirty_pages).sum()
+        self.memory.blocks.iter().map(CowBlock::dirty_pages).sum()
     }
 
     fn commit(
@@ -184,31 +192,36 @@ impl RamCache for CowCache {
         _stopped: GuestStopped<'_>,
         pool: &FlushPool,
     ) -> Result<FlushReport, CacheError> {
-        let work: Vec<_> = self.blocks.iter().map(|b| (b, b.work())).collect();
+        let memory = Arc::clone(&self.memory);
+        let work: Vec<_> = memory.blocks.iter().map(|b| (b, b.work())).collect();
         let bytes = work.iter().map(|(_, work)| work.pages).sum::<u64>() * PAGE_SIZE;
         let share = pool.share(bytes);
-        let shares: Vec<_> = (work.into_iter())
-            .flat_map(|(block, work)| {
+        let shares: Vec<_> = (work.into_iter().enumerate())
+            .flat_map(|(index, (block, work))| {
                 let words = match share {
                     None => work.words,
                     Some(bytes) => block.shares(&work.words, bytes / PAGE_SIZE),
                 };
-                words.into_iter().map(move |words| Share { block, words })
+                words.into_iter().map(move |words| Share {
+                    block: index,
+                    words,
+                })
             })
             .collect();
-        let copier = || Copier::for_flush(bytes);
         let report = if share.is_none() {
-            let copier = copier();
+            let copier = Copier::for_flush(bytes);
             shares
                 .iter()
                 .try_fold(FlushReport::default(), |sum, share| {
-                    Ok::<_, CacheError>(sum + self.commit_words(share, &copier)?)
+                    Ok::<_, CacheError>(sum + memory.commit(share, &copier)?)
                 })?
         } else {
             // A copier for each share: dropped by its thread, it orders that thread's copies.
-            pool.run(&shares, |share| self.commit_words(share, &copier()))?
+            pool.run(shares, move |share| {
+                memory.commit(share, &Copier::for_flush(bytes))
+            })?
         };
-        self.staging.clear()?;
+        self.memory.staging.clear()?;
         self.is_fresh.store(true, Ordering::Release);
         Ok(report)
     }
@@ -218,7 +231,10 @@ impl RamCache for CowCache {
         if !self.is_fresh.swap(false, Ordering::AcqRel) {
             return Ok(());
         }
-        self.blocks.iter().try_for_each(CowBlock::drop_cold_copies)
+        self.memory
+            .blocks
+            .iter()
+            .try_for_each(CowBlock::drop_cold_copies)
     }
 
     fn release(self: Box<Self>) {
