@@ -5,6 +5,7 @@
 //! - `sample`: what is measured of a pair, whoever made it
 //! - `qemu` with `trace`, `ours`: the kinds of pair
 //! - `serial`: what a client of the guest hears
+//! - `yardstick`: what the machine itself makes of something that takes as long as our pause
 //! - `report`: the table, the JSON and the drawing
 //!
 //! QEMU's steps are what its trace says, ours what the events of `colo-vmm` say. CPU time, memory and
@@ -17,12 +18,14 @@ mod report;
 mod sample;
 mod serial;
 mod trace;
+mod yardstick;
 
 use std::collections::BTreeMap;
 use std::env;
 use std::fs;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use ::tests::Result;
 use ::tests::harness::missing_kvm;
@@ -37,6 +40,7 @@ use ours::OurPair;
 use qemu::QemuPair;
 use report::{Figures, OURS, Report, Row};
 use sample::{Sample, measure};
+use yardstick::Yardstick;
 
 /// Measures checkpoints of `colo-vmm` beside those of QEMU.
 #[derive(Debug, Parser)]
@@ -84,6 +88,10 @@ struct Arguments {
     /// Measure QEMU with a `colo-vmm standby` for its secondary too.
     #[arg(long)]
     standby: bool,
+    /// After each case, measure two threads that only wake each other, as often as takes as long as our
+    /// median pause: how far the machine's own slowest is from its median.
+    #[arg(long)]
+    yardstick: bool,
     /// Measure no QEMU.
     #[arg(long)]
     ours_only: bool,
@@ -126,6 +134,7 @@ impl Arguments {
         self.memory = vec![64];
         self.machine.truncate(1);
         (self.checkpoints, self.rounds, self.delay) = (3, 1, 100);
+        self.yardstick = true;
     }
 
     fn widen(&mut self) {
@@ -261,11 +270,18 @@ impl Arguments {
         let pairs = samples
             .into_iter()
             .map(|(name, samples)| Ok((name, figures(samples)?)))
-            .collect::<Result<_>>()?;
+            .collect::<Result<BTreeMap<_, _>>>()?;
+        let ours = pairs.get(OURS).filter(|_| self.yardstick);
+        let yardstick = ours.map(|ours| {
+            let length = Duration::from_secs_f64(ours.pause_ms.p50 / 1e3);
+            let delay = Duration::from_millis(case.delay_ms.into());
+            Yardstick::measure(ours.pauses_ms.len(), delay, length)
+        });
         Ok(Row {
             case: case.clone(),
             colo_options: options,
             pairs,
+            yardstick: yardstick.transpose()?,
         })
     }
 }

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::case::Case;
 use crate::sample::Sample;
+use crate::yardstick::Yardstick;
 
 /// The name of our pair among those of QEMU's machines.
 pub const OURS: &str = "colo-vmm";
@@ -44,6 +45,9 @@ pub struct Row {
     pub colo_options: Vec<String>,
     /// By [`name`], or [`OURS`].
     pub pairs: BTreeMap<String, Figures>,
+    /// What the machine itself makes of our median pause.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub yardstick: Option<Yardstick>,
 }
 
 /// What one pair has shown in one case. Times are milliseconds.
@@ -196,7 +200,10 @@ impl Report {
     pub fn add(&mut self, new: Row) {
         let is_same = |row: &&mut Row| row.case == new.case && row.colo_options == new.colo_options;
         match self.rows.iter_mut().find(is_same) {
-            Some(row) => row.pairs.extend(new.pairs),
+            Some(row) => {
+                row.pairs.extend(new.pairs);
+                row.yardstick = new.yardstick.or(row.yardstick.take());
+            }
             None => self.rows.push(new),
         }
     }
@@ -323,6 +330,17 @@ impl Row {
                 None => lines.push_str(" | | | |\n"),
             }
         }
+        if let Some(Yardstick { wakes, time_ms, .. }) = &self.yardstick {
+            let _ = writeln!(
+                lines,
+                "| {} | the machine, {wakes} wakes | | {:.1} | {:.1} | {:.1} | {:.1} | | | | | | | | | | | | | | | | |",
+                label(self),
+                time_ms.mean,
+                time_ms.p50,
+                time_ms.p99,
+                time_ms.max,
+            );
+        }
         lines
     }
 }
@@ -386,6 +404,7 @@ mod tests {
             case: case(),
             colo_options: Vec::new(),
             pairs: [(name.to_owned(), figures(pauses))].into(),
+            yardstick: None,
         };
         let mut report = Report {
             host: Host::this(),
