@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Instant;
 use std::{fmt, io};
 
-use crate::io::{ByteSink, Chunk, FileChannel, PositionedFile};
+use crate::io::{ByteSink, Chunk, FileChannel, Lending, PositionedFile};
 use crate::ram::PageAddress;
 use crate::{GuestRam, PAGE_SIZE};
 
@@ -147,6 +147,23 @@ impl StreamWriter {
     #[must_use]
     pub const fn offset(&self) -> u64 {
         self.offset
+    }
+
+    /// Lends pages to a peer on the same host, see [`ByteSink::lend_to_local_peer`]; whether it does. What
+    /// is sent of a page is then what it holds when the peer takes it, at the latest before
+    /// [`StreamWriter::let_go`] returns. It pays over unix sockets; over TCP, with a header before each page,
+    /// copying is quicker.
+    pub fn lend_to_local_peer(&mut self, lending: Lending) -> bool {
+        self.sink.lend_to_local_peer(lending)
+    }
+
+    /// Writes what is held back, and waits until nobody reads guest memory for the stream any more.
+    ///
+    /// # Errors
+    /// The sink's; [`io::ErrorKind::TimedOut`] when the deadline passes.
+    pub fn let_go(&mut self) -> io::Result<()> {
+        self.flush()?;
+        self.sink.finish_zero_copy().map(drop)
     }
 
     /// See [`ByteSink::set_write_deadline`].

@@ -30,15 +30,21 @@ fn main() -> ExitCode {
     ])
 }
 
-/// Pages that are lent take the way through a pipe of each channel.
+/// Pages that are lent take the way through a pipe of each channel, or of the main stream over a unix
+/// socket.
 fn lending() -> Result<()> {
-    let channels = Connection::channels(2);
-    let over_unix = Connection {
+    let over_unix = |connection| Connection {
         unix: true,
-        ..channels
+        ..connection
     };
-    for connection in [channels, over_unix] {
-        for (options, pipes) in [(&[][..], 4), (&["--no-lending"], 0)] {
+    let channels = Connection::channels(2);
+    for (connection, lent) in [
+        (channels, 4),
+        (over_unix(channels), 4),
+        (Connection::PLAIN, 0),
+        (over_unix(Connection::PLAIN), 2),
+    ] {
+        for (options, pipes) in [(&[][..], lent), (&["--no-lending"], 0)] {
             let vmm = ColoVmm::new("colo-vmm")
                 .simulated()
                 .memory(16)

@@ -13,13 +13,13 @@ use std::time::{Duration, Instant};
 
 use vm_memory::VolatileSlice;
 
-use super::lent::Lender;
+use super::lent::{Lender, is_lendable};
 use super::socket::{option, set_option};
 use super::zero_copy::ZeroCopy;
 use super::{ByteSink, ByteSource, Chunk, Lending, Readiness};
 
 /// The kernel takes at most this many pieces in one call (`UIO_MAXIOV`).
-const MAX_IOVECS: usize = 1024;
+pub(super) const MAX_IOVECS: usize = 1024;
 /// What is worth waking a reader of TCP for where at least as much has to come, bytes: with two
 /// channels a guest of 2 GiB arrives a twentieth sooner than when every segment wakes one.
 const LOW_WATER: usize = 64 << 10;
@@ -234,18 +234,18 @@ impl ByteSink for FdChannel {
         if self.uncopied.is_none() {
             return self.write_gathered(chunks, 0);
         }
-        // Our own bytes are copied: their buffer is used again at once.
         let is_guest = |chunk: &Chunk<'_>| matches!(chunk, Chunk::Guest(_));
-        let mut parts = chunks
-            .chunk_by(|a, b| is_guest(a) == is_guest(b))
-            .peekable();
+        // Our own bytes are copied: their buffer is used again at once.
+        let lends = matches!(self.uncopied, Some(Uncopied::Lent(_)));
+        let stays = |chunk: &Chunk<'_>| is_guest(chunk) || (lends && is_lendable(chunk));
+        let mut parts = chunks.chunk_by(|a, b| stays(a) == stays(b)).peekable();
         while let Some(part) = parts.next() {
             let more = if parts.peek().is_some() {
                 libc::MSG_MORE
             } else {
                 0
             };
-            match (&self.uncopied, part.first().is_some_and(is_guest)) {
+            match (&self.uncopied, part.iter().any(is_guest)) {
                 (Some(Uncopied::Lent(_)), true) => self.lend(part, more != 0)?,
                 (Some(Uncopied::Pinned(_)), true) => {
                     self.write_gathered(part, more | libc::MSG_ZEROCOPY)?;
@@ -327,12 +327,15 @@ impl FdChannel {
         Ok(())
     }
 
-    /// Lends the peer all of it; `more` will be written behind it.
+    /// Lends the peer all of it, of lendable pieces; `more` will be written behind it.
     fn lend(&mut self, chunks: &[Chunk<'_>], more: bool) -> io::Result<()> {
         let mut batches = chunks.chunks(MAX_IOVECS).peekable();
         while let Some(batch) = batches.next() {
             let more = more || batches.peek().is_some();
-            let mut iovecs = iovecs(batch);
+            let Some(Uncopied::Lent(lender)) = &mut self.uncopied else {
+                return Ok(());
+            };
+            let mut iovecs = lender.places(batch)?;
             let mut rest = iovecs.as_mut_slice();
             skip(&mut rest, 0);
             while let Some(Uncopied::Lent(lender)) = &mut self.uncopied
@@ -439,7 +442,7 @@ impl ByteSource for FdChannel {
 
 /// Our mappings are plain memory: a guard only hands out the pointer, and the slice borrowed by the
 /// chunk is what keeps the memory mapped.
-fn iovecs(chunks: &[Chunk<'_>]) -> Vec<libc::iovec> {
+pub(super) fn iovecs(chunks: &[Chunk<'_>]) -> Vec<libc::iovec> {
     let of_chunk = |chunk: &Chunk<'_>| match chunk {
         Chunk::Bytes(b) => iovec(b.as_ptr(), b.len()),
         Chunk::Guest(g) => iovec(g.ptr_guard().as_ptr(), g.len()),
@@ -447,7 +450,7 @@ fn iovecs(chunks: &[Chunk<'_>]) -> Vec<libc::iovec> {
     chunks.iter().map(of_chunk).collect()
 }
 
-fn iovec(ptr: *const u8, len: usize) -> libc::iovec {
+pub(super) fn iovec(ptr: *const u8, len: usize) -> libc::iovec {
     libc::iovec {
         iov_base: ptr.cast_mut().cast(),
         iov_len: len,

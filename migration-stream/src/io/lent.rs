@@ -5,20 +5,29 @@
 //! A page gets there by way of a pipe (`vmsplice(2)`, `splice(2)`). The socket's count of bytes that
 //! the peer has not taken (`SIOCOUTQ`) says when none is lent any more; TCP's is of those that have not
 //! arrived, so there the peer's own socket is looked at too ([`LocalPeer`]).
+//!
+//! Short pieces between pages, such as the header of each on a main stream, go the same way: a system call
+//! for each would cost more than the copies that are saved.
 #![allow(unsafe_code)]
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 
-use super::Lending;
-use super::fd::{poll, pollfd};
+use vm_memory::{MmapRegion, VolatileMemory};
+
+use super::fd::{iovec, iovecs, poll, pollfd};
 use super::local_peer::LocalPeer;
 use super::socket::{option, set_option};
+use super::{Chunk, Lending};
 
 /// What the pipe and the socket are asked to hold, bytes: as much as a process without privileges may
 /// have of a pipe.
 const AT_A_TIME: libc::c_int = 1 << 20;
+/// Our own bytes that are lent with the pages around them are at most so many in a piece.
+const SHORT: usize = 256;
+/// Room for such pieces: for as many as one call takes.
+const NOTES_LEN: usize = super::fd::MAX_IOVECS * SHORT;
 /// Between two looks at what the peer has taken. It has at most a few hundred KB to copy.
 const LOOK: Duration = Duration::from_micros(20);
 
@@ -33,6 +42,42 @@ pub(super) struct Lender {
     has_lent: bool,
     /// Of TCP, whose sender does not hear what was read.
     peer: Option<LocalPeer>,
+    notes: Option<Notes>,
+}
+
+/// Copies of our own short pieces. No byte of them is written again while the peer may read it.
+#[derive(Debug)]
+struct Notes {
+    region: MmapRegion,
+    used: usize,
+}
+
+impl Notes {
+    fn new() -> io::Result<Self> {
+        Ok(Self {
+            region: MmapRegion::new(NOTES_LEN).map_err(io::Error::other)?,
+            used: 0,
+        })
+    }
+
+    const fn room(&self) -> usize {
+        NOTES_LEN - self.used
+    }
+
+    fn keep(&mut self, bytes: &[u8]) -> io::Result<libc::iovec> {
+        let copy = self
+            .region
+            .get_slice(self.used, bytes.len())
+            .map_err(io::Error::other)?;
+        copy.copy_from(bytes);
+        self.used += bytes.len();
+        Ok(iovec(copy.ptr_guard().as_ptr(), copy.len()))
+    }
+}
+
+/// Whether a piece can be lent: guest memory, or short.
+pub(super) fn is_lendable(chunk: &Chunk<'_>) -> bool {
+    matches!(chunk, Chunk::Guest(_)) || chunk.len() <= SHORT
 }
 
 impl Lender {
@@ -72,14 +117,41 @@ impl Lender {
             inside: 0,
             has_lent: false,
             peer,
+            notes: None,
         }))
+    }
+
+    /// Where the bytes of lendable pieces are, at most [`MAX_IOVECS`](super::fd::MAX_IOVECS): guest memory
+    /// itself, and copies of our own, whose buffers are used again at once.
+    pub(super) fn places(&mut self, chunks: &[Chunk<'_>]) -> io::Result<Vec<libc::iovec>> {
+        let own = |chunk: &Chunk<'_>| match chunk {
+            Chunk::Bytes(bytes) => bytes.len(),
+            Chunk::Guest(_) => 0,
+        };
+        let wanted: usize = chunks.iter().map(own).sum();
+        if wanted == 0 {
+            return Ok(iovecs(chunks));
+        }
+        let notes = match &mut self.notes {
+            Some(notes) if wanted <= notes.room() => notes,
+            // The peer reads what is in the old ones yet: the socket keeps their pages, and nobody can
+            // write to them any more.
+            notes => notes.insert(Notes::new()?),
+        };
+        chunks
+            .iter()
+            .map(|chunk| match chunk {
+                Chunk::Bytes(bytes) => notes.keep(bytes),
+                Chunk::Guest(guest) => Ok(iovec(guest.ptr_guard().as_ptr(), guest.len())),
+            })
+            .collect()
     }
 
     /// Lends some of the memory that `iovecs` describe and returns how many bytes; the socket may
     /// not have them before [`Lender::pass`] says so.
     pub(super) fn take(&mut self, iovecs: &[libc::iovec]) -> io::Result<usize> {
-        // SAFETY: every iovec describes mapped memory that the caller borrows for the call. The
-        // kernel keeps references to its pages, so they outlive their mapping.
+        // SAFETY: every iovec describes mapped memory that the caller borrows for the call, or that of
+        // `notes`. The kernel keeps references to its pages, so they outlive their mapping.
         let n = unsafe {
             libc::vmsplice(
                 self.writing.as_raw_fd(),
@@ -144,6 +216,9 @@ impl Lender {
             }
         }
         self.has_lent = false;
+        if let Some(notes) = &mut self.notes {
+            notes.used = 0;
+        }
         Ok(())
     }
 

@@ -265,9 +265,9 @@ impl PageTransport for InStream {
         Ok(())
     }
 
-    /// The records are in order with everything else in the stream: there is nothing to do.
-    fn sync(&mut self, _main: &mut StreamWriter) -> Result<(), TransportError> {
-        Ok(())
+    /// The records are in order with everything else in the stream. Pages that were lent are waited for.
+    fn sync(&mut self, main: &mut StreamWriter) -> Result<(), TransportError> {
+        main.let_go().map_err(TransportError::main)
     }
 
     fn begin_round(&mut self) {
@@ -493,5 +493,37 @@ mod tests {
             e.source.downcast_ref::<RamError>(),
             Some(&RamError::UnexpectedFlush)
         );
+    }
+
+    /// Until the peer has taken them, the guest must not change them.
+    #[cfg(feature = "fd")]
+    #[test]
+    fn a_synchronisation_waits_until_the_peer_has_taken_what_was_lent() {
+        use std::os::unix::net::UnixStream;
+        use std::time::Duration;
+
+        use crate::io::{ByteSource, FdChannel, Lending};
+
+        let limit = Duration::from_millis(20);
+        let (a, b) = UnixStream::pair().unwrap();
+        let mut main = StreamWriter::new(FdChannel::new(a, limit).unwrap());
+        assert!(main.lend_to_local_peer(Lending::UnixSockets));
+        let ram = ram();
+        let mut pages = InStream::new(Arc::clone(&ram) as _, ZeroPageDetection::None);
+        pages
+            .send(&mut main, BlockId::new(0), PAGE_SIZE, 2)
+            .unwrap();
+        let late = pages.sync(&mut main).unwrap_err();
+        let source = std::error::Error::source(&late).unwrap();
+        let source = source.downcast_ref::<io::Error>().unwrap();
+        assert_eq!(source.kind(), io::ErrorKind::TimedOut, "{source}");
+        let second = ram.slice(BlockId::new(0), 2 * PAGE_SIZE, PAGE).unwrap();
+        second.copy_from(&[9u8; PAGE]);
+        let mut landed = [0; 3 * PAGE];
+        let mut b = FdChannel::new(b, Duration::from_secs(60)).unwrap();
+        let n = b.read_scatter(&[], &mut landed).unwrap();
+        pages.sync(&mut main).unwrap();
+        assert_eq!(landed[n - PAGE..n], [9; PAGE]);
+        assert_eq!(landed[n - 8 - 2 * PAGE..n - 8 - PAGE], [1; PAGE]);
     }
 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use colo_core::driver::{PrimaryLink, run_primary};
 use colo_core::heartbeat::{Endpoint, Heartbeat, Phase};
 use colo_core::{MigrationPlan, Outcome, Role};
-use migration_stream::io::FdChannel;
+use migration_stream::io::{FdChannel, Lending};
 use migration_stream::precopy::{
     BoxError, Control, Progress, RamSetup, ReturnPathReader, Source, SourceConfig, SourceEvent,
     SourceStatus, SourceVm, SwitchedOver,
@@ -136,6 +136,11 @@ fn migrate(
             settings.has(MigrationCapability::PauseBeforeSwitchover),
         )
     };
+    let mut out = StreamWriter::new(main.share());
+    if multifd.is_none() && migration.options.lends {
+        // Where there is no way to lend, pages are copied. Over TCP that is quicker for a main stream.
+        out.lend_to_local_peer(Lending::UnixSockets);
+    }
     let mut source = Source::start(
         SourceConfig {
             configuration: Some(migration.configuration(validates_uuid)?),
@@ -143,7 +148,7 @@ fn migrate(
             confirm_timeout: limit,
         },
         Arc::clone(&migration.limits),
-        StreamWriter::new(main.share()),
+        out,
         plan.return_path()
             .then(|| ReturnPathReader::new(main.share())),
         RamSetup {

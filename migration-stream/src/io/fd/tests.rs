@@ -181,6 +181,54 @@ fn much_more_than_the_socket_holds_is_lent_as_the_peer_takes_it() {
 }
 
 #[test]
+fn pieces_of_our_own_between_lent_pages_may_be_written_again_at_once() {
+    const RECORDS: usize = 3000;
+    // Together more than there is room for, and one that is too long to be lent.
+    const HEADERS: [usize; 3] = [8, 256, 4000];
+    for (mut a, mut b) in [pair(), tcp_pair()] {
+        b.set_read_deadline(Some(Instant::now() + Duration::from_secs(60)));
+        a.set_write_deadline(Some(Instant::now() + Duration::from_secs(60)));
+        assert!(a.lend_to_local_peer(Lending::UnixSocketsAndTcp));
+        let mut page = vec![7u8; 4096];
+        let sent: Vec<u8> = (0..RECORDS)
+            .flat_map(|i| {
+                let header = vec![i.to_le_bytes()[0]; HEADERS[i % HEADERS.len()]];
+                [header, page.clone()].concat()
+            })
+            .collect();
+        let wanted = sent.len();
+        let reader = thread::spawn(move || {
+            let mut landed = vec![0; wanted];
+            let mut n = 0;
+            while n < wanted {
+                n += b.read(&mut landed[n..]).unwrap();
+            }
+            landed
+        });
+        let guest = VolatileSlice::from(page.as_mut_slice());
+        let mut headers = [[0u8; 4000]; 2];
+        for i in (0..RECORDS).step_by(2) {
+            for (of, header) in (i..).zip(&mut headers) {
+                header.fill(of.to_le_bytes()[0]);
+            }
+            let [first, second] = &headers;
+            a.write_all(&[
+                Chunk::Bytes(&first[..HEADERS[i % HEADERS.len()]]),
+                Chunk::Guest(guest),
+                Chunk::Bytes(&second[..HEADERS[(i + 1) % HEADERS.len()]]),
+                Chunk::Guest(guest),
+            ])
+            .unwrap();
+            if i == RECORDS / 2 {
+                a.finish_zero_copy().unwrap();
+            }
+        }
+        a.finish_zero_copy().unwrap();
+        assert!(reader.join().unwrap() == sent);
+    }
+}
+
+#[test]
 fn last_page_that_is_lent_does_not_wait_for_more() {
     // TCP holds a segment that is not full for 200 ms if it is told that there is more.
     let (mut a, mut b) = tcp_pair();
