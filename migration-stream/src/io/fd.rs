@@ -231,10 +231,10 @@ impl AsFd for FdChannel {
 
 impl ByteSink for FdChannel {
     fn write_all(&mut self, chunks: &[Chunk<'_>]) -> io::Result<()> {
-        if self.uncopied.is_none() {
+        let is_guest = |chunk: &Chunk<'_>| matches!(chunk, Chunk::Guest(_));
+        if self.uncopied.is_none() || !chunks.iter().any(is_guest) {
             return self.write_gathered(chunks, 0);
         }
-        let is_guest = |chunk: &Chunk<'_>| matches!(chunk, Chunk::Guest(_));
         // Our own bytes are copied: their buffer is used again at once.
         let lends = matches!(self.uncopied, Some(Uncopied::Lent(_)));
         let stays = |chunk: &Chunk<'_>| is_guest(chunk) || (lends && is_lendable(chunk));
