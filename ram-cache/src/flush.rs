@@ -4,9 +4,8 @@ use std::marker::PhantomData;
 use std::ops::{Add, Range};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-
-use rayon::{ThreadPool, ThreadPoolBuildError, ThreadPoolBuilder};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
+use std::{io, thread};
 
 use crate::error::CacheError;
 use crate::help::Open;
@@ -22,12 +21,14 @@ const LARGEST_SHARE: u64 = 2 << 20;
 const SHARES_PER_THREAD: u64 = 4;
 
 /// The threads that copy a flush into the guest. One pool serves any number of caches; its threads
-/// sleep between flushes.
+/// sleep between flushes, and end when it is dropped.
 #[derive(Debug)]
 pub struct FlushPool {
-    /// Those that help the calling thread; `None` when it has no help.
-    helpers: Option<ThreadPool>,
+    /// A way to each thread that helps the calling one: every flush asks all of them.
+    helpers: Vec<mpsc::Sender<Job>>,
 }
+
+type Job = Box<dyn FnOnce() + Send>;
 
 impl FlushPool {
     /// The most threads [`FlushPool::for_this_host`] takes: copying is bound by memory bandwidth,
@@ -42,20 +43,21 @@ impl FlushPool {
     ///
     /// [`RamCache::commit`]: crate::RamCache::commit
     pub fn new(threads: usize) -> Result<Self, FlushPoolError> {
-        if threads <= 1 {
-            return Ok(Self { helpers: None });
-        }
-        let pool = ThreadPoolBuilder::new()
-            .num_threads(threads - 1)
-            .thread_name(|index| format!("flush-{index}"))
-            .build()
+        let wanted = threads.saturating_sub(1);
+        let helpers = (0..wanted)
+            .map(|index| {
+                let (helper, jobs) = mpsc::channel::<Job>();
+                thread::Builder::new()
+                    .name(format!("flush-{index}"))
+                    .spawn(move || jobs.into_iter().for_each(|job| job()))?;
+                Ok(helper)
+            })
+            .collect::<io::Result<_>>()
             .map_err(|source| FlushPoolError {
-                threads: threads - 1,
+                threads: wanted,
                 source,
             })?;
-        Ok(Self {
-            helpers: Some(pool),
-        })
+        Ok(Self { helpers })
     }
 
     /// Flushes on as many threads as there are cores for this process, at most
@@ -64,16 +66,16 @@ impl FlushPool {
     /// # Errors
     /// The threads cannot be started.
     pub fn for_this_host() -> Result<Self, FlushPoolError> {
-        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let cores = thread::available_parallelism().map_or(1, usize::from);
         Self::new(cores.min(Self::MAX_DEFAULT_THREADS))
     }
 
     /// How many bytes a share of a flush of `bytes` should have, `None` if it is to stay whole.
     pub(crate) fn share(&self, bytes: u64) -> Option<u64> {
-        let threads = self.helpers.as_ref()?.current_num_threads() as u64 + 1;
-        if bytes < ALONE_BELOW {
+        if self.helpers.is_empty() || bytes < ALONE_BELOW {
             return None;
         }
+        let threads = self.helpers.len() as u64 + 1;
         Some((bytes / (threads * SHARES_PER_THREAD)).clamp(LEAST_SHARE, LARGEST_SHARE))
     }
 
@@ -95,14 +97,12 @@ impl FlushPool {
             outcome: Mutex::new(Ok(FlushReport::default())),
         });
         // Also if this thread panics it is dropped, which waits for those inside.
-        let open = self.helpers.as_ref().map(|helpers| {
-            let open = Open::new(Arc::clone(&flush));
-            for _ in 0..helpers.current_num_threads() {
-                let helper = open.helper();
-                helpers.spawn(move || helper.help(|flush| flush.help()));
-            }
-            open
-        });
+        let open = Open::new(Arc::clone(&flush));
+        for thread in &self.helpers {
+            let helper = open.helper();
+            // One that is gone does not help.
+            let _ = thread.send(Box::new(move || helper.help(|flush| flush.help())));
+        }
         flush.take_shares();
         drop(open);
         std::mem::replace(&mut *flush.outcome(), Ok(FlushReport::default()))
@@ -175,7 +175,7 @@ where
 pub struct FlushPoolError {
     /// How many were wanted.
     pub threads: usize,
-    source: ThreadPoolBuildError,
+    source: io::Error,
 }
 
 /// What a flush did.
@@ -273,8 +273,8 @@ mod tests {
     fn busy_pool() -> (FlushPool, mpsc::Sender<()>) {
         let pool = FlushPool::new(2).unwrap();
         let (free, is_free) = mpsc::channel();
-        let helpers = pool.helpers.as_ref().unwrap();
-        helpers.spawn(move || assert!(is_free.recv().is_err()));
+        let busy = Box::new(move || assert!(is_free.recv().is_err()));
+        pool.helpers[0].send(busy).unwrap();
         (pool, free)
     }
 
