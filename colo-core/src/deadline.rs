@@ -149,7 +149,7 @@ mod tests {
 
     #[test]
     fn no_wait_for_the_peer_is_without_a_deadline() {
-        for resume in [Resume::AfterLoaded, Resume::Early] {
+        for resume in [Resume::AfterLoaded, Resume::AfterReceived, Resume::Early] {
             every_wire_step_has_a_deadline(
                 Primary::resuming(resume, OnPeerLoss::Wait),
                 &[Step::Await(Wait::CheckpointDue)],

@@ -22,6 +22,17 @@
 //! `-- report the checkpoint
 //! ```
 //!
+//! With [`Resume::AfterReceived`] the last steps are in another order: the commit that the secondary
+//! has promised is not waited for.
+//!
+//! ```text
+//! |                                <------------ vmstate-received ------  commit begins
+//! | release output                                                        reset, flush, install
+//! | resume the vm
+//! |                                <------------ vmstate-loaded --------  resumes its VM
+//! `-- report the checkpoint
+//! ```
+//!
 //! With [`Resume::Early`] the VM runs again as soon as its state is safe on this side:
 //!
 //! ```text
@@ -48,6 +59,10 @@
 //! - Output of the time before the checkpoint is released when the secondary has received all of it
 //!   and not before: then a survivor on either side knows what the world has seen.
 //! - The primary's VM is sound at every moment, so the script can be left after any step.
+//! - *vmstate-received* is a secondary's promise to carry the checkpoint on whatever becomes of the
+//!   primary, so a guest that runs from then on is in no other danger than one that runs from
+//!   *vmstate-loaded* on: a secondary whose commit fails is lost as if it had died a moment later, and
+//!   the primary goes on alone. Its own VM begins to run later than the primary's by its commit.
 //! - With an early resume the guest may be ahead of a checkpoint that comes to nothing. The primary
 //!   goes on with it as it is. What it has put out since the mark is held until the *next*
 //!   checkpoint has been received, so a secondary that goes on from an older one contradicts
@@ -72,6 +87,8 @@ pub enum Resume {
     /// When the secondary has loaded the checkpoint, as in QEMU.
     #[default]
     AfterLoaded,
+    /// When the secondary has received the checkpoint: while it loads it.
+    AfterReceived,
     /// When its state was copied on this side.
     Early,
 }
@@ -131,25 +148,25 @@ impl At {
             (Self::Start | Self::Report, _) => Self::AwaitCheckpoint,
             (Self::AwaitCheckpoint, _) => Self::SendRequest,
             (Self::SendRequest, _) => Self::AwaitReply,
-            (Self::AwaitReply, Resume::AfterLoaded) | (Self::CopyRam, _) => Self::StopVm,
             (Self::AwaitReply, Resume::Early) => Self::CopyRam,
+            (Self::AwaitReply | Self::CopyRam, _) => Self::StopVm,
             (Self::StopVm, _) => Self::CutOutput,
             (Self::CutOutput, _) => Self::CheckReplication,
             (Self::CheckReplication, _) => Self::CheckpointReplication,
             (Self::CheckpointReplication, _) => Self::SaveDevices,
-            (Self::SaveDevices, Resume::AfterLoaded) | (Self::Resume, Resume::Early) => {
-                Self::SendVmstate
-            }
             (Self::SaveDevices, Resume::Early) => Self::KeepRam,
+            (Self::SaveDevices, _) | (Self::Resume, Resume::Early) => Self::SendVmstate,
             (Self::SendVmstate, _) => Self::SendRam,
             (Self::SendRam, _) => Self::SendDevices,
             (Self::SendDevices, _) => Self::AwaitReceived,
             (Self::AwaitReceived, _) => Self::ReleaseOutput,
-            (Self::ReleaseOutput, _) => Self::AwaitLoaded,
-            (Self::AwaitLoaded, Resume::AfterLoaded) | (Self::KeepRam, _) => Self::Resume,
-            (Self::AwaitLoaded, Resume::Early) | (Self::Resume, Resume::AfterLoaded) => {
-                Self::Report
-            }
+            (Self::ReleaseOutput, Resume::AfterLoaded | Resume::Early)
+            | (Self::Resume, Resume::AfterReceived) => Self::AwaitLoaded,
+            (Self::AwaitLoaded, Resume::AfterLoaded)
+            | (Self::ReleaseOutput, Resume::AfterReceived)
+            | (Self::KeepRam, _) => Self::Resume,
+            (Self::AwaitLoaded, Resume::AfterReceived | Resume::Early)
+            | (Self::Resume, Resume::AfterLoaded) => Self::Report,
         }
     }
 }

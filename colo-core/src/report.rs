@@ -16,7 +16,7 @@ pub struct CheckpointReport {
     /// Primary: how long the checkpoint's RAM and device state took to leave.
     pub transfer: Duration,
     /// Primary: from the beginning of [`Step::StopVm`] until the secondary had loaded the checkpoint.
-    /// The pause ends there, or long before with [`Resume::Early`](crate::Resume::Early).
+    /// The pause ends there, or before with another [`Resume`](crate::Resume).
     pub until_loaded: Duration,
     /// The steps in order, each with the time it took.
     pub steps: Vec<(Step, Duration)>,

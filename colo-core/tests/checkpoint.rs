@@ -105,6 +105,34 @@ mod tests {
     }
 
     #[test]
+    fn a_primary_that_resumes_when_received_waits_for_loaded_before_the_next_checkpoint() {
+        assert_eq!(
+            round(
+                Primary::resuming(Resume::AfterReceived, OnPeerLoss::Wait),
+                Step::Await(Wait::CheckpointDue)
+            ),
+            [
+                Step::Await(Wait::CheckpointDue),
+                Step::Send(Message::CheckpointRequest),
+                message(Message::CheckpointReply),
+                Step::StopVm,
+                Step::CutOutput,
+                Step::CheckReplication,
+                Step::CheckpointReplication,
+                Step::SaveDevices,
+                Step::Send(Message::VmstateSend),
+                Step::SendRam,
+                Step::SendDevices,
+                message(Message::VmstateReceived),
+                Step::ReleaseOutput,
+                Step::ResumeVm,
+                message(Message::VmstateLoaded),
+                Step::ReportCheckpoint,
+            ]
+        );
+    }
+
+    #[test]
     fn a_primary_that_resumes_early_has_copied_all_before_and_sends_it_after() {
         assert_eq!(
             round(
@@ -346,7 +374,7 @@ mod tests {
             Event::Quit,
         ] {
             for on_loss in [OnPeerLoss::Wait, OnPeerLoss::TakeOver] {
-                for resume in [Resume::AfterLoaded, Resume::Early] {
+                for resume in [Resume::AfterLoaded, Resume::AfterReceived, Resume::Early] {
                     every_end_has_one_exit(Primary::resuming(resume, on_loss), event, on_loss);
                 }
                 every_end_has_one_exit(Secondary::new(on_loss), event, on_loss);

@@ -14,7 +14,12 @@ use tests::{PATIENCE, Result, harness, moments};
 
 fn main() -> ExitCode {
     let mut trials = Vec::new();
-    for (name, way) in [("plain", PLAIN), ("multifd", MULTIFD), ("early", EARLY)] {
+    for (name, way) in [
+        ("plain", PLAIN),
+        ("multifd", MULTIFD),
+        ("received", RECEIVED),
+        ("early", EARLY),
+    ] {
         for victim in Side::BOTH {
             trials.push(harness::on_kvm_with(
                 &format!("{name}_{victim}_may_die_at_any_moment"),
@@ -45,9 +50,22 @@ const MULTIFD: Way = Way {
     ..PLAIN
 };
 
+/// The primary's guest runs on while the secondary loads a checkpoint.
+const RECEIVED: Way = Way {
+    args: &["--output-commit", "--resume", "received"],
+    commits_output: true,
+    ..MULTIFD
+};
+
 /// Pages are sent between checkpoints, and the primary's guest runs on before one is complete.
 const EARLY: Way = Way {
-    args: &["--output-commit", "--early-resume", "--gap-bandwidth", "0"],
+    args: &[
+        "--output-commit",
+        "--resume",
+        "copied",
+        "--gap-bandwidth",
+        "0",
+    ],
     commits_output: true,
     ..MULTIFD
 };

@@ -21,7 +21,13 @@ fn main() -> ExitCode {
         harness::on_kvm(
             "pages_cross_as_often_as_they_change_with_an_early_resume_and_ahead",
             || {
-                let early = ["--output-commit", "--early-resume", "--gap-bandwidth", "0"];
+                let early = [
+                    "--output-commit",
+                    "--resume",
+                    "copied",
+                    "--gap-bandwidth",
+                    "0",
+                ];
                 rewritten(Connection::channels(2), &early)
             },
         ),

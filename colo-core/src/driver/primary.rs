@@ -21,6 +21,7 @@ pub struct PrimaryLink<T, D: DirtyLog> {
     out: StreamWriter,
     replies: Box<dyn ByteSource>,
     ram: RamSender<T, D>,
+    resume: Resume,
     /// Where RAM is copied to in a checkpoint, if the VM resumes early.
     staged: Option<Arc<StagedRam>>,
 }
@@ -40,8 +41,23 @@ impl<T: PageTransport, D: DirtyLog> PrimaryLink<T, D> {
             replies: return_path.into_source(),
             out: switched.out,
             ram: switched.ram,
+            resume: Resume::AfterLoaded,
             staged: None,
         })
+    }
+
+    /// The same for a VM that resumes in every checkpoint as soon as the secondary has received it
+    /// ([`Resume::AfterReceived`]), and does not wait until that has loaded it.
+    ///
+    /// A secondary of this crate has checked by then all that can be wrong with a checkpoint; QEMU's
+    /// has its bytes. One that fails to load it is lost either way, and its primary goes on alone. Disk
+    /// replication has to keep apart what the guest writes after [`Replication::checkpoint`] until the
+    /// checkpoint is complete.
+    #[must_use]
+    pub fn resuming_when_received(mut self) -> Self {
+        self.resume = Resume::AfterReceived;
+        self.staged = None;
+        self
     }
 
     /// The same for a VM that resumes in every checkpoint as soon as it was copied on this side
@@ -59,6 +75,7 @@ impl<T: PageTransport, D: DirtyLog> PrimaryLink<T, D> {
         if !std::ptr::addr_eq(Arc::as_ptr(self.ram.ram()), Arc::as_ptr(&staged)) {
             return Err(LinkError::OtherRam);
         }
+        self.resume = Resume::Early;
         self.staged = Some(staged);
         Ok(self)
     }
@@ -106,10 +123,7 @@ where
     R: Replication,
     G: PacketGate,
 {
-    let resume = match link.staged {
-        None => Resume::AfterLoaded,
-        Some(_) => Resume::Early,
-    };
+    let resume = link.resume;
     if let Some(when) = config.leave_out_unchanged {
         leave_out_unchanged(&mut link.ram, when);
     }
@@ -174,6 +188,7 @@ impl<T: PageTransport, D: DirtyLog, V: Vm, R, G> Wire<V, R, G> for PrimaryWire<'
             replies,
             ram,
             staged,
+            ..
         } = &mut self.link;
         let staged = staged.as_deref();
         match step {

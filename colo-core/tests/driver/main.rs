@@ -7,6 +7,7 @@ mod early;
 mod guest;
 mod hostile;
 mod loss;
+mod received;
 mod rig;
 mod unchanged;
 mod vectors;

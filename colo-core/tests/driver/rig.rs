@@ -13,7 +13,7 @@ use colo_core::driver::{
 use colo_core::message::{MESSAGE_LEN, encode_vmstate_size};
 use colo_core::{
     Cause, CheckpointReport, ColoExit, ColoStore, Deadlines, ExitReason, FailoverHandle,
-    IncomingPages, Message, OnPeerLoss, Outcome, Role, Vm as _, schedule::DEFAULT_MIN_GAP,
+    IncomingPages, Message, OnPeerLoss, Outcome, Resume, Role, Vm as _, schedule::DEFAULT_MIN_GAP,
 };
 use migration_stream::decoder::{ConfigurationRule, DecoderConfig};
 use migration_stream::io::{ByteSink, ByteSource, Chunk, FdChannel};
@@ -71,7 +71,7 @@ pub struct PrimaryEnd {
     pub faults: Faults,
     switched: Switched,
     staged: Arc<StagedRam>,
-    early: bool,
+    resume: Resume,
     /// Its first is the main channel.
     connections: Vec<FdChannel>,
     told: Receiver<Told>,
@@ -214,7 +214,7 @@ fn migrate_away(connections: Vec<FdChannel>, how: How) -> PrimaryEnd {
         faults,
         switched,
         staged,
-        early: false,
+        resume: Resume::AfterLoaded,
         connections,
         told,
     }
@@ -292,7 +292,15 @@ impl PrimaryEnd {
     /// The VM is to resume in a checkpoint when it was copied.
     pub fn resuming_early(self) -> Self {
         Self {
-            early: true,
+            resume: Resume::Early,
+            ..self
+        }
+    }
+
+    /// The VM is to resume in a checkpoint when the secondary has received it.
+    pub fn resuming_when_received(self) -> Self {
+        Self {
+            resume: Resume::AfterReceived,
             ..self
         }
     }
@@ -313,8 +321,10 @@ impl PrimaryEnd {
         let control = control(Role::Primary, delay, self.connections);
         wait();
         let mut link = PrimaryLink::new(self.switched).unwrap();
-        if self.early {
-            link = link.resuming_early(self.staged).unwrap();
+        match self.resume {
+            Resume::AfterLoaded => {}
+            Resume::AfterReceived => link = link.resuming_when_received(),
+            Resume::Early => link = link.resuming_early(self.staged).unwrap(),
         }
         let (done, ended) = mpsc::channel();
         let (in_driver, mut parts) = (control.clone(), parts(self.guest, &self.faults));

@@ -127,6 +127,8 @@ fn trace(visits: &[Visit], mut at: usize, what: &str) -> String {
     text
 }
 
+const RESUMES: [Resume; 3] = [Resume::AfterLoaded, Resume::AfterReceived, Resume::Early];
+
 const BUDGET: Budget = Budget {
     checkpoints: 3,
     deaths: 1,
@@ -159,7 +161,7 @@ fn setting(primary: OnPeerLoss, secondary: OnPeerLoss, resume: Resume) -> Settin
 }
 
 fn holds_for(primary: OnPeerLoss, secondary: OnPeerLoss, at_least: usize) {
-    for resume in [Resume::AfterLoaded, Resume::Early] {
+    for resume in RESUMES {
         let explored = explore(setting(primary, secondary, resume), BUDGET)
             .unwrap_or_else(|trace| panic!("{trace}"));
         println!("{primary:?}/{secondary:?}, {resume:?}: {explored:?}");
@@ -195,7 +197,8 @@ mod tests {
     /// Why output is marked, and proof that the exploration finds it.
     #[test]
     fn a_gate_without_marks_lets_out_too_much_when_the_vm_resumes_early() {
-        for (resume, holds) in [(Resume::AfterLoaded, true), (Resume::Early, false)] {
+        for resume in RESUMES {
+            let holds = resume != Resume::Early;
             let unmarked = Setting {
                 marks: false,
                 ..setting(OnPeerLoss::Wait, OnPeerLoss::Wait, resume)
@@ -214,6 +217,7 @@ mod tests {
     fn pages_that_are_sent_in_the_gap_become_part_of_a_whole_checkpoint_or_of_nothing() {
         for (resume, secondary) in [
             (Resume::AfterLoaded, OnPeerLoss::Wait),
+            (Resume::AfterReceived, OnPeerLoss::Wait),
             (Resume::Early, OnPeerLoss::TakeOver),
         ] {
             let ahead = Setting {
@@ -250,7 +254,7 @@ mod tests {
     /// Why at most one side may be set to take over, and proof that the exploration finds it.
     #[test]
     fn two_sides_that_take_over_by_themselves_split_the_brain_when_the_link_breaks() {
-        for resume in [Resume::AfterLoaded, Resume::Early] {
+        for resume in RESUMES {
             let both = setting(OnPeerLoss::TakeOver, OnPeerLoss::TakeOver, resume);
             let cut = Budget {
                 deaths: 0,

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use clap::{Args, Parser, Subcommand};
 use colo_core::driver::GapConfig;
-use colo_core::{Deadlines, OnPeerLoss};
+use colo_core::{Deadlines, OnPeerLoss, Resume};
 use migration_stream::unchanged::WhenToCompare;
 use multifd::ZstdRange;
 use qmp_types::{MigrationAddress, RunState, SessionConfig};
@@ -161,10 +161,11 @@ struct RunArgs {
     /// to be the primary.
     #[arg(long)]
     output_commit: bool,
-    /// As a primary, let the guest run again in a checkpoint as soon as it was copied on this side,
-    /// not only when the secondary has loaded it. Takes up memory for the copies.
-    #[arg(long, requires = "output_commit")]
-    early_resume: bool,
+    /// As a primary, when the guest runs again in a checkpoint. `copied` needs `--output-commit`, and
+    /// takes up memory for the copies.
+    #[arg(long, default_value_t = ResumeArg::Loaded, value_enum,
+          requires_if("copied", "output_commit"))]
+    resume: ResumeArg,
     /// As a primary with multifd, send pages between checkpoints already, at most this many MiB a
     /// second, so that fewer are left for the checkpoint; 0 for no limit.
     #[arg(long, value_name = "MIB")]
@@ -251,6 +252,27 @@ impl From<RamCacheArg> for CacheKind {
     }
 }
 
+/// The value of `--resume`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum ResumeArg {
+    /// When the secondary has loaded the checkpoint, as with QEMU.
+    Loaded,
+    /// When the secondary has received all of it, and goes on to load it whatever happens here.
+    Received,
+    /// When it was copied on this side.
+    Copied,
+}
+
+impl From<ResumeArg> for Resume {
+    fn from(arg: ResumeArg) -> Self {
+        match arg {
+            ResumeArg::Loaded => Self::AfterLoaded,
+            ResumeArg::Received => Self::AfterReceived,
+            ResumeArg::Copied => Self::Early,
+        }
+    }
+}
+
 /// The value of `--skip-unchanged`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum SkipUnchangedArg {
@@ -308,7 +330,7 @@ impl RunArgs {
             io_limit: timeout.unwrap_or(defaults.io_limit),
             uuid: self.uuid,
             output_commit: self.output_commit,
-            early_resume: self.early_resume,
+            resume: self.resume.into(),
             skip_unchanged: self.skip_unchanged.into(),
             gap: self.gap_bandwidth.map(|mib| GapConfig {
                 bandwidth: mib.saturating_mul(1 << 20),

@@ -70,7 +70,13 @@ pub fn failover_of(
 
 /// Its guest runs on before a checkpoint is complete, and pages are sent between two.
 pub fn early() -> ColoVmm {
-    guest().args(["--output-commit", "--early-resume", "--gap-bandwidth", "0"])
+    guest().args([
+        "--output-commit",
+        "--resume",
+        "copied",
+        "--gap-bandwidth",
+        "0",
+    ])
 }
 
 /// The primary dies, and the secondary goes on from where nothing is that the world has heard

@@ -10,6 +10,7 @@ use std::process::ExitCode;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use colo_core::Resume;
 use serde_json::{Value, json};
 use stream_relay::guest::Guest;
 use tests::contents::{self, Contents};
@@ -43,7 +44,7 @@ const PLAIN: Way = Way {
     channels: 0,
     ahead: false,
     skip: false,
-    early: false,
+    resume: Resume::AfterLoaded,
 };
 const CHANNELS: Way = Way {
     channels: 2,
@@ -62,19 +63,23 @@ const UNCHANGED_CHANNELS: Way = Way {
     ..CHANNELS
 };
 const EARLY: Way = Way {
-    early: true,
+    resume: Resume::Early,
     ..PLAIN
+};
+const RECEIVED: Way = Way {
+    resume: Resume::AfterReceived,
+    ..CHANNELS
 };
 /// All options there are with channels.
 const ALL: Way = Way {
     skip: true,
-    early: true,
+    resume: Resume::Early,
     ..AHEAD
 };
 /// All options there are without.
 const ALL_PLAIN: Way = Way {
     skip: true,
-    early: true,
+    resume: Resume::Early,
     ..PLAIN
 };
 
@@ -101,6 +106,10 @@ fn main() -> ExitCode {
             tcg("every_page_is_the_last_checkpoints_early_resume", |q| {
                 stands_still(q, "microvm", EARLY)
             }),
+            tcg(
+                "every_page_is_the_last_checkpoints_resumed_when_received",
+                |q| stands_still(q, "q35", RECEIVED),
+            ),
             tcg("every_page_is_the_last_checkpoints_all_options", |q| {
                 stands_still(q, "q35", ALL_PLAIN)
             }),

@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 
 use colo_core::driver::{ColoControl, DriverConfig, GapConfig, Parts, PrimaryLink, run_primary};
 use colo_core::{
-    CheckpointReport, ColoExit, Deadlines, FailoverHandle, NoGate, NoReplication, Outcome, Role,
-    Vm, VmError,
+    CheckpointReport, ColoExit, Deadlines, FailoverHandle, NoGate, NoReplication, Outcome, Resume,
+    Role, Vm, VmError,
 };
 use migration_stream::io::FdChannel;
 use migration_stream::precopy::{
@@ -44,8 +44,8 @@ pub struct Way {
     pub ahead: bool,
     /// Pages that did not change are left out.
     pub skip: bool,
-    /// The guest resumes when it was copied.
-    pub early: bool,
+    /// When the guest resumes in a checkpoint.
+    pub resume: Resume,
 }
 
 impl Way {
@@ -150,8 +150,10 @@ impl Primary {
         )?
         .run(&mut vm)?;
         let mut link = PrimaryLink::new(switched)?;
-        if way.early {
-            link = link.resuming_early(staged)?;
+        match way.resume {
+            Resume::AfterLoaded => {}
+            Resume::AfterReceived => link = link.resuming_when_received(),
+            Resume::Early => link = link.resuming_early(staged)?,
         }
         let control = ColoControl::new(Role::Primary, FailoverHandle::new(), NEVER, move || {
             connections.iter().for_each(FdChannel::shutdown);

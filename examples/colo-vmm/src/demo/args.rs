@@ -4,7 +4,7 @@ use clap::{Args, ValueEnum};
 use qmp_types::MultiFdCompression;
 
 use super::report::Setup;
-use crate::cli::RamCacheArg;
+use crate::cli::{RamCacheArg, ResumeArg};
 
 /// What the demo shows.
 #[derive(Clone, Debug, Args)]
@@ -40,10 +40,10 @@ pub struct DemoArgs {
     /// What the secondary keeps checkpoints in.
     #[arg(long, value_enum, default_value_t = RamCacheArg::Cow)]
     pub ram_cache: RamCacheArg,
-    /// Hold the primary's output until the secondary has the checkpoint that it came from, and let
-    /// the guest run again as soon as it was copied.
-    #[arg(long)]
-    pub early_resume: bool,
+    /// When the primary's guest runs again in a checkpoint. With `copied` its output is held until the
+    /// secondary has the checkpoint that it came from.
+    #[arg(long, value_enum, default_value_t = ResumeArg::Loaded)]
+    pub resume: ResumeArg,
     /// Send pages between checkpoints, at most this many MiB a second; 0 for no limit.
     #[arg(long, value_name = "MIB")]
     pub gap_bandwidth: Option<u64>,
@@ -113,6 +113,7 @@ impl DemoArgs {
             ("--dirty-pages", self.dirty_pages.to_string()),
             ("--pass-delay", self.pass_delay.to_string()),
             ("--ram-cache", name(&self.ram_cache)),
+            ("--resume", name(&self.resume)),
         ] {
             line.extend([option.to_owned(), value]);
         }
@@ -122,8 +123,7 @@ impl DemoArgs {
         for (option, given) in [
             ("--sim", self.sim),
             ("--verify", self.verify),
-            ("--output-commit", self.early_resume),
-            ("--early-resume", self.early_resume),
+            ("--output-commit", self.resume == ResumeArg::Copied),
         ] {
             if given {
                 line.push(option.to_owned());
@@ -143,7 +143,7 @@ impl DemoArgs {
             multifd_channels: self.multifd,
             compression: name(&self.compression),
             checkpoint_delay_ms: self.delay,
-            early_resume: self.early_resume,
+            resume: name(&self.resume),
             gap_bandwidth_mib: self.gap_bandwidth,
             verify: self.verify,
         }
@@ -183,12 +183,13 @@ mod tests {
         assert_eq!((args.multifd, args.transport), (2, Transport::Tcp));
         assert_eq!(
             args.machine_args().join(" "),
-            "run --guest workload --memory 256 --vcpus 1 --dirty-pages 2560 --pass-delay 0 --ram-cache cow"
+            "run --guest workload --memory 256 --vcpus 1 --dirty-pages 2560 --pass-delay 0 --ram-cache cow --resume loaded"
         );
-        let args = parse("--sim --verify --memory 32 --ram-cache mirror").unwrap();
+        let args =
+            parse("--sim --verify --memory 32 --ram-cache mirror --resume received").unwrap();
         assert_eq!(
             args.machine_args().join(" "),
-            "run --guest workload --memory 32 --vcpus 1 --dirty-pages 2560 --pass-delay 0 --ram-cache mirror --sim --verify"
+            "run --guest workload --memory 32 --vcpus 1 --dirty-pages 2560 --pass-delay 0 --ram-cache mirror --resume received --sim --verify"
         );
     }
 

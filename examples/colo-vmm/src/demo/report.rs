@@ -48,8 +48,9 @@ pub struct Setup {
     pub compression: String,
     /// Between two checkpoints.
     pub checkpoint_delay_ms: u32,
-    /// Whether the guest ran again as soon as it was copied, its output held until that had arrived.
-    pub early_resume: bool,
+    /// When the guest ran again in a checkpoint: when it was `loaded`, `received` or `copied`, its output
+    /// held until that had arrived.
+    pub resume: String,
     /// What may be sent between checkpoints, MiB a second, 0 for no limit; `null` if nothing is.
     pub gap_bandwidth_mib: Option<u64>,
     /// Whether both sides hashed RAM and device state at every checkpoint, which takes its time.
@@ -235,8 +236,8 @@ impl fmt::Display for Setup {
             Some(0) => f.write_str(", pages sent between them")?,
             Some(mib) => write!(f, ", pages sent between them at {mib} MiB/s")?,
         }
-        if self.early_resume {
-            f.write_str(", resumed early")?;
+        if self.resume != "loaded" {
+            write!(f, ", resumed when {}", self.resume)?;
         }
         if self.verify {
             f.write_str(", verified (pauses include the hashing)")?;
@@ -421,7 +422,7 @@ mod tests {
                 multifd_channels: 2,
                 compression: "zstd".to_owned(),
                 checkpoint_delay_ms: 200,
-                early_resume: true,
+                resume: "copied".to_owned(),
                 gap_bandwidth_mib: Some(64),
                 verify: true,
             },
@@ -472,7 +473,7 @@ mod tests {
             report().to_string(),
             "\
 KVM guest: 256 MiB, 1 vCPU, 2560 dirty pages; over tcp, 2 multifd channels, compression zstd; \
-a checkpoint every 200 ms, pages sent between them at 64 MiB/s, resumed early, verified (pauses include the hashing)
+a checkpoint every 200 ms, pages sent between them at 64 MiB/s, resumed when copied, verified (pauses include the hashing)
 
 precopy                       100 ms, 3 passes over 268.4 MB of guest memory
 on the wire                   11.0 MB, 110.0 MB/s
@@ -530,7 +531,7 @@ passed: the primary was killed, and the guest lost nothing"
                 "setup": {
                     "machine": "kvm", "memory_mib": 256, "vcpus": 1, "dirty_pages": 2560,
                     "transport": "tcp", "multifd_channels": 2, "compression": "zstd",
-                    "checkpoint_delay_ms": 200, "early_resume": true,
+                    "checkpoint_delay_ms": 200, "resume": "copied",
                     "gap_bandwidth_mib": 64, "verify": true,
                 },
                 "precopy": {

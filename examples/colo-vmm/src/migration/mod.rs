@@ -24,7 +24,7 @@ use std::time::Duration;
 
 use colo_core::driver::{ColoControl, GapConfig};
 use colo_core::heartbeat::{Endpoint, Heartbeat, Phase, TakeOverError};
-use colo_core::{Deadlines, FailoverHandle, MigrationPlan, OnPeerLoss};
+use colo_core::{Deadlines, FailoverHandle, MigrationPlan, OnPeerLoss, Resume};
 use migration_stream::configuration::{Configuration, MachineName};
 use migration_stream::io::Lending;
 use migration_stream::precopy::{BoxError, Limits};
@@ -104,8 +104,8 @@ pub struct MigrationOptions {
     pub uuid: Option<Uuid>,
     /// A primary's serial output waits for the checkpoint that contains what it came from.
     pub output_commit: bool,
-    /// As a primary, run again in a checkpoint as soon as it was copied on this side.
-    pub early_resume: bool,
+    /// As a primary, when the guest runs again in a checkpoint.
+    pub resume: Resume,
     /// As a primary, whether and how pages are sent between checkpoints.
     pub gap: Option<GapConfig>,
     /// As a source, lend pages to a peer on the same host.
@@ -130,7 +130,7 @@ impl Default for MigrationOptions {
             io_limit: Duration::from_secs(30),
             uuid: None,
             output_commit: false,
-            early_resume: false,
+            resume: Resume::default(),
             gap: None,
             lends: true,
             zstd_level: None,

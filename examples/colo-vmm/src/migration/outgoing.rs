@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use colo_core::driver::{PrimaryLink, run_primary};
 use colo_core::heartbeat::{Endpoint, Heartbeat, Phase};
-use colo_core::{MigrationPlan, Outcome, Role};
+use colo_core::{MigrationPlan, Outcome, Resume, Role};
 use migration_stream::io::{FdChannel, Lending};
 use migration_stream::precopy::{
     BoxError, Control, Progress, RamSetup, ReturnPathReader, Source, SourceConfig, SourceEvent,
@@ -101,7 +101,7 @@ fn migrate(
         .iter()
         .for_each(|channel| migration.connections.add(channel));
     let ram: Arc<dyn GuestRam> = Arc::clone(migration.vm.memory().ram()) as _;
-    let staged = if plan.migrate_colo() && migration.options.early_resume {
+    let staged = if plan.migrate_colo() && migration.options.resume == Resume::Early {
         Some(Arc::new(StagedRam::new(Arc::clone(&ram))?))
     } else {
         None
@@ -177,6 +177,8 @@ fn enter_colo(
     let mut link = PrimaryLink::new(switched)?;
     if let Some(staged) = staged {
         link = link.resuming_early(staged)?;
+    } else if migration.options.resume == Resume::AfterReceived {
+        link = link.resuming_when_received();
     }
     let control = colo::control(migration, Role::Primary)?;
     migration.status.set(MigrationStatus::Colo);
