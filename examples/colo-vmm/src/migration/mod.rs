@@ -5,43 +5,43 @@
 //! or the secondary (`colo.rs`). Commands never wait for it: they look at `status.rs` or shut the
 //! connections.
 
+mod address;
 mod boundary;
+mod cancel;
 mod colo;
 mod connections;
 pub mod devices;
 mod gap;
 mod global_state;
 mod incoming;
+mod options;
 mod outgoing;
+mod plan;
 mod status;
 
-use std::io::{self, PipeReader, PipeWriter};
-use std::net::ToSocketAddrs;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use colo_core::driver::{ColoControl, GapConfig};
+use colo_core::FailoverHandle;
+use colo_core::driver::ColoControl;
 use colo_core::heartbeat::{Endpoint, Heartbeat, Phase, TakeOverError};
-use colo_core::{Deadlines, FailoverHandle, MigrationPlan, OnPeerLoss, Resume};
-use migration_stream::configuration::{Configuration, MachineName};
-use migration_stream::io::Lending;
 use migration_stream::precopy::{BoxError, Limits};
-use migration_stream::ram;
-use migration_stream::unchanged::WhenToCompare;
-use multifd::{Address, ChannelCount, Compression, MultifdConfig, ZlibLevel, ZstdLevel, ZstdRange};
 use qmp_types::{
-    InetSocketAddress, MigrationAddress, MigrationCapability, MigrationStatus, MultiFdCompression,
-    Parameters, QmpError, RunState, Settings, SocketAddress, Support, ZeroPageDetection,
+    MigrationAddress, MigrationCapability, MigrationStatus, QmpError, RunState, Settings,
+    SocketAddress,
 };
-use ram_cache::{CacheKind, DiscardControl};
-use uuid::Uuid;
+use ram_cache::DiscardControl;
 
+pub(crate) use self::address::{qmp_address, socket};
 pub use self::boundary::{Boundaries, Boundary, Halt};
+use self::cancel::Cancel;
 pub(crate) use self::colo::checkpoint_event;
 pub(crate) use self::connections::Connections;
 use self::global_state::GlobalState;
+pub use self::options::MigrationOptions;
+use self::plan::{SUPPORT, limits};
 pub(crate) use self::status::Status;
 use crate::console::Console;
 use crate::error_chain::chain;
@@ -49,97 +49,8 @@ use crate::figures::{Figures, Observation};
 use crate::monitor::colo_status;
 use crate::vm::Vm;
 
-/// The machine type in the stream. Its devices are this VMM's own, so it is no QEMU machine's name.
-const MACHINE: &str = "colo-vmm-1";
-
 /// Far more than this VMM's devices have.
 const MAX_DEVICE_SECTION: usize = 16 << 20;
-
-/// What this VMM can do of what QMP knows.
-const SUPPORT: Support = Support {
-    capabilities: &[
-        MigrationCapability::Xbzrle,
-        MigrationCapability::Events,
-        MigrationCapability::XColo,
-        // Memory is released in postcopy only, as in QEMU.
-        MigrationCapability::ReleaseRam,
-        MigrationCapability::ReturnPath,
-        MigrationCapability::PauseBeforeSwitchover,
-        MigrationCapability::Multifd,
-        MigrationCapability::ValidateUuid,
-        MigrationCapability::ZeroCopySend,
-    ],
-    parameters: &[
-        "max-bandwidth",
-        "downtime-limit",
-        "x-checkpoint-delay",
-        "multifd-channels",
-        "multifd-compression",
-        "multifd-zlib-level",
-        "multifd-zstd-level",
-        "zero-page-detection",
-        "xbzrle-cache-size",
-    ],
-    compression: &[
-        MultiFdCompression::None,
-        MultiFdCompression::Zlib,
-        MultiFdCompression::Zstd,
-    ],
-};
-
-/// What the command line says about migration.
-#[derive(Clone, Debug)]
-pub struct MigrationOptions {
-    /// Hash guest RAM and device state at every checkpoint, for a comparison of both sides.
-    pub verify: bool,
-    /// What a COLO secondary keeps checkpoints in.
-    pub ram_cache: CacheKind,
-    /// What a COLO side does when it has lost its peer.
-    pub on_peer_loss: OnPeerLoss,
-    /// How long the peer may take in COLO.
-    pub deadlines: Deadlines,
-    /// How long a connection may be silent, or be in the making, outside COLO.
-    pub io_limit: Duration,
-    /// The VM's UUID.
-    pub uuid: Option<Uuid>,
-    /// A primary's serial output waits for the checkpoint that contains what it came from.
-    pub output_commit: bool,
-    /// As a primary, when the guest runs again in a checkpoint.
-    pub resume: Resume,
-    /// As a primary, whether and how pages are sent between checkpoints.
-    pub gap: Option<GapConfig>,
-    /// As a source, lend pages to a peer on the same host.
-    pub lends: bool,
-    /// As a source with zstd, between which levels it chooses, whatever `multifd-zstd-level` says.
-    pub zstd_level: Option<ZstdRange>,
-    /// Take all of guest RAM from the system while a guest is waited for, unless it is for COLO.
-    pub prealloc: bool,
-    /// As a primary, whether and when pages are left out that the secondary has already.
-    pub skip_unchanged: Option<WhenToCompare>,
-    /// What is done where something begins or ends.
-    pub boundaries: Arc<Boundaries>,
-}
-
-impl Default for MigrationOptions {
-    fn default() -> Self {
-        Self {
-            verify: false,
-            ram_cache: CacheKind::default(),
-            on_peer_loss: OnPeerLoss::default(),
-            deadlines: Deadlines::default(),
-            io_limit: Duration::from_secs(30),
-            uuid: None,
-            output_commit: false,
-            resume: Resume::default(),
-            gap: None,
-            lends: true,
-            zstd_level: None,
-            prealloc: false,
-            skip_unchanged: None,
-            boundaries: Arc::default(),
-        }
-    }
-}
 
 /// Whether, and how, this VM was started to be migrated into.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -182,37 +93,6 @@ struct Job {
     thread: Option<JoinHandle<()>>,
     cancel: Option<Arc<Cancel>>,
     colo: Option<ColoControl>,
-}
-
-/// What an operator wants of a migration that is on its way.
-struct Cancel {
-    requested: AtomicBool,
-    /// The pause before the switch-over is to end.
-    go_on: AtomicBool,
-    /// Wakes who waits for connections: dropped or written, it can be read.
-    wake: Mutex<Option<PipeWriter>>,
-    woken: PipeReader,
-}
-
-impl Cancel {
-    fn new() -> io::Result<Arc<Self>> {
-        let (woken, wake) = io::pipe()?;
-        Ok(Arc::new(Self {
-            requested: AtomicBool::new(false),
-            go_on: AtomicBool::new(false),
-            wake: Mutex::new(Some(wake)),
-            woken,
-        }))
-    }
-
-    fn request(&self) {
-        self.requested.store(true, Ordering::Release);
-        drop(lock(&self.wake).take());
-    }
-
-    fn is_requested(&self) -> bool {
-        self.requested.load(Ordering::Acquire)
-    }
 }
 
 impl Migration {
@@ -542,68 +422,6 @@ impl Migration {
             not_taken_over(&error)
         })
     }
-
-    /// What is agreed for a migration that begins now, frozen for its whole life.
-    fn plan(&self) -> Result<(MigrationPlan, Option<MultifdConfig>), QmpError> {
-        let settings = self.settings();
-        let parameters = settings.parameters();
-        let capabilities = colo_core::Capabilities {
-            x_colo: settings.has(MigrationCapability::XColo),
-            return_path: settings.has(MigrationCapability::ReturnPath),
-            multifd: settings.has(MigrationCapability::Multifd),
-            xbzrle: settings.has(MigrationCapability::Xbzrle),
-        };
-        let plan = MigrationPlan::new(capabilities, parameters.multifd_channels)
-            .map_err(|e| QmpError::generic(e.to_string()))?;
-        let compression = match parameters.multifd_compression {
-            MultiFdCompression::Zstd => match self.options.zstd_level {
-                Some(range) => Compression::ZstdAdaptive(range),
-                None => Compression::Zstd(
-                    ZstdLevel::new(parameters.multifd_zstd_level).unwrap_or_default(),
-                ),
-            },
-            MultiFdCompression::Zlib => {
-                Compression::Zlib(ZlibLevel::new(parameters.multifd_zlib_level).unwrap_or_default())
-            }
-            _ => Compression::None,
-        };
-        let multifd = plan
-            .multifd()
-            .and_then(|n| ChannelCount::new(n.get()))
-            .map(|channels| MultifdConfig {
-                channels,
-                compression,
-                zero_pages: zero_pages(parameters),
-                zero_copy: settings.has(MigrationCapability::ZeroCopySend),
-                lending: match (self.options.lends, capabilities.x_colo) {
-                    (false, _) => Lending::Never,
-                    // A checkpoint's pause waits for the sender.
-                    (true, true) => Lending::UnixSocketsAndTcp,
-                    (true, false) => Lending::default(),
-                },
-                uuid: self.options.uuid.map_or([0; 16], Uuid::into_bytes),
-                stall_limit: self.options.io_limit,
-                ..MultifdConfig::default()
-            });
-        Ok((plan, multifd))
-    }
-
-    /// The configuration section of this VM's streams. With its UUID as a target, which compares
-    /// it with one that comes; as a source only where that is asked for.
-    fn configuration(&self, with_uuid: bool) -> Result<Configuration, BoxError> {
-        Ok(Configuration {
-            uuid: self
-                .options
-                .uuid
-                .filter(|_| with_uuid)
-                .map(Uuid::into_bytes),
-            ..Configuration::new(MachineName::new(MACHINE)?)
-        })
-    }
-
-    fn checkpoint_delay(&self) -> Duration {
-        Duration::from_millis(u64::from(self.settings().parameters().x_checkpoint_delay))
-    }
 }
 
 impl std::fmt::Debug for Migration {
@@ -617,57 +435,6 @@ impl std::fmt::Debug for Migration {
 /// What is answered where a heartbeat is asked for.
 pub(crate) fn no_heartbeat() -> QmpError {
     QmpError::generic("This VM has no heartbeat")
-}
-
-fn zero_pages(parameters: &Parameters) -> ram::ZeroPageDetection {
-    match parameters.zero_page_detection {
-        ZeroPageDetection::None => ram::ZeroPageDetection::None,
-        ZeroPageDetection::Legacy => ram::ZeroPageDetection::Legacy,
-        _ => ram::ZeroPageDetection::Multifd,
-    }
-}
-
-fn limits(settings: &Settings) -> Limits {
-    let parameters = settings.parameters();
-    Limits::new(
-        parameters.max_bandwidth,
-        Duration::from_millis(parameters.downtime_limit),
-    )
-}
-
-/// The socket that an address means, if it means one.
-pub(crate) fn socket(address: &MigrationAddress) -> Result<Address, QmpError> {
-    match address {
-        MigrationAddress::Socket(SocketAddress::Inet(inet)) => {
-            let port = inet.port.parse().ok().or_else(|| {
-                // A service's name.
-                inet.authority()
-                    .to_socket_addrs()
-                    .ok()?
-                    .next()
-                    .map(|a| a.port())
-            });
-            let host = inet.host.clone();
-            port.map(|port| Address::Tcp { host, port })
-                .ok_or_else(|| QmpError::generic(format!("'{}' is not a port", inet.port)))
-        }
-        MigrationAddress::Socket(SocketAddress::Unix { path, .. }) => {
-            Ok(Address::Unix(path.into()))
-        }
-        other => Err(QmpError::generic(format!(
-            "address '{other}' is not supported by this VMM, expected tcp:host:port or unix:path"
-        ))),
-    }
-}
-
-/// An address as QMP has it.
-pub(crate) fn qmp_address(address: &Address) -> SocketAddress {
-    match address {
-        Address::Tcp { host, port } => {
-            SocketAddress::Inet(InetSocketAddress::new(host.clone(), port.to_string()))
-        }
-        Address::Unix(path) => SocketAddress::unix(path.to_string_lossy()),
-    }
 }
 
 fn spawn(name: &str, f: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>, QmpError> {

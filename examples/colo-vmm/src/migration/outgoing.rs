@@ -18,7 +18,8 @@ use migration_stream::{DirtyLog, GuestRam, PageTransport, StagedRam, StreamWrite
 use multifd::{Address, MultifdConfig, SendChannel, SendSet, outgoing};
 use qmp_types::{MigrationCapability, MigrationStatus, RunState};
 
-use super::{Cancel, Migration, colo, devices, failed, zero_pages};
+use super::plan::zero_pages;
+use super::{Cancel, Migration, colo, devices, failed};
 
 /// How long the peer may take to accept the connections.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);

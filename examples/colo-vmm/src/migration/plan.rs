@@ -1,0 +1,132 @@
+//! What is agreed for a migration, by QMP's settings and the command line.
+
+use std::time::Duration;
+
+use colo_core::MigrationPlan;
+use migration_stream::configuration::{Configuration, MachineName};
+use migration_stream::io::Lending;
+use migration_stream::precopy::{BoxError, Limits};
+use migration_stream::ram;
+use multifd::{ChannelCount, Compression, MultifdConfig, ZlibLevel, ZstdLevel};
+use qmp_types::{
+    MigrationCapability, MultiFdCompression, Parameters, QmpError, Settings, Support,
+    ZeroPageDetection,
+};
+use uuid::Uuid;
+
+use super::Migration;
+
+/// The machine type in the stream. Its devices are this VMM's own, so it is no QEMU machine's name.
+const MACHINE: &str = "colo-vmm-1";
+
+/// What this VMM can do of what QMP knows.
+pub(super) const SUPPORT: Support = Support {
+    capabilities: &[
+        MigrationCapability::Xbzrle,
+        MigrationCapability::Events,
+        MigrationCapability::XColo,
+        // Memory is released in postcopy only, as in QEMU.
+        MigrationCapability::ReleaseRam,
+        MigrationCapability::ReturnPath,
+        MigrationCapability::PauseBeforeSwitchover,
+        MigrationCapability::Multifd,
+        MigrationCapability::ValidateUuid,
+        MigrationCapability::ZeroCopySend,
+    ],
+    parameters: &[
+        "max-bandwidth",
+        "downtime-limit",
+        "x-checkpoint-delay",
+        "multifd-channels",
+        "multifd-compression",
+        "multifd-zlib-level",
+        "multifd-zstd-level",
+        "zero-page-detection",
+        "xbzrle-cache-size",
+    ],
+    compression: &[
+        MultiFdCompression::None,
+        MultiFdCompression::Zlib,
+        MultiFdCompression::Zstd,
+    ],
+};
+
+impl Migration {
+    /// What is agreed for a migration that begins now, frozen for its whole life.
+    pub(super) fn plan(&self) -> Result<(MigrationPlan, Option<MultifdConfig>), QmpError> {
+        let settings = self.settings();
+        let parameters = settings.parameters();
+        let capabilities = colo_core::Capabilities {
+            x_colo: settings.has(MigrationCapability::XColo),
+            return_path: settings.has(MigrationCapability::ReturnPath),
+            multifd: settings.has(MigrationCapability::Multifd),
+            xbzrle: settings.has(MigrationCapability::Xbzrle),
+        };
+        let plan = MigrationPlan::new(capabilities, parameters.multifd_channels)
+            .map_err(|e| QmpError::generic(e.to_string()))?;
+        let compression = match parameters.multifd_compression {
+            MultiFdCompression::Zstd => match self.options.zstd_level {
+                Some(range) => Compression::ZstdAdaptive(range),
+                None => Compression::Zstd(
+                    ZstdLevel::new(parameters.multifd_zstd_level).unwrap_or_default(),
+                ),
+            },
+            MultiFdCompression::Zlib => {
+                Compression::Zlib(ZlibLevel::new(parameters.multifd_zlib_level).unwrap_or_default())
+            }
+            _ => Compression::None,
+        };
+        let multifd = plan
+            .multifd()
+            .and_then(|n| ChannelCount::new(n.get()))
+            .map(|channels| MultifdConfig {
+                channels,
+                compression,
+                zero_pages: zero_pages(parameters),
+                zero_copy: settings.has(MigrationCapability::ZeroCopySend),
+                lending: match (self.options.lends, capabilities.x_colo) {
+                    (false, _) => Lending::Never,
+                    // A checkpoint's pause waits for the sender.
+                    (true, true) => Lending::UnixSocketsAndTcp,
+                    (true, false) => Lending::default(),
+                },
+                uuid: self.options.uuid.map_or([0; 16], Uuid::into_bytes),
+                stall_limit: self.options.io_limit,
+                ..MultifdConfig::default()
+            });
+        Ok((plan, multifd))
+    }
+
+    /// The configuration section of this VM's streams. With its UUID as a target, which compares
+    /// it with one that comes; as a source only where that is asked for.
+    pub(super) fn configuration(&self, with_uuid: bool) -> Result<Configuration, BoxError> {
+        Ok(Configuration {
+            uuid: self
+                .options
+                .uuid
+                .filter(|_| with_uuid)
+                .map(Uuid::into_bytes),
+            ..Configuration::new(MachineName::new(MACHINE)?)
+        })
+    }
+
+    pub(super) fn checkpoint_delay(&self) -> Duration {
+        Duration::from_millis(u64::from(self.settings().parameters().x_checkpoint_delay))
+    }
+}
+
+pub(super) fn zero_pages(parameters: &Parameters) -> ram::ZeroPageDetection {
+    match parameters.zero_page_detection {
+        ZeroPageDetection::None => ram::ZeroPageDetection::None,
+        ZeroPageDetection::Legacy => ram::ZeroPageDetection::Legacy,
+        _ => ram::ZeroPageDetection::Multifd,
+    }
+}
+
+pub(super) fn limits(settings: &Settings) -> Limits {
+    let parameters = settings.parameters();
+    Limits::new(
+        parameters.max_bandwidth,
+        Duration::from_millis(parameters.downtime_limit),
+    )
+}
