@@ -31,6 +31,13 @@ const POLL: Duration = Duration::from_millis(5);
 const QMP: &str = "qmp";
 const SERIAL: &str = "serial";
 
+/// Whether an error of COLO's says that a wait for a silent peer has run out: that for the main stream, or
+/// a channel's whose peer fell silent between its synchronisation and the main stream's.
+#[must_use]
+pub fn has_run_out(error: &str) -> bool {
+    error.contains("deadline") || error.contains("no flush on the main stream")
+}
+
 /// The program `colo-vmm`, built once for all trials of a test program.
 ///
 /// # Errors

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use tests::netns::{Host, Network, Traffic};
-use tests::vmm::{ColoVmm, Connection, Pair, Side, Vmm, check_count, first_line};
+use tests::vmm::{ColoVmm, Connection, Pair, Side, Vmm, check_count, first_line, has_run_out};
 use tests::{PATIENCE, Result, harness};
 
 fn main() -> ExitCode {
@@ -183,10 +183,7 @@ fn half_open(kvm: bool, connection: Connection) -> Result<()> {
         let migration = side.migration()?;
         assert_eq!(migration["status"], "failing", "{migration}");
         let reason = migration["error-desc"].as_str().unwrap_or_default();
-        // Of a main stream, or of a channel that was cut off between its synchronisation and the main
-        // stream's.
-        let ran_out = reason.contains("deadline") || reason.contains("no flush on the main stream");
-        assert!(ran_out, "{reason}");
+        assert!(has_run_out(reason), "{reason}");
     }
     // The operator knows which host is gone.
     pair.primary.process.kill()?;
