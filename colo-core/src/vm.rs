@@ -87,9 +87,9 @@ pub trait Replication {
 
     /// The disks are the same from here: the secondary drops its own writes.
     ///
-    /// On the primary the VM is stopped. With [`Resume::Early`](crate::Resume::Early) it runs before
-    /// the secondary has the checkpoint: what it writes then belongs to the next one, and must not
-    /// become part of the secondary's disk with this one.
+    /// On the primary the VM is stopped. Unless with [`Resume::AfterLoaded`](crate::Resume::AfterLoaded)
+    /// it runs before the secondary has done this step: what it writes then belongs to the next
+    /// checkpoint, and must not become part of the secondary's disk with this one.
     ///
     /// # Errors
     /// On the primary COLO ends; the secondary's VM is not run again.

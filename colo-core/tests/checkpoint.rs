@@ -53,7 +53,7 @@ mod tests {
         }
     }
 
-    fn message(message: Message) -> Step {
+    const fn message(message: Message) -> Step {
         Step::Await(Wait::Message(message))
     }
 
@@ -76,60 +76,39 @@ mod tests {
         )
     }
 
-    #[test]
-    fn a_checkpoint_on_the_primary_stops_the_vm_after_the_reply_and_not_before() {
-        assert_eq!(
-            round(
-                Primary::new(OnPeerLoss::Wait),
-                Step::Await(Wait::CheckpointDue)
-            ),
-            [
-                Step::Await(Wait::CheckpointDue),
-                Step::Send(Message::CheckpointRequest),
-                message(Message::CheckpointReply),
-                Step::StopVm,
-                Step::CutOutput,
-                Step::CheckReplication,
-                Step::CheckpointReplication,
-                Step::SaveDevices,
-                Step::Send(Message::VmstateSend),
-                Step::SendRam,
-                Step::SendDevices,
-                message(Message::VmstateReceived),
-                Step::ReleaseOutput,
-                message(Message::VmstateLoaded),
-                Step::ResumeVm,
-                Step::ReportCheckpoint,
-            ]
-        );
-    }
+    /// A checkpoint of a primary that does not resume early, until output has been released.
+    const UNTIL_RELEASED: [Step; 13] = [
+        Step::Await(Wait::CheckpointDue),
+        Step::Send(Message::CheckpointRequest),
+        message(Message::CheckpointReply),
+        Step::StopVm,
+        Step::CutOutput,
+        Step::CheckReplication,
+        Step::CheckpointReplication,
+        Step::SaveDevices,
+        Step::Send(Message::VmstateSend),
+        Step::SendRam,
+        Step::SendDevices,
+        message(Message::VmstateReceived),
+        Step::ReleaseOutput,
+    ];
 
     #[test]
-    fn a_primary_that_resumes_when_received_waits_for_loaded_before_the_next_checkpoint() {
-        assert_eq!(
-            round(
-                Primary::resuming(Resume::AfterReceived, OnPeerLoss::Wait),
-                Step::Await(Wait::CheckpointDue)
-            ),
-            [
-                Step::Await(Wait::CheckpointDue),
-                Step::Send(Message::CheckpointRequest),
-                message(Message::CheckpointReply),
-                Step::StopVm,
-                Step::CutOutput,
-                Step::CheckReplication,
-                Step::CheckpointReplication,
-                Step::SaveDevices,
-                Step::Send(Message::VmstateSend),
-                Step::SendRam,
-                Step::SendDevices,
-                message(Message::VmstateReceived),
-                Step::ReleaseOutput,
-                Step::ResumeVm,
-                message(Message::VmstateLoaded),
-                Step::ReportCheckpoint,
-            ]
-        );
+    fn a_checkpoint_on_the_primary_stops_the_vm_after_the_reply_and_not_before() {
+        let loaded = message(Message::VmstateLoaded);
+        for (resume, then) in [
+            (Resume::AfterLoaded, [loaded, Step::ResumeVm]),
+            (Resume::AfterReceived, [Step::ResumeVm, loaded]),
+        ] {
+            assert_eq!(
+                round(
+                    Primary::resuming(resume, OnPeerLoss::Wait),
+                    Step::Await(Wait::CheckpointDue)
+                ),
+                [&UNTIL_RELEASED[..], &then, &[Step::ReportCheckpoint]].concat(),
+                "{resume:?}"
+            );
+        }
     }
 
     #[test]

@@ -134,7 +134,7 @@ where
     /// Does shares until none is left.
     fn take_shares(&self) {
         let mut sum = FlushReport::default();
-        // `Relaxed`: the shares were written before the helpers were spawned, and each index is given
+        // `Relaxed`: the shares were written before the helpers were asked, and each index is given
         // out once whatever the ordering.
         while let Some(share) = self.shares.get(self.next.fetch_add(1, Ordering::Relaxed)) {
             match (self.work)(share) {

@@ -21,9 +21,32 @@ pub struct PrimaryLink<T, D: DirtyLog> {
     out: StreamWriter,
     replies: Box<dyn ByteSource>,
     ram: RamSender<T, D>,
-    resume: Resume,
-    /// Where RAM is copied to in a checkpoint, if the VM resumes early.
-    staged: Option<Arc<StagedRam>>,
+    resume: ResumeBy,
+}
+
+/// When the VM runs again in a checkpoint, and by what.
+enum ResumeBy {
+    Loaded,
+    Received,
+    /// Where RAM is copied to.
+    Copied(Arc<StagedRam>),
+}
+
+impl ResumeBy {
+    fn when(&self) -> Resume {
+        match self {
+            Self::Loaded => Resume::AfterLoaded,
+            Self::Received => Resume::AfterReceived,
+            Self::Copied(_) => Resume::Early,
+        }
+    }
+
+    fn staged(&self) -> Option<&StagedRam> {
+        match self {
+            Self::Loaded | Self::Received => None,
+            Self::Copied(staged) => Some(staged),
+        }
+    }
 }
 
 impl<T: PageTransport, D: DirtyLog> PrimaryLink<T, D> {
@@ -41,8 +64,7 @@ impl<T: PageTransport, D: DirtyLog> PrimaryLink<T, D> {
             replies: return_path.into_source(),
             out: switched.out,
             ram: switched.ram,
-            resume: Resume::AfterLoaded,
-            staged: None,
+            resume: ResumeBy::Loaded,
         })
     }
 
@@ -55,8 +77,7 @@ impl<T: PageTransport, D: DirtyLog> PrimaryLink<T, D> {
     /// checkpoint is complete.
     #[must_use]
     pub fn resuming_when_received(mut self) -> Self {
-        self.resume = Resume::AfterReceived;
-        self.staged = None;
+        self.resume = ResumeBy::Received;
         self
     }
 
@@ -75,8 +96,7 @@ impl<T: PageTransport, D: DirtyLog> PrimaryLink<T, D> {
         if !std::ptr::addr_eq(Arc::as_ptr(self.ram.ram()), Arc::as_ptr(&staged)) {
             return Err(LinkError::OtherRam);
         }
-        self.resume = Resume::Early;
-        self.staged = Some(staged);
+        self.resume = ResumeBy::Copied(staged);
         Ok(self)
     }
 }
@@ -123,7 +143,7 @@ where
     R: Replication,
     G: PacketGate,
 {
-    let resume = link.resume;
+    let resume = link.resume.when();
     if let Some(when) = config.leave_out_unchanged {
         leave_out_unchanged(&mut link.ram, when);
     }
@@ -187,10 +207,9 @@ impl<T: PageTransport, D: DirtyLog, V: Vm, R, G> Wire<V, R, G> for PrimaryWire<'
             out,
             replies,
             ram,
-            staged,
-            ..
+            resume,
         } = &mut self.link;
-        let staged = staged.as_deref();
+        let staged = resume.staged();
         match step {
             Step::Send(message) => {
                 out.set_deadline(deadline);
