@@ -4,7 +4,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use criterion::{BenchmarkId, Criterion, Throughput, criterion_group};
 use ram_cache::{
     CacheBlockSpec, CacheKind, DiscardControl, FlushPool, GuestStopped, PAGE_SIZE, RamCache,
 };
@@ -163,9 +163,49 @@ fn flush(c: &mut Criterion) {
     group.finish();
 }
 
+/// How long each takes on one core when all take turns, and what part of memcpy's speed that is: a machine
+/// whose memory is faster now than in a minute tells nothing by one after the other.
+fn in_turns() {
+    let smoke = std::env::args().any(|arg| arg == "--test");
+    let copy = Copy::new();
+    let secondaries = Case::ALL.map(Secondary::new);
+    let pool = FlushPool::new(1).expect("threads");
+    for (pages, rounds) in [(256, 2000), (2560, 300), (25_600, 40)] {
+        let len = usize::try_from(pages * PAGE_SIZE).expect("fits in memory");
+        for secondary in &secondaries {
+            secondary.checkpoint(pages, 1, &pool, true);
+        }
+        let mut copies = Vec::new();
+        let mut commits = Case::ALL.map(|_| Vec::new());
+        for _ in 0..if smoke { 1 } else { rounds } {
+            copies.push(copy.copy(len));
+            for (secondary, spent) in secondaries.iter().zip(&mut commits) {
+                spent.push(secondary.checkpoint(pages, 1, &pool, false));
+            }
+        }
+        let copied = median(copies);
+        println!("{pages} pages in turns: memcpy {copied:.1?}");
+        for (case, spent) in Case::ALL.iter().zip(commits) {
+            let spent = median(spent);
+            let part = copied.as_secs_f64() / spent.as_secs_f64();
+            println!("    {} {spent:.1?}, {part:.2} of memcpy", case.name());
+        }
+    }
+}
+
+fn median(mut times: Vec<Duration>) -> Duration {
+    times.sort();
+    times[times.len() / 2]
+}
+
 criterion_group! {
     name = benches;
     config = benches::criterion();
     targets = flush
 }
-criterion_main!(benches);
+
+fn main() {
+    in_turns();
+    benches();
+    Criterion::default().configure_from_args().final_summary();
+}

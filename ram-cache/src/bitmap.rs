@@ -1,13 +1,23 @@
 //! The dirty bitmap of one RAM block: set by many channel threads, drained by words.
 //!
+//! A bit of a second level, the *groups*, stands for each word that may have a bit: what is clean is passed
+//! over by 4096 pages at a time.
+//!
 //! # Orderings
-//! * Setting a bit is a `fetch_or` with [`Release`], draining is a `swap(0)` with [`Acquire`]:
-//!   whoever takes a bit out also sees everything the setter wrote *before* it set the bit. That
-//!   is what a log of finished writes needs (write, then set; drain, then read).
+//! * Setting a bit is a `fetch_or`, draining is a `swap(0)`, of which the one is ordered ([`Release`])
+//!   before the other ([`Acquire`]): whoever takes a bit out also sees everything the setter wrote
+//!   *before* it set the bit. That is what a log of finished writes needs (write, then set; drain, then
+//!   read).
 //! * Read-modify-writes of one word are totally ordered whatever their ordering, so a bit set while
 //!   a drain is under way is either in the drained word or still in the bitmap. None is lost and
 //!   none is seen twice. For the same reason a setter never skips the `fetch_or` when it sees the
 //!   bit set already: the drain could take it out in between.
+//! * A setter sets the group's bit after the word, unless it is set; a drain clears it before it empties
+//!   the word. Were a setter to see the bit that a drain has cleared already, its `fetch_or` would have
+//!   to come before that drain's `swap`, which then takes what it has set. Where it comes behind, it is
+//!   ordered behind the drain's clearing as well, because `swap` releases and `fetch_or` acquires. So a
+//!   word with a bit that a thread may know of is never passed over by that thread. The group's bit of a
+//!   word without any may be set.
 //! * Setting is a `fetch_or` even where a word becomes all ones: a plain store would end the
 //!   release sequence of the other setters of that word, and the drain would no longer be ordered
 //!   after them.
@@ -35,6 +45,8 @@ pub(crate) const WORD_BITS: usize = u64::BITS as usize;
 /// One bit per page of a RAM block, safe to set and to drain from any number of threads.
 pub struct DirtyBitmap {
     words: Box<[AtomicU64]>,
+    /// One bit per word.
+    groups: Box<[AtomicU64]>,
     pages: usize,
 }
 
@@ -55,12 +67,16 @@ impl DirtyBitmap {
     pub fn new(pages: u64) -> Result<Self, BitmapError> {
         let no_memory = || BitmapError::NoMemory { pages };
         let pages_here = usize::try_from(pages).map_err(|_| no_memory())?;
+        let clean = |count| {
+            let mut words = Vec::new();
+            words.try_reserve_exact(count).map_err(|_| no_memory())?;
+            words.resize_with(count, || AtomicU64::new(0));
+            Ok(words.into_boxed_slice())
+        };
         let count = pages_here.div_ceil(WORD_BITS);
-        let mut words = Vec::new();
-        words.try_reserve_exact(count).map_err(|_| no_memory())?;
-        words.resize_with(count, || AtomicU64::new(0));
         Ok(Self {
-            words: words.into_boxed_slice(),
+            words: clean(count)?,
+            groups: clean(count.div_ceil(WORD_BITS))?,
             pages: pages_here,
         })
     }
@@ -92,15 +108,15 @@ impl DirtyBitmap {
         let (first, last) = (start / WORD_BITS, (end - 1) / WORD_BITS);
         let head = u64::MAX << (start % WORD_BITS);
         let tail = u64::MAX >> (WORD_BITS - 1 - (end - 1) % WORD_BITS);
-        for (index, word) in self.words[first..=last].iter().enumerate() {
+        for index in first..=last {
             let mut mask = u64::MAX;
-            if index == 0 {
+            if index == first {
                 mask &= head;
             }
-            if index == last - first {
+            if index == last {
                 mask &= tail;
             }
-            word.fetch_or(mask, Ordering::Release);
+            self.mark(index, mask);
         }
         Ok(())
     }
@@ -120,8 +136,17 @@ impl DirtyBitmap {
         }
         let reach = PAGES_PER_WORD - u64::from(word.leading_zeros());
         let Range { start, .. } = self.checked(first_page, reach)?;
-        self.words[start / WORD_BITS].fetch_or(word, Ordering::Release);
+        self.mark(start / WORD_BITS, word);
         Ok(())
+    }
+
+    /// Marks pages of one word, which the bitmap has.
+    fn mark(&self, index: usize, mask: u64) {
+        self.words[index].fetch_or(mask, Ordering::AcqRel);
+        let (group, bit) = (&self.groups[index / WORD_BITS], 1 << (index % WORD_BITS));
+        if group.load(Ordering::Relaxed) & bit == 0 {
+            group.fetch_or(bit, Ordering::Relaxed);
+        }
     }
 
     /// Whether a page is marked.
@@ -137,12 +162,8 @@ impl DirtyBitmap {
     /// Number of marked pages.
     #[must_use]
     pub fn count(&self) -> u64 {
-        self.words
-            .iter()
-            .map(|word| word.load(Ordering::Relaxed))
-            // Most words of a large guest are clean, and looking is cheaper than counting.
-            .filter(|&word| word != 0)
-            .map(|word| u64::from(word.count_ones()))
+        Self::marked_words(&[self], 0..self.words.len())
+            .map(|word| u64::from(self.word(word).count_ones()))
             .sum()
     }
 
@@ -171,10 +192,43 @@ impl DirtyBitmap {
     pub(crate) fn drain_words(&self, words: Range<usize>) -> DrainRuns<'_> {
         let end = words.end.min(self.words.len());
         DrainRuns {
-            words: &self.words[..end],
+            bitmap: self,
+            end,
             next: words.start.min(end),
             bits: 0,
         }
+    }
+
+    /// Those of a range of words in which one of some bitmaps of one block may have a mark, in ascending
+    /// order.
+    pub(crate) fn marked_words(
+        bitmaps: &[&Self],
+        words: Range<usize>,
+    ) -> impl Iterator<Item = usize> {
+        let mut next = words.start;
+        std::iter::from_fn(move || {
+            let word = Self::next_marked(bitmaps, next..words.end)?;
+            next = word + 1;
+            Some(word)
+        })
+    }
+
+    /// The first of them.
+    fn next_marked(bitmaps: &[&Self], words: Range<usize>) -> Option<usize> {
+        let groups = words.start / WORD_BITS..words.end.div_ceil(WORD_BITS);
+        let mut wanted = u64::MAX << (words.start % WORD_BITS);
+        for group in groups {
+            let of = |bitmap: &Self| Some(bitmap.groups.get(group)?.load(Ordering::Relaxed));
+            let marked = bitmaps
+                .iter()
+                .fold(0, |sum, bitmap| sum | of(bitmap).unwrap_or(0));
+            if marked & wanted != 0 {
+                let word = group * WORD_BITS + (marked & wanted).trailing_zeros() as usize;
+                return (word < words.end).then_some(word);
+            }
+            wanted = u64::MAX;
+        }
+        None
     }
 
     /// Number of words.
@@ -191,10 +245,17 @@ impl DirtyBitmap {
 
     /// Takes the marks of a word out of the bitmap; see [`DirtyBitmap::drain_runs`].
     pub(crate) fn take_word(&self, index: usize) -> u64 {
-        match self.words.get(index) {
-            Some(word) if word.load(Ordering::Relaxed) != 0 => word.swap(0, Ordering::Acquire),
-            _ => 0,
+        let Some(word) = self.words.get(index) else {
+            return 0;
+        };
+        let (group, bit) = (&self.groups[index / WORD_BITS], 1 << (index % WORD_BITS));
+        // Most words are clean: looking first keeps their cache lines shared and a scan free of locked
+        // instructions. A mark set just after the look stays in the bitmap.
+        if word.load(Ordering::Relaxed) == 0 && group.load(Ordering::Relaxed) & bit == 0 {
+            return 0;
         }
+        group.fetch_and(!bit, Ordering::Relaxed);
+        word.swap(0, Ordering::AcqRel)
     }
 
     /// Clears those marks of a word that are in `mask`.
@@ -211,8 +272,8 @@ impl DirtyBitmap {
     pub(crate) fn shares(&self, pages: u64) -> Vec<Range<usize>> {
         let mut shares = Vec::new();
         let (mut start, mut marked) = (0, 0);
-        for (index, word) in self.words.iter().enumerate() {
-            marked += u64::from(word.load(Ordering::Relaxed).count_ones());
+        for index in Self::marked_words(&[self], 0..self.words.len()) {
+            marked += u64::from(self.word(index).count_ones());
             if marked >= pages.max(1) {
                 shares.push(start..index + 1);
                 (start, marked) = (index + 1, 0);
@@ -252,8 +313,9 @@ impl fmt::Debug for DirtyBitmap {
 /// The runs of a bitmap, taken out of it as they are returned; see [`DirtyBitmap::drain_runs`].
 #[derive(Debug)]
 pub struct DrainRuns<'a> {
-    /// The words up to the end of the drained range.
-    words: &'a [AtomicU64],
+    bitmap: &'a DirtyBitmap,
+    /// The end of the drained range of words.
+    end: usize,
     /// The next word to take.
     next: usize,
     /// Bits of word `next - 1` that were taken and not yet returned.
@@ -261,19 +323,10 @@ pub struct DrainRuns<'a> {
 }
 
 impl DrainRuns<'_> {
-    /// Empties the next word into `bits`. `false` at the end of the range.
-    fn take_word(&mut self) -> bool {
-        let Some(word) = self.words.get(self.next) else {
-            return false;
-        };
-        self.next += 1;
-        // Most words of a large guest are clean: looking first keeps their cache lines shared and
-        // the scan free of locked instructions. A bit set just after the look stays in the bitmap.
-        self.bits = match word.load(Ordering::Relaxed) {
-            0 => 0,
-            _ => word.swap(0, Ordering::Acquire),
-        };
-        true
+    /// Empties a word into `bits`.
+    fn take_word(&mut self, index: usize) {
+        self.next = index + 1;
+        self.bits = self.bitmap.take_word(index);
     }
 
     /// The runs as ranges of pages.
@@ -284,8 +337,12 @@ impl DrainRuns<'_> {
     /// The pages of the next run.
     pub(crate) fn next_pages(&mut self) -> Option<Range<usize>> {
         while self.bits == 0 {
-            if !self.take_word() {
-                return None;
+            match DirtyBitmap::next_marked(&[self.bitmap], self.next..self.end) {
+                Some(index) => self.take_word(index),
+                None => {
+                    self.next = self.end;
+                    return None;
+                }
             }
         }
         let skip = self.bits.trailing_zeros() as usize;
@@ -295,7 +352,8 @@ impl DrainRuns<'_> {
         self.bits = clear_low(self.bits, skip + ones);
         // A run that fills its word to the top may go on in the next one.
         let mut filled = skip + ones == WORD_BITS;
-        while filled && self.take_word() {
+        while filled && self.next < self.end {
+            self.take_word(self.next);
             ones = self.bits.trailing_ones() as usize;
             end += ones;
             self.bits = clear_low(self.bits, ones);
@@ -319,11 +377,25 @@ impl Iterator for DrainRuns<'_> {
 impl Drop for DrainRuns<'_> {
     fn drop(&mut self) {
         if self.bits != 0 {
-            // `Release` for the sake of the setters these bits came from: the swap that took them
-            // out was ordered after their writes, so whoever takes them next is too.
-            self.words[self.next - 1].fetch_or(self.bits, Ordering::Release);
+            // The swap that took these bits out was ordered after their setters' writes, so whoever
+            // takes them next is too.
+            self.bitmap.mark(self.next - 1, self.bits);
         }
     }
+}
+
+/// The set bits of a word, in ascending order.
+pub(crate) fn bits_of(mut word: u64) -> impl Iterator<Item = usize> {
+    std::iter::from_fn(move || {
+        let bit = (word != 0).then(|| word.trailing_zeros() as usize);
+        word &= word.wrapping_sub(1);
+        bit
+    })
+}
+
+/// Whether a bit of a word is set.
+pub(crate) const fn has(word: u64, bit: usize) -> bool {
+    word >> bit & 1 != 0
 }
 
 /// `bits` without its `count` lowest.
@@ -633,6 +705,39 @@ mod loom_tests {
                 setter.join().unwrap();
             }
         });
+    }
+
+    #[test]
+    fn loom_a_page_that_a_thread_has_marked_is_never_passed_over_by_it() {
+        // Another thread marks the same word and may not have come to its group yet, or drains it.
+        for another_drains in [false, true] {
+            loom::model(move || {
+                let bitmap = Arc::new(DirtyBitmap::new(128).unwrap());
+                let another = {
+                    let bitmap = Arc::clone(&bitmap);
+                    thread::spawn(move || {
+                        let mut seen = [0; 128];
+                        if another_drains {
+                            drain(&bitmap, &mut seen);
+                        } else {
+                            bitmap.set(65).unwrap();
+                        }
+                        seen
+                    })
+                };
+                bitmap.set(64).unwrap();
+                let mut seen = [0; 128];
+                drain(&bitmap, &mut seen);
+                if !another_drains {
+                    assert_eq!(seen[64], 1);
+                }
+                let also = another.join().unwrap();
+                assert_eq!(seen[64] + also[64], 1);
+                drain(&bitmap, &mut seen);
+                assert_eq!(seen[64] + also[64], 1);
+                assert_eq!(seen[65], u32::from(!another_drains));
+            });
+        }
     }
 
     #[test]

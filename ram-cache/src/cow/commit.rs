@@ -7,7 +7,7 @@ use super::staging::Staging;
 use super::table::Entry;
 use super::write_zeroes;
 use crate::PAGE_SIZE;
-use crate::bitmap::WORD_BITS;
+use crate::bitmap::{WORD_BITS, bits_of, has};
 use crate::block::bytes_of;
 use crate::copy::Copier;
 use crate::error::CacheError;
@@ -83,19 +83,25 @@ impl Commit<'_> {
         let mut run: Option<(Todo, Range<usize>)> = None;
         for word in words {
             let dirtied = block.dirtied.take_word(word);
-            let mut dirty = block.received.take_word(word) | dirtied;
+            let dirty = block.received.take_word(word) | dirtied;
             report.pages += u64::from(dirty.count_ones());
             let used = block.used.word(word);
+            let mut entries = [Entry::default(); WORD_BITS];
+            let (mut private, mut unknown) = (0, 0);
+            for bit in bits_of(dirty) {
+                let entry = block.table.settle(word * WORD_BITS + bit);
+                if entry.is_private() {
+                    private |= 1 << bit;
+                } else if changes_base(entry, has(used, bit)) {
+                    unknown |= 1 << bit;
+                }
+                entries[bit] = entry;
+            }
+            private |= block.turn_out_private(word, unknown)?;
             let mut newly_used = 0;
-            while dirty != 0 {
-                let bit = dirty.trailing_zeros() as usize;
-                dirty &= dirty - 1;
+            for bit in bits_of(dirty) {
                 let page = word * WORD_BITS + bit;
-                let entry = block.table.settle(page);
-                let used = used >> bit & 1 != 0;
-                let guest = entry.is_private()
-                    || (changes_base(entry, used) && block.turns_out_private(page)?);
-                let todo = Todo::of(entry, used, guest);
+                let todo = Todo::of(entries[bit], has(used, bit), has(private, bit));
                 if todo == Todo::Nothing {
                     continue;
                 }

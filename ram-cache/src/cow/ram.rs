@@ -7,7 +7,7 @@ use vm_memory::{MmapRegion, VolatileMemory, VolatileSlice};
 use super::staging::Staging;
 use super::table::{PageTable, Place};
 use super::write_zeroes;
-use crate::bitmap::{DirtyBitmap, WORD_BITS};
+use crate::bitmap::{DirtyBitmap, WORD_BITS, bits_of, has};
 use crate::block::{CacheBlockSpec, bytes_of, pages_of};
 use crate::error::CacheError;
 use crate::pagemap::Pagemap;
@@ -15,6 +15,9 @@ use crate::{PAGE_BYTES, mapping};
 
 /// Asking for one page costs as much as being told of so many: what lies closer is asked for at once.
 const NEAR: usize = 24;
+
+/// A cache line, bytes.
+const LINE: usize = 64;
 
 /// The guest may keep one in so many pages although it has no use for its own copy.
 const KEEP_ONE_IN: u64 = 32;
@@ -216,7 +219,7 @@ impl CowBlock {
     }
 
     pub(super) fn dirty_pages(&self) -> u64 {
-        (0..self.received.word_count())
+        self.marked_words(&[&self.received, &self.dirtied])
             .map(|word| u64::from(self.dirty(word).count_ones()))
             .sum()
     }
@@ -226,11 +229,16 @@ impl CowBlock {
         self.received.word(word) | self.dirtied.word(word)
     }
 
-    /// What a commit has to look at: in a large guest most words have nothing in any bitmap, and one
-    /// look at each is enough.
+    /// Words in which one of the block's bitmaps may have a mark.
+    fn marked_words(&self, bitmaps: &[&DirtyBitmap]) -> impl Iterator<Item = usize> {
+        DirtyBitmap::marked_words(bitmaps, 0..self.received.word_count())
+    }
+
+    /// What a commit has to look at.
     pub(super) fn work(&self) -> Work {
         let mut work = Work::default();
-        for word in 0..self.received.word_count() {
+        let bitmaps = [&self.received, &self.dirtied, &self.private, &self.cold];
+        for word in self.marked_words(&bitmaps) {
             let dirty = self.dirty(word);
             if dirty | self.private.word(word) | self.cold.word(word) != 0 {
                 work.pages += u64::from(dirty.count_ones());
@@ -265,23 +273,21 @@ impl CowBlock {
     /// Learns which of the pages that the guest has dirtied it has copies of.
     pub(super) fn find_copies_of_dirtied(&self, pagemap: &Pagemap) -> Result<(), CacheError> {
         let dirtied = |word| self.dirtied.word(word);
-        self.find_copies(0..self.dirtied.word_count(), dirtied, pagemap)
+        self.find_copies(self.marked_words(&[&self.dirtied]), dirtied, pagemap)
     }
 
     /// Asks the kernel which of the pages that `of` gives for some words the guest has copies of, as
     /// far as that is not known.
     pub(super) fn find_copies(
         &self,
-        words: Range<usize>,
+        words: impl Iterator<Item = usize>,
         of: impl Fn(usize) -> u64,
         pagemap: &Pagemap,
     ) -> Result<(), CacheError> {
         let mut near: Option<Range<usize>> = None;
         for word in words {
-            let mut unknown = of(word) & !self.private.word(word);
-            while unknown != 0 {
-                let page = word * WORD_BITS + unknown.trailing_zeros() as usize;
-                unknown &= unknown - 1;
+            for bit in bits_of(of(word) & !self.private.word(word)) {
+                let page = word * WORD_BITS + bit;
                 near = Some(match near {
                     Some(pages) if page - pages.end < NEAR => pages.start..page + 1,
                     Some(pages) => {
@@ -309,25 +315,36 @@ impl CowBlock {
         result
     }
 
-    /// Whether the guest, which is stopped, has a copy of a page of which that is not known. It is
-    /// found by changing the base, all of which the caller writes next: the guest's mapping shows the
-    /// change, or its own copy. That takes a fifth of asking the kernel.
-    pub(super) fn turns_out_private(&self, page: usize) -> Result<bool, CacheError> {
-        let (offset, _) = bytes_of(&(page..page + 1));
-        let outside = |_| self.spec.out_of_block(offset as u64, size_of::<u64>());
-        let base = self.base_slice(offset, size_of::<u64>())?;
-        let guest = self.spec.guest_slice(offset, size_of::<u64>())?;
+    /// Which of some pages of a word the guest, which is stopped, has copies of. It is found by changing
+    /// the base, all of which the caller writes next: the guest's mapping shows the change, or its own
+    /// copy. That takes a tenth of asking the kernel.
+    pub(super) fn turn_out_private(&self, word: usize, pages: u64) -> Result<u64, CacheError> {
+        let (offset, len) = bytes_of(&(word * WORD_BITS..(word + 1) * WORD_BITS));
+        let len = len.min(self.spec.len.saturating_sub(offset));
+        let base = self.base_slice(offset, len)?;
+        let guest = self.spec.guest_slice(offset, len)?;
+        // Another line of each page: those at the same place would push each other out of the cache.
+        let at = |bit: usize| bit * PAGE_BYTES + bit * LINE;
+        let outside = |_| self.spec.out_of_block(offset as u64, len);
         // Volatile accesses, in this order. The two addresses may be of the same memory, which every
-        // processor keeps coherent with itself.
-        let base = base.get_ref::<u64>(0).map_err(outside)?;
-        let guest = guest.get_ref::<u64>(0).map_err(outside)?;
-        let before = guest.load();
-        base.store(!before);
-        let is_private = guest.load() == before;
-        if is_private {
+        // processor keeps coherent with itself. All changes come before it is looked at the first: the
+        // processor need not wait for one after the other.
+        let mut before = [0; WORD_BITS];
+        for bit in bits_of(pages) {
+            before[bit] = guest.get_ref::<u64>(at(bit)).map_err(outside)?.load();
+            let base = base.get_ref::<u64>(at(bit)).map_err(outside)?;
+            base.store(!before[bit]);
+        }
+        let mut private = 0;
+        for bit in bits_of(pages) {
+            let after = guest.get_ref::<u64>(at(bit)).map_err(outside)?.load();
+            private |= u64::from(after == before[bit]) << bit;
+        }
+        for bit in bits_of(private) {
+            let page = word * WORD_BITS + bit;
             self.note_copies(page..page + 1)?;
         }
-        Ok(is_private)
+        Ok(private)
     }
 
     /// Notes that the guest has copies of some pages.
@@ -412,5 +429,5 @@ impl CowBlock {
 
 /// Whether a page is marked.
 fn is_set(bitmap: &DirtyBitmap, page: usize) -> bool {
-    bitmap.word(page / WORD_BITS) >> (page % WORD_BITS) & 1 != 0
+    has(bitmap.word(page / WORD_BITS), page % WORD_BITS)
 }

@@ -24,7 +24,7 @@ const SLOT: u32 = ZERO - 1;
 pub(super) const MAX_SLOTS: u32 = SLOT - 1;
 
 /// What is known of a page.
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy, Default, PartialEq, Eq)]
 pub(super) struct Entry(u32);
 
 impl Entry {
