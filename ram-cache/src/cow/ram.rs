@@ -317,7 +317,7 @@ impl CowBlock {
 
     /// Which of some pages of a word the guest, which is stopped, has copies of. It is found by changing
     /// the base, all of which the caller writes next: the guest's mapping shows the change, or its own
-    /// copy. That takes a tenth of asking the kernel.
+    /// copy. That takes less than asking the kernel.
     pub(super) fn turn_out_private(&self, word: usize, pages: u64) -> Result<u64, CacheError> {
         let (offset, len) = bytes_of(&(word * WORD_BITS..(word + 1) * WORD_BITS));
         let len = len.min(self.spec.len.saturating_sub(offset));
