@@ -16,7 +16,7 @@ pub(crate) use setup::find_announced;
 pub(crate) use setup::put_total;
 pub use setup::{SetupDecoder, SetupEntry, SetupFields, check_announced, encode_setup_list};
 pub use transport::{InStream, NoMultifd, ZeroPageDetection};
-pub use zero::zero_check;
+pub use zero::{fetch_for_zero_check, zero_check};
 
 /// The idstr of the RAM section.
 pub const RAM_IDSTR: &str = "ram";

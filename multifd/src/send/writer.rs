@@ -5,7 +5,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 use migration_stream::io::{ByteSink, Chunk};
-use migration_stream::ram::{BlockId, PageAddress, zero_check};
+use migration_stream::ram::{BlockId, PageAddress, fetch_for_zero_check, zero_check};
 use migration_stream::unchanged::{ChangedPages, Sent, Unchanged};
 use migration_stream::{GuestRam, MemoryError, PAGE_SIZE, TransportCounters};
 use vm_memory::VolatileSlice;
@@ -64,7 +64,9 @@ pub(super) struct Writer<'a> {
     header: [u8; HEADER_LEN],
     normal: Vec<u64>,
     zero: Vec<u64>,
-    /// The pages with data, one slice for pages that follow each other.
+    /// The pages of the batch, one slice for those that follow each other, and where each begins.
+    runs: Vec<(u64, VolatileSlice<'a>)>,
+    /// The pages with data, likewise.
     data: Vec<VolatileSlice<'a>>,
     /// Copies of pages, in the place of those three while pages are compared.
     changed: ChangedPages,
@@ -91,6 +93,7 @@ impl<'a> Writer<'a> {
             header: [0; HEADER_LEN],
             normal: Vec::with_capacity(PAGES_PER_PACKET),
             zero: Vec::with_capacity(PAGES_PER_PACKET),
+            runs: Vec::with_capacity(PAGES_PER_PACKET),
             data: Vec::with_capacity(PAGES_PER_PACKET),
             changed: ChangedPages::new(),
         }
@@ -298,6 +301,7 @@ impl<'a> Writer<'a> {
         self.zero.clear();
         self.data.clear();
         self.changed.clear();
+        self.runs.clear();
         for (offset, len) in runs(batch.offsets()) {
             let run = self
                 .ram
@@ -311,6 +315,13 @@ impl<'a> Writer<'a> {
                     used_length: offset + run.len() as u64,
                 }));
             }
+            if self.zero_page {
+                fetch_for_zero_check(&run);
+            }
+            self.runs.push((offset, run));
+        }
+        for &(offset, run) in &self.runs {
+            let len = run.len();
             // Where the pages with data begin that were not added yet.
             let mut from = 0;
             for at in (0..len).step_by(PAGE_LEN) {
