@@ -170,6 +170,17 @@ mod tests {
         assert!(zero_check(&VolatileSlice::from(&mut page.0[..])));
     }
 
+    #[test]
+    fn fetching_reaches_no_memory_beyond_a_slice_and_changes_none() {
+        // Of one page, mapped alone: what is behind it cannot be read.
+        let region: vm_memory::MmapRegion = vm_memory::MmapRegion::new(4096).unwrap();
+        let page = vm_memory::VolatileMemory::as_volatile_slice(&region);
+        for (offset, len) in [(0, 0), (0, 4096), (4095, 1), (4096, 0)] {
+            fetch_for_zero_check(&page.subslice(offset, len).unwrap());
+            assert!(zero_check(&page), "{offset}+{len}");
+        }
+    }
+
     proptest! {
         #[test]
         fn every_implementation_agrees_with_the_naive_one(
