@@ -171,7 +171,7 @@ mod tests {
     }
 
     #[test]
-    fn fetching_reaches_no_memory_beyond_a_slice_and_changes_none() {
+    fn fetching_changes_nothing_and_needs_no_memory_behind_a_slice() {
         // Of one page, mapped alone: what is behind it cannot be read.
         let region: vm_memory::MmapRegion = vm_memory::MmapRegion::new(4096).unwrap();
         let page = vm_memory::VolatileMemory::as_volatile_slice(&region);

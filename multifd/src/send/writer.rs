@@ -62,11 +62,11 @@ pub(super) struct Writer<'a> {
     /// Packets written on this channel.
     index: u64,
     header: [u8; HEADER_LEN],
-    normal: Vec<u64>,
-    zero: Vec<u64>,
     /// The pages of the batch, one slice for those that follow each other, and where each begins.
     runs: Vec<(u64, VolatileSlice<'a>)>,
-    /// The pages with data, likewise.
+    normal: Vec<u64>,
+    zero: Vec<u64>,
+    /// The pages with data, one slice for those that follow each other.
     data: Vec<VolatileSlice<'a>>,
     /// Copies of pages, in the place of those three while pages are compared.
     changed: ChangedPages,
@@ -91,9 +91,9 @@ impl<'a> Writer<'a> {
             totals,
             index: 0,
             header: [0; HEADER_LEN],
+            runs: Vec::with_capacity(PAGES_PER_PACKET),
             normal: Vec::with_capacity(PAGES_PER_PACKET),
             zero: Vec::with_capacity(PAGES_PER_PACKET),
-            runs: Vec::with_capacity(PAGES_PER_PACKET),
             data: Vec::with_capacity(PAGES_PER_PACKET),
             changed: ChangedPages::new(),
         }
