@@ -16,7 +16,7 @@ use vm_memory::VolatileSlice;
 use super::lent::{Lender, is_lendable};
 use super::socket::{option, set_option};
 use super::zero_copy::ZeroCopy;
-use super::{ByteSink, ByteSource, Chunk, Lending, Readiness};
+use super::{ByteSink, ByteSource, Chunk, Lending, Readiness, deadline_after};
 
 /// The kernel takes at most this many pieces in one call (`UIO_MAXIOV`).
 pub(super) const MAX_IOVECS: usize = 1024;
@@ -112,7 +112,7 @@ impl FdChannel {
     }
 
     fn until(&self, deadline: Option<Instant>) -> Instant {
-        deadline.unwrap_or_else(|| Instant::now() + self.limit)
+        deadline.unwrap_or_else(|| deadline_after(self.limit))
     }
 
     fn wait_for(&self, events: libc::c_short, deadline: Option<Instant>) -> io::Result<()> {
@@ -166,7 +166,7 @@ impl FdChannel {
         deadline: Option<Instant>,
     ) -> io::Result<bool> {
         if self.confirms_early {
-            let soon = Instant::now() + CONFIRM_AFTER;
+            let soon = deadline_after(CONFIRM_AFTER);
             if poll(
                 fds,
                 Some(deadline.map_or(soon, |deadline| deadline.min(soon))),

@@ -19,7 +19,7 @@ use vm_memory::{MmapRegion, VolatileMemory};
 use super::fd::{iovec, iovecs, poll, pollfd};
 use super::local_peer::LocalPeer;
 use super::socket::{option, set_option};
-use super::{Chunk, Lending};
+use super::{Chunk, Lending, deadline_after};
 
 /// What the pipe and the socket are asked to hold, bytes: as much as a process without privileges may
 /// have of a pipe.
@@ -201,7 +201,7 @@ impl Lender {
         while self.has_lent && !self.is_taken(socket)? {
             // A connection that has ended, at either side, is POLLHUP, which needs no asking for.
             let mut fds = [pollfd(socket.as_raw_fd(), 0), pollfd(-1, 0)];
-            let has_ended = poll(&mut fds, Some(until.min(Instant::now() + LOOK)))?;
+            let has_ended = poll(&mut fds, Some(until.min(deadline_after(LOOK))))?;
             if has_ended && !self.is_taken(socket)? {
                 return Err(io::Error::new(
                     io::ErrorKind::BrokenPipe,

@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use vm_memory::VolatileSlice;
 
+mod deadline;
 #[cfg(feature = "fd")]
 mod fd;
 mod file;
@@ -20,6 +21,7 @@ mod positioned;
 mod socket;
 #[cfg(feature = "fd")]
 mod zero_copy;
+pub use deadline::{deadline_after, deadline_from};
 #[cfg(feature = "fd")]
 pub use fd::FdChannel;
 pub use file::{FileChannel, PositionedFile};

@@ -13,6 +13,7 @@ use super::return_path::ReturnPathReader;
 use super::throttle::{Throttle, ThrottleConfig, ThrottleConfigError, Throttling};
 use crate::command::Command;
 use crate::configuration::{Configuration, IGNORE_SHARED};
+use crate::io::deadline_after;
 use crate::section::SectionId;
 use crate::{DirtyLog, PAGE_SIZE, PageTransport, StreamWriter, TransportCounters, header, section};
 
@@ -469,7 +470,7 @@ impl<T: PageTransport, D: DirtyLog> Source<T, D> {
         devices.extend_from_slice(text.as_bytes());
         self.out.write_bytes(&devices)?;
         if let Some(return_path) = &mut self.return_path {
-            return_path.wait_for_shut(Instant::now() + self.config.confirm_timeout)?;
+            return_path.wait_for_shut(deadline_after(self.config.confirm_timeout))?;
         }
         self.check_surplus()?;
         Ok(SwitchedOver {

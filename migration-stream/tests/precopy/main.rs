@@ -6,6 +6,7 @@ mod bitmaps;
 mod common;
 mod differences;
 mod failure;
+mod limits;
 mod rig;
 mod switchover;
 mod throttle;

@@ -72,16 +72,29 @@ pub fn begin(
     channel: &FdChannel,
     transport: InStream,
 ) -> Result<Source<InStream, Log>, SourceError> {
+    begin_with(source_config(guest), guest, channel, transport)
+}
+
+pub fn source_config(guest: &Guest) -> SourceConfig {
+    SourceConfig {
+        configuration: Some(Configuration {
+            uuid: guest.uuid,
+            ..configuration("test")
+        }),
+        switchover_start: true,
+        confirm_timeout: LIMIT,
+    }
+}
+
+pub fn begin_with(
+    config: SourceConfig,
+    guest: &Guest,
+    channel: &FdChannel,
+    transport: InStream,
+) -> Result<Source<InStream, Log>, SourceError> {
     let ram: Arc<dyn GuestRam> = Arc::clone(&guest.ram) as _;
     Source::start(
-        SourceConfig {
-            configuration: Some(Configuration {
-                uuid: guest.uuid,
-                ..configuration("test")
-            }),
-            switchover_start: true,
-            confirm_timeout: LIMIT,
-        },
+        config,
         Arc::new(Limits::new(0, guest.downtime)),
         StreamWriter::new(channel.share()),
         Some(ReturnPathReader::new(channel.share())),

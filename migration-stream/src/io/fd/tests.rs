@@ -67,6 +67,34 @@ fn a_silent_peer_is_an_error_when_the_deadline_has_passed() {
 }
 
 #[test]
+fn a_limit_without_an_end_is_no_limit() {
+    for (a, b) in [pair(), tcp_pair()] {
+        let [mut a, mut b] = [a, b].map(|channel| FdChannel {
+            limit: Duration::MAX,
+            ..channel
+        });
+        assert!(a.lend_to_local_peer(Lending::UnixSocketsAndTcp));
+        let mut pages = vec![7u8; 8 << 20];
+        let reader = thread::spawn(move || {
+            let (mut n, mut buf) = (0, vec![0; 1 << 20]);
+            while n < 8 << 20 {
+                n += b.read(&mut buf).unwrap();
+            }
+            b
+        });
+        let guest = VolatileSlice::from(pages.as_mut_slice());
+        a.write_all(&[Chunk::Guest(guest)]).unwrap();
+        a.finish_zero_copy().unwrap();
+        let mut b = reader.join().unwrap();
+        let writer = thread::spawn(move || a.write_all(&[Chunk::Bytes(b"z")]).map(|()| a));
+        let far = Some(deadline_after(Duration::MAX));
+        assert_eq!(b.wait(None, far).unwrap(), Readiness::Channel);
+        assert_eq!(b.read(&mut [0; 4]).unwrap(), 1);
+        writer.join().unwrap().unwrap();
+    }
+}
+
+#[test]
 fn a_peer_that_takes_nothing_is_an_error_when_the_deadline_has_passed() {
     let (mut a, _b) = pair();
     let big = vec![0u8; 8 << 20];
