@@ -94,6 +94,15 @@ pub trait PageTransport: Send {
     /// What was sent so far.
     fn counters(&self) -> TransportCounters;
 
+    /// Returns the first error of the transport's channels, if there was one.
+    ///
+    /// For a main stream that failed: a channel may have failed before, and its error is the cause then.
+    /// An implementation may wait a moment (a tenth of a second) for a channel that is about to report,
+    /// and must not wait longer.
+    fn failure(&self) -> Option<TransportError> {
+        None
+    }
+
     /// The transport's channels, if pages can leave on them while the main stream says nothing.
     fn beside(&mut self) -> Option<&mut dyn PagesBeside> {
         None
@@ -168,6 +177,9 @@ impl<T: PageTransport + ?Sized> PageTransport for Box<T> {
     fn counters(&self) -> TransportCounters {
         (**self).counters()
     }
+    fn failure(&self) -> Option<TransportError> {
+        (**self).failure()
+    }
     fn beside(&mut self) -> Option<&mut dyn PagesBeside> {
         (**self).beside()
     }
@@ -219,6 +231,12 @@ pub trait PageBarrier: Send {
 
     /// As [`PageTransport::set_deadline`].
     fn set_deadline(&mut self, deadline: Option<Instant>);
+
+    /// Returns the first error of the channels, as [`PageTransport::failure`] does: to be asked when the
+    /// main stream could not be read.
+    fn failure(&self) -> Option<TransportError> {
+        None
+    }
 }
 
 /// Why pages could not cross.

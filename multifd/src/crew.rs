@@ -11,6 +11,9 @@ use std::time::{Duration, Instant};
 use crate::error::{ChannelError, Failure};
 use crate::patience::{Patience, lock};
 
+/// How long a channel's error is waited for when the main stream has failed.
+const REPORT: Duration = Duration::from_millis(100);
+
 /// What the thread that owns a set and the channels' threads have in common.
 pub(crate) struct Crew<T> {
     state: Mutex<State<T>>,
@@ -155,6 +158,21 @@ impl<T> Crew<T> {
             (state, in_time) = patience.wait(&self.for_owner, state, |s| s.progress);
         }
         state.failure().unwrap_or(Failure { channel, error })
+    }
+
+    /// The first error of the set, none if this side ended it. Waits at most [`REPORT`] for an error
+    /// that is being told, and while `may_report` says that a channel may be about to fail.
+    pub(crate) fn first_failure(&self, may_report: impl Fn(&T) -> bool) -> Option<Failure> {
+        let mut state = self.lock();
+        let deadline = Instant::now().checked_add(REPORT);
+        let mut patience = self.patience(deadline, &state);
+        let mut in_time = true;
+        while in_time && state.failure.is_none() && (state.telling || may_report(&state.inner)) {
+            (state, in_time) = patience.wait(&self.for_owner, state, |s| s.progress);
+        }
+        // That this side ended the set is no cause.
+        let own = |failure: &Failure| matches!(failure.error, ChannelError::Closed);
+        state.failure().filter(|failure| !own(failure))
     }
 
     /// Ends all channels; what they report from now on is of no interest.

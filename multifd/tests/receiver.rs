@@ -602,3 +602,31 @@ fn a_payload_that_is_no_zstd_is_an_error() {
         "{e:?}"
     );
 }
+
+#[test]
+fn a_channel_that_broke_is_the_cause_that_is_told_when_the_main_stream_has_ended() {
+    let r = start(2);
+    let barrier = r.set.barrier();
+    assert!(barrier.failure().is_none());
+    write(&r.peers[1], &pages(&[0])[..HEADER_LEN + 7]);
+    drop(r.peers);
+    // Asked at once, while the channel's thread may not have noticed yet.
+    let e = barrier.failure().unwrap();
+    let (channel, error) = cause(&e);
+    assert_eq!(channel, Some(1));
+    assert!(matches!(error, ChannelError::Eof { got: 7, .. }), "{e:?}");
+    let told = r.set.join().unwrap().outcome.unwrap_err();
+    assert_eq!(text(&e), text(&told));
+}
+
+#[test]
+fn channels_that_ended_well_or_by_our_own_hand_are_no_cause() {
+    let r = start(2);
+    let barrier = r.set.barrier();
+    drop(r.peers);
+    assert!(barrier.failure().is_none());
+    let r = start(2);
+    let barrier = r.set.barrier();
+    r.set.abort_handle().abort();
+    assert!(barrier.failure().is_none());
+}

@@ -368,3 +368,17 @@ fn a_legacy_zero_page_that_was_zero_before_is_no_record_of_the_main_stream() {
     assert_eq!((counters.normal_pages, counters.zero_pages), (1, 3));
     assert_eq!(counters.unchanged_pages, 4 + 1 + 1);
 }
+
+#[test]
+fn a_channel_that_broke_is_the_cause_that_is_told_when_the_main_stream_has_failed() {
+    let mut s = sender(&config(2));
+    assert!(s.set.failure().is_none());
+    drop(s.peers.remove(1));
+    // Asked while the channel's thread may not have written yet.
+    let _ = s.send(256);
+    let _ = s.set.sync(&mut s.main);
+    let e = s.set.failure().unwrap();
+    assert_eq!(cause(&e).0, Some(1));
+    let told = s.set.join().unwrap_err();
+    assert_eq!(text(&e), text(&told));
+}

@@ -261,4 +261,8 @@ impl PageBarrier for RecvBarrier {
     fn set_deadline(&mut self, deadline: Option<Instant>) {
         self.deadline = deadline;
     }
+
+    fn failure(&self) -> Option<TransportError> {
+        self.crew.first_error().map(Into::into)
+    }
 }

@@ -110,6 +110,15 @@ impl Crew<Rendezvous> {
         Ok(())
     }
 
+    /// The first error of a channel. A peer that closes the main stream closes its channels too, so
+    /// that each of them soon has ended or failed: waits a moment for that.
+    pub(super) fn first_error(&self) -> Option<Failure> {
+        self.first_failure(|rendezvous| {
+            let left = rendezvous.count(Phase::Ended);
+            left < rendezvous.phases.len()
+        })
+    }
+
     /// The channel's thread ends: because the peer ended the channel between packets, or not.
     pub(super) fn leave(&self, channel: u8, clean: bool) {
         self.lock()

@@ -458,6 +458,12 @@ impl PageTransport for SendSet {
         counters
     }
 
+    fn failure(&self) -> Option<TransportError> {
+        // A channel that writes nothing has nothing to report.
+        let failure = self.crew.first_failure(|queue| !queue.is_drained());
+        failure.map(Into::into)
+    }
+
     fn beside(&mut self) -> Option<&mut dyn PagesBeside> {
         // A zero page on the main stream could overtake what a channel had of it before.
         self.main_zero.is_none().then_some(self)
