@@ -9,6 +9,9 @@
 //! a device's buffer could place such an end there; a VMM knows its devices and reads their
 //! sections with their handlers instead.
 
+mod ends;
+
+use std::collections::HashMap;
 use std::ops::Range;
 
 use bytes::BufMut;
@@ -19,14 +22,20 @@ use crate::device_blob::{DeviceSection, encode_device_blob};
 use crate::error::DecodeError;
 use crate::section::{
     Announcement, InstanceId, SectionError, SectionHeader, SectionId, SectionType, decode_footer,
-    encode_footer,
 };
 use crate::vmdesc::{DescriptionError, DeviceDescription, VmDescription};
+
+use self::ends::{Ends, Next};
 
 /// Type byte and section id.
 const FOOTER_LEN: usize = 5;
 /// Footer, EOF, type byte and length of the description.
 const END_LEN: usize = FOOTER_LEN + 1 + 5;
+
+/// How many descriptions of one tail may be followed by a search for the ends of bodies, each of which
+/// passes over all of it once. Only a description that begins with the tail's own first section gets
+/// that far.
+const MAX_SEARCHES: usize = 4;
 
 /// How much of a tail is taken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -62,6 +71,8 @@ pub struct OpaqueTail {
     candidates: Vec<Range<usize>>,
     rejected: Option<TailError>,
     false_ends: usize,
+    /// How many descriptions needed a search for the ends of bodies.
+    searches: usize,
     /// How many sections came before RAM.
     early: usize,
 }
@@ -94,6 +105,7 @@ impl OpaqueTail {
             candidates: Vec::new(),
             rejected: None,
             false_ends: 0,
+            searches: 0,
             early: 0,
         }
     }
@@ -132,6 +144,7 @@ impl OpaqueTail {
                         },
                     });
                 }
+                Err(e) if self.searches > MAX_SEARCHES => return Err(e),
                 Err(e) => self.rejected = Some(e),
             }
         }
@@ -193,13 +206,21 @@ impl OpaqueTail {
         Some(self.candidates.swap_remove(index))
     }
 
-    fn split(&self, json: Range<usize>) -> Result<(Vec<RawSection>, VmDescription), TailError> {
+    fn split(&mut self, json: Range<usize>) -> Result<(Vec<RawSection>, VmDescription), TailError> {
         // The sections end where EOF is: 6 bytes before the JSON.
         let sections = self.bytes.get(..json.start - 6).unwrap_or_default();
         let json = self.bytes.get(json).unwrap_or_default();
         let description = VmDescription::parse(json)?;
         let devices = description.devices.get(self.early..).unwrap_or_default();
-        Ok((split(sections, devices)?, description))
+        let searches = &mut self.searches;
+        let sections = split(sections, devices, || {
+            *searches += 1;
+            if *searches > MAX_SEARCHES {
+                return Err(TailError::TooManySearches { max: MAX_SEARCHES });
+            }
+            Ends::of(sections, |_| false)
+        })?;
+        Ok((sections, description))
     }
 }
 
@@ -314,6 +335,12 @@ impl Tail {
 
     /// Splits sections that are not described into those that this tail has, as far as it has them.
     fn split_later(&self, bytes: &[u8]) -> Result<Vec<RawSection>, TailError> {
+        let known: HashMap<_, _> = self
+            .sections
+            .iter()
+            .map(|s| (&s.header, s.body.len()))
+            .collect();
+        let mut ends = None;
         let mut sections = Vec::new();
         let mut pos = 0;
         while pos < bytes.len() {
@@ -323,25 +350,19 @@ impl Tail {
                 });
             }
             let (header, start) = any_header_at(bytes, pos)?;
-            let before = self.sections.iter().find(|s| s.header == header);
-            let len = before.map_or(0, |s| s.body.len());
-            let is_end = |end: usize, is_known: fn(&Self, &SectionHeader) -> bool| {
-                let mut r = Reader::new(bytes.get(end..).unwrap_or_default(), end as u64);
-                decode_footer(header.id, &mut r).is_ok()
-                    && (r.rest().is_empty()
-                        || any_header_at(bytes, end + r.consumed())
-                            .is_ok_and(|(next, _)| is_known(self, &next)))
-            };
-            let known: fn(&Self, &SectionHeader) -> bool =
-                |tail, next| tail.sections.iter().any(|s| s.header == *next);
-            let any: fn(&Self, &SectionHeader) -> bool = |_, _| true;
+            let before = known.get(&header).copied();
+            let len = before.unwrap_or(0);
             let expected = start + len;
-            let end = if before.is_some() && is_end(expected, any) {
+            let end = if before.is_some() && is_end(bytes, expected, header.id) {
                 Some(expected)
             } else {
-                [known, any]
+                let ends = match &mut ends {
+                    Some(ends) => ends,
+                    none => none.insert(Ends::of(bytes, |next| known.contains_key(next))?),
+                };
+                [Next::Known, Next::Any]
                     .into_iter()
-                    .find_map(|next| only_end(bytes, start, header.id, |end| is_end(end, next)))
+                    .find_map(|next| ends.only(start, header.id, next))
             };
             let end = end.ok_or_else(|| TailError::Body {
                 idstr: header.idstr.clone(),
@@ -373,8 +394,15 @@ impl Tail {
     }
 }
 
-/// Splits `bytes` into exactly the sections described.
-fn split(bytes: &[u8], devices: &[DeviceDescription]) -> Result<Vec<RawSection>, TailError> {
+/// Splits `bytes` into exactly the sections described. `search` finds the ends of bodies; it is called
+/// once, and only if a body is not as long as described.
+fn split(
+    bytes: &[u8],
+    devices: &[DeviceDescription],
+    search: impl FnOnce() -> Result<Ends, TailError>,
+) -> Result<Vec<RawSection>, TailError> {
+    let mut search = Some(search);
+    let mut ends = None;
     if devices.len() > MAX_SECTIONS {
         return Err(TailError::TooManySections {
             count: devices.len(),
@@ -385,19 +413,29 @@ fn split(bytes: &[u8], devices: &[DeviceDescription]) -> Result<Vec<RawSection>,
     for (i, device) in devices.iter().enumerate() {
         let (header, start) = header_at(bytes, pos, device)?;
         let next = devices.get(i + 1);
-        let is_end = |end: usize| ends(bytes, end, header.id, next);
+        let is_end = |end: usize| ends_before(bytes, end, header.id, next);
         let described = usize::try_from(device.body_len)
             .ok()
             .and_then(|len| start.checked_add(len))
             .filter(|end| is_end(*end));
         let end = match described {
             Some(end) => end,
-            None => only_end(bytes, start, header.id, is_end).ok_or_else(|| TailError::Body {
-                idstr: device.idstr.clone(),
-                instance: device.instance,
-                offset: start,
-                described: device.body_len,
-            })?,
+            None => {
+                if let Some(search) = search.take() {
+                    ends = Some(search()?);
+                }
+                let next = next.map_or(Next::End, |next| {
+                    Next::Section(next.idstr.clone(), next.instance, next.version)
+                });
+                ends.as_ref()
+                    .and_then(|ends| ends.only(start, header.id, next))
+                    .ok_or_else(|| TailError::Body {
+                        idstr: device.idstr.clone(),
+                        instance: device.instance,
+                        offset: start,
+                        described: device.body_len,
+                    })?
+            }
         };
         sections.push(RawSection {
             header,
@@ -481,7 +519,7 @@ fn plain_description(page_size: u64, sections: &[RawSection]) -> (VmDescription,
 
 /// Whether the body of section `id` can end at `end`: with its footer, and behind that the next
 /// section or the end.
-fn ends(bytes: &[u8], end: usize, id: SectionId, next: Option<&DeviceDescription>) -> bool {
+fn ends_before(bytes: &[u8], end: usize, id: SectionId, next: Option<&DeviceDescription>) -> bool {
     let mut r = Reader::new(bytes.get(end..).unwrap_or_default(), end as u64);
     decode_footer(id, &mut r).is_ok()
         && match next {
@@ -490,26 +528,11 @@ fn ends(bytes: &[u8], end: usize, id: SectionId, next: Option<&DeviceDescription
         }
 }
 
-/// The one place where the body of section `id` can end; `None` when there is none, or several.
-fn only_end(
-    bytes: &[u8],
-    start: usize,
-    id: SectionId,
-    is_end: impl Fn(usize) -> bool,
-) -> Option<usize> {
-    let mut footer = Vec::new();
-    encode_footer(id, &mut footer);
-    let mut found = bytes
-        .get(start..)?
-        .windows(footer.len())
-        .enumerate()
-        .filter(|(_, window)| *window == footer)
-        .map(|(i, _)| start + i)
-        .filter(|end| is_end(*end));
-    match (found.next(), found.next()) {
-        (Some(end), None) => Some(end),
-        _ => None,
-    }
+/// Whether the body of section `id` can end at `end`, whichever section follows.
+fn is_end(bytes: &[u8], end: usize, id: SectionId) -> bool {
+    let mut r = Reader::new(bytes.get(end..).unwrap_or_default(), end as u64);
+    decode_footer(id, &mut r).is_ok()
+        && (r.rest().is_empty() || any_header_at(bytes, end + r.consumed()).is_ok())
 }
 
 /// Why a tail could not be taken or split. Offsets count from its first byte.
@@ -534,6 +557,20 @@ pub enum TailError {
     /// Too many things in it look like its end.
     #[error("the stream's tail has more than {max} false ends")]
     FalseEnds {
+        /// The limit.
+        max: usize,
+    },
+    /// Too many places in it look like the end of a section.
+    #[error("the stream's tail has more than {max} places where a section could end")]
+    TooManyEnds {
+        /// The limit.
+        max: usize,
+    },
+    /// Too many descriptions in it are wrong about the lengths of sections.
+    #[error(
+        "the stream's tail has more than {max} descriptions of other lengths than its sections"
+    )]
+    TooManySearches {
         /// The limit.
         max: usize,
     },

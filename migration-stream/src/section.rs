@@ -88,7 +88,7 @@ impl fmt::Display for InstanceId {
 }
 
 /// The two kinds of section that announce an id. A receiver treats them alike.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Announcement {
     /// Parts of the same id follow.
     Start,
@@ -106,7 +106,7 @@ pub enum Continuation {
 }
 
 /// The head of a START or FULL section.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct SectionHeader {
     /// Which of the two.
     pub kind: Announcement,
