@@ -1,5 +1,7 @@
 //! The chunks of a stream, and the bitmaps they are of.
 
+use std::collections::BTreeMap;
+
 use bytes::BufMut;
 
 use super::chunk::{check_bits, check_granularity};
@@ -33,6 +35,8 @@ pub struct MigratedBitmap {
 #[derive(Clone, Debug, Default)]
 pub struct DirtyBitmapDecoder {
     bitmaps: Vec<MigratedBitmap>,
+    /// Their places by node and name: every chunk of a hostile stream may name another bitmap.
+    by_name: BTreeMap<(IdStr, IdStr), usize>,
     current: Option<usize>,
 }
 
@@ -42,6 +46,7 @@ impl DirtyBitmapDecoder {
     pub const fn new() -> Self {
         Self {
             bitmaps: Vec::new(),
+            by_name: BTreeMap::new(),
             current: None,
         }
     }
@@ -110,10 +115,7 @@ impl DirtyBitmapDecoder {
         };
         let found = match self.current {
             Some(i) if chunk.node.is_none() && chunk.bitmap.is_none() => Some(i),
-            _ => {
-                let is_it = |b: &MigratedBitmap| b.node == node && b.name == name;
-                self.bitmaps.iter().position(is_it)
-            }
+            _ => self.by_name.get(&(node.clone(), name.clone())).copied(),
         };
         if let ChunkKind::Start { granularity, flags } = &chunk.kind {
             if found.is_some() {
@@ -123,6 +125,8 @@ impl DirtyBitmapDecoder {
                 return Err(DirtyBitmapError::TooMany);
             }
             self.current = Some(self.bitmaps.len());
+            self.by_name
+                .insert((node.clone(), name.clone()), self.bitmaps.len());
             self.bitmaps.push(MigratedBitmap {
                 node,
                 name,

@@ -100,6 +100,8 @@ impl RamBlock {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RamBlockTable {
     blocks: Vec<RamBlock>,
+    /// The blocks in the order of their names: every page of a hostile stream may name another block.
+    by_name: Vec<BlockId>,
     total: u64,
     ignores_shared: bool,
 }
@@ -118,13 +120,22 @@ impl RamBlockTable {
                 count: blocks.len(),
             });
         }
-        let mut total = 0u64;
-        for (i, block) in blocks.iter().enumerate() {
-            if blocks[..i].iter().any(|b| b.name == block.name) {
+        // MAX_BLOCKS fits in u32.
+        #[allow(clippy::cast_possible_truncation)]
+        let mut by_name: Vec<_> = (0..blocks.len() as u32).map(BlockId).collect();
+        let name = |id: &BlockId| blocks.get(id.index()).map(|b| b.name.as_str());
+        by_name.sort_by_key(name);
+        let mut names = by_name.iter().filter_map(name);
+        let mut last = names.next();
+        for name in names {
+            if last.replace(name) == Some(name) {
                 return Err(RamBlockError::Duplicate {
-                    name: block.name.clone(),
+                    name: name.to_owned(),
                 });
             }
+        }
+        let mut total = 0u64;
+        for block in &blocks {
             total = total
                 .checked_add(block.used_length)
                 .filter(|t| *t <= i64::MAX.unsigned_abs())
@@ -132,6 +143,7 @@ impl RamBlockTable {
         }
         Ok(Self {
             blocks,
+            by_name,
             total,
             ignores_shared: false,
         })
@@ -167,9 +179,9 @@ impl RamBlockTable {
     /// The id of the block called `name`.
     #[must_use]
     pub fn find(&self, name: &[u8]) -> Option<BlockId> {
-        self.iter()
-            .find(|(_, b)| b.name.as_bytes() == name)
-            .map(|(id, _)| id)
+        let name_of = |id: &BlockId| self.get(*id).map_or(&b""[..], |b| b.name.as_bytes());
+        let found = self.by_name.binary_search_by_key(&name, name_of).ok()?;
+        self.by_name.get(found).copied()
     }
 
     /// All blocks with their ids, in order.
