@@ -9,6 +9,7 @@ use std::sync::mpsc::{Receiver, TryRecvError, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use migration_stream::io::without_write_signals;
 use multifd::Address;
 
 use super::beat::BEAT_LEN;
@@ -62,7 +63,8 @@ impl Stream {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         match self {
             Self::Tcp(s) => s.write(bytes),
-            Self::Unix(s) => s.write(bytes),
+            // The standard library's own writes to unix sockets raised SIGPIPE for long.
+            Self::Unix(s) => without_write_signals(|| s.write(bytes)),
         }
     }
 }

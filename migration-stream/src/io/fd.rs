@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use vm_memory::VolatileSlice;
 
 use super::lent::{Lender, is_lendable};
+use super::signal::without_write_signals;
 use super::socket::{option, set_option};
 use super::zero_copy::ZeroCopy;
 use super::{ByteSink, ByteSource, Chunk, Lending, Readiness, deadline_after};
@@ -195,31 +196,33 @@ impl FdChannel {
 
     /// One non-blocking gather write; `flags` are a socket's.
     fn writev(&self, iovecs: &mut [libc::iovec], flags: libc::c_int) -> io::Result<usize> {
-        let n = if self.is_socket {
+        if self.is_socket {
             // SAFETY: an all-zero msghdr is valid: no address, no control data.
             let mut msg: libc::msghdr = unsafe { std::mem::zeroed() };
             msg.msg_iov = iovecs.as_mut_ptr();
             msg.msg_iovlen = iovecs.len();
             // MSG_NOSIGNAL: a library must not let SIGPIPE end its process.
             // SAFETY: `msg` and the iovecs live for the call; sendmsg only reads the memory.
-            unsafe {
+            let n = unsafe {
                 libc::sendmsg(
                     self.fd.as_raw_fd(),
                     &raw const msg,
                     libc::MSG_NOSIGNAL | flags,
                 )
-            }
-        } else {
-            // SAFETY: as above.
-            unsafe {
+            };
+            return usize::try_from(n).map_err(|_| io::Error::last_os_error());
+        }
+        without_write_signals(|| {
+            // SAFETY: the iovecs live for the call; writev only reads the memory.
+            let n = unsafe {
                 libc::writev(
                     self.fd.as_raw_fd(),
                     iovecs.as_ptr(),
                     c_int_len(iovecs.len()),
                 )
-            }
-        };
-        usize::try_from(n).map_err(|_| io::Error::last_os_error())
+            };
+            usize::try_from(n).map_err(|_| io::Error::last_os_error())
+        })
     }
 }
 

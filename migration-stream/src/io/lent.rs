@@ -18,6 +18,7 @@ use vm_memory::{MmapRegion, VolatileMemory};
 
 use super::fd::{iovec, iovecs, poll, pollfd};
 use super::local_peer::LocalPeer;
+use super::signal::without_write_signals;
 use super::socket::{option, set_option};
 use super::{Chunk, Lending, deadline_after};
 
@@ -150,6 +151,7 @@ impl Lender {
     /// Lends some of the memory that `iovecs` describe and returns how many bytes; the socket may
     /// not have them before [`Lender::pass`] says so.
     pub(super) fn take(&mut self, iovecs: &[libc::iovec]) -> io::Result<usize> {
+        // No SIGPIPE: the pipe's other end is ours too, and open.
         // SAFETY: every iovec describes mapped memory that the caller borrows for the call, or that of
         // `notes`. The kernel keeps references to its pages, so they outlive their mapping.
         let n = unsafe {
@@ -175,25 +177,26 @@ impl Lender {
     /// need not send the last of it before there is more.
     pub(super) fn pass(&mut self, socket: BorrowedFd<'_>, more: bool) -> io::Result<()> {
         let more = if more { libc::SPLICE_F_MORE } else { 0 };
-        // SAFETY: splice without offsets takes no pointers; both descriptors are open.
-        let n = unsafe {
-            libc::splice(
-                self.reading.as_raw_fd(),
-                std::ptr::null_mut(),
-                socket.as_raw_fd(),
-                std::ptr::null_mut(),
-                self.inside,
-                libc::SPLICE_F_NONBLOCK | more,
-            )
-        };
-        match usize::try_from(n) {
-            Ok(0) => Err(io::ErrorKind::WriteZero.into()),
-            Ok(n) => {
-                self.inside = self.inside.saturating_sub(n);
-                Ok(())
-            }
-            Err(_) => Err(io::Error::last_os_error()),
+        // There is no flag for a splice without SIGPIPE.
+        let n = without_write_signals(|| {
+            // SAFETY: splice without offsets takes no pointers; both descriptors are open.
+            let n = unsafe {
+                libc::splice(
+                    self.reading.as_raw_fd(),
+                    std::ptr::null_mut(),
+                    socket.as_raw_fd(),
+                    std::ptr::null_mut(),
+                    self.inside,
+                    libc::SPLICE_F_NONBLOCK | more,
+                )
+            };
+            usize::try_from(n).map_err(|_| io::Error::last_os_error())
+        })?;
+        if n == 0 {
+            return Err(io::ErrorKind::WriteZero.into());
         }
+        self.inside = self.inside.saturating_sub(n);
+        Ok(())
     }
 
     /// Waits until the peer has taken everything that was lent, and what was sent behind it.

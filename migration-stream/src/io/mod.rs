@@ -18,6 +18,8 @@ mod local_peer;
 #[cfg(feature = "fd")]
 mod positioned;
 #[cfg(feature = "fd")]
+mod signal;
+#[cfg(feature = "fd")]
 mod socket;
 #[cfg(feature = "fd")]
 mod zero_copy;
@@ -27,6 +29,8 @@ pub use fd::FdChannel;
 pub use file::{FileChannel, PositionedFile};
 #[cfg(feature = "fd")]
 pub use positioned::open_direct;
+#[cfg(feature = "fd")]
+pub use signal::without_write_signals;
 
 /// What became ready in [`ByteSource::wait`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -11,6 +11,7 @@ use std::path::Path;
 use vm_memory::VolatileSlice;
 
 use super::PositionedFile;
+use super::signal::without_failure_signals;
 
 /// Opens a file whose reads and writes do not go through the page cache (`O_DIRECT`, QEMU's parameter
 /// `direct-io`). Only whole pages at page boundaries can be read and written: the pages of a file with
@@ -37,7 +38,7 @@ impl PositionedFile for File {
     }
 
     fn write_at(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
-        self.write_all_at(bytes, offset)
+        without_failure_signals(|| self.write_all_at(bytes, offset))
     }
 
     fn read_guest(&self, offset: u64, guest: &VolatileSlice<'_>) -> io::Result<()> {
@@ -61,7 +62,7 @@ impl PositionedFile for File {
     }
 
     fn write_guest(&self, offset: u64, guest: &VolatileSlice<'_>) -> io::Result<()> {
-        whole(guest, offset, |rest, at| {
+        let write = |rest: &VolatileSlice<'_>, at| {
             // SAFETY: the guard's pointer is valid for reads of `rest.len()` bytes for as long as
             // the slice is borrowed, which is for the call.
             let n = unsafe {
@@ -77,7 +78,8 @@ impl PositionedFile for File {
                 Ok(n) => Ok(n),
                 Err(_) => Err(io::Error::last_os_error()),
             }
-        })
+        };
+        without_failure_signals(|| whole(guest, offset, write))
     }
 
     fn size(&self) -> io::Result<u64> {

@@ -5,6 +5,8 @@ use std::sync::atomic::AtomicBool;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use migration_stream::io::without_write_signals;
+
 use crate::arbiter::Answer;
 use crate::heartbeat::arbitration::Request;
 use crate::heartbeat::{Colo, Endpoint, PeerState, Phase, Rhythm, StopReason};
@@ -67,8 +69,9 @@ impl Shared {
     }
 
     pub(super) fn wake(&self) {
-        // The pipe is read as soon as it has something: one that is full is about to be.
-        let _ = lock(&self.wake).write(&[1]);
+        // The pipe is read as soon as it has something: one that is full is about to be. Its reader may have
+        // ended, which must not raise SIGPIPE.
+        let _ = without_write_signals(|| lock(&self.wake).write(&[1]));
     }
 }
 
