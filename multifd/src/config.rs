@@ -297,7 +297,8 @@ pub struct MultifdConfig {
     /// `zero-copy-send`). Needs TCP, no compression, and memory that the process may lock.
     pub zero_copy: bool,
     /// Sender only: over which connections pages that are not compressed are lent to a peer on the
-    /// same host. It has taken them when a synchronisation is over.
+    /// same host, none unless asked for. It has taken them when a synchronisation is over. [`Lending`] says
+    /// where it is safe.
     pub lending: Lending,
     /// The VM's UUID, all zero if it has none.
     pub uuid: [u8; 16],
@@ -325,6 +326,11 @@ impl Default for MultifdConfig {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn pages_are_copied_unless_lending_is_asked_for() {
+        assert_eq!(MultifdConfig::default().lending, Lending::Never);
+    }
 
     #[test]
     fn levels_that_adapt_are_read_as_options_have_them() {

@@ -26,7 +26,7 @@ fn main() -> ExitCode {
             assert!(most >= 1.9, "{most:.3} times guest memory");
             Ok(())
         }),
-        harness::anywhere("pages_are_lent_unless_told_otherwise", lending),
+        harness::anywhere("pages_are_lent_only_where_it_was_asked_for", lending),
     ])
 }
 
@@ -44,7 +44,11 @@ fn lending() -> Result<()> {
         (Connection::PLAIN, 0),
         (over_unix(Connection::PLAIN), 2),
     ] {
-        for (options, pipes) in [(&[][..], lent), (&["--no-lending"], 0)] {
+        for (options, pipes) in [
+            (&[][..], 0),
+            (&["--splice-send"], lent),
+            (&["--splice-send", "--no-lending"], 0),
+        ] {
             let vmm = ColoVmm::new("colo-vmm")
                 .simulated()
                 .memory(16)

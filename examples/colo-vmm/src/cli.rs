@@ -175,12 +175,15 @@ struct RunArgs {
     #[arg(long)]
     prealloc: bool,
     /// Do not ask for huge pages for guest RAM. With them there are fewer page faults, and pages are
-    /// lent to a peer on the same host at less cost, but a byte that is written may take 2 MiB.
+    /// lent (--splice-send) at less cost, but a byte that is written may take 2 MiB.
     #[arg(long)]
     no_huge_pages: bool,
-    /// Copy pages into the connections to a peer on the same host instead of lending them: for a proxy in
-    /// between that does not read them, but passes them on by `splice(2)`.
+    /// Lend pages to a peer on the same host instead of copying them into the connection. Only where the
+    /// connection goes straight to the peer: a proxy that moves bytes by `splice(2)` would tear checkpoints.
     #[arg(long)]
+    splice_send: bool,
+    /// Copy pages into the connections to a peer on the same host: the default.
+    #[arg(long, overrides_with = "splice_send")]
     no_lending: bool,
     /// As a source with multifd compressed by zstd, go up with the level where the network is the
     /// bottleneck and down where the processors are, within -7 to 12 (auto:MIN:MAX: within others,
@@ -336,7 +339,7 @@ impl RunArgs {
                 bandwidth: mib.saturating_mul(1 << 20),
                 ..GapConfig::default()
             }),
-            lends: !self.no_lending,
+            lends: self.splice_send && !self.no_lending,
             zstd_level: self.zstd_level,
             prealloc: self.prealloc,
             boundaries: Arc::new(boundaries),

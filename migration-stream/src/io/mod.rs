@@ -69,21 +69,24 @@ impl Chunk<'_> {
     }
 }
 
-/// Over which connections to a peer on the same host guest memory is lent to it: the connection
-/// refers to the pages, and the peer copies them once, instead of twice, into the connection and out of it.
+/// Over which connections to a peer on the same host guest memory is lent to it (splice sending): the connection
+/// refers to the pages, and the peer copies them once. By default pages are copied, into the connection and out
+/// of it.
 ///
-/// It is known when the peer, or a proxy in its place, has read them. One that does not read, but passes
-/// on what comes by `splice(2)`, goes on to refer to the pages when a synchronisation is over: where there
-/// may be such a one it has to be [`Lending::Never`].
+/// Lending is safe only where the process at the other end of the connection reads the bytes. The sender knows
+/// when they have been taken out of the connection, and takes them to be copied then. A proxy that moves them by
+/// `splice(2)` (systemd-socket-proxyd, haproxy) still refers to the pages afterwards: the receiver gets whatever
+/// the guest has written to them since, and a checkpoint is torn. So switch it on only where the connection goes
+/// straight to a receiver that is known to read, such as this workspace's programs or QEMU.
 ///
 /// A filter of system calls has to allow `pipe2`, `vmsplice` and `splice` for it, and over TCP a socket of
 /// `AF_NETLINK`; where the system refuses one, pages are copied.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Lending {
-    /// Over none: the peer need not read for a synchronisation to end.
+    /// Over none: pages are copied, and the peer need not read for a synchronisation to end.
+    #[default]
     Never,
     /// Over unix sockets.
-    #[default]
     UnixSockets,
     /// Over TCP within one network namespace too. It takes work off the sender and gives it to
     /// the peer: good for one channel or where the sender is waited for, as in a COLO checkpoint, and not

@@ -57,7 +57,7 @@ impl Default for MigrationOptions {
             output_commit: false,
             resume: Resume::default(),
             gap: None,
-            lends: true,
+            lends: false,
             zstd_level: None,
             prealloc: false,
             skip_unchanged: None,

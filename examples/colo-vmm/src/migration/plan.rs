@@ -88,7 +88,7 @@ impl Migration {
                     (false, _) => Lending::Never,
                     // A checkpoint's pause waits for the sender.
                     (true, true) => Lending::UnixSocketsAndTcp,
-                    (true, false) => Lending::default(),
+                    (true, false) => Lending::UnixSockets,
                 },
                 uuid: self.options.uuid.map_or([0; 16], Uuid::into_bytes),
                 stall_limit: self.options.io_limit,
