@@ -14,7 +14,7 @@ use tests::etcd::{Etcd, Guard};
 use tests::metrics::Metrics;
 use tests::process::workspace_program;
 use tests::qmp::Qmp;
-use tests::vmm::{check_count, first_line};
+use tests::vmm::{ColoVmm, Vmm, check_count, first_line};
 use tests::{PATIENCE, Result, harness};
 
 fn main() -> ExitCode {
@@ -48,6 +48,18 @@ fn main() -> ExitCode {
             guarded,
         ),
         harness::anywhere("both_sides_of_a_pair_serve_their_figures", figures),
+        harness::anywhere(
+            "pair_whose_precopy_does_not_converge_is_told_so_and_what_helps",
+            does_not_converge,
+        ),
+        harness::anywhere(
+            "migration_that_outlasts_the_timeout_is_cancelled_and_its_guest_runs_on",
+            outlasts_its_timeout,
+        ),
+        harness::anywhere(
+            "taking_over_without_a_heartbeat_is_warned_of",
+            takes_over_blindly,
+        ),
         harness::anywhere(
             "what_cannot_be_done_is_refused_and_nothing_is_left_behind",
             refused,
@@ -432,6 +444,80 @@ fn new_secondary() -> Result<()> {
     // Its guest has never stood still for longer than that, and has lost nothing.
     check_count(0, &fs::read(&serial)?)?;
     assert_eq!(fs::read(b.join("secondary.serial"))?, b"");
+    Ok(())
+}
+
+/// 8 MiB that are written all the time: what is left at the end of each round is more than the downtime
+/// allows.
+fn does_not_converge() -> Result<()> {
+    let mut life = Life::new()?;
+    let dir = tempfile::tempdir()?;
+    let bandwidth = (7 << 20).to_string();
+    let pair = [
+        "pair",
+        "--dir",
+        text(dir.path())?,
+        "--auto-converge",
+        "--multifd",
+        "0",
+        "--timeout",
+        "6",
+        "--downtime-limit",
+        "1",
+        "--max-bandwidth",
+        &bandwidth,
+    ];
+    let run = ["--memory", "16", "--sim", "--dirty-pages", "2048"];
+    let error = life.run(&with(&pair, &run)).unwrap_err().to_string();
+    assert!(error.contains("MiB of 16.0 MiB left"), "{error}");
+    assert!(error.contains("within 6 s (--timeout)"), "{error}");
+    assert!(error.contains("does not converge: the guest"), "{error}");
+    assert!(error.contains("auto-converge takes"), "{error}");
+    Ok(())
+}
+
+fn outlasts_its_timeout() -> Result<()> {
+    let mut life = Life::new()?;
+    let primary = ColoVmm::new("primary").simulated().dirty_pages(2048);
+    let primary = primary.memory(16).start()?;
+    let secondary = ColoVmm::new("secondary").simulated().incoming();
+    let secondary = secondary.memory(16).start()?;
+    let address = |vmm: &Vmm| format!("unix:{}", vmm.dir().join("qmp").display());
+    let (first, second) = (address(&primary), address(&secondary));
+    let pair = [
+        "pair",
+        "--primary",
+        &first,
+        "--secondary",
+        &second,
+        "--timeout",
+        "1",
+        "--downtime-limit",
+        "1",
+        "--max-bandwidth",
+        "1000000",
+    ];
+    let error = life.run(&pair).unwrap_err().to_string();
+    assert!(error.contains("within 1 s (--timeout)"), "{error}");
+    let mut primary = primary;
+    primary.wait_migration("cancelled")?;
+    primary.wait_status("running")
+}
+
+fn takes_over_blindly() -> Result<()> {
+    let life = Life::new()?;
+    let warning = |args: &[&str]| -> Result<bool> {
+        let mut run = Command::new(&life.program);
+        run.args(["run", "--memory", "16", "--sim", "--serial", "null"]);
+        // No socket can be there, so that it ends.
+        let nowhere = ["--qmp", "unix:/nonexistent/qmp"];
+        let output = run.args(args).args(nowhere).output()?;
+        let said = String::from_utf8(output.stderr)?;
+        assert!(said.contains("qmp at"), "{said}");
+        Ok(said.contains("is a second guest"))
+    };
+    assert!(warning(&["--on-peer-loss", "take-over"])?);
+    assert!(!warning(&[])?);
     Ok(())
 }
 

@@ -68,6 +68,12 @@ impl FromStr for ArbiterArg {
 }
 
 impl ArbiterArgs {
+    /// Is there one to ask?
+    #[must_use]
+    pub fn is_named(&self) -> bool {
+        self.arbiter != ArbiterArg::None
+    }
+
     /// The arbiter of the pair `uuid`, as `me` asks it. An etcd is asked once, so that what it will never
     /// be content with is known before the other side is lost.
     ///

@@ -3,6 +3,7 @@
 use std::error::Error;
 use std::fs::{self, File};
 use std::io;
+use std::ops::RangeInclusive;
 use std::os::fd::AsRawFd;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -64,14 +65,21 @@ enum Command {
     Standby(StandbyArgs),
 }
 
+/// Guest RAM that can be asked for, MiB: up to what page tables of four levels reach.
+pub(crate) const MEMORY_MIB: RangeInclusive<u64> = 1..=(1 << 28) - 1;
+/// How many vCPUs can be asked for. KVM may allow fewer.
+pub(crate) const VCPUS: RangeInclusive<i64> = 1..=255;
+
 /// What a machine consists of.
 #[derive(Clone, Debug, Args)]
 pub struct MachineArgs {
     /// Guest RAM, MiB.
-    #[arg(long, value_name = "MIB", default_value_t = 256)]
+    #[arg(long, value_name = "MIB", default_value_t = 256,
+          value_parser = clap::value_parser!(u64).range(MEMORY_MIB))]
     pub memory: u64,
     /// Number of vCPUs.
-    #[arg(long, default_value_t = 1)]
+    #[arg(long, value_name = "N", default_value_t = 1,
+          value_parser = clap::value_parser!(u8).range(VCPUS))]
     pub vcpus: u8,
     /// Run a simulated guest in this process; needs no KVM, and runs only the workload.
     #[arg(long)]
@@ -87,7 +95,9 @@ pub struct WorkloadArgs {
     /// Turns of an empty loop that each vCPU of the workload makes after a pass.
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub pass_delay: u32,
-    /// The workload first writes to every page of RAM below 3 GiB, so that none is zero.
+    /// Before the workload begins every page of RAM is written to, so that none is zero. Above 4 GiB,
+    /// where the guest does not reach, colo-vmm writes; the file of `colo-vmm guest` fills what is
+    /// below 3 GiB.
     #[arg(long)]
     pub fill_ram: bool,
 }
@@ -119,9 +129,9 @@ struct RunArgs {
     /// The kernel's initial RAM disk.
     #[arg(long, value_name = "FILE")]
     initrd: Option<PathBuf>,
-    /// The kernel's command line.
-    #[arg(long, default_value = "console=ttyS0 reboot=t panic=-1")]
-    cmdline: String,
+    /// The kernel's command line [default: console=ttyS0 reboot=t panic=-1].
+    #[arg(long)]
+    cmdline: Option<String>,
     /// The guest's serial line: stdio, file:PATH or null.
     #[arg(long, default_value = "stdio")]
     serial: SerialArg,
@@ -153,7 +163,9 @@ struct RunArgs {
     #[arg(long, default_value_t = RamCacheArg::Cow, value_enum)]
     ram_cache: RamCacheArg,
     /// What to do when COLO has lost the other side: wait for `x-colo-lost-heartbeat`, or take over.
-    /// At most one of the two sides may take over by itself.
+    /// At most one of the two sides may take over by itself. Without a heartbeat nobody knows whether
+    /// the other side is dead: one that was only frozen, or cut off, for longer than this side waits
+    /// runs its guest again when it wakes, and then there are two. Only --heartbeat has it stop.
     #[arg(long, default_value = "wait", value_name = "wait|take-over")]
     on_peer_loss: PeerLossArg,
     /// As a primary, let out what the guest says on its serial line only once the secondary has
@@ -203,7 +215,7 @@ struct RunArgs {
     heartbeat: HeartbeatArgs,
     /// How long the other side may be silent when it owes an answer, ms. For the primary's next
     /// checkpoint the secondary waits at least three times its own `x-checkpoint-delay`.
-    #[arg(long, value_name = "MS")]
+    #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u64).range(1..))]
     peer_timeout: Option<u64>,
     /// Note in this file where something of a migration begins or ends; for tests.
     #[arg(long, value_name = "FILE", hide = true)]
@@ -487,29 +499,70 @@ impl Cli {
     }
 }
 
+/// The kernel's command line if none is given.
+const CMDLINE: &str = "console=ttyS0 reboot=t panic=-1";
+
+impl RunArgs {
+    /// What runs, as far as options fit it.
+    fn image(&self) -> Result<GuestImage, String> {
+        let is_kernel = matches!(self.guest, GuestArg::Kernel(_));
+        for (option, given, fits, of) in [
+            ("--initrd", self.initrd.is_some(), is_kernel, "kernel:FILE"),
+            (
+                "--cmdline",
+                self.cmdline.is_some(),
+                is_kernel,
+                "kernel:FILE",
+            ),
+            (
+                "--fill-ram",
+                self.workload.fill_ram,
+                self.guest == GuestArg::Workload,
+                "workload",
+            ),
+        ] {
+            if given && !fits {
+                return Err(format!("{option} is an option of --guest {of}"));
+            }
+        }
+        Ok(match &self.guest {
+            GuestArg::Workload => GuestImage::Workload(
+                self.workload
+                    .config(self.machine.memory, self.machine.vcpus),
+            ),
+            GuestArg::Answers => GuestImage::Answers,
+            GuestArg::Boot(file) => GuestImage::BootSector(file.clone()),
+            GuestArg::Flat(file, address) => GuestImage::Flat {
+                file: file.clone(),
+                address: *address,
+            },
+            GuestArg::Kernel(file) => GuestImage::Kernel {
+                file: file.clone(),
+                initrd: self.initrd.clone(),
+                cmdline: self.cmdline.clone().unwrap_or_else(|| CMDLINE.to_owned()),
+            },
+        })
+    }
+
+    /// Says what an operator of this side should know before it matters.
+    fn warn(&self) {
+        if self.on_peer_loss == PeerLossArg::TakeOver && !self.heartbeat.is_on() {
+            let warning = "--on-peer-loss take-over without --heartbeat: a peer that was only frozen or \
+                           cut off, and wakes after this side has taken over, is a second guest";
+            tracing::debug!(warning);
+            complain(format!("colo-vmm: warning: {warning}"));
+        }
+    }
+}
+
 /// How long QMP clients have to take their last replies.
 const QMP_FAREWELL: Duration = Duration::from_secs(1);
 
 fn run(args: &RunArgs) -> Result<ExitCode, Box<dyn Error>> {
     // Before there are threads, which inherit the mask.
     let signals = event_loop::ending_signals()?;
-    let image = match &args.guest {
-        GuestArg::Workload => GuestImage::Workload(
-            args.workload
-                .config(args.machine.memory, args.machine.vcpus),
-        ),
-        GuestArg::Answers => GuestImage::Answers,
-        GuestArg::Boot(file) => GuestImage::BootSector(file.clone()),
-        GuestArg::Flat(file, address) => GuestImage::Flat {
-            file: file.clone(),
-            address: *address,
-        },
-        GuestArg::Kernel(file) => GuestImage::Kernel {
-            file: file.clone(),
-            initrd: args.initrd.clone(),
-            cmdline: args.cmdline.clone(),
-        },
-    };
+    let image = args.image()?;
+    args.warn();
     let sink = args
         .serial
         .sink()
@@ -611,6 +664,9 @@ fn run(args: &RunArgs) -> Result<ExitCode, Box<dyn Error>> {
 }
 
 fn guest(args: &GuestArgs) -> Result<ExitCode, Box<dyn Error>> {
+    if args.machine.sim {
+        return Err("--sim: the simulated guest is in no file".into());
+    }
     let config = args
         .workload
         .config(args.machine.memory, args.machine.vcpus);
@@ -629,6 +685,53 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
+    }
+
+    fn refusal(line: &str) -> String {
+        let words = ["colo-vmm"].into_iter().chain(line.split(' '));
+        match Cli::try_parse_from(words) {
+            Err(error) => error.to_string(),
+            Ok(Cli {
+                command: Command::Run(args),
+            }) => args.image().err().unwrap_or_default(),
+            Ok(_) => String::new(),
+        }
+    }
+
+    #[test]
+    fn a_number_out_of_range_is_told_the_range_that_there_is() {
+        for (line, range) in [
+            ("run --vcpus 256", "1..=255"),
+            ("run --vcpus 0", "1..=255"),
+            ("demo --vcpus 256", "1..=255"),
+            ("run --memory 0", "1..=268435455"),
+            ("demo --memory 18446744073709551615", "1..=268435455"),
+            ("run --peer-timeout 0", "1..18446744073709551615"),
+        ] {
+            let refusal = refusal(line);
+            assert!(refusal.contains(range), "{line}: {refusal}");
+        }
+        assert_eq!(refusal("run --vcpus 255 --memory 4096"), "");
+    }
+
+    #[test]
+    fn an_option_that_would_do_nothing_is_refused() {
+        for line in [
+            "run --initrd x",
+            "run --guest answers --cmdline x",
+            "run --guest boot:x --fill-ram",
+            "run --heartbeat-interval 100",
+            "run --on-heartbeat-loss take-over",
+        ] {
+            assert_ne!(refusal(line), "", "{line}");
+        }
+        for line in [
+            "run --guest kernel:x --initrd y --cmdline z",
+            "run --fill-ram",
+            "run --uuid 8f2a3c1e-0b64-4f4e-9a53-4d1f6f0f7a11 --heartbeat unix:x --arbiter file:y",
+        ] {
+            assert_eq!(refusal(line), "", "{line}");
+        }
     }
 
     #[test]

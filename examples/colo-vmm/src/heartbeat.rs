@@ -27,14 +27,21 @@ pub struct HeartbeatArgs {
     #[arg(long = "heartbeat", value_name = "ADDRESS", requires = "uuid")]
     address: Option<Address>,
     /// Between two beats, ms.
-    #[arg(long, value_name = "MS", default_value_t = 50, value_parser = clap::value_parser!(u64).range(1..=60_000))]
+    #[arg(long, value_name = "MS", default_value_t = 50, requires = "address",
+          value_parser = clap::value_parser!(u64).range(1..=60_000))]
     heartbeat_interval: u64,
     /// How many beats have to be missing for the other side to be lost.
-    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    #[arg(long, value_name = "N", default_value_t = 3, requires = "address",
+          value_parser = clap::value_parser!(u32).range(1..=1000))]
     heartbeat_missed: u32,
     /// What to do then: take over (one side at most, the other stops), ask the arbiter (both sides),
     /// or stop for good.
-    #[arg(long, default_value = "stop", value_name = "take-over|ask|stop")]
+    #[arg(
+        long,
+        default_value = "stop",
+        value_name = "take-over|ask|stop",
+        requires = "address"
+    )]
     on_heartbeat_loss: LossArg,
     #[command(flatten)]
     arbiter: ArbiterArgs,
@@ -48,6 +55,12 @@ enum LossArg {
 }
 
 impl HeartbeatArgs {
+    /// Is the other side's life watched?
+    #[must_use]
+    pub const fn is_on(&self) -> bool {
+        self.address.is_some()
+    }
+
     /// Is an arbiter asked who goes on?
     #[must_use]
     pub fn asks(&self) -> bool {
@@ -65,6 +78,12 @@ impl HeartbeatArgs {
         incoming: bool,
     ) -> Result<(), Box<dyn Error>> {
         let (Some(address), Some(uuid)) = (&self.address, uuid) else {
+            if self.arbiter.is_named() {
+                return Err(
+                    "--arbiter is asked when --heartbeat misses the other side: it needs one"
+                        .into(),
+                );
+            }
             return Ok(());
         };
         let process = RandomState::new().hash_one(std::process::id());

@@ -346,6 +346,31 @@ fn snapshot(memory: &Memory) -> Result<Vec<Vec<u8>>, Box<dyn Error>> {
     Ok(bytes.chunks(4096).map(<[u8]>::to_vec).collect())
 }
 
+fn a_guest_that_is_slowed_down_is_stopped_as_before_and_loses_nothing(kind: Kind) -> Outcome {
+    let line = Line::default();
+    let mut machine = kind.build(16 * MIB, Some(kind.workload()), &line)?;
+    let mut throttle = machine.throttle();
+    machine.resume()?;
+    for (round, percentage) in (1..).zip([20, 99, 99, 0, 50]) {
+        throttle.set(percentage);
+        line.wait_for(round * 2)?;
+        machine.stop()?;
+        let text = line.text();
+        thread::sleep(Duration::from_millis(20));
+        assert_eq!(line.text(), text, "it runs while it is stopped");
+        machine.resume()?;
+    }
+    // Its thread is gone with it, and the guest runs as fast as before.
+    drop(throttle);
+    line.wait_for(line.counters()?.len() + 5)?;
+    let rest = machine.throttle();
+    machine.stop()?;
+    consecutive(&line.counters()?)?;
+    drop(machine);
+    drop(rest);
+    Ok(())
+}
+
 fn a_page_that_lost_its_value_ends_the_guest(kind: Kind) -> Outcome {
     let line = Line::default();
     let mut machine = kind.build(16 * MIB, Some(kind.workload()), &line)?;
@@ -505,7 +530,11 @@ fn main() -> ExitCode {
 
     type OnKind = fn(Kind) -> Outcome;
     type OnKvm = fn() -> Outcome;
-    let on_every_kind: [(&str, OnKind); 5] = [
+    let on_every_kind: [(&str, OnKind); 6] = [
+        (
+            "a_guest_that_is_slowed_down_is_stopped_as_before_and_loses_nothing",
+            a_guest_that_is_slowed_down_is_stopped_as_before_and_loses_nothing,
+        ),
         (
             "the_workload_counts_and_finds_its_memory_intact",
             the_workload_counts_and_finds_its_memory_intact,

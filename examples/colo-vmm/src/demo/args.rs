@@ -4,7 +4,7 @@ use clap::{Args, ValueEnum};
 use qmp_types::MultiFdCompression;
 
 use super::report::Setup;
-use crate::cli::{RamCacheArg, ResumeArg};
+use crate::cli::{MEMORY_MIB, RamCacheArg, ResumeArg, VCPUS};
 
 /// What the demo shows.
 #[derive(Clone, Debug, Args)]
@@ -19,10 +19,12 @@ pub struct DemoArgs {
     #[arg(long, value_enum, default_value_t = Compression::None)]
     pub compression: Compression,
     /// Guest RAM, MiB.
-    #[arg(long, value_name = "MIB", default_value_t = 256)]
+    #[arg(long, value_name = "MIB", default_value_t = 256,
+          value_parser = clap::value_parser!(u64).range(MEMORY_MIB))]
     pub memory: u64,
     /// Number of vCPUs.
-    #[arg(long, value_name = "N", default_value_t = 1)]
+    #[arg(long, value_name = "N", default_value_t = 1,
+          value_parser = clap::value_parser!(u8).range(VCPUS))]
     pub vcpus: u8,
     /// Pages that each vCPU of the guest dirties again and again.
     #[arg(long, value_name = "N", default_value_t = 2560)]

@@ -10,6 +10,7 @@
 //! Each of them is an operator like any other: it says to the QMP sockets what a person would.
 
 mod procedure;
+mod progress;
 mod remote;
 mod start;
 mod status;
@@ -27,7 +28,7 @@ use self::remote::Remote;
 use self::start::{Started, start};
 use crate::qmp::QmpAddress;
 
-/// How long a side may take to do what it was told.
+/// How long a side may take to answer, or to do what it was told at once.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// How the two sides are to be connected.
@@ -48,6 +49,19 @@ pub struct ConnectionArgs {
     /// The most that precopy sends, bytes a second; 0 for as much as there can be.
     #[arg(long, value_name = "BYTES", default_value_t = 0)]
     max_bandwidth: u64,
+    /// How long the guest may stand still at the end of precopy, ms. It stands still at every
+    /// checkpoint afterwards.
+    #[arg(long, value_name = "MS", default_value_t = 1000,
+          value_parser = clap::value_parser!(u64).range(1..=2_000_000))]
+    downtime_limit: u64,
+    /// How long until the first checkpoint, s; 0 for as long as it takes. A migration
+    /// that takes longer is cancelled, and its guest runs on where it was.
+    #[arg(long, value_name = "SECONDS", default_value_t = 60)]
+    timeout: u64,
+    /// Slow the guest down while it writes memory as fast as pages leave, more and more until precopy
+    /// comes to its end.
+    #[arg(long)]
+    auto_converge: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -72,6 +86,9 @@ impl ConnectionArgs {
             },
             delay: self.delay,
             max_bandwidth: self.max_bandwidth,
+            downtime_limit: self.downtime_limit,
+            auto_converge: self.auto_converge,
+            limit: (self.timeout > 0).then(|| Duration::from_secs(self.timeout)),
         })
     }
 }
@@ -93,7 +110,7 @@ pub struct PairArgs {
     connection: ConnectionArgs,
     /// What both sides run: options of `colo-vmm run`. Where they name an address for --metrics, the
     /// secondary takes the next port, or the path with .secondary behind it.
-    #[arg(last = true, value_name = "RUN OPTIONS")]
+    #[arg(last = true, value_name = "RUN OPTIONS", conflicts_with = "primary")]
     run: Vec<String>,
 }
 
@@ -129,7 +146,7 @@ pub struct RejoinArgs {
     #[command(flatten)]
     connection: ConnectionArgs,
     /// What the new secondary runs: options of `colo-vmm run`, those of the survivor.
-    #[arg(last = true, value_name = "RUN OPTIONS")]
+    #[arg(last = true, value_name = "RUN OPTIONS", conflicts_with = "secondary")]
     run: Vec<String>,
 }
 
@@ -143,7 +160,8 @@ pub struct StatusArgs {
     #[arg(long)]
     watch: bool,
     /// How often, ms.
-    #[arg(long, value_name = "MS", default_value_t = 1000, requires = "watch")]
+    #[arg(long, value_name = "MS", default_value_t = 1000, requires = "watch",
+          value_parser = clap::value_parser!(u64).range(1..))]
     interval: u64,
 }
 
@@ -289,6 +307,7 @@ mod tests {
         for line in [
             "pair --dir d",
             "pair --dir d --multifd 4 --compression zstd -- --memory 512 --sim",
+            "pair --dir d --timeout 18446744073709551615 --auto-converge",
             "pair --primary unix:a --secondary tcp:far:4444 --address tcp:far:9998",
             "failover unix:a",
             "failover unix:a --override-arbiter",
@@ -306,7 +325,10 @@ mod tests {
             "failover",
             "status",
             "status unix:a --interval 100",
+            "status unix:a --watch --interval 0",
             "pair --dir d --address nowhere",
+            "pair --primary unix:a --secondary unix:b -- --memory 512",
+            "rejoin unix:a --secondary unix:b -- --sim",
         ] {
             assert!(!accepts(line), "{line}");
         }

@@ -10,11 +10,9 @@ use qmp_types::{
     SocketAddress, StatusInfo,
 };
 
+use super::progress::Precopy;
 use super::remote::{Remote, RemoteError};
-
-/// How long the guest may stand still at the end of precopy, ms. It stands still at every checkpoint
-/// afterwards.
-const DOWNTIME_LIMIT: u64 = 1000;
+use crate::outlet::complain;
 
 /// How two sides are connected.
 #[derive(Clone, Debug)]
@@ -24,10 +22,16 @@ pub(super) struct Connection {
     pub(super) compression: MultiFdCompression,
     pub(super) delay: u32,
     pub(super) max_bandwidth: u64,
+    /// How long the guest may stand still at the end of precopy, ms.
+    pub(super) downtime_limit: u64,
+    pub(super) auto_converge: bool,
+    /// How long until the first checkpoint, if that is bounded.
+    pub(super) limit: Option<Duration>,
 }
 
 /// Brings `primary`, whose guest runs, and `secondary`, which has none, into COLO, and waits for the
-/// first checkpoint. Returns how long that took.
+/// first checkpoint. Returns how long that took. Says on standard error how precopy is getting on if it
+/// takes longer than a second.
 pub(super) fn replicate(
     primary: &mut Remote,
     secondary: &mut Remote,
@@ -47,10 +51,88 @@ pub(super) fn replicate(
         address,
         resume: false,
     }))?;
-    for side in [primary, secondary] {
-        wait_for_checkpoint(side)?;
+    // One that is later than an `Instant` can be is none.
+    let deadline = connection.limit.and_then(|limit| begun.checked_add(limit));
+    let mut progress = Progress {
+        begun,
+        precopy: Precopy::default(),
+        auto_converge: connection.auto_converge,
+    };
+    let mut result = Ok(());
+    for side in [&mut *primary, &mut *secondary] {
+        result = wait_for_checkpoint(side, deadline, &mut progress);
+        if result.is_err() {
+            break;
+        }
     }
-    Ok(begun.elapsed())
+    match result {
+        Ok(()) => Ok(begun.elapsed()),
+        Err(RemoteError::Deadline { name, what, .. }) => {
+            // Nobody waits for it any more. That it has failed meanwhile, or its side is gone, changes
+            // nothing. A pair that has come into COLO is left alone.
+            if let Ok(MigrationInfo { status, .. }) = primary.query(&Command::QueryMigrate)
+                && status != Some(MigrationStatus::Colo)
+            {
+                let _ = primary.execute(&Command::MigrateCancel);
+            }
+            Err(RemoteError::TooLate {
+                name,
+                what,
+                seconds: connection.limit.unwrap_or_default().as_secs(),
+                advice: (progress.precopy.advice(connection.auto_converge))
+                    .unwrap_or_else(|| progress.precopy.to_string()),
+            })
+        }
+        Err(RemoteError::State { name, what }) => Err(RemoteError::State {
+            name,
+            what: with_the_other(what, name, primary, secondary),
+        }),
+        Err(error) => Err(error),
+    }
+}
+
+/// What went wrong at the side `name`, and what the other side says went wrong: one of them knows
+/// more, as a rule.
+fn with_the_other(
+    mut what: String,
+    name: &str,
+    primary: &mut Remote,
+    secondary: &mut Remote,
+) -> String {
+    let other = if name == primary.name() {
+        secondary
+    } else {
+        primary
+    };
+    if let Ok(MigrationInfo {
+        error_desc: Some(said),
+        ..
+    }) = other.query(&Command::QueryMigrate)
+    {
+        what.push_str(&format!("; the {}: {said}", other.name()));
+    }
+    what
+}
+
+/// What is said while the first checkpoint is waited for.
+struct Progress {
+    begun: Instant,
+    precopy: Precopy,
+    auto_converge: bool,
+}
+
+impl Progress {
+    fn read(&mut self, info: &MigrationInfo) {
+        if !self.precopy.read(self.begun.elapsed(), info) {
+            return;
+        }
+        complain(&self.precopy);
+        if self.precopy.gets_stuck()
+            && let Some(advice) = self.precopy.advice(self.auto_converge)
+        {
+            complain(advice);
+        }
+    }
 }
 
 fn prepare(side: &mut Remote, connection: &Connection) -> Result<(), RemoteError> {
@@ -60,17 +142,22 @@ fn prepare(side: &mut Remote, connection: &Connection) -> Result<(), RemoteError
         (MigrationCapability::ReturnPath, true),
         (MigrationCapability::XColo, true),
         (MigrationCapability::Multifd, has_channels),
+        (MigrationCapability::AutoConverge, connection.auto_converge),
     ];
     side.execute(&Command::MigrateSetCapabilities {
         capabilities: capabilities
             .into_iter()
+            // One that it does not know is only said where it is wanted.
+            .filter(|(capability, state)| {
+                *capability != MigrationCapability::AutoConverge || *state
+            })
             .map(|(capability, state)| MigrationCapabilityStatus { capability, state })
             .collect(),
     })?;
     let parameters = MigrateSetParameters {
         x_checkpoint_delay: Some(connection.delay),
         max_bandwidth: Some(connection.max_bandwidth),
-        downtime_limit: Some(DOWNTIME_LIMIT),
+        downtime_limit: Some(connection.downtime_limit),
         multifd_channels: has_channels.then_some(connection.multifd),
         multifd_compression: has_channels.then_some(connection.compression),
         ..MigrateSetParameters::default()
@@ -100,8 +187,12 @@ fn migration_address(address: &Address) -> MigrationAddress {
     })
 }
 
-fn wait_for_checkpoint(side: &mut Remote) -> Result<(), RemoteError> {
-    side.wait("first checkpoint", |side| {
+fn wait_for_checkpoint(
+    side: &mut Remote,
+    deadline: Option<Instant>,
+    progress: &mut Progress,
+) -> Result<(), RemoteError> {
+    side.wait_until("first checkpoint", deadline, |side| {
         let mut is_there = false;
         let mut has_left = false;
         for event in side.take_events() {
@@ -115,7 +206,12 @@ fn wait_for_checkpoint(side: &mut Remote) -> Result<(), RemoteError> {
             return Ok(Some(()));
         }
         let info: MigrationInfo = side.query(&Command::QueryMigrate)?;
-        let failed = [MigrationStatus::Failed, MigrationStatus::Failing];
+        progress.read(&info);
+        let failed = [
+            MigrationStatus::Failed,
+            MigrationStatus::Failing,
+            MigrationStatus::Cancelled,
+        ];
         if has_left || info.status.is_some_and(|status| failed.contains(&status)) {
             let why = info.error_desc.unwrap_or_else(|| "COLO has ended".into());
             return Err(RemoteError::State {

@@ -151,17 +151,28 @@ impl Remote {
     pub(super) fn wait<T>(
         &mut self,
         what: &str,
+        check: impl FnMut(&mut Self) -> Result<Option<T>, RemoteError>,
+    ) -> Result<T, RemoteError> {
+        self.wait_until(what, Some(Instant::now() + PATIENCE), check)
+    }
+
+    /// The same until `deadline`, or for as long as it takes.
+    pub(super) fn wait_until<T>(
+        &mut self,
+        what: &str,
+        deadline: Option<Instant>,
         mut check: impl FnMut(&mut Self) -> Result<Option<T>, RemoteError>,
     ) -> Result<T, RemoteError> {
-        let deadline = Instant::now() + PATIENCE;
+        let begun = Instant::now();
         loop {
             if let Some(value) = check(self)? {
                 return Ok(value);
             }
-            if Instant::now() >= deadline {
+            if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
                 return Err(RemoteError::Deadline {
                     name: self.name,
                     what: what.to_owned(),
+                    seconds: begun.elapsed().as_secs(),
                 });
             }
             self.hear(SLICE)?;
@@ -281,12 +292,26 @@ pub enum RemoteError {
         error: QmpError,
     },
     /// It has not done in time what was waited for.
-    #[error("the {name} has no {what} within {} s", PATIENCE.as_secs())]
+    #[error("the {name} has no {what} after {seconds} s")]
     Deadline {
         /// Which side.
         name: &'static str,
         /// What was waited for.
         what: String,
+        /// How long it was waited for.
+        seconds: u64,
+    },
+    /// Two sides did not come into COLO in the time that they were given.
+    #[error("the {name} has no {what} within {seconds} s (--timeout): {advice}")]
+    TooLate {
+        /// Which side.
+        name: &'static str,
+        /// What was waited for.
+        what: String,
+        /// How long it was waited for.
+        seconds: u64,
+        /// How far precopy was, or why it does not come to its end.
+        advice: String,
     },
     /// It is in no state for what is wanted of it.
     #[error("the {name} {what}")]

@@ -6,7 +6,8 @@ use std::fs::{self, File};
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
-use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
+use migration_stream::PAGE_SIZE;
+use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryError};
 
 pub use kernel::LongModeTables;
 
@@ -15,7 +16,7 @@ use crate::guest::{
     workload,
 };
 use crate::machine::GuestImage;
-use crate::memory::Memory;
+use crate::memory::{HOLE_END, Memory};
 use crate::vcpu::BootState;
 
 /// The end of what real mode reaches by segments.
@@ -101,7 +102,11 @@ pub enum LoadError {
 pub fn load(image: &GuestImage, memory: &Memory) -> Result<BootState, LoadError> {
     match image {
         GuestImage::Workload(config) => {
-            let sector = workload(&fitted(config, memory))?;
+            let config = fitted(config, memory);
+            let sector = workload(&config)?;
+            if config.fills_ram {
+                fill_above_the_hole(memory)?;
+            }
             boot_sector(&sector, memory)
         }
         GuestImage::Answers => boot_sector(&answers()?, memory),
@@ -134,6 +139,25 @@ pub(crate) fn fitted(config: &WorkloadConfig, memory: &Memory) -> WorkloadConfig
         memory_mib: config.memory_mib.min(memory.bytes() >> 20),
         ..*config
     }
+}
+
+/// Writes its address to every page above 4 GiB, as the workload does to those below: it has no way
+/// to get there.
+fn fill_above_the_hole(memory: &Memory) -> Result<(), LoadError> {
+    for region in memory.regions().iter().filter(|r| r.base.0 >= HOLE_END) {
+        let pages = region.mapping.size() as u64 / PAGE_SIZE;
+        for page in 0..pages {
+            let address = region.base.unchecked_add(page * PAGE_SIZE);
+            memory
+                .guest()
+                .write_obj(address.0, address)
+                .map_err(|source| LoadError::Write {
+                    what: "what fills ram",
+                    source,
+                })?;
+        }
+    }
+    Ok(())
 }
 
 fn boot_sector(sector: &[u8], memory: &Memory) -> Result<BootState, LoadError> {
@@ -227,6 +251,32 @@ mod tests {
                 ip: 0x7c00
             }
         );
+    }
+
+    #[test]
+    fn ram_that_the_workload_does_not_reach_is_filled_for_it() {
+        let memory = Memory::new((3 << 30) + (1 << 20)).unwrap();
+        let config = WorkloadConfig {
+            memory_mib: memory.bytes() >> 20,
+            ..WorkloadConfig::default()
+        };
+        let words = || {
+            (0..256)
+                .map(|page| GuestAddress(HOLE_END + page * PAGE_SIZE))
+                .map(|address| {
+                    let word: u64 = memory.guest().read_obj(address).unwrap();
+                    (address.0, word)
+                })
+        };
+        load(&GuestImage::Workload(config), &memory).unwrap();
+        assert!(words().all(|(_, word)| word == 0));
+        let fills_ram = true;
+        let config = WorkloadConfig {
+            fills_ram,
+            ..config
+        };
+        load(&GuestImage::Workload(config), &memory).unwrap();
+        assert!(words().all(|(address, word)| word == address));
     }
 
     #[test]

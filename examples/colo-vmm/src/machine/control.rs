@@ -31,6 +31,8 @@ pub struct RunControl {
     started: Condvar,
     drained: Condvar,
     pausing: AtomicBool,
+    /// The threads are to rest, see [`RunControl::rest_for`].
+    resting: AtomicBool,
     threads: usize,
     exit_event: EventFd,
 }
@@ -41,6 +43,7 @@ struct Round {
     quit: bool,
     running: usize,
     exit: Option<GuestExit>,
+    rest_until: Option<Instant>,
 }
 
 impl RunControl {
@@ -50,6 +53,7 @@ impl RunControl {
             started: Condvar::new(),
             drained: Condvar::new(),
             pausing: AtomicBool::new(true),
+            resting: AtomicBool::new(false),
             threads,
             exit_event,
         }
@@ -169,10 +173,10 @@ impl RunControl {
 
     /// For a thread: sleeps for `duration`, or until the machine is to pause.
     pub fn sleep(&self, duration: Duration) {
-        let deadline = Instant::now() + duration;
+        let begun = Instant::now();
         let mut round = self.lock();
         while !self.pausing() {
-            let left = deadline.saturating_duration_since(Instant::now());
+            let left = duration.saturating_sub(begun.elapsed());
             if left.is_zero() {
                 return;
             }
@@ -184,7 +188,41 @@ impl RunControl {
         }
     }
 
-    /// Wakes threads in [`RunControl::sleep`], as the kick of [`RunControl::stop`].
+    /// Has every thread that calls [`RunControl::rest`] rest for `duration` from now on. Zero ends it.
+    pub fn rest_for(&self, duration: Duration) {
+        let mut round = self.lock();
+        round.rest_until = (!duration.is_zero())
+            .then(|| Instant::now().checked_add(duration))
+            .flatten();
+        self.resting
+            .store(round.rest_until.is_some(), Ordering::Release);
+        drop(round);
+        self.started.notify_all();
+    }
+
+    /// For a thread: rests for as long as it is to, or until the machine is to pause.
+    pub fn rest(&self) {
+        if !self.resting.load(Ordering::Acquire) {
+            return;
+        }
+        let mut round = self.lock();
+        while let Some(until) = round.rest_until
+            && !self.pausing()
+        {
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return;
+            }
+            round = self
+                .started
+                .wait_timeout(round, left)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
+        }
+    }
+
+    /// Wakes threads in [`RunControl::sleep`] or [`RunControl::rest`], as (part of) the kick of
+    /// [`RunControl::stop`].
     pub fn wake(&self) {
         self.started.notify_all();
     }
@@ -247,6 +285,49 @@ mod tests {
         for thread in threads {
             thread.join().unwrap();
         }
+    }
+
+    #[test]
+    fn a_rest_ends_when_it_is_taken_back_or_the_machine_is_to_pause() {
+        let control = Arc::new(RunControl::new(
+            1,
+            EventFd::new(libc::EFD_NONBLOCK).unwrap(),
+        ));
+        let rests = Arc::new(AtomicU32::new(0));
+        let thread = {
+            let (control, rests) = (Arc::clone(&control), Arc::clone(&rests));
+            thread::spawn(move || {
+                let mut last = 0;
+                while control.next_round(&mut last, || ()) == Order::Run {
+                    while !control.pausing() {
+                        control.rest();
+                        rests.fetch_add(1, Ordering::Relaxed);
+                        thread::yield_now();
+                    }
+                    control.paused(None);
+                }
+            })
+        };
+        control.resume().unwrap();
+        // Without one nobody rests.
+        while rests.load(Ordering::Relaxed) < 10 {
+            thread::yield_now();
+        }
+        let hour = Duration::from_secs(3600);
+        control.rest_for(hour);
+        thread::sleep(Duration::from_millis(20));
+        let before = rests.load(Ordering::Relaxed);
+        thread::sleep(Duration::from_millis(20));
+        assert_eq!(rests.load(Ordering::Relaxed), before);
+        control.rest_for(Duration::ZERO);
+        while rests.load(Ordering::Relaxed) < before + 10 {
+            thread::yield_now();
+        }
+        control.rest_for(hour);
+        thread::sleep(Duration::from_millis(20));
+        control.stop(|| control.wake()).unwrap();
+        control.quit();
+        thread.join().unwrap();
     }
 
     #[test]

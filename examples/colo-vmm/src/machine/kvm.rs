@@ -1,16 +1,18 @@
 //! A machine on KVM.
 
 use std::fmt;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
 use kvm_ioctls::{Cap, Kvm, VmFd};
 use migration_stream::DirtyLog;
+use migration_stream::precopy::Throttle;
 use vmm_sys_util::eventfd::EventFd;
 use vmstate::{Device, DeviceTree, Priority, VmState};
 
 use super::clocks::ClockSources;
+use super::throttle::CpuThrottle;
 use super::{
     Clocks, GuestExit, GuestImage, Machine, MachineConfig, MachineError, MemorySlots, RunControl,
     RunState,
@@ -64,7 +66,21 @@ pub struct KvmMachine {
     serial: SerialPort,
     control: Arc<RunControl>,
     vcpus: Vec<Arc<Vcpu>>,
-    threads: Vec<VcpuThread>,
+    threads: Threads,
+}
+
+/// The threads of the vCPUs, as long as there are any.
+#[derive(Clone, Debug, Default)]
+struct Threads(Arc<Mutex<Vec<VcpuThread>>>);
+
+impl Threads {
+    fn lock(&self) -> MutexGuard<'_, Vec<VcpuThread>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn kick(&self) {
+        self.lock().iter().for_each(VcpuThread::kick);
+    }
 }
 
 impl fmt::Debug for KvmMachine {
@@ -72,7 +88,7 @@ impl fmt::Debug for KvmMachine {
         f.debug_struct("KvmMachine")
             .field("state", &self.control.state())
             .field("memory", &self.memory.bytes())
-            .field("vcpus", &self.threads.len())
+            .field("vcpus", &self.vcpus.len())
             .finish_non_exhaustive()
     }
 }
@@ -112,8 +128,8 @@ impl KvmMachine {
     pub fn new(config: MachineConfig) -> Result<Self, MachineError> {
         // The VM and its memory.
         let kvm = open_kvm()?;
-        let limit = kvm.get_max_vcpus();
-        if config.vcpus == 0 || usize::from(config.vcpus) > limit {
+        let limit = u8::try_from(kvm.get_max_vcpus()).unwrap_or(u8::MAX);
+        if !(1..=limit).contains(&config.vcpus) {
             return Err(MachineError::Vcpus {
                 asked: config.vcpus,
                 limit,
@@ -223,7 +239,7 @@ impl KvmMachine {
         let exit_event = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)
             .map_err(MachineError::host("make an eventfd"))?;
         let control = Arc::new(RunControl::new(vcpus.len(), exit_event));
-        let mut machine = Self {
+        let machine = Self {
             memory,
             slots,
             clocks,
@@ -231,19 +247,21 @@ impl KvmMachine {
             serial,
             control,
             vcpus,
-            threads: Vec::new(),
+            threads: Threads::default(),
         };
         for vcpu in &machine.vcpus {
             let control = Arc::clone(&machine.control);
             let thread = VcpuThread::spawn(Arc::clone(vcpu), Arc::clone(&bus), control)?;
-            machine.threads.push(thread);
+            machine.threads.lock().push(thread);
         }
         Ok(machine)
     }
 
     fn stop_vcpus(&self) -> Result<(), MachineError> {
-        self.control
-            .stop(|| self.threads.iter().for_each(VcpuThread::kick))
+        self.control.stop(|| {
+            self.threads.kick();
+            self.control.wake();
+        })
     }
 }
 
@@ -329,6 +347,12 @@ impl Machine for KvmMachine {
         Box::new(KvmDirtyLog::new(Arc::clone(&self.slots)))
     }
 
+    fn throttle(&self) -> Box<dyn Throttle> {
+        let threads = self.threads.clone();
+        let control = Arc::clone(&self.control);
+        Box::new(CpuThrottle::new(control, move || threads.kick()))
+    }
+
     fn exit_event(&self) -> &EventFd {
         self.control.exit_event()
     }
@@ -369,8 +393,8 @@ impl Drop for KvmMachine {
             return;
         }
         self.control.quit();
-        for thread in self.threads.drain(..) {
-            thread.join();
-        }
+        // Nobody kicks them any more.
+        let threads = std::mem::take(&mut *self.threads.lock());
+        threads.into_iter().for_each(VcpuThread::join);
     }
 }

@@ -16,6 +16,7 @@ mod control;
 mod kvm;
 mod sim;
 mod slots;
+mod throttle;
 
 use std::fmt;
 use std::io::{self, Write};
@@ -24,6 +25,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use migration_stream::DirtyLog;
+use migration_stream::precopy::Throttle;
 use vmm_sys_util::eventfd::EventFd;
 use vmstate::DeviceTree;
 
@@ -189,6 +191,9 @@ pub trait Machine: Send {
     /// A log of the pages the guest writes. One at a time: they share KVM's log.
     fn dirty_log(&self) -> Box<dyn DirtyLog>;
 
+    /// What slows the guest down while it writes memory faster than it can be sent.
+    fn throttle(&self) -> Box<dyn Throttle>;
+
     /// Becomes readable when the guest ends by itself.
     fn exit_event(&self) -> &EventFd;
 
@@ -242,7 +247,7 @@ pub enum MachineError {
         /// How many were asked for.
         asked: u8,
         /// The most there can be.
-        limit: usize,
+        limit: u8,
     },
     /// The simulated machine runs nothing but the built-in workload.
     #[error("the simulated machine runs only the built-in workload")]

@@ -12,12 +12,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use migration_stream::precopy::Throttle;
 use migration_stream::ram::BlockId;
 use migration_stream::{DirtyLog, GuestRam, PAGE_SIZE};
 use vm_memory::Bytes;
 use vmm_sys_util::eventfd::EventFd;
 use vmstate::{Device, DeviceError, DeviceTree, Priority, VmState};
 
+use super::throttle::CpuThrottle;
 use super::{
     GuestExit, GuestImage, Machine, MachineConfig, MachineError, Order, RunControl, RunState,
     SerialSink,
@@ -222,6 +224,7 @@ impl SimGuest {
             }
         }
         while !self.control.pausing() {
+            self.control.rest();
             if cpu.unprinted > 0 {
                 self.print(cpu);
             } else if cpu.page < cpu.pages {
@@ -327,6 +330,11 @@ impl Machine for SimMachine {
             Arc::clone(&self.memory),
             Arc::clone(&self.bitmap),
         ))
+    }
+
+    fn throttle(&self) -> Box<dyn Throttle> {
+        // Its thread looks for itself.
+        Box::new(CpuThrottle::new(Arc::clone(&self.control), || ()))
     }
 
     fn exit_event(&self) -> &EventFd {

@@ -18,7 +18,7 @@ use migration_stream::{DirtyLog, GuestRam, PageTransport, StagedRam, StreamWrite
 use multifd::{Address, MultifdConfig, SendChannel, SendSet, outgoing};
 use qmp_types::{MigrationCapability, MigrationStatus, RunState};
 
-use super::plan::zero_pages;
+use super::plan::{throttling, zero_pages};
 use super::{Cancel, Migration, colo, devices, failed};
 
 /// How long the peer may take to accept the connections.
@@ -161,6 +161,11 @@ fn migrate(
     migration.options.boundaries.reach("ram announced");
     if pauses {
         source = source.pausing_before_switchover();
+    }
+    let throttling = throttling(&migration.settings());
+    if let Some(config) = throttling {
+        let throttle = migration.vm.with_machine(|machine| machine.throttle());
+        source = source.throttling_by(config, throttle)?;
     }
     let switched = source.run(vm)?;
     migration.options.boundaries.reach("target confirmed");

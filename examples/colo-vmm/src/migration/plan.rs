@@ -5,7 +5,7 @@ use std::time::Duration;
 use colo_core::MigrationPlan;
 use migration_stream::configuration::{Configuration, MachineName};
 use migration_stream::io::Lending;
-use migration_stream::precopy::{BoxError, Limits};
+use migration_stream::precopy::{BoxError, Limits, ThrottleConfig, ThrottleMeans};
 use migration_stream::ram;
 use multifd::{ChannelCount, Compression, MultifdConfig, ZlibLevel, ZstdLevel};
 use qmp_types::{
@@ -23,6 +23,7 @@ const MACHINE: &str = "colo-vmm-1";
 pub(super) const SUPPORT: Support = Support {
     capabilities: &[
         MigrationCapability::Xbzrle,
+        MigrationCapability::AutoConverge,
         MigrationCapability::Events,
         MigrationCapability::XColo,
         // Memory is released in postcopy only, as in QEMU.
@@ -43,6 +44,11 @@ pub(super) const SUPPORT: Support = Support {
         "multifd-zstd-level",
         "zero-page-detection",
         "xbzrle-cache-size",
+        "throttle-trigger-threshold",
+        "cpu-throttle-initial",
+        "cpu-throttle-increment",
+        "cpu-throttle-tailslow",
+        "max-cpu-throttle",
     ],
     compression: &[
         MultiFdCompression::None,
@@ -121,6 +127,22 @@ pub(super) fn zero_pages(parameters: &Parameters) -> ram::ZeroPageDetection {
         ZeroPageDetection::Legacy => ram::ZeroPageDetection::Legacy,
         _ => ram::ZeroPageDetection::Multifd,
     }
+}
+
+/// How a guest is slowed down that writes too much, if it is to be.
+pub(super) fn throttling(settings: &Settings) -> Option<ThrottleConfig> {
+    let parameters = settings.parameters();
+    settings
+        .has(MigrationCapability::AutoConverge)
+        .then_some(ThrottleConfig {
+            trigger_threshold: parameters.throttle_trigger_threshold,
+            means: ThrottleMeans::AutoConverge {
+                initial: parameters.cpu_throttle_initial,
+                increment: parameters.cpu_throttle_increment,
+                max: parameters.max_cpu_throttle,
+                tailslow: parameters.cpu_throttle_tailslow,
+            },
+        })
 }
 
 pub(super) fn limits(settings: &Settings) -> Limits {

@@ -139,6 +139,9 @@ impl Status {
             total_time: inner.progress.and(inner.total.or(running)).map(ms),
             expected_downtime: inner.progress.and_then(|p| p.expected_downtime).map(ms),
             downtime: inner.downtime.map(ms),
+            cpu_throttle_percentage: (inner.progress)
+                .map(|p| u64::from(p.throttle))
+                .filter(|percentage| *percentage > 0),
             setup_time: inner.progress.and(inner.setup).map(ms),
             error_desc: inner.error.clone(),
             socket_address: inner.listening.clone().map(|address| vec![address]),

@@ -45,6 +45,10 @@ pub fn until_paused(
             }
             // The kernel reports EINTR only after it has completed the last exit's access.
             Err(error) if error.errno() == libc::EINTR => {
+                control.rest();
+                // Who rests was kicked as well. A pause that comes after the flag was cleared is seen
+                // here, one that comes later sets it again.
+                immediate_exit.clear();
                 if control.pausing() {
                     return None;
                 }
