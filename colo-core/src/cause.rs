@@ -89,6 +89,9 @@ pub enum Cause {
     /// A step failed on this side. The driver has the error itself.
     #[error("failed while {0}")]
     StepFailed(Step),
+    /// The driver made a mistake ([`OutOfStep`](crate::OutOfStep)), which no peer can make it do.
+    #[error("a mistake of the driver")]
+    Mistake,
 }
 
 impl Cause {

@@ -76,6 +76,10 @@ impl Ending {
         }
     }
 
+    pub(crate) const fn is_broken(&self) -> bool {
+        matches!(self.fate, Fate::Broken) || matches!(self.at, At::Finished(Outcome::Broken(_)))
+    }
+
     pub(crate) const fn action(&self) -> Action {
         Action::Perform(match self.at {
             At::Disconnect => Step::Disconnect,

@@ -70,6 +70,13 @@ pub enum RequestError {
     /// A request is being carried out.
     #[error("COLO failover is already activated")]
     AlreadyActive,
+    /// The VM of this side must not run: a checkpoint's install broke off half way, or it could not
+    /// be resumed.
+    #[error("this VM is in no state to run")]
+    Unfit,
+    /// This side was stopped for good, because the other side goes on, or may.
+    #[error("this VM was stopped for good: the other side goes on, or may")]
+    Stopped,
 }
 
 /// Where a management layer's request meets the driver of a machine. Clones are the same handle.
@@ -84,7 +91,24 @@ struct Shared {
     last_mode: ColoMode,
     progress: Progress,
     exit: Option<ExitReason>,
-    kick: Option<Arc<dyn Fn() + Send + Sync>>,
+    kick: Option<Kick>,
+    /// Counts the times that COLO began.
+    session: u64,
+    /// This side's VM can never run again.
+    unfit: bool,
+    stop: Stop,
+}
+
+type Kick = Arc<dyn Fn() + Send + Sync>;
+
+/// Whether this side was stopped for good.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Stop {
+    #[default]
+    No,
+    /// It was, and the driver has yet to be told.
+    Untold,
+    Told,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -106,10 +130,16 @@ impl FailoverHandle {
     /// reported by COLO_EXIT. Whoever asks has made sure that the other side's VM does not run.
     ///
     /// # Errors
-    /// Outside COLO, or a request is being carried out already.
+    /// Outside COLO, a request is being carried out already, or this side's VM cannot go on.
     pub fn request(&self) -> Result<(), RequestError> {
         let kick = {
             let mut shared = self.lock();
+            if shared.stop != Stop::No {
+                return Err(RequestError::Stopped);
+            }
+            if shared.unfit {
+                return Err(RequestError::Unfit);
+            }
             if shared.mode == ColoMode::None {
                 return Err(RequestError::NotInColo);
             }
@@ -124,6 +154,24 @@ impl FailoverHandle {
             kick();
         }
         Ok(())
+    }
+
+    /// Says that this side's VM was stopped and never runs again. A driver ends by itself then, as
+    /// by [`ColoControl::quit`](crate::driver::ColoControl::quit), and so does one that begins
+    /// later. Every later request is refused. A [`Heartbeat`](crate::heartbeat::Heartbeat) calls
+    /// this after [`Guest::stop_for_good`](crate::heartbeat::Guest::stop_for_good).
+    pub fn stop_for_good(&self) {
+        let kick = {
+            let mut shared = self.lock();
+            if shared.stop != Stop::No {
+                return;
+            }
+            shared.stop = Stop::Untold;
+            shared.kick.clone()
+        };
+        if let Some(kick) = kick {
+            kick();
+        }
     }
 
     /// What `query-colo-status` answers.
@@ -146,14 +194,41 @@ impl FailoverHandle {
     }
 
     /// Driver: COLO begins. `kick` is called once for a request, in the requester's thread, after
-    /// the request was stored. It must end whatever the driver may be blocked in: shut the
-    /// connections, wake a wait.
-    pub fn enter(&self, role: Role, kick: impl Fn() + Send + Sync + 'static) {
+    /// the request was stored, and for [`FailoverHandle::stop_for_good`]. It must end whatever the
+    /// driver may be blocked in: shut the connections, wake a wait. Returns the number of this
+    /// session, for [`FailoverHandle::left_session`].
+    pub fn enter(&self, role: Role, kick: impl Fn() + Send + Sync + 'static) -> u64 {
         let mut shared = self.lock();
         shared.mode = role.into();
         shared.progress = Progress::None;
         shared.exit = None;
-        shared.kick = Some(Arc::new(kick));
+        shared.unfit = false;
+        if shared.stop != Stop::No {
+            shared.stop = Stop::Untold;
+        }
+        shared.session += 1;
+        let before = shared.kick.replace(Arc::new(kick));
+        let session = shared.session;
+        drop(shared);
+        // What the hook owns may use the handle when it is dropped.
+        drop(before);
+        session
+    }
+
+    /// Driver: was this side stopped for good? True once in a session.
+    #[must_use]
+    pub fn take_stop(&self) -> bool {
+        let mut shared = self.lock();
+        let untold = shared.stop == Stop::Untold;
+        if untold {
+            shared.stop = Stop::Told;
+        }
+        untold
+    }
+
+    /// Driver: this side's VM must never run again. Requests are refused from now on.
+    pub fn unfit(&self) {
+        self.lock().unfit = true;
     }
 
     /// Driver: has there been a request since COLO began? True once. To be asked when an action has
@@ -176,9 +251,18 @@ impl FailoverHandle {
 
     /// Driver: the machine is at its end, and the hook is let go of.
     pub fn left(&self) {
+        let session = self.lock().session;
+        self.left_session(session);
+    }
+
+    /// As [`FailoverHandle::left`], without effect if that session is over.
+    pub fn left_session(&self, session: u64) {
         let kick = {
             let mut shared = self.lock();
-            if shared.progress == Progress::Active {
+            if shared.session != session || shared.mode == ColoMode::None {
+                return;
+            }
+            if shared.progress == Progress::Active && !shared.unfit {
                 // Whatever COLO_EXIT said, who goes on was somebody's decision (as in QEMU).
                 shared.exit = Some(ExitReason::Request);
             }
@@ -268,6 +352,55 @@ mod tests {
         handle.left();
         let over = status(ColoMode::None, ColoMode::Secondary, StatusReason::Request);
         assert_eq!(handle.status(), over);
+    }
+
+    #[test]
+    fn a_session_that_is_over_does_not_end_the_next() {
+        let handle = FailoverHandle::new();
+        let first = handle.enter(Role::Secondary, || {});
+        handle.left_session(first);
+        let second = handle.enter(Role::Primary, || {});
+        handle.left_session(first);
+        assert_eq!(handle.status().mode, ColoMode::Primary);
+        handle.left_session(second);
+        assert_eq!(handle.status().mode, ColoMode::None);
+    }
+
+    #[test]
+    fn a_side_that_cannot_run_refuses_every_request_and_says_why() {
+        let handle = FailoverHandle::new();
+        handle.enter(Role::Secondary, || {});
+        handle.request().unwrap();
+        assert!(handle.take_request());
+        handle.exited(ExitReason::Error);
+        handle.unfit();
+        handle.left();
+        assert_eq!(handle.request(), Err(RequestError::Unfit));
+        // The request has decided nothing.
+        assert_eq!(handle.status().reason, StatusReason::Error);
+        handle.enter(Role::Secondary, || {});
+        handle.request().unwrap();
+    }
+
+    #[test]
+    fn a_side_that_is_stopped_for_good_says_so_to_each_driver_once_and_refuses_requests() {
+        let handle = FailoverHandle::new();
+        let kicks = Arc::new(AtomicUsize::new(0));
+        let seen = kicks.clone();
+        handle.enter(Role::Primary, move || {
+            seen.fetch_add(1, Ordering::Relaxed);
+        });
+        assert!(!handle.take_stop());
+        handle.stop_for_good();
+        handle.stop_for_good();
+        assert_eq!(kicks.load(Ordering::Relaxed), 1);
+        assert!(handle.take_stop());
+        assert!(!handle.take_stop());
+        let refused = handle.request().unwrap_err();
+        assert_eq!(refused, RequestError::Stopped);
+        handle.left();
+        handle.enter(Role::Primary, || {});
+        assert!(handle.take_stop());
     }
 
     #[test]

@@ -115,6 +115,15 @@ impl<S: Script> Machine<S> {
         S::ROLE
     }
 
+    /// Whether this side's VM must never run again, whatever anybody asks for.
+    #[must_use]
+    pub const fn is_broken(&self) -> bool {
+        match &self.state {
+            State::At(_) => false,
+            State::Ending(ending) => ending.is_broken(),
+        }
+    }
+
     /// What is to be done now.
     #[must_use]
     pub fn action(&self) -> Action {

@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use migration_stream::ram::NoMultifd;
 use migration_stream::{PageBarrier, PageStore, TransportError};
-use multifd::{RecvBarrier, RecvSet};
+use multifd::{RecvBarrier, RecvCounters, RecvSet};
 
 use crate::store::{ColoStore, StoreError};
 
@@ -42,6 +42,15 @@ impl<S: PageStore + 'static> IncomingPages<S> {
         }
     }
 
+    /// Returns what came on channels so far; nothing without any.
+    #[must_use]
+    pub fn counters(&self) -> RecvCounters {
+        match &self.0 {
+            Kind::Plain(..) => RecvCounters::default(),
+            Kind::Multifd(set, _) => set.counters(),
+        }
+    }
+
     /// The store, and where the loader of the main stream waits for the channels.
     pub fn parts(&mut self) -> (&S, &mut dyn PageBarrier) {
         match &mut self.0 {
@@ -67,7 +76,8 @@ impl<S: PageStore + 'static> IncomingPages<S> {
 }
 
 impl IncomingPages<ColoStore> {
-    /// From here on pages belong to checkpoints (see [`ColoStore::enter_colo`]).
+    /// From here on pages belong to checkpoints (see [`ColoStore::enter_colo`]). `run_secondary`
+    /// calls this; nobody else has to.
     ///
     /// # Errors
     /// A channel is inside a packet and stays there: this is not the end of a migration. Or the

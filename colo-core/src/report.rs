@@ -20,10 +20,12 @@ pub struct CheckpointReport {
     pub until_loaded: Duration,
     /// The steps in order, each with the time it took.
     pub steps: Vec<(Step, Duration)>,
-    /// Bytes of RAM on the wire, with their headers, on all channels.
+    /// Bytes of RAM on the wire, with their headers, on all channels. On the secondary those that were
+    /// received since the checkpoint before.
     pub ram_bytes: u64,
-    /// Pages of the checkpoint, zero pages included. On the secondary those that crossed within it; on
-    /// the primary those that the dirty log named, of which `unchanged_pages` did not cross.
+    /// Pages of the checkpoint, zero pages included. On the secondary those that were received on
+    /// all channels since the checkpoint before, sent ahead or not. On the primary those that the
+    /// dirty log named, of which `unchanged_pages` did not cross.
     pub dirty_pages: u64,
     /// Primary: pages sent since the checkpoint before, ahead of this one.
     pub ahead_pages: u64,

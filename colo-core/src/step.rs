@@ -62,7 +62,9 @@ pub enum Step {
     StopVm,
     /// Let the VM run.
     ResumeVm,
-    /// Begin to log which pages the secondary's guest writes. From here on RAM and cache differ.
+    /// Wire: begin to log which pages the secondary's guest writes, and have pages belong to
+    /// checkpoints from here on, when every channel has ended the packet that it is in. RAM and
+    /// cache differ from here on.
     StartDirtyLog,
     /// Save the state of all devices into a buffer, with the VM stopped.
     SaveDevices,
@@ -115,7 +117,7 @@ impl Step {
     #[must_use]
     pub const fn bound(self) -> Option<Bound> {
         match self {
-            Self::Send(_) => Some(Bound::Message),
+            Self::Send(_) | Self::StartDirtyLog => Some(Bound::Message),
             Self::Await(wait) => Some(wait.bound()),
             Self::SendRam | Self::SendDevices | Self::ReceiveRam | Self::ReceiveDevices => {
                 Some(Bound::Checkpoint)

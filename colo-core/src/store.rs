@@ -2,8 +2,9 @@
 
 use std::sync::Arc;
 
+use migration_stream::precopy::CheckpointComplete;
 use migration_stream::ram::{BlockId, RamBlock, RamBlockError, RamBlockTable};
-use migration_stream::{DirtyLog, GuestRamMmap, MemoryError, PageStore};
+use migration_stream::{DirtyLog, GuestRamMmap, HeldChannels, MemoryError, PageStore};
 use ram_cache::{
     CacheBlockSpec, CacheError, CacheKind, DiscardInhibitor, FlushPool, FlushReport, GuestStopped,
     RamCache,
@@ -14,6 +15,7 @@ use vm_memory::VolatileSlice;
 ///
 /// During precopy what arrives is the guest's memory. Once [`ColoStore::enter_colo`] was called it
 /// belongs to a checkpoint, of which a running guest sees nothing before the flush.
+/// [`run_secondary`](crate::driver::run_secondary) calls it, before its guest runs.
 ///
 /// Which of the two is one question, asked in the cache. It changes once, at a moment
 /// at which no page is on its way: between the confirmation of the migration and
@@ -96,9 +98,34 @@ impl ColoStore {
     /// since the last one, which `log` knows: what the VMM has written for it since it was stopped, as
     /// a device's reset does, included.
     ///
+    /// The channels stay held until the result is dropped: pages that they take in from then on
+    /// belong to the next checkpoint.
+    ///
+    /// Without all of a checkpoint there is nothing to flush:
+    ///
+    /// ```compile_fail,E0061
+    /// # use colo_core::{ColoStore, StoreError};
+    /// # use migration_stream::DirtyLog;
+    /// # use ram_cache::{FlushPool, GuestStopped};
+    /// # fn early(store: &ColoStore, stopped: GuestStopped<'_>, log: &mut dyn DirtyLog, pool: &FlushPool) {
+    /// let flushed = store.flush(stopped, log, pool);
+    /// # }
+    /// ```
+    ///
     /// # Errors
     /// The log could not be read, or a page could not be copied. The guest must not run then.
     pub fn flush(
+        &self,
+        stopped: GuestStopped<'_>,
+        log: &mut dyn DirtyLog,
+        pool: &FlushPool,
+        checkpoint: CheckpointComplete,
+    ) -> Result<(FlushReport, HeldChannels), StoreError> {
+        let held = checkpoint.into_held();
+        Ok((self.commit(stopped, log, pool)?, held))
+    }
+
+    fn commit(
         &self,
         stopped: GuestStopped<'_>,
         log: &mut dyn DirtyLog,
@@ -211,7 +238,7 @@ mod tests {
     fn flush(store: &ColoStore, written: Vec<(u64, u64)>, threads: usize) -> FlushReport {
         let stopped = GuestStopped::witnessed_by(store);
         let log = &mut Written(written);
-        let report = store.flush(stopped, log, &FlushPool::new(threads).unwrap());
+        let report = store.commit(stopped, log, &FlushPool::new(threads).unwrap());
         store.tidy(stopped).unwrap();
         report.unwrap()
     }

@@ -83,7 +83,9 @@ pub use mmap::{GuestRamMmap, GuestRamMmapError};
 pub use reader::StreamReader;
 #[cfg(feature = "staged")]
 pub use staged::StagedRam;
-pub use transport::{PageBarrier, PageTransport, PagesBeside, TransportCounters, TransportError};
+pub use transport::{
+    HeldChannels, PageBarrier, PageTransport, PagesBeside, TransportCounters, TransportError,
+};
 pub use writer::StreamWriter;
 
 /// The page size of the stream, bytes. x86 guests have no other.

@@ -1,7 +1,7 @@
 //! How pages cross: records in the main stream, or multifd's channels beside it.
 
-use std::error;
 use std::time::Instant;
+use std::{error, fmt};
 
 use crate::mapped_ram::{MappedArea, MappedPages};
 use crate::ram::{BlockId, RamBlockTable, RamError, encode_setup_list};
@@ -214,6 +214,19 @@ pub trait PageBarrier: Send {
     /// A channel broke or is late; for a stream without multifd, that the record came at all.
     fn flush(&mut self) -> Result<(), TransportError>;
 
+    /// Whether pages come on channels, so that memory is complete only behind a
+    /// [`PageBarrier::flush`].
+    fn has_channels(&self) -> bool;
+
+    /// Checks that every channel was flushed behind its last page, and keeps the channels from
+    /// taking in another page as long as the result lives. [`HeldChannels::none`] where there are
+    /// no channels.
+    ///
+    /// # Errors
+    /// A page came on a channel after its last SYNC packet, or a packet that was begun does not
+    /// end before the deadline.
+    fn hold(&mut self) -> Result<HeldChannels, TransportError>;
+
     /// Loads the pages of a block of a stream with `mapped-ram`, and returns when all are in the
     /// store.
     ///
@@ -236,6 +249,34 @@ pub trait PageBarrier: Send {
     /// main stream could not be read.
     fn failure(&self) -> Option<TransportError> {
         None
+    }
+}
+
+/// Channels that take in no page as long as this lives. They go on when it is dropped.
+#[must_use = "the channels go on when this is dropped"]
+pub struct HeldChannels(Option<Box<dyn Send>>);
+
+impl HeldChannels {
+    /// There are no channels to hold.
+    pub const fn none() -> Self {
+        Self(None)
+    }
+
+    /// Channels that go on when `guard` is dropped.
+    pub fn until_dropped(guard: impl Send + 'static) -> Self {
+        Self(Some(Box::new(guard)))
+    }
+
+    /// Whether there are channels.
+    #[must_use]
+    pub const fn is_any(&self) -> bool {
+        self.0.is_some()
+    }
+}
+
+impl fmt::Debug for HeldChannels {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("HeldChannels").field(&self.is_any()).finish()
     }
 }
 

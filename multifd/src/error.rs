@@ -134,6 +134,9 @@ pub enum ChannelError {
         /// How long the channel waited.
         limit: Duration,
     },
+    /// The main stream ended a checkpoint's memory before the channel's last pages were flushed.
+    #[error("pages came on the channel after its last sync packet, and the checkpoint's ram ended")]
+    NotSynchronised,
     /// A wait was given up.
     #[error("gave up waiting for {what}")]
     Stalled {

@@ -76,5 +76,5 @@ pub use config::{
 };
 pub use crew::AbortHandle;
 pub use error::{ChannelError, Part};
-pub use recv::{Joined, RecvBarrier, RecvSet};
+pub use recv::{Joined, RecvBarrier, RecvCounters, RecvSet};
 pub use send::{LevelWatch, SendSet};

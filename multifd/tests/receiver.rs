@@ -154,6 +154,91 @@ fn a_channel_that_ends_instead_of_its_sync_packet_fails_the_flush() {
     assert!(r.errors.recv().is_err());
 }
 
+fn until(what: &str, mut holds: impl FnMut() -> bool) {
+    let began = Instant::now();
+    while !holds() {
+        assert!(began.elapsed() < LIMIT, "{what}");
+        thread::sleep(Duration::from_millis(1));
+    }
+}
+
+#[test]
+fn channels_that_are_held_take_in_no_page_until_they_are_let_go_on() {
+    let r = start(2);
+    for peer in &r.peers {
+        write(peer, &[pages(&[0]), sync()].concat());
+    }
+    let mut barrier = r.set.barrier();
+    barrier.flush().unwrap();
+    let held = barrier.hold().unwrap();
+    assert!(held.is_any());
+    let before = r.set.counters();
+    assert_eq!((before.normal_pages, before.zero_pages), (2, 0));
+    for peer in &r.peers {
+        write(peer, &[pages(&[0x1000]), sync()].concat());
+    }
+    thread::sleep(Duration::from_millis(30));
+    assert_eq!(r.set.counters(), before);
+    assert_eq!(r.set.store().page(0, 1), [0; PAGE]);
+    drop(held);
+    barrier.flush().unwrap();
+    assert_eq!(r.set.store().page(0, 1), [0xaa; PAGE]);
+    assert_eq!(r.set.counters().bytes, before.bytes * 2);
+}
+
+#[test]
+fn a_channel_with_pages_behind_its_last_sync_packet_cannot_be_held() {
+    let r = start(2);
+    for peer in &r.peers {
+        write(peer, &sync());
+    }
+    let mut barrier = r.set.barrier();
+    barrier.flush().unwrap();
+    drop(barrier.hold().unwrap());
+    write(&r.peers[1], &pages(&[0x2000]));
+    until("the page has come", || r.set.counters().pages() == 1);
+    let e = barrier.hold().unwrap_err();
+    assert!(
+        matches!(cause(&e), (Some(1), ChannelError::NotSynchronised)),
+        "{e}"
+    );
+    // The channels go on, and with a synchronisation all is well again.
+    for peer in &r.peers {
+        write(peer, &sync());
+    }
+    barrier.flush().unwrap();
+    drop(barrier.hold().unwrap());
+}
+
+#[test]
+fn a_channel_that_stays_inside_a_packet_is_not_waited_for_beyond_the_deadline() {
+    let r = start(2);
+    write(&r.peers[0], &pages(&[0])[..HEADER_LEN + 1]);
+    let mut barrier = r.set.barrier();
+    let began = Instant::now();
+    barrier.set_deadline(Some(began));
+    until("the packet has begun", || barrier.hold().is_err());
+    let deadline = Duration::from_millis(30);
+    barrier.set_deadline(Some(Instant::now() + deadline));
+    let e = barrier.hold().unwrap_err();
+    assert!(matches!(cause(&e), (None, ChannelError::Stalled { .. })));
+    assert!(began.elapsed() >= deadline);
+    // Whoever could not hold the channels has let them go on.
+    write(&r.peers[0], &pages(&[0])[HEADER_LEN + 1..]);
+    until("the page has come", || r.set.counters().pages() == 1);
+}
+
+#[test]
+fn channels_that_are_held_can_be_ended() {
+    let r = start(2);
+    let mut barrier = r.set.barrier();
+    let held = barrier.hold().unwrap();
+    write(&r.peers[1], &pages(&[0]));
+    let joined = r.set.join().unwrap();
+    assert_eq!(joined.store.page(0, 0), [0; PAGE]);
+    drop(held);
+}
+
 #[test]
 fn channels_that_all_end_between_packets_end_well() {
     let r = start(3);

@@ -1,12 +1,14 @@
 //! What other threads may ask of a running driver.
 
 use std::fmt;
-use std::io::{self, PipeReader, PipeWriter, Read, Write};
-use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
 use std::time::{Duration, Instant};
 
+use super::wake::Wake;
 use crate::cause::Role;
 use crate::message::Message;
 use crate::step::Step;
@@ -25,12 +27,15 @@ struct Inner {
     schedule: Mutex<Schedule>,
     quit: AtomicBool,
     gap: Mutex<GapCap>,
-    /// Wakes a wait that is not for the peer. A byte at a time, so that it never fills.
-    wake: Mutex<PipeWriter>,
-    woken: PipeReader,
-    signalled: AtomicBool,
+    /// Wakes a wait that is not for the peer.
+    wake: Wake,
+    /// Which of the failover handle's sessions this is.
+    session: AtomicU64,
     disconnect: Box<dyn Fn() + Send + Sync>,
 }
+
+/// How often requests are looked for where nothing can wake the driver.
+const BETWEEN_LOOKS: Duration = Duration::from_millis(20);
 
 /// The most that is sent between checkpoints, bytes a second.
 #[derive(Debug, Default)]
@@ -42,10 +47,16 @@ struct GapCap {
 }
 
 impl ColoControl {
-    /// A control for `role`, whose first checkpoint is due `delay` from now. `disconnect` shuts
-    /// every connection to the peer; it is called from any thread.
+    /// A control for `role`. `disconnect` shuts every connection to the peer; it is called from any
+    /// thread, more than once.
     ///
-    /// `failover` enters COLO here: a request made from now on is seen by the driver.
+    /// On a primary the first checkpoint is due `delay` from now. A secondary does not look at
+    /// `delay`: how long it waits for its primary is in [`Deadlines`](crate::Deadlines).
+    ///
+    /// `failover` enters COLO here: a request made from now on is seen by the driver. It leaves
+    /// COLO when the driver ends, or when the last clone of a control is dropped whose driver never
+    /// ran. So make this when nothing but the driver is left to be called: the migration has
+    /// switched over and the VM stands still.
     ///
     /// # Errors
     /// No pipe could be made.
@@ -55,25 +66,24 @@ impl ColoControl {
         delay: Duration,
         disconnect: impl Fn() + Send + Sync + 'static,
     ) -> io::Result<Self> {
-        let (woken, wake) = io::pipe()?;
         let inner = Arc::new(Inner {
             role,
             failover,
             schedule: Mutex::new(Schedule::new(delay, Instant::now())),
             quit: AtomicBool::new(false),
             gap: Mutex::default(),
-            wake: Mutex::new(wake),
-            woken,
-            signalled: AtomicBool::new(false),
+            wake: Wake::new()?,
+            session: AtomicU64::new(0),
             disconnect: Box::new(disconnect),
         });
         let weak = Arc::downgrade(&inner);
-        inner.failover.enter(role, move || {
+        let session = inner.failover.enter(role, move || {
             if let Some(inner) = weak.upgrade() {
                 (inner.disconnect)();
-                inner.wake();
+                inner.wake.wake();
             }
         });
+        inner.session.store(session, Ordering::Relaxed);
         Ok(Self { inner })
     }
 
@@ -93,19 +103,19 @@ impl ColoControl {
     pub fn quit(&self) {
         self.inner.quit.store(true, Ordering::Release);
         (self.inner.disconnect)();
-        self.inner.wake();
+        self.inner.wake.wake();
     }
 
     /// Changes `x-checkpoint-delay`, and takes a checkpoint at once.
     pub fn set_checkpoint_delay(&self, delay: Duration) {
         self.schedule().set_delay(delay);
-        self.inner.wake();
+        self.inner.wake.wake();
     }
 
     /// Asks for a checkpoint: the outputs of the two sides differ.
     pub fn demand_checkpoint(&self) {
         self.schedule().demand();
-        self.inner.wake();
+        self.inner.wake.wake();
     }
 
     /// Primary: changes how much is sent between checkpoints at most, bytes a second, 0 for no limit
@@ -142,8 +152,15 @@ impl ColoControl {
         (self.inner.disconnect)();
     }
 
+    /// Whether the VM is to end: it was told to, or this side was stopped for good.
     pub(super) fn take_quit(&self) -> bool {
-        self.inner.quit.swap(false, Ordering::AcqRel)
+        let quit = self.inner.quit.swap(false, Ordering::AcqRel);
+        self.inner.failover.take_stop() || quit
+    }
+
+    /// The driver has ended.
+    pub(super) fn left(&self) {
+        self.inner.left();
     }
 
     /// When the next checkpoint is due.
@@ -166,21 +183,24 @@ impl ColoControl {
         }
     }
 
-    /// Blocks until somebody asks for something.
-    pub(super) fn wait_for_request(&self) -> io::Result<()> {
-        (&self.inner.woken).read_exact(&mut [0])?;
-        self.inner.signalled.store(false, Ordering::Release);
-        Ok(())
+    /// Blocks until somebody asks for something, or returns for no reason.
+    pub(super) fn wait_for_request(&self) {
+        if let Err(error) = self.inner.wake.wait() {
+            // A pipe whose both ends are ours does not fail. A decision must be waited for all the
+            // same: requests are looked for now and then.
+            tracing::error!(%error, "the pipe that wakes the driver");
+            thread::sleep(BETWEEN_LOOKS);
+        }
     }
 
     /// Readable when somebody asks for something, to be followed by [`Self::drain`].
     pub(super) fn wake_fd(&self) -> BorrowedFd<'_> {
-        self.inner.woken.as_fd()
+        self.inner.wake.fd()
     }
 
     /// Takes the byte that made [`Self::wake_fd`] readable.
     pub(super) fn drain(&self) -> io::Result<()> {
-        self.wait_for_request()
+        self.inner.wake.wait()
     }
 
     /// The schedule is plain values, whole at every moment: a thread that panicked does not spoil it.
@@ -193,15 +213,16 @@ impl ColoControl {
 }
 
 impl Inner {
-    fn wake(&self) {
-        if !self.signalled.swap(true, Ordering::AcqRel) {
-            let mut wake = self.wake.lock().unwrap_or_else(PoisonError::into_inner);
-            // The reader lives as long as the writer: this cannot fail but by a signal, and then
-            // the next request wakes.
-            if wake.write_all(&[1]).is_err() {
-                self.signalled.store(false, Ordering::Release);
-            }
-        }
+    fn left(&self) {
+        let session = self.session.load(Ordering::Relaxed);
+        self.failover.left_session(session);
+    }
+}
+
+impl Drop for Inner {
+    /// A driver that has ended has left already; one that never ran cannot take a request.
+    fn drop(&mut self) {
+        self.left();
     }
 }
 

@@ -8,6 +8,10 @@ mod control;
 mod gap;
 mod primary;
 mod secondary;
+mod session;
+#[cfg(test)]
+mod tests;
+mod wake;
 
 use std::io;
 use std::time::Instant;
@@ -22,6 +26,7 @@ pub use gap::GapConfig;
 pub use primary::{LinkError, PrimaryLink, run_primary};
 pub use secondary::{SecondaryLink, run_secondary};
 
+use self::session::Session;
 use crate::machine::OutOfStep;
 use crate::step::{Action, Event, Moment, PeerLoss, Step, Wait};
 use crate::store::StoreError;
@@ -87,9 +92,13 @@ pub(crate) enum StepError {
 }
 
 impl StepError {
-    /// What the error means to a machine. Only what the transport itself reports is a lost peer;
-    /// anything that was wrong with what it carried is a failure.
-    fn event(&self) -> Event {
+    /// What the error means to a machine in `step`. Only what the transport itself reports is a
+    /// lost peer; anything that was wrong with what it carried is a failure, and so is whatever
+    /// ends a local step.
+    fn event(&self, step: Step) -> Event {
+        if !step.is_on_the_wire() {
+            return Event::Failed;
+        }
         let kind = match self {
             Self::Io(e)
             | Self::Source(SourceError::Stream(e))
@@ -172,17 +181,27 @@ where
 {
     let mut time = Timekeeper::new(config.deadlines);
     let mut meter = CheckpointMeter::new();
-    let mut action = machine.action();
+    let mut session = Session::new(control);
+    // What was asked for before this began has woken nobody.
+    let mut next =
+        take_requests(&mut machine, control).map(|next| next.unwrap_or_else(|| machine.action()));
     loop {
-        let event = match action {
-            Action::Finish(outcome) => {
-                control.failover().left();
-                return Ok(outcome);
+        let action = match next {
+            Ok(action) => action,
+            Err(mistake) => {
+                tracing::error!(role = %control.role(), %mistake, "colo ends");
+                wire.disconnect();
+                session.mistake(&mut parts.vm);
+                return Err(mistake);
             }
+        };
+        if machine.is_broken() {
+            control.failover().unfit();
+        }
+        let event = match action {
+            Action::Finish(outcome) => return Ok(outcome),
             Action::EmitExit(exit) => {
-                // First, so that whoever hears of the end and asks for the status finds it there.
-                control.failover().exited(exit.reason());
-                parts.vm.colo_exit(&exit);
+                session.exit(&mut parts.vm, &exit);
                 Event::Done
             }
             Action::Perform(step) => {
@@ -192,7 +211,7 @@ where
                 parts.vm.at(step, Moment::Begins);
                 let event = perform(step, deadline, wire, parts, control, &mut meter)
                     .unwrap_or_else(|error| {
-                        let event = error.event();
+                        let event = error.event(step);
                         let error: &dyn std::error::Error = &error;
                         tracing::warn!(role = %control.role(), %step, error, ?event, "colo step failed");
                         event
@@ -204,7 +223,7 @@ where
                 event
             }
         };
-        action = deliver(&mut machine, event, control)?;
+        next = deliver(&mut machine, event, control);
     }
 }
 
@@ -214,6 +233,21 @@ fn deliver<S: Script>(
     event: Event,
     control: &ColoControl,
 ) -> Result<Action, OutOfStep> {
+    if let Some(next) = take_requests(machine, control)? {
+        return Ok(next);
+    }
+    if event == Event::FailoverRequested {
+        // A wait was woken for something else, a new schedule: it is begun again.
+        return Ok(machine.action());
+    }
+    Ok(machine.handle(event)?.unwrap_or_else(|| machine.action()))
+}
+
+/// Hands over what was asked for; the next action if that has ended the present one.
+fn take_requests<S: Script>(
+    machine: &mut Machine<S>,
+    control: &ColoControl,
+) -> Result<Option<Action>, OutOfStep> {
     let requests = [
         control.take_quit().then_some(Event::Quit),
         control
@@ -223,14 +257,10 @@ fn deliver<S: Script>(
     ];
     for request in requests.into_iter().flatten() {
         if let Some(next) = machine.handle(request)? {
-            return Ok(next);
+            return Ok(Some(next));
         }
     }
-    if event == Event::FailoverRequested {
-        // A wait was woken for something else, a new schedule: it is begun again.
-        return Ok(machine.action());
-    }
-    Ok(machine.handle(event)?.unwrap_or_else(|| machine.action()))
+    Ok(None)
 }
 
 /// Steps that are the same on both sides; the others are the wire's.
@@ -267,7 +297,7 @@ where
             parts.vm.checkpoint_done(&report);
         }
         Step::Disconnect => wire.disconnect(),
-        Step::Await(Wait::Decision) => control.wait_for_request()?,
+        Step::Await(Wait::Decision) => control.wait_for_request(),
         _ => return wire.perform(step, deadline, parts, meter),
     }
     Ok(match step {

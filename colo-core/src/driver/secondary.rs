@@ -3,9 +3,10 @@
 use std::thread;
 use std::time::{Duration, Instant};
 
-use migration_stream::DirtyLog;
 use migration_stream::io::Chunk;
-use migration_stream::precopy::{CheckpointReceiver, TargetError};
+use migration_stream::precopy::{CheckpointComplete, CheckpointReceiver, TargetError};
+use migration_stream::{DirtyLog, HeldChannels};
+use multifd::RecvCounters;
 use ram_cache::{FlushPool, GuestStopped};
 
 use super::{ColoControl, DriverConfig, Parts, StepError, Wire, message_event, run};
@@ -58,6 +59,9 @@ where
         devices: Vec::new(),
         staged: None,
         reset: None,
+        counted: RecvCounters::default(),
+        received: None,
+        loading: None,
         is_flushed: false,
         max_device_state: config.max_device_state(),
     };
@@ -90,6 +94,12 @@ struct SecondaryWire<'a, D, S, R> {
     devices: Vec<u8>,
     staged: Option<S>,
     reset: Option<R>,
+    /// What had come on the channels when the checkpoint before was complete.
+    counted: RecvCounters,
+    /// All of a checkpoint's RAM, from its receipt to its flush.
+    received: Option<CheckpointComplete>,
+    /// The channels, from the flush until the checkpoint is loaded.
+    loading: Option<HeldChannels>,
     /// A checkpoint is in place from which the VM has not run yet.
     is_flushed: bool,
     max_device_state: usize,
@@ -119,10 +129,17 @@ impl<D: DirtyLog, V: Vm, R, G> Wire<V, R, G> for SecondaryWire<'_, D, V::Staged,
                     EnterError::Transport(error) => TargetError::Transport(error).into(),
                     EnterError::Store(error) => StepError::from(error),
                 })?;
+                self.counted = pages.counters();
             }
-            Step::Send(message) => receiver
-                .out()
-                .write_all(&[Chunk::Bytes(&message.encode())])?,
+            Step::Send(message) => {
+                if message == Message::VmstateLoaded {
+                    // The channels may carry pages for the next checkpoint from here on.
+                    self.loading = None;
+                }
+                receiver
+                    .out()
+                    .write_all(&[Chunk::Bytes(&message.encode())])?;
+            }
             Step::Await(wait) => {
                 if wait == Wait::Message(Message::VmstateSend) {
                     // The VM was stopped just now, and the primary is stopping its own.
@@ -136,8 +153,16 @@ impl<D: DirtyLog, V: Vm, R, G> Wire<V, R, G> for SecondaryWire<'_, D, V::Staged,
             Step::ReceiveRam => {
                 let (store, barrier) = pages.parts();
                 barrier.set_deadline(deadline);
-                let received = receiver.receive_ram(store, barrier)?;
-                meter.ram(received.bytes, received.normal_pages + received.zero_pages);
+                let complete = receiver.receive_ram(store, barrier)?;
+                let (main, channels) = (complete.received(), pages.counters());
+                meter.ram(
+                    main.bytes + channels.bytes.saturating_sub(self.counted.bytes),
+                    main.normal_pages
+                        + main.zero_pages
+                        + channels.pages().saturating_sub(self.counted.pages()),
+                );
+                self.counted = channels;
+                self.received = Some(complete);
             }
             Step::ReceiveDevices => {
                 let mut size = [0; DEVICE_SIZE_LEN];
@@ -150,14 +175,21 @@ impl<D: DirtyLog, V: Vm, R, G> Wire<V, R, G> for SecondaryWire<'_, D, V::Staged,
             }
             Step::StageDevices => self.staged = Some(parts.vm.stage_devices(&self.devices)?),
             Step::Reset => {
-                let staged = self.staged.take().ok_or_else(|| out_of_order("staged"))?;
+                let staged = self
+                    .staged
+                    .take()
+                    .ok_or_else(|| out_of_order("device was", "staged"))?;
                 self.reset = Some(parts.vm.reset_devices(staged)?);
             }
             Step::Flush => {
-                // The machine stopped the VM before, and received all of the checkpoint: the
-                // channels stand behind their SYNC packets.
+                let complete = self
+                    .received
+                    .take()
+                    .ok_or_else(|| out_of_order("ram was", "received"))?;
+                // The machine stopped the VM before.
                 let stopped = GuestStopped::witnessed_by(&parts.vm);
-                let report = pages.store().flush(stopped, log, pool)?;
+                let (report, held) = pages.store().flush(stopped, log, pool, complete)?;
+                self.loading = Some(held);
                 tracing::trace!(
                     pages = report.pages,
                     runs = report.runs,
@@ -167,7 +199,10 @@ impl<D: DirtyLog, V: Vm, R, G> Wire<V, R, G> for SecondaryWire<'_, D, V::Staged,
                 self.is_flushed = true;
             }
             Step::InstallDevices => {
-                let reset = self.reset.take().ok_or_else(|| out_of_order("reset"))?;
+                let reset = self
+                    .reset
+                    .take()
+                    .ok_or_else(|| out_of_order("device was", "reset"))?;
                 parts.vm.install_devices(reset)?;
             }
             // The others are not the secondary's.
@@ -191,13 +226,16 @@ impl<D: DirtyLog, V: Vm, R, G> Wire<V, R, G> for SecondaryWire<'_, D, V::Staged,
 
     fn disconnect(&mut self) {
         self.control.disconnect();
+        // A checkpoint that was not loaded is dropped.
+        self.received = None;
+        self.loading = None;
     }
 }
 
 /// The machine orders the steps, so this is never seen.
-fn out_of_order(missing: &'static str) -> VmError {
+fn out_of_order(what: &'static str, missing: &'static str) -> VmError {
     VmError::new(
-        "installing device state",
-        format!("no device was {missing} for it"),
+        "installing a checkpoint",
+        format!("no {what} {missing} for it"),
     )
 }

@@ -1,9 +1,12 @@
 //! A primary that lies: the cause is named, and the secondary's VM is as it was.
 
+use colo_core::driver::DriverConfig;
 use colo_core::message::{DEVICE_SIZE_LEN, UnexpectedMessage, UnknownMessage};
-use colo_core::{Cause, ExitReason, Message, Step};
+use colo_core::{Cause, ExitReason, Message, OnPeerLoss, Step};
+use multifd::packet::{HEADER_LEN, Method, PacketFlags, PacketHeader};
 
-use crate::rig::{HandPrimary, Wire, migrated, patient};
+use crate::guest::Told;
+use crate::rig::{HandPrimary, Wire, impatient, migrated, patient};
 
 /// Sends `lie` behind *checkpoint-request*. The secondary gives it as `cause`, and goes on from its
 /// own state.
@@ -155,4 +158,126 @@ fn garbage_on_a_channel_ends_the_checkpoint_and_not_the_vm() {
     primary.spoil_a_channel(&[0x5a; 512]);
     assert_eq!(secondary.exit().reason(), ExitReason::Error);
     assert!(secondary.take_over().guest.undisturbed);
+}
+
+/// A RAM section of the main stream without a record of pages.
+fn section(kind: u8, records: &[u64]) -> Vec<u8> {
+    let mut bytes = vec![kind, 0, 0, 0, 1];
+    bytes.extend(records.iter().flat_map(|record| record.to_be_bytes()));
+    bytes.extend([0x7e, 0, 0, 0, 1]);
+    bytes
+}
+
+const PART: u8 = 2;
+const END: u8 = 3;
+const END_OF_SECTION: u64 = 0x10;
+
+/// A checkpoint whose RAM is not all there is refused, although its device state is sound.
+fn incomplete(channels: u8, ram: impl FnOnce(Vec<u8>) -> Vec<u8>) {
+    let lie = |primary: &mut HandPrimary| {
+        let mut wire = primary.capture();
+        wire.ram = ram(wire.ram);
+        wire.bytes()
+    };
+    refused(channels, lie, Cause::StepFailed(Step::ReceiveRam));
+}
+
+#[test]
+fn a_checkpoint_without_the_end_of_ram_is_not_committed() {
+    for channels in [0, 2] {
+        incomplete(channels, |_| vec![0]);
+    }
+    incomplete(0, |_| [section(PART, &[END_OF_SECTION]), vec![0]].concat());
+    // A PART that has all the pages.
+    incomplete(0, |mut ram| {
+        ram[0] = PART;
+        ram
+    });
+    // A section that begins again after the END.
+    incomplete(0, |mut ram| {
+        ram.pop();
+        ram.extend(section(PART, &[END_OF_SECTION]));
+        ram.push(0);
+        ram
+    });
+}
+
+#[test]
+fn a_checkpoint_by_channels_without_a_flush_in_the_end_of_ram_is_not_committed() {
+    incomplete(2, |_| [section(END, &[END_OF_SECTION]), vec![0]].concat());
+    // All flushes, in a PART before.
+    incomplete(2, |mut ram| {
+        ram[0] = PART;
+        ram.pop();
+        ram.extend(section(END, &[END_OF_SECTION]));
+        ram.push(0);
+        ram
+    });
+}
+
+#[test]
+fn pages_behind_the_last_sync_of_a_channel_reach_no_checkpoint_and_no_guest_that_loads_one() {
+    for _ in 0..5 {
+        let (primary, secondary) = migrated(2);
+        let mut primary = primary.by_hand();
+        let secondary = secondary.start(patient());
+        primary.expect(Message::CheckpointReady);
+        let wire = primary.capture();
+        primary.spoil_a_channel(&page_packet());
+        primary.request_and_send(&wire.bytes());
+        // In time to be seen, and the checkpoint is refused; or held until it is loaded.
+        let end = secondary.until(|told| match told {
+            Told::Exit(exit) => Some(Err(exit)),
+            Told::Installed(state) => Some(Ok(state)),
+            _ => None,
+        });
+        match end {
+            Err(exit) => assert_eq!(exit.cause, Cause::StepFailed(Step::ReceiveRam)),
+            Ok(state) => {
+                assert_eq!(state, primary.state());
+                primary.die();
+                secondary.exit();
+            }
+        }
+        assert!(secondary.take_over().guest.undisturbed);
+    }
+}
+
+/// A packet with one page of the first block.
+fn page_packet() -> Vec<u8> {
+    let header = PacketHeader {
+        flags: PacketFlags {
+            sync: false,
+            method: Method::None,
+        },
+        number: 0,
+        block: b"pc.ram",
+        normal: &[0x3000],
+        zero: &[],
+        payload_len: 4096,
+    };
+    let mut bytes = [0; HEADER_LEN];
+    header.fill(&mut bytes).unwrap();
+    [&bytes[..], &[0xee; 4096]].concat()
+}
+
+#[test]
+fn a_channel_that_stalls_inside_a_packet_at_the_entry_into_colo_ends_it_like_any_stall() {
+    for on_loss in [OnPeerLoss::Wait, OnPeerLoss::TakeOver] {
+        let (primary, mut secondary) = migrated(2);
+        let primary = primary.by_hand();
+        let packet = page_packet();
+        primary.spoil_a_channel(&packet[..packet.len() - 1]);
+        secondary.until_a_packet_is_under_way();
+        let secondary = secondary.start(DriverConfig {
+            on_loss,
+            ..impatient()
+        });
+        let during = Step::StartDirtyLog;
+        assert_eq!(secondary.exit().cause, Cause::DeadlineExpired { during });
+        match on_loss {
+            OnPeerLoss::Wait => secondary.take_over(),
+            OnPeerLoss::TakeOver => secondary.alone(),
+        };
+    }
 }

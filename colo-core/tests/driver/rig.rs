@@ -386,6 +386,17 @@ impl SecondaryEnd {
         }
     }
 
+    /// Waits until a channel is inside a packet: the store cannot be changed.
+    pub fn until_a_packet_is_under_way(&mut self) {
+        let began = Instant::now();
+        let (_, barrier) = self.pages.parts();
+        barrier.set_deadline(Some(began));
+        while barrier.hold().is_ok() {
+            assert!(began.elapsed() < LIMIT, "no packet");
+            thread::sleep(Duration::from_millis(1));
+        }
+    }
+
     /// Says `messages`, and nothing more as long as it is not started.
     pub fn saying(self, messages: &[Message]) -> Self {
         let bytes: Vec<u8> = messages.iter().flat_map(|m| m.encode()).collect();

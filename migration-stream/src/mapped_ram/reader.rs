@@ -10,7 +10,7 @@ use super::error::MappedRamError;
 use super::layout::MappedArea;
 use crate::io::PositionedFile;
 use crate::ram::{BlockId, RamError};
-use crate::{PAGE_SIZE, PageBarrier, PageStore, TransportError, prepare_range};
+use crate::{HeldChannels, PAGE_SIZE, PageBarrier, PageStore, TransportError, prepare_range};
 
 /// Pages of one read at most: 4 MiB.
 const RUN_PAGES: u64 = 1024;
@@ -151,6 +151,14 @@ impl PageBarrier for FileReader {
     /// There are no channels: it is an error, which the decoder finds first.
     fn flush(&mut self) -> Result<(), TransportError> {
         Err(TransportError::main(RamError::UnexpectedFlush))
+    }
+
+    fn has_channels(&self) -> bool {
+        false
+    }
+
+    fn hold(&mut self) -> Result<HeldChannels, TransportError> {
+        Ok(HeldChannels::none())
     }
 
     fn load_mapped(

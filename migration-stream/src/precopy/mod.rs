@@ -44,5 +44,7 @@ pub use source::{
     SourceVm, SwitchedOver,
 };
 pub use switchover_ack::SwitchoverAcks;
-pub use target::{Body, CheckpointReceiver, Loaded, Received, Target, TargetConfig, TargetVm};
+pub use target::{
+    Body, CheckpointComplete, CheckpointReceiver, Loaded, Received, Target, TargetConfig, TargetVm,
+};
 pub use throttle::{Throttle, ThrottleConfig, ThrottleConfigError, ThrottleMeans};

@@ -10,7 +10,7 @@ use super::{BlockId, PageAddress, RamError, RecordEncoder, zero_check};
 use crate::unchanged::{ChangedPages, Sent, Unchanged, WhenToCompare};
 use crate::xbzrle::{Encoded, Lookup, PAGE, PageBytes, PageCache, encode};
 use crate::{
-    GuestRam, PAGE_SIZE, PageBarrier, PageTransport, StreamWriter, TransportCounters,
+    GuestRam, HeldChannels, PAGE_SIZE, PageBarrier, PageTransport, StreamWriter, TransportCounters,
     TransportError,
 };
 
@@ -326,6 +326,14 @@ pub struct NoMultifd;
 impl PageBarrier for NoMultifd {
     fn flush(&mut self) -> Result<(), TransportError> {
         Err(TransportError::main(RamError::UnexpectedFlush))
+    }
+
+    fn has_channels(&self) -> bool {
+        false
+    }
+
+    fn hold(&mut self) -> Result<HeldChannels, TransportError> {
+        Ok(HeldChannels::none())
     }
 
     fn set_deadline(&mut self, _deadline: Option<Instant>) {}

@@ -64,8 +64,9 @@ fn checkpoints_follow_on_the_same_stream_and_cannot_set_ram_up() {
         let loaded = receive(&b, &landed, &mut devices).unwrap();
         let mut checkpoints = loaded.into_checkpoints().unwrap();
         for round in 0..3 {
-            let received = checkpoints.receive_ram(&*landed, &mut NoMultifd).unwrap();
-            assert_eq!(received.normal_pages, round * 100);
+            let complete = checkpoints.receive_ram(&*landed, &mut NoMultifd).unwrap();
+            assert_eq!(complete.received().normal_pages, round * 100);
+            assert!(!complete.into_held().is_any());
         }
         let mut sent = sender.join().unwrap();
         // A START section of RAM, as at the beginning of a stream.

@@ -5,7 +5,8 @@
 //! meanwhile. When [`PageBarrier::flush`] returns, every channel had reached its SYNC packet: all
 //! pages before it have landed and none behind it was looked at. What changes the store's mode, as
 //! COLO does when it takes over from precopy, does so in [`RecvSet::between_packets`], during which
-//! no channel is inside a packet, whatever the peer sends.
+//! no channel is inside a packet, whatever the peer sends. While the result of
+//! [`PageBarrier::hold`] lives, no channel begins a packet: a COLO checkpoint is committed like that.
 
 mod ahead;
 mod reader;
@@ -15,7 +16,7 @@ use std::fmt;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
-use migration_stream::{PageBarrier, PageStore, TransportError};
+use migration_stream::{HeldChannels, PageBarrier, PageStore, TransportError};
 
 use crate::channel::RecvChannel;
 use crate::config::{Compression, MultifdConfig};
@@ -24,7 +25,8 @@ use crate::device_state::DeviceStateSink;
 use crate::error::{ChannelError, Failure};
 use crate::patience::lock;
 use reader::Reader;
-use rendezvous::Rendezvous;
+pub use rendezvous::RecvCounters;
+use rendezvous::{Rendezvous, hold};
 
 type OnError = Box<dyn FnOnce(&TransportError) + Send>;
 
@@ -229,6 +231,12 @@ impl<S> RecvSet<S> {
         Ok(self.crew.between_packets(deadline, || f(&self.store))?)
     }
 
+    /// Returns what the channels have received so far.
+    #[must_use]
+    pub fn counters(&self) -> RecvCounters {
+        self.crew.lock().counters()
+    }
+
     /// A handle that ends the channels from another thread.
     #[must_use]
     pub fn abort_handle(&self) -> AbortHandle {
@@ -256,6 +264,15 @@ pub struct RecvBarrier {
 impl PageBarrier for RecvBarrier {
     fn flush(&mut self) -> Result<(), TransportError> {
         Ok(self.crew.flush(self.deadline)?)
+    }
+
+    fn has_channels(&self) -> bool {
+        true
+    }
+
+    fn hold(&mut self) -> Result<HeldChannels, TransportError> {
+        let held = hold(&self.crew, self.deadline)?;
+        Ok(HeldChannels::until_dropped(held))
     }
 
     fn set_deadline(&mut self, deadline: Option<Instant>) {

@@ -9,7 +9,7 @@ use migration_stream::{MemoryError, PageStore, prepare_range};
 use vm_memory::VolatileSlice;
 
 use super::ahead::Ahead;
-use super::rendezvous::Rendezvous;
+use super::rendezvous::{RecvCounters, Rendezvous};
 use crate::compression::Decoder;
 use crate::crew::Crew;
 use crate::device_state::{DEVICE_STATE_HEADER_LEN, DeviceStateHeader, DeviceStateSink};
@@ -43,6 +43,8 @@ pub(super) struct Reader<'a, S> {
     /// A compressed payload.
     compressed: Vec<u8>,
     idle_until: Option<Instant>,
+    /// What the packet at hand has brought.
+    taken: RecvCounters,
 }
 
 /// After so many packets in a row that bring no bytes (zero pages, 16 MiB of them) a channel
@@ -58,6 +60,7 @@ const DEVICE_STATE_STEP: usize = 1 << 20;
 /// What a packet leaves to be done.
 enum After {
     Next,
+    Pages,
     Sync,
 }
 
@@ -89,6 +92,7 @@ impl<'a, S: PageStore> Reader<'a, S> {
             landing: Vec::with_capacity(PAGES_PER_PACKET),
             compressed: vec![0; room],
             idle_until: Instant::now().checked_add(AS_LONG_AS_IT_LASTS),
+            taken: RecvCounters::default(),
         }
     }
 
@@ -101,14 +105,16 @@ impl<'a, S: PageStore> Reader<'a, S> {
     fn packets(&mut self, crew: &Crew<Rendezvous>) -> Result<(), ChannelError> {
         while let Some(kind) = self.read_header()? {
             crew.begin_packet(self.id)?;
+            self.taken = RecvCounters::default();
             let after = match kind {
                 PacketKind::Pages(_) => self.take_packet()?,
                 PacketKind::DeviceState => self.take_device_state()?,
             };
             self.index += 1;
             match after {
-                After::Next => crew.end_packet(self.id),
-                After::Sync => crew.wait_at_sync(self.id)?,
+                After::Next => crew.end_packet(self.id, false, self.taken),
+                After::Pages => crew.end_packet(self.id, true, self.taken),
+                After::Sync => crew.wait_at_sync(self.id, self.taken)?,
             }
         }
         Ok(())
@@ -161,11 +167,12 @@ impl<'a, S: PageStore> Reader<'a, S> {
             return Ok(After::Next);
         };
         let header = PacketView::unfill(header, self.method).map_err(|e| self.bad(e))?;
-        let after = if header.is_sync() {
-            After::Sync
-        } else {
-            After::Next
+        let after = match (header.is_sync(), header.has_pages()) {
+            (true, _) => After::Sync,
+            (false, true) => After::Pages,
+            (false, false) => After::Next,
         };
+        self.taken.bytes = HEADER_LEN as u64;
         let bare = std::mem::take(&mut self.bare);
         if !header.has_pages() {
             self.ahead.consume(HEADER_LEN);
@@ -182,6 +189,9 @@ impl<'a, S: PageStore> Reader<'a, S> {
             .offsets(used_length, &mut offsets)
             .map_err(|e| self.bad(e))?;
         self.ahead.consume(HEADER_LEN);
+        self.taken.bytes += payload_len as u64;
+        self.taken.normal_pages = normal.len() as u64;
+        self.taken.zero_pages = zero.len() as u64;
         self.block = Some(block);
 
         self.landing.clear();
@@ -232,6 +242,7 @@ impl<'a, S: PageStore> Reader<'a, S> {
             return Err(self.bad(refused));
         }
         let len = header.payload_len as usize;
+        self.taken.bytes = (DEVICE_STATE_HEADER_LEN + len) as u64;
         self.bare = 0;
         self.ahead.consume(DEVICE_STATE_HEADER_LEN);
         let here = len.min(self.ahead.len());

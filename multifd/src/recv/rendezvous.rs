@@ -1,5 +1,7 @@
 //! Where the channels and the main stream of an incoming migration meet.
 
+use std::ops::AddAssign;
+use std::sync::Arc;
 use std::time::Instant;
 
 use crate::crew::Crew;
@@ -21,9 +23,39 @@ enum Phase {
     Broken,
 }
 
+/// What the channels of a set have received.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RecvCounters {
+    /// Pages that came with data.
+    pub normal_pages: u64,
+    /// Pages that came as zero.
+    pub zero_pages: u64,
+    /// Bytes of whole packets, headers included.
+    pub bytes: u64,
+}
+
+impl RecvCounters {
+    /// All pages.
+    #[must_use]
+    pub const fn pages(&self) -> u64 {
+        self.normal_pages.saturating_add(self.zero_pages)
+    }
+}
+
+impl AddAssign for RecvCounters {
+    fn add_assign(&mut self, other: Self) {
+        self.normal_pages = self.normal_pages.saturating_add(other.normal_pages);
+        self.zero_pages = self.zero_pages.saturating_add(other.zero_pages);
+        self.bytes = self.bytes.saturating_add(other.bytes);
+    }
+}
+
 #[derive(Debug)]
 pub(super) struct Rendezvous {
     phases: Vec<Phase>,
+    /// Channels on which pages came after the last SYNC packet.
+    unsynced: Vec<bool>,
+    counters: RecvCounters,
     /// Nobody may begin a packet: the store is being changed.
     closed: bool,
     /// The main stream waits at a flush, and it is the flush that decides how long.
@@ -34,6 +66,8 @@ impl Rendezvous {
     pub(super) fn new(channels: u8) -> Self {
         Self {
             phases: vec![Phase::Idle; channels.into()],
+            unsynced: vec![false; channels.into()],
+            counters: RecvCounters::default(),
             closed: false,
             flushing: false,
         }
@@ -47,6 +81,23 @@ impl Rendezvous {
         if let Some(p) = self.phases.get_mut(usize::from(channel)) {
             *p = phase;
         }
+    }
+
+    pub(super) const fn counters(&self) -> RecvCounters {
+        self.counters
+    }
+
+    fn note_pages(&mut self, channel: u8, after_sync: bool) {
+        if let Some(unsynced) = self.unsynced.get_mut(usize::from(channel)) {
+            *unsynced = after_sync;
+        }
+    }
+
+    fn first_unsynced(&self) -> Option<u8> {
+        self.unsynced
+            .iter()
+            .position(|unsynced| *unsynced)
+            .and_then(|i| u8::try_from(i).ok())
     }
 
     fn first_not_at_sync(&self) -> Option<u8> {
@@ -80,10 +131,14 @@ impl Crew<Rendezvous> {
         Ok(())
     }
 
-    /// All pages of the packet have landed.
-    pub(super) fn end_packet(&self, channel: u8) {
+    /// All of the packet has landed, and it had pages or not.
+    pub(super) fn end_packet(&self, channel: u8, had_pages: bool, taken: RecvCounters) {
         let mut state = self.lock();
         state.set(channel, Phase::Idle);
+        state.counters += taken;
+        if had_pages {
+            state.note_pages(channel, true);
+        }
         state.progress += 1;
         if state.closed {
             self.for_owner.notify_all();
@@ -91,9 +146,15 @@ impl Crew<Rendezvous> {
     }
 
     /// The channel has reached its SYNC packet: waits for the flush to it.
-    pub(super) fn wait_at_sync(&self, channel: u8) -> Result<(), ChannelError> {
+    pub(super) fn wait_at_sync(
+        &self,
+        channel: u8,
+        taken: RecvCounters,
+    ) -> Result<(), ChannelError> {
         let mut state = self.lock();
         state.set(channel, Phase::AtSync);
+        state.counters += taken;
+        state.note_pages(channel, false);
         state.progress += 1;
         self.for_owner.notify_all();
         let mut patience = Patience::new(None, self.limit, state.progress);
@@ -164,6 +225,13 @@ impl Crew<Rendezvous> {
         deadline: Option<Instant>,
         f: impl FnOnce() -> R,
     ) -> Result<R, Failure> {
+        self.close_between_packets(deadline)?;
+        let _reopen = Reopen(self);
+        Ok(f())
+    }
+
+    /// From the return on no channel is inside a packet, or begins one, until [`Crew::reopen`].
+    fn close_between_packets(&self, deadline: Option<Instant>) -> Result<(), Failure> {
         let stalled = Failure {
             channel: None,
             error: ChannelError::Stalled {
@@ -181,19 +249,57 @@ impl Crew<Rendezvous> {
             }
         }
         state.closed = true;
-        drop(state);
-        let _reopen = Reopen(self);
-        let mut state = self.lock();
         while state.count(Phase::Busy) > 0 {
             let in_time;
             (state, in_time) = patience.wait(&self.for_owner, state, |s| s.progress);
             if !in_time {
                 drop(state);
+                self.reopen();
                 return Err(stalled);
             }
         }
-        drop(state);
-        Ok(f())
+        Ok(())
+    }
+
+    /// Channels may begin packets again.
+    fn reopen(&self) {
+        self.lock().closed = false;
+        self.for_channels.notify_all();
+        self.for_owner.notify_all();
+    }
+}
+
+/// Keeps the channels between two packets until the result is dropped. A channel that has taken
+/// in pages after its last SYNC packet is an error.
+pub(super) fn hold(
+    crew: &Arc<Crew<Rendezvous>>,
+    deadline: Option<Instant>,
+) -> Result<Held, Failure> {
+    crew.close_between_packets(deadline)?;
+    let held = Held(Arc::clone(crew));
+    let state = crew.lock();
+    state.check()?;
+    match state.first_unsynced() {
+        None => {
+            drop(state);
+            Ok(held)
+        }
+        Some(channel) => {
+            drop(state);
+            Err(Failure {
+                channel: Some(channel),
+                error: ChannelError::NotSynchronised,
+            })
+        }
+    }
+}
+
+/// Lets the channels of a set go on when it is dropped.
+pub(super) struct Held(Arc<Crew<Rendezvous>>);
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        self.0.reopen();
     }
 }
 
@@ -202,8 +308,6 @@ struct Reopen<'a>(&'a Crew<Rendezvous>);
 
 impl Drop for Reopen<'_> {
     fn drop(&mut self) {
-        self.0.lock().closed = false;
-        self.0.for_channels.notify_all();
-        self.0.for_owner.notify_all();
+        self.0.reopen();
     }
 }

@@ -41,7 +41,8 @@ pub struct HeartbeatConfig {
 /// The guest, in the heartbeat's hands.
 pub trait Guest: Send + Sync {
     /// Stops the guest for good: neither COLO nor an operator may let it run again. Returns when it
-    /// stands still. Called at most once, in the heartbeat's thread.
+    /// stands still. Called at most once, in the heartbeat's thread. A driver of COLO that runs is
+    /// told by the heartbeat itself, and ends with [`Outcome::Quit`].
     fn stop_for_good(&self, reason: StopReason);
 
     /// Stops the guest until [`Guest::go_on`] or [`Guest::stop_for_good`]: neither COLO nor an

@@ -70,6 +70,8 @@ impl Beating {
                         "this side's guest is stopped for good"
                     );
                     self.guest.stop_for_good(reason);
+                    // COLO, if there is any, ends by itself.
+                    self.failover.stop_for_good();
                     let until = Instant::now() + PATIENCE;
                     let _ = self.questions.send(Question::Release(until));
                 }

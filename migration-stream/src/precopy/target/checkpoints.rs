@@ -3,6 +3,7 @@
 use std::fmt;
 use std::time::Instant;
 
+use super::complete::{CheckpointComplete, Progress};
 use super::link::Link;
 use super::pages::{Pages, Received};
 use crate::decoder::{CheckpointDecoder, Item};
@@ -34,29 +35,41 @@ impl CheckpointReceiver {
         self.out.set_write_deadline(deadline);
     }
 
-    /// Receives the RAM of one checkpoint, to its EOF, into `store`.
+    /// Receives the RAM of one checkpoint, to its EOF, into `store`. The channels are held at
+    /// their last synchronisation until the result is used up or dropped.
     ///
     /// # Errors
-    /// Whatever is wrong with the stream; what was stored until then is part of no checkpoint.
+    /// Whatever is wrong with the stream; [`TargetError::Missing`] for one that ends without the
+    /// END section of RAM, or with channels without a flush in it; the barrier's for pages that
+    /// came on a channel after its last SYNC packet. What was stored until then is part of no
+    /// checkpoint.
     pub fn receive_ram(
         &mut self,
         store: &dyn PageStore,
         barrier: &mut dyn PageBarrier,
-    ) -> Result<Received, TargetError> {
+    ) -> Result<CheckpointComplete, TargetError> {
         let begun = self.link.reader.offset();
         let mut received = Received::default();
+        let mut progress = Progress::new(barrier.has_channels());
         let mut pages = Pages { store, barrier };
         loop {
             let (item, offset) = self.link.item(|r| self.decoder.next(r))?;
+            progress.note(&item);
             match item {
                 Item::Ram(item) => self.link.ram(item, &mut pages, &mut received)?,
                 Item::Command(command) => self.link.command(&command, offset)?,
-                Item::Eof => break,
+                Item::Eof => {
+                    if let Some(what) = progress.missing() {
+                        return Err(TargetError::Missing { what, offset });
+                    }
+                    break;
+                }
                 _ => {}
             }
         }
         received.bytes = self.link.reader.offset() - begun;
-        Ok(received)
+        let held = pages.barrier.hold()?;
+        Ok(CheckpointComplete::new(received, held))
     }
 }
 

@@ -6,6 +6,7 @@
 //! [`CheckpointReceiver`] what may follow.
 
 mod checkpoints;
+mod complete;
 mod link;
 mod loaded;
 mod pages;
@@ -15,6 +16,7 @@ mod vm;
 use std::sync::Arc;
 
 pub use self::checkpoints::CheckpointReceiver;
+pub use self::complete::CheckpointComplete;
 use self::link::Link;
 pub use self::loaded::Loaded;
 use self::pages::Pages;
