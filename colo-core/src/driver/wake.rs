@@ -79,7 +79,8 @@ impl Raised {
     }
 }
 
-#[cfg(all(test, not(loom)))]
+#[cfg(not(loom))]
+#[cfg(test)]
 mod tests {
     use std::sync::Arc;
     use std::sync::atomic::AtomicUsize;
@@ -114,7 +115,8 @@ mod tests {
 }
 
 /// Run with `RUSTFLAGS="--cfg loom" cargo test --release -p colo-core --lib loom`.
-#[cfg(all(test, loom))]
+#[cfg(loom)]
+#[cfg(test)]
 mod loom_tests {
     use loom::sync::Arc;
     use loom::sync::atomic::AtomicUsize;
