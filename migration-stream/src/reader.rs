@@ -1,12 +1,12 @@
 //! The reading side of a main stream: a small buffer for headers, and a way past it for pages.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use std::{fmt, io};
 
 use vm_memory::VolatileSlice;
 
-use crate::io::{ByteSource, FileChannel, PositionedFile};
+use crate::io::{ByteSource, FileChannel, PositionedFile, Readiness};
 
 /// Room for headers, commands and device sections, and for what comes along with a page.
 const CAPACITY: usize = 64 << 10;
@@ -113,6 +113,23 @@ impl StreamReader {
                 self.end += n;
                 Ok(())
             }
+        }
+    }
+
+    /// As [`StreamReader::fill`], but waits no longer than `patience` for the next byte. Returns
+    /// whether more bytes are buffered than before: not when nothing came, the stream has ended, or
+    /// `limit` bytes are buffered already.
+    pub(crate) fn fill_within(&mut self, limit: usize, patience: Duration) -> io::Result<bool> {
+        if self.end - self.start >= limit {
+            return Ok(false);
+        }
+        let deadline = Instant::now().checked_add(patience);
+        if self.source.wait(None, deadline)? == Readiness::TimedOut {
+            return Ok(false);
+        }
+        match self.fill(limit) {
+            Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => Ok(false),
+            other => other.map(|()| true),
         }
     }
 

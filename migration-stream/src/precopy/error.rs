@@ -135,6 +135,21 @@ pub enum TargetError {
         /// What the VMM says of it.
         source: BoxError,
     },
+    /// A device section is longer than [`TargetConfig::max_devices`](super::TargetConfig).
+    #[error(
+        "device section '{idstr}' instance {instance} at offset {offset:#x} has more than the {max} \
+         bytes accepted"
+    )]
+    DeviceTooLong {
+        /// Its idstr.
+        idstr: String,
+        /// Its instance id.
+        instance: u32,
+        /// Where its body begins.
+        offset: u64,
+        /// The limit, bytes.
+        max: usize,
+    },
     /// Device sections taken as they are do not end, or not as their description says.
     #[error("device sections")]
     Tail(#[from] crate::opaque_tail::TailError),

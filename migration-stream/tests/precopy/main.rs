@@ -2,12 +2,14 @@
 #![allow(clippy::tests_outside_test_module)] // this whole crate is tests
 
 mod bitmaps;
+mod bodies;
 #[path = "../common/mod.rs"]
 mod common;
 mod differences;
 mod failure;
 mod limits;
 mod rig;
+mod script;
 mod switchover;
 mod throttle;
 mod unknown;

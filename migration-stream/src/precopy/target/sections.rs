@@ -1,5 +1,7 @@
 //! The bodies of sections that are not RAM: devices, dirty bitmaps, and a tail that nobody knows.
 
+use std::time::Duration;
+
 use super::link::Link;
 use super::vm::{Body, TargetVm};
 use crate::DecodeError;
@@ -9,6 +11,12 @@ use crate::dirty_bitmap::{BitmapSections, DIRTY_BITMAP_IDSTR, DIRTY_BITMAP_VERSI
 use crate::opaque_tail::{Fed, OpaqueTail, Tail, TailLimits};
 use crate::precopy::{BoxError, TargetError};
 use crate::section::{Continuation, InstanceId, SectionError, SectionHeader};
+
+/// How long a device section's next bytes are waited for before the VMM is shown what there is,
+/// the first time.
+const FIRST_PATIENCE: Duration = Duration::from_millis(1);
+/// The same at most.
+const LONGEST_PATIENCE: Duration = Duration::from_secs(16);
 
 /// What becomes of device sections.
 pub(super) enum Devices<'a> {
@@ -32,19 +40,42 @@ impl Link {
             offset,
             source,
         };
+        let mut patience = FIRST_PATIENCE;
         loop {
             let available = self.reader.buffered();
+            let seen = available.len();
             match vm.load_device(header, available).map_err(failed)? {
-                Body::Complete(len) if len <= available.len() => {
+                Body::Complete(len) if len <= seen => {
                     self.reader.consume(len);
                     return Ok(());
                 }
                 Body::Complete(len) => {
                     return Err(failed(
-                        format!("took {len} bytes of the {} there were", available.len()).into(),
+                        format!("took {len} bytes of the {seen} there were").into(),
                     ));
                 }
-                Body::NeedMore => self.fill(limit)?,
+                Body::NeedMore if seen >= limit => {
+                    return Err(TargetError::DeviceTooLong {
+                        idstr: header.idstr.as_str().into(),
+                        instance: header.instance.0,
+                        offset,
+                        max: limit,
+                    });
+                }
+                Body::NeedMore => {}
+            }
+            // The VMM parses a body from its start each time. It sees the body again when twice as
+            // much is there, so that all its looks together are linear in the body's length. A
+            // body may end before that, with nothing behind it yet: then the VMM sees it when
+            // nothing has come for a while, each time for twice as long.
+            self.fill(limit)?;
+            let enough = seen.saturating_mul(2).min(limit);
+            while self.reader.buffered().len() < enough {
+                let more = self.reader.fill_within(limit, patience);
+                if !more.map_err(|e| self.broken(e))? {
+                    patience = (patience * 2).min(LONGEST_PATIENCE);
+                    break;
+                }
             }
         }
     }
