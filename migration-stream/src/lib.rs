@@ -55,6 +55,7 @@ pub mod configuration;
 pub mod decoder;
 pub mod device_blob;
 pub mod dirty_bitmap;
+pub mod early;
 mod error;
 pub mod header;
 pub mod io;

@@ -483,7 +483,7 @@ fn commands_that_want_a_return_path() {
         );
         assert_eq!(answer, b"");
     }
-    // What is advised of dirty bitmaps alone need not happen; of RAM it is not served here.
+    // What is advised need not happen; what begins postcopy is refused by name.
     let advise = unhex("08 0003 0000");
     let (result, _) = load(&[before, &open, &advise, ram, &end].concat(), true);
     result.unwrap();
@@ -497,11 +497,22 @@ fn commands_that_want_a_return_path() {
         "{result:?}"
     );
     let advise = unhex("08 0003 0010 00000000 00001000 00000000 00001000");
-    let (result, _) = load(&[before, &advise].concat(), true);
-    assert!(
-        matches!(result, Err(TargetError::Unsupported { offset: 24, .. })),
-        "{result:?}"
+    let (result, _) = load(&[before, &open, &advise, ram, &end].concat(), true);
+    result.unwrap();
+    let package = unhex("08 0007 0004 00000020");
+    let (result, answer) = load(
+        &[
+            before, &open, &advise, ram, RAM_LIST, EOS, FOOTER_1, &package,
+        ]
+        .concat(),
+        true,
     );
+    let error = result.unwrap_err().to_string();
+    assert!(
+        error.contains("Packaged") && error.contains("migrate-start-postcopy"),
+        "{error}"
+    );
+    assert_eq!(answer, unhex("0001 0004 00000001"));
     // Twice is not wrong, and answers go out once.
     let (result, answer) = load(&[before, &open, &open, &ping, ram, &end].concat(), true);
     result.unwrap();

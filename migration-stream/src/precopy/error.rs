@@ -98,9 +98,13 @@ pub enum TargetError {
         /// Where in the stream.
         offset: u64,
     },
-    /// A command that this target does not serve.
-    #[error("command {command:?} at offset {offset:#x} is not supported here")]
-    Unsupported {
+    /// The source goes over to postcopy.
+    #[error(
+        "the source goes over to postcopy (command {command:?} at offset {offset:#x}), and this side \
+         takes precopy only: do not start postcopy there (migrate-start-postcopy), or switch its \
+         capabilities postcopy-ram and dirty-bitmaps off"
+    )]
+    Postcopy {
         /// The command.
         command: CommandNumber,
         /// Where in the stream.
@@ -150,6 +154,36 @@ pub enum TargetError {
         /// The limit, bytes.
         max: usize,
     },
+    /// A section other than a device's stands before RAM.
+    #[error(
+        "section '{idstr}' at offset {offset:#x} stands before ram and has several parts, whose ends \
+         only its device knows"
+    )]
+    BeforeRam {
+        /// Its idstr.
+        idstr: String,
+        /// Where in the stream.
+        offset: u64,
+    },
+    /// The end of a device section before RAM was not found.
+    #[error(
+        "the end of device section '{idstr}' instance {instance} at offset {offset:#x}, which stands \
+         before ram, was not found within {searched} bytes: only the description at the end of the \
+         stream says how long it is"
+    )]
+    EarlyEnd {
+        /// Its idstr.
+        idstr: String,
+        /// Its instance id.
+        instance: u32,
+        /// Where its body begins.
+        offset: u64,
+        /// How far it was looked for, bytes.
+        searched: usize,
+    },
+    /// A device section before RAM is not as long as it seemed.
+    #[error(transparent)]
+    Early(#[from] crate::early::EarlyError),
     /// Device sections taken as they are do not end, or not as their description says.
     #[error("device sections")]
     Tail(#[from] crate::opaque_tail::TailError),

@@ -13,6 +13,7 @@ pub use record::{
     PageAddress, Record, RecordDecoder, RecordEncoder, encode_end_of_section, encode_multifd_flush,
 };
 pub(crate) use setup::find_announced;
+pub(crate) use setup::is_setup_total;
 pub(crate) use setup::put_total;
 pub use setup::{SetupDecoder, SetupEntry, SetupFields, check_announced, encode_setup_list};
 pub use transport::{InStream, NoMultifd, ZeroPageDetection};

@@ -51,6 +51,11 @@ pub fn encode_setup_list(blocks: &RamBlockTable, out: &mut impl BufMut) {
     }
 }
 
+/// Whether this is the size record of a block list, and a size that memory can have.
+pub(crate) const fn is_setup_total(word: u64) -> bool {
+    word & FLAGS == FLAG_MEM_SIZE && word & !FLAGS != 0
+}
+
 /// Appends what goes before the entries.
 pub(crate) fn put_total(blocks: &RamBlockTable, out: &mut impl BufMut) {
     // Every length is a multiple of the page size, so that the flag's bit is free.

@@ -78,7 +78,13 @@ fn parsing_a_device_is_linear_in_its_length_however_it_arrives() {
         .end(&[("thing", LEN)]);
     for piece in [100, 1400, 64 << 10] {
         let mut vm = Fixed::new(LEN);
-        load(Pieces::new(script.clone(), piece), LEN + 1000, &ram, &mut vm).unwrap();
+        load(
+            Pieces::new(script.clone(), piece),
+            LEN + 1000,
+            &ram,
+            &mut vm,
+        )
+        .unwrap();
         // Once, and before that half, a quarter and so on.
         assert!(vm.shown <= 3 * LEN, "{} bytes shown by {piece}", vm.shown);
         assert!(vm.looks <= 24, "{} looks by {piece}", vm.looks);

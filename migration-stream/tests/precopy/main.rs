@@ -6,6 +6,7 @@ mod bodies;
 #[path = "../common/mod.rs"]
 mod common;
 mod differences;
+mod early;
 mod failure;
 mod limits;
 mod rig;

@@ -1,6 +1,7 @@
 //! The main channel in both directions: the stream, and the answers to it.
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 use std::{fmt, io};
 
 use bytes::BytesMut;
@@ -15,6 +16,9 @@ use crate::precopy::switchover_ack::SwitchoverAcks;
 use crate::return_path::ReturnPathMessage;
 use crate::{DecodeError, StreamReader};
 
+/// A pause that does not end.
+const A_YEAR: Duration = Duration::from_secs(365 * 24 * 3600);
+
 /// The two directions of the main channel.
 pub(super) struct Link {
     pub(super) reader: StreamReader,
@@ -23,6 +27,8 @@ pub(super) struct Link {
     pub(super) open: bool,
     /// The devices that acknowledge the switch-over, and for how many of them it was done.
     pub(super) acks: Option<(Arc<SwitchoverAcks>, u32)>,
+    /// How long the source may say nothing between two items, if not as long as within one.
+    pub(super) idle: Option<Duration>,
     /// What the source has said of postcopy, which never begins here.
     pub(super) postcopy: PostcopyOrder,
 }
@@ -71,10 +77,25 @@ impl Link {
             let consumed = r.consumed();
             self.reader.consume(consumed);
             match step {
-                Step::NeedMore { .. } => self.fill(MAX_ITEM_LEN)?,
+                Step::NeedMore { .. } => self.fill_item()?,
                 Step::Item(item) => return Ok((item, offset)),
             }
         }
+    }
+
+    /// Reads more of an item. If nothing of it is there, the source may stand between two items for a
+    /// reason.
+    fn fill_item(&mut self) -> Result<(), TargetError> {
+        let idle = self.idle.filter(|_| self.reader.buffered().is_empty());
+        let Some(idle) = idle else {
+            return self.fill(MAX_ITEM_LEN);
+        };
+        let now = Instant::now();
+        let deadline = now.checked_add(idle).or_else(|| now.checked_add(A_YEAR));
+        self.reader.set_deadline(deadline);
+        let filled = self.fill(MAX_ITEM_LEN);
+        self.reader.set_deadline(None);
+        filled
     }
 
     /// Sends the acknowledgements that are due.
@@ -102,12 +123,18 @@ impl Link {
             }),
             // The guest stands still at the source: nothing to do for those who load at the end.
             Command::SwitchoverStart => Ok(()),
-            // A source with `dirty-bitmaps` may go over to postcopy, and need not.
-            Command::PostcopyAdvise(None) => Ok(self
+            // A source with `postcopy-ram` or `dirty-bitmaps` may go over to postcopy, and need not:
+            // until it does the stream is that of a precopy migration.
+            Command::PostcopyAdvise(_) => Ok(self
                 .postcopy
                 .command(command)
                 .map_err(|e| DecodeError::new(offset, e))?),
-            _ => Err(TargetError::Unsupported {
+            Command::PostcopyRamDiscard(_)
+            | Command::PostcopyListen
+            | Command::PostcopyRun
+            | Command::PostcopyResume
+            | Command::RecvBitmap(_)
+            | Command::Packaged { .. } => Err(TargetError::Postcopy {
                 command: command.number(),
                 offset,
             }),

@@ -77,6 +77,7 @@ impl Loaded {
             return_path: None,
             open: false,
             acks: None,
+            idle: None,
             postcopy: self.link.postcopy,
             reader: self.link.reader,
         };

@@ -14,6 +14,7 @@ mod sections;
 mod vm;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 pub use self::checkpoints::CheckpointReceiver;
 pub use self::complete::CheckpointComplete;
@@ -28,12 +29,13 @@ use super::switchover_ack::SwitchoverAcks;
 use crate::configuration::Configuration;
 use crate::decoder::{DecoderConfig, Item, RamItem, StreamDecoder};
 use crate::dirty_bitmap::{BitmapSections, DIRTY_BITMAP_IDSTR};
+use crate::early::EarlySections;
 use crate::io::ByteSink;
 use crate::mapped_ram::MappedArea;
 use crate::opaque_tail::{Tail, TailLimits};
 use crate::postcopy::PostcopyOrder;
 use crate::ram::{BlockId, RAM_IDSTR, RamBlockTable};
-use crate::section::SectionId;
+use crate::section::{Announcement, SectionHeader, SectionId};
 use crate::{PageBarrier, PageStore, StreamReader};
 
 /// What a target expects and bounds.
@@ -55,6 +57,8 @@ pub struct Target {
     bitmap_section: Option<SectionId>,
     bitmaps: BitmapSections,
     keeps_bitmaps: bool,
+    /// Device sections that came before RAM and that nobody has read yet.
+    early: EarlySections,
     /// Areas of a file that were announced before there was memory for them.
     mapped: Vec<(BlockId, MappedArea)>,
     link: Link,
@@ -75,7 +79,8 @@ impl Target {
     }
 
     /// A target that does not know the source's memory beforehand: reads the stream as far as the
-    /// list of its blocks, and returns that. The store that [`Target::load`] is given has to have
+    /// list of its blocks, and returns that. Device sections before it are kept
+    /// ([`Target::early_sections`]). The store that [`Target::load`] is given has to have
     /// these blocks in this order. How much memory they may take up is the caller's to judge: only
     /// their number is bounded.
     ///
@@ -110,13 +115,15 @@ impl Target {
             bitmap_section: None,
             bitmaps: BitmapSections::new(),
             keeps_bitmaps: false,
+            early: EarlySections::new(),
             mapped: Vec::new(),
             link: Link {
                 reader,
                 return_path,
                 open: false,
                 acks: None,
-                postcopy: PostcopyOrder::new(None),
+                idle: None,
+                postcopy: PostcopyOrder::of_any_source(),
             },
             received: Received::default(),
         }
@@ -132,6 +139,23 @@ impl Target {
     #[must_use]
     pub const fn has_return_path(&self) -> bool {
         self.link.open
+    }
+
+    /// The device sections that came before RAM, as [`Target::from_announcement`] has found them. That
+    /// their ends are right is known when [`Target::load_opaque`] returns.
+    #[must_use]
+    pub const fn early_sections(&self) -> &EarlySections {
+        &self.early
+    }
+
+    /// Lets the source say nothing for `limit` between two items of the main stream, in place of the
+    /// channel's own limit. A source that pauses before the switch-over (the capability
+    /// `pause-before-switchover`) says nothing there until its operator lets it go on. Within an item
+    /// the channel's limit holds.
+    #[must_use]
+    pub const fn allowing_pauses_of(mut self, limit: Duration) -> Self {
+        self.link.idle = Some(limit);
+        self
     }
 
     /// Synchronises multifd channels as [`DecoderConfig::flush_each_section`] says. For those who
@@ -169,8 +193,11 @@ impl Target {
         vm: &mut dyn TargetVm,
     ) -> Result<Loaded, TargetError> {
         let mut devices = Devices::Known(vm);
-        self.finish(|target| target.run(&mut Pages { store, barrier }, &mut devices))
-            .map(|(loaded, _)| loaded)
+        self.finish(|target| {
+            target.load_early(&mut devices)?;
+            target.run(&mut Pages { store, barrier }, &mut devices)
+        })
+        .map(|(loaded, _)| loaded)
     }
 
     /// Loads the stream to its end: pages into `store`, while device sections, which nobody here
@@ -188,10 +215,12 @@ impl Target {
             let mut devices = Devices::Opaque(limits);
             let tail = target.run(&mut Pages { store, barrier }, &mut devices)?;
             let offset = target.link.reader.offset();
-            tail.ok_or(TargetError::Missing {
+            let tail = tail.ok_or(TargetError::Missing {
                 what: "device sections",
                 offset,
-            })
+            })?;
+            target.early.check(tail.description())?;
+            Ok(tail)
         })
     }
 
@@ -248,13 +277,52 @@ impl Target {
                     self.mapped.push((block, area));
                 }
                 Item::Ram(RamItem::BlockList(blocks)) => return Ok(blocks),
-                Item::Section(_) | Item::Eof | Item::VmDescription { .. } => {
-                    let what = "the blocks of ram before anything else";
+                Item::Section(header) => self.early(header, offset)?,
+                Item::Eof | Item::VmDescription { .. } => {
+                    let what = "the blocks of ram";
                     return Err(TargetError::Missing { what, offset });
                 }
                 Item::Header | Item::Footer(_) | Item::Continuation { .. } | Item::Ram(_) => {}
             }
         }
+    }
+
+    /// A section before RAM, that begins at `offset` and that nobody here knows.
+    fn early(&mut self, header: SectionHeader, offset: u64) -> Result<(), TargetError> {
+        let is_device = header.kind == Announcement::Full && self.config.decoder.footers;
+        if !is_device || header.idstr.as_str() == DIRTY_BITMAP_IDSTR {
+            let idstr = header.idstr.as_str().into();
+            return Err(TargetError::BeforeRam { idstr, offset });
+        }
+        let limit = self.config.max_devices;
+        self.link.early(header, &mut self.early, limit)
+    }
+
+    /// Shows the VMM what came before RAM while nobody knew the devices.
+    fn load_early(&mut self, devices: &mut Devices<'_>) -> Result<(), TargetError> {
+        let Devices::Known(vm) = devices else {
+            return Ok(());
+        };
+        for section in std::mem::take(&mut self.early).sections() {
+            let loaded = vm.load_device(&section.header, section.body);
+            let source = match loaded {
+                Ok(Body::Complete(len)) if len == section.body.len() => continue,
+                Ok(Body::Complete(len)) => {
+                    format!("took {len} bytes of {}", section.body.len()).into()
+                }
+                Ok(Body::NeedMore) => {
+                    format!("wants more than the {} bytes it has", section.body.len()).into()
+                }
+                Err(source) => source,
+            };
+            return Err(TargetError::Device {
+                idstr: section.header.idstr.as_str().into(),
+                instance: section.header.instance.0,
+                offset: self.link.reader.offset(),
+                source,
+            });
+        }
+        Ok(())
     }
 
     /// Returns the tail if the devices were taken opaque.
@@ -288,8 +356,12 @@ impl Target {
                             self.link.bitmaps(devices, &mut self.bitmaps, None)?;
                         }
                         Devices::Known(vm) => self.link.device(*vm, &header, limit)?,
+                        Devices::Opaque(_) if self.ram_section.is_none() => {
+                            self.early(header, offset)?;
+                        }
                         Devices::Opaque(limits) => {
-                            tail = Some(self.link.tail(&header, *limits)?);
+                            let early = self.early.len();
+                            tail = Some(self.link.tail(&header, *limits, early)?);
                             break;
                         }
                     }

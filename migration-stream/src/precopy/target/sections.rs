@@ -1,5 +1,6 @@
 //! The bodies of sections that are not RAM: devices, dirty bitmaps, and a tail that nobody knows.
 
+use std::io;
 use std::time::Duration;
 
 use super::link::Link;
@@ -8,6 +9,7 @@ use crate::DecodeError;
 use crate::codec::Reader;
 use crate::decoder::MAX_ITEM_LEN;
 use crate::dirty_bitmap::{BitmapSections, DIRTY_BITMAP_IDSTR, DIRTY_BITMAP_VERSION};
+use crate::early::{EarlySections, find_end};
 use crate::opaque_tail::{Fed, OpaqueTail, Tail, TailLimits};
 use crate::precopy::{BoxError, TargetError};
 use crate::section::{Continuation, InstanceId, SectionError, SectionHeader};
@@ -124,13 +126,56 @@ impl Link {
         }
     }
 
-    /// Device sections, EOF and description, beginning with the body of `header`.
+    /// The body of a device section before RAM that nobody knows; `limit` is for all of them
+    /// together.
+    pub(super) fn early(
+        &mut self,
+        header: SectionHeader,
+        early: &mut EarlySections,
+        limit: usize,
+    ) -> Result<(), TargetError> {
+        let offset = self.reader.offset();
+        let limit = limit.saturating_sub(early.body_bytes());
+        let mut searched = 0;
+        let len = loop {
+            match find_end(self.reader.buffered(), header.id, searched) {
+                Ok(len) if len <= limit => break Some(len),
+                Ok(_) => break None,
+                Err(from) => searched = from,
+            }
+            if searched > limit {
+                break None;
+            }
+            // Behind the body stand its footer and the head of another section.
+            match self.reader.fill(limit.saturating_add(MAX_ITEM_LEN)) {
+                Ok(()) => {}
+                Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => break None,
+                Err(e) => return Err(self.broken(e)),
+            }
+        };
+        let Some(body) = len.and_then(|len| self.reader.buffered().get(..len)) else {
+            return Err(TargetError::EarlyEnd {
+                idstr: header.idstr.as_str().into(),
+                instance: header.instance.0,
+                offset,
+                searched: searched.min(limit),
+            });
+        };
+        let body = body.to_vec();
+        self.reader.consume(body.len());
+        early.push(header, body);
+        Ok(())
+    }
+
+    /// Device sections, EOF and description, beginning with the body of `header`, behind `early`
+    /// sections before RAM.
     pub(super) fn tail(
         &mut self,
         header: &SectionHeader,
         limits: TailLimits,
+        early: usize,
     ) -> Result<Tail, TargetError> {
-        let mut tail = OpaqueTail::beginning_with(header, limits);
+        let mut tail = OpaqueTail::beginning_with(header, limits).after_early(early);
         loop {
             match tail.feed(self.reader.buffered())? {
                 Fed::Complete { consumed, tail } => {
