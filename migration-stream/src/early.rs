@@ -128,6 +128,34 @@ impl EarlySections {
         Ok(())
     }
 
+    /// The sections of the same source at a later moment, at the front of a COLO checkpoint's device
+    /// state, and what stands behind them. They are as long as they were.
+    ///
+    /// # Errors
+    /// [`EarlyError`]: the device state begins with something else.
+    pub fn followed_by<'a>(&self, state: &'a [u8]) -> Result<(Self, &'a [u8]), EarlyError> {
+        let mut r = Reader::new(state, 0);
+        let mut early = Self::new();
+        for (before, body) in &self.sections {
+            let at = r.clone();
+            let found = r.u8()?;
+            if found != SectionType::Full.byte() {
+                return Err(at.error(SectionError::UnexpectedType { found }).into());
+            }
+            let header = SectionHeader::decode(Announcement::Full, &mut r)?;
+            if (&header.idstr, header.instance) != (&before.idstr, before.instance) {
+                return Err(EarlyError::Missing {
+                    idstr: before.idstr.clone(),
+                    instance: before.instance,
+                });
+            }
+            let body = r.take(body.len())?.to_vec();
+            decode_footer(header.id, &mut r)?;
+            early.push(header, body);
+        }
+        Ok((early, r.rest()))
+    }
+
     pub(crate) fn push(&mut self, header: SectionHeader, body: Vec<u8>) {
         self.body_bytes = self.body_bytes.saturating_add(body.len());
         self.sections.push((header, body));
@@ -225,6 +253,14 @@ pub enum EarlyError {
         taken: usize,
         /// Length of the body by the description, if it has the section in this place, bytes.
         described: Option<u64>,
+    },
+    /// A checkpoint's device state has another section in the place of one.
+    #[error("no device section '{idstr}' instance {instance} at the front of the device state")]
+    Missing {
+        /// The device.
+        idstr: IdStr,
+        /// Which one of that idstr.
+        instance: InstanceId,
     },
     /// The sections are more than the description names.
     #[error("{len} bytes behind the device sections that stand before ram are not described")]
@@ -336,5 +372,15 @@ mod tests {
             assert!(EarlySections::decode(wrong, &description(44, "thing")).is_err());
         }
         assert!(EarlySections::decode(&bytes, &description(u64::MAX, "thing")).is_err());
+
+        let mut later = bytes.clone();
+        later[20] ^= 1;
+        later.extend_from_slice(b"\x04the rest");
+        let (next, rest) = early.followed_by(&later).unwrap();
+        assert_eq!(rest, b"\x04the rest");
+        assert_eq!(next.len(), 1);
+        for wrong in [&later[1..], &later[..30]] {
+            assert!(early.followed_by(wrong).is_err());
+        }
     }
 }

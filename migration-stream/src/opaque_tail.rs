@@ -141,6 +141,7 @@ impl OpaqueTail {
                             sections,
                             json: start,
                             description,
+                            early: self.early,
                         },
                     });
                 }
@@ -232,6 +233,8 @@ pub struct Tail {
     /// Where the description's text begins.
     json: usize,
     description: VmDescription,
+    /// How many sections, which came before RAM, the description names before those of the tail.
+    early: usize,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -246,6 +249,18 @@ impl Tail {
     /// # Errors
     /// It is none, or not all of it is.
     pub fn decode(bytes: &[u8], limits: TailLimits) -> Result<Self, TailError> {
+        Self::decode_after_early(bytes, 0, limits)
+    }
+
+    /// As [`Tail::decode`], of a tail whose description names `early` sections before its own.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn decode_after_early(
+        bytes: &[u8],
+        early: usize,
+        limits: TailLimits,
+    ) -> Result<Self, TailError> {
         let mut r = Reader::new(bytes, 0);
         let at = r.clone();
         let found = r.u8()?;
@@ -253,7 +268,7 @@ impl Tail {
             return Err(at.error(SectionError::UnexpectedType { found }).into());
         }
         let header = SectionHeader::decode(Announcement::Full, &mut r)?;
-        let mut tail = OpaqueTail::beginning_with(&header, limits);
+        let mut tail = OpaqueTail::beginning_with(&header, limits).after_early(early);
         match tail.feed(r.rest())? {
             Fed::Complete { consumed, tail } if consumed == r.rest().len() => Ok(tail),
             Fed::Complete { consumed, .. } => Err(TailError::NotDescribed {
@@ -317,7 +332,9 @@ impl Tail {
             let text = self.description_text().to_owned();
             (self.description.clone(), text)
         } else {
-            plain_description(self.description.page_size, &sections)
+            let early = self.description.devices.get(..self.early);
+            let early = early.unwrap_or_default();
+            plain_description(self.description.page_size, early, &sections)
         };
         let mut bytes = blob.to_vec();
         bytes.put_u8(SectionType::VmDescription.byte());
@@ -330,6 +347,7 @@ impl Tail {
             sections,
             json,
             description,
+            early: self.early,
         })
     }
 
@@ -491,30 +509,30 @@ fn any_header_at(bytes: &[u8], pos: usize) -> Result<(SectionHeader, usize), Dec
 
 /// A description that says of each section no more than its length, as QEMU describes handlers that
 /// have no fields.
-fn plain_description(page_size: u64, sections: &[RawSection]) -> (VmDescription, String) {
-    let devices = sections.iter().map(|section| {
-        let (header, len) = (&section.header, section.body.len());
-        serde_json::json!({
-            "name": header.idstr.as_str(),
-            "instance_id": header.instance.0,
-            "version": header.version,
-            "size": len,
-            "fields": [{"name": "data", "size": len, "type": "buffer"}],
-        })
-    });
-    let devices: Vec<_> = devices.collect();
-    let text = serde_json::json!({"page_size": page_size, "devices": devices}).to_string();
-    let devices = sections.iter().map(|section| DeviceDescription {
+fn plain_description(
+    page_size: u64,
+    early: &[DeviceDescription],
+    sections: &[RawSection],
+) -> (VmDescription, String) {
+    let sections = sections.iter().map(|section| DeviceDescription {
         idstr: section.header.idstr.clone(),
         instance: section.header.instance,
         version: Some(section.header.version),
         body_len: section.body.len() as u64,
     });
-    let description = VmDescription {
-        page_size,
-        devices: devices.collect(),
-    };
-    (description, text)
+    let devices: Vec<_> = early.iter().cloned().chain(sections).collect();
+    let json = devices.iter().map(|device| {
+        serde_json::json!({
+            "name": device.idstr.as_str(),
+            "instance_id": device.instance.0,
+            "version": device.version,
+            "size": device.body_len,
+            "fields": [{"name": "data", "size": device.body_len, "type": "buffer"}],
+        })
+    });
+    let json: Vec<_> = json.collect();
+    let text = serde_json::json!({"page_size": page_size, "devices": json}).to_string();
+    (VmDescription { page_size, devices }, text)
 }
 
 /// Whether the body of section `id` can end at `end`: with its footer, and behind that the next

@@ -21,8 +21,10 @@ pub fn read(address: &str) -> Result<Guest> {
         machine_version: None,
         uuid: [0; 16],
         max_memory: 1 << 30,
+        max_device_state: 64 << 20,
         without_return_path: true,
         timeout: PATIENCE,
+        pause_timeout: PATIENCE,
     })?;
     Ok(incoming.receive(&Arc::default())?.guest)
 }

@@ -428,8 +428,10 @@ fn relayed(qemu: &Binary) -> Result<()> {
         machine_version,
         uuid: [0; 16],
         max_memory: 1 << 30,
+        max_device_state: 64 << 20,
         without_return_path: false,
         timeout: PATIENCE,
+        pause_timeout: PATIENCE,
     })?;
     let uri = incoming.address().ok_or("no address")?.to_string();
     let relay = Relay {

@@ -319,8 +319,10 @@ fn incoming_config(qemu: &Binary, from: &str, by: Transport) -> Result<IncomingC
         machine_version: machine_version(qemu),
         uuid: [0; 16],
         max_memory: 1 << 30,
+        max_device_state: 64 << 20,
         without_return_path: false,
         timeout: PATIENCE,
+        pause_timeout: PATIENCE,
     })
 }
 

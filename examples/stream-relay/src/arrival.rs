@@ -4,6 +4,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use migration_stream::configuration::Configuration;
+use migration_stream::early::EarlySections;
 use migration_stream::ram::BlockId;
 use migration_stream::{DirtyLog, MemoryError};
 
@@ -20,6 +21,8 @@ pub struct Arrival {
     pub memory: Arc<Memory>,
     /// Its configuration.
     pub configuration: Configuration,
+    /// Devices whose state goes before memory.
+    pub early: EarlySections,
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -35,10 +38,11 @@ enum State {
 impl Arrival {
     /// A guest of which nothing has landed yet.
     #[must_use]
-    pub fn new(memory: Arc<Memory>, configuration: Configuration) -> Self {
+    pub fn new(memory: Arc<Memory>, configuration: Configuration, early: EarlySections) -> Self {
         Self {
             memory,
             configuration,
+            early,
             state: Mutex::new(State::Coming),
             changed: Condvar::new(),
         }
@@ -158,7 +162,8 @@ mod tests {
         ]);
         let memory = Memory::new(blocks.unwrap(), u64::MAX, Arc::default()).unwrap();
         let configuration = Configuration::new(MachineName::new("microvm").unwrap());
-        Arc::new(Arrival::new(Arc::new(memory), configuration))
+        let early = EarlySections::new();
+        Arc::new(Arrival::new(Arc::new(memory), configuration, early))
     }
 
     fn synced(log: &mut LandedLog) -> Vec<(usize, u64, u64)> {

@@ -106,6 +106,10 @@ pub struct Cli {
     /// How much memory the guest may have, MiB [default: what this machine has].
     #[arg(long, value_name = "MIB")]
     max_memory: Option<u64>,
+    /// How much device state the guest may have, MiB: the graphics memory of a virtio-gpu is part of
+    /// it.
+    #[arg(long, value_name = "MIB", default_value_t = 512)]
+    max_device_state: usize,
     /// Take a guest from a source without return path, which does not wait to hear that the guest
     /// is safe: if anything fails afterwards, the guest is lost.
     #[arg(long)]
@@ -113,6 +117,10 @@ pub struct Cli {
     /// How long the other side may be silent, seconds.
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     timeout: u64,
+    /// How long the source may say nothing between two parts of its stream, seconds: an operator may
+    /// let its guest stand still there (pause-before-switchover).
+    #[arg(long, value_name = "SECONDS", default_value_t = 600)]
+    pause_timeout: u64,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -237,12 +245,16 @@ impl Cli {
         let max_memory = self
             .max_memory
             .map_or_else(memory_of_this_machine, |mib| mib.saturating_mul(1 << 20));
+        let max_device_state = self.max_device_state.saturating_mul(1 << 20);
         let channels = |count: Option<ChannelCount>, compression| {
             count.map(|count| Channels { count, compression })
         };
         let out_compression = self.out_compression.at(self.out_level)?;
         let from = match self.incoming {
-            None => Origin::Store { max_memory },
+            None => Origin::Store {
+                max_memory,
+                max_device_state,
+            },
             Some(from) => Origin::Source(Box::new(Incoming::open(IncomingConfig {
                 from,
                 channels: channels(self.in_multifd, self.in_compression.at(Level::Fixed(1))?),
@@ -254,8 +266,10 @@ impl Cli {
                 machine_version: self.machine_version,
                 uuid,
                 max_memory,
+                max_device_state,
                 without_return_path: self.without_return_path,
                 timeout,
+                pause_timeout: Duration::from_secs(self.pause_timeout).max(timeout),
             })?)),
         };
         let to = self.outgoing.map(|to| OutgoingConfig {

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use migration_stream::configuration::Configuration;
 use migration_stream::dirty_bitmap::BitmapSections;
+use migration_stream::early::EarlySections;
 use migration_stream::opaque_tail::Tail;
 use migration_stream::section::SectionId;
 
@@ -17,7 +18,9 @@ pub struct Guest {
     pub memory: Arc<Memory>,
     /// The source's configuration section.
     pub configuration: Configuration,
-    /// Its devices, as they came.
+    /// Devices whose state goes before memory, as they came.
+    pub early: EarlySections,
+    /// Its other devices, as they came.
     pub devices: Devices,
 }
 

@@ -8,9 +8,10 @@ use std::{fmt, io};
 
 use migration_stream::configuration::Configuration;
 use migration_stream::decoder::{ConfigurationRule, DecoderConfig};
+use migration_stream::early::EarlySections;
 use migration_stream::io::{FdChannel, PositionedFile, open_direct};
 use migration_stream::mapped_ram::FileReader;
-use migration_stream::opaque_tail::TailLimits;
+use migration_stream::opaque_tail::{TailError, TailLimits};
 use migration_stream::precopy::{Loaded, Target, TargetConfig, TargetError};
 use migration_stream::ram::NoMultifd;
 use migration_stream::{PageBarrier, StreamReader, TransportError};
@@ -42,10 +43,16 @@ pub struct IncomingConfig {
     pub uuid: [u8; 16],
     /// How much memory the guest may have, bytes.
     pub max_memory: u64,
+    /// How much device state it may have, bytes: before memory, and behind it together with its
+    /// description and with dirty bitmaps.
+    pub max_device_state: usize,
     /// Takes a guest from a source that does not wait to hear that it was taken.
     pub without_return_path: bool,
     /// How long a read or write may wait for the source.
     pub timeout: Duration,
+    /// How long the source may say nothing between two items of its stream, where its guest may
+    /// stand still because its operator wants it to (`pause-before-switchover`).
+    pub pause_timeout: Duration,
 }
 
 /// A relay that waits for a guest.
@@ -219,6 +226,8 @@ pub struct Announced {
     pages: Pages,
     line: Option<FdChannel>,
     begun: Instant,
+    max_device_state: usize,
+    pause_timeout: Duration,
 }
 
 /// Ends a source's connection from another thread.
@@ -235,6 +244,12 @@ impl Breaker {
 }
 
 impl Announced {
+    /// Devices whose state came before memory.
+    #[must_use]
+    pub const fn early(&self) -> &EarlySections {
+        self.target.early_sections()
+    }
+
     /// Something that ends the connection.
     #[must_use]
     pub fn breaker(&self) -> Breaker {
@@ -247,11 +262,15 @@ impl Announced {
     /// [`IncomingError`]. The guest runs on at its source then.
     pub fn receive(self, progress: &Arc<Progress>) -> Result<Received, IncomingError> {
         let waits = self.target.has_return_path();
-        let (loaded, devices) = self.pages.load(self.target, &self.memory, progress)?;
+        let early = self.target.early_sections().clone();
+        let target = self.target.allowing_pauses_of(self.pause_timeout);
+        let limits = limits(self.max_device_state);
+        let (loaded, devices) = self.pages.load(target, &self.memory, limits, progress)?;
         Ok(Received {
             guest: Guest {
                 memory: self.memory,
                 configuration: self.configuration,
+                early,
                 devices,
             },
             figures: progress.incoming.figures(self.begun.elapsed()),
@@ -259,6 +278,14 @@ impl Announced {
             waits,
             has_left: self.line.is_some() && !waits,
         })
+    }
+}
+
+/// A tail of at most `len` bytes.
+pub(crate) fn limits(len: usize) -> TailLimits {
+    TailLimits {
+        len,
+        ..TailLimits::default()
     }
 }
 
@@ -287,7 +314,7 @@ impl IncomingConfig {
                 xbzrle: self.xbzrle,
                 ..DecoderConfig::new(ConfigurationRule::Any)
             },
-            max_devices: TailLimits::default().len,
+            max_devices: self.max_device_state,
         };
         let return_path = line.as_ref().map(|line| Box::new(line.share()) as _);
         let (mut target, blocks) = Target::from_announcement(target_config, reader, return_path)?;
@@ -312,6 +339,8 @@ impl IncomingConfig {
             pages,
             line,
             begun,
+            max_device_state: self.max_device_state,
+            pause_timeout: self.pause_timeout,
         })
     }
 }
@@ -343,14 +372,12 @@ impl Pages {
         self,
         target: Target,
         memory: &Arc<Memory>,
+        limits: TailLimits,
         progress: &Arc<Progress>,
     ) -> Result<(Loaded, Devices), IncomingError> {
         let load = |barrier: &mut dyn PageBarrier| {
-            let (loaded, tail) = target.keeping_dirty_bitmaps().load_opaque(
-                memory,
-                barrier,
-                TailLimits::default(),
-            )?;
+            let target = target.keeping_dirty_bitmaps();
+            let (loaded, tail) = target.load_opaque(memory, barrier, limits)?;
             let bitmaps = loaded.dirty_bitmaps().clone();
             Ok::<_, TargetError>((loaded, Devices { tail, bitmaps }))
         };
@@ -446,7 +473,18 @@ pub enum IncomingError {
     ChannelsOfFile,
     /// The stream is not sound, or broke.
     #[error("the incoming stream")]
-    Stream(#[from] TargetError),
+    Stream(#[source] TargetError),
+    /// The guest has more device state than is taken.
+    #[error(
+        "the guest has more device state than the {max} bytes that are taken: a larger \
+         --max-device-state takes it"
+    )]
+    DeviceState {
+        /// The limit, bytes.
+        max: usize,
+        /// Where it was exceeded.
+        source: TargetError,
+    },
     /// Multifd's channels.
     #[error("the incoming channels")]
     Channels(#[source] TransportError),
@@ -468,4 +506,14 @@ pub enum IncomingError {
          safe (its capability return-path)"
     )]
     NoReturnPath,
+}
+
+impl From<TargetError> for IncomingError {
+    fn from(source: TargetError) -> Self {
+        match source {
+            TargetError::Tail(TailError::TooLong { max, .. })
+            | TargetError::DeviceTooLong { max, .. } => Self::DeviceState { max, source },
+            source => Self::Stream(source),
+        }
+    }
 }

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use migration_stream::configuration::{Configuration, MAPPED_RAM};
+use migration_stream::early::EarlySections;
 use migration_stream::io::{FileChannel, PositionedFile, open_direct};
 use migration_stream::machine::MachineVersion;
 use migration_stream::mapped_ram::FileWriter;
@@ -15,6 +16,7 @@ use migration_stream::precopy::{
     SourceConfig, SourceError, SourceVm,
 };
 use migration_stream::ram::{BlockId, InStream, ZeroPageDetection};
+use migration_stream::section::SectionId;
 use migration_stream::{
     DirtyLog, GuestRam, MemoryError, PageTransport, StreamWriter, TransportError,
 };
@@ -85,6 +87,7 @@ pub fn send(
     let departure = Departure {
         memory: &guest.memory,
         configuration: &guest.configuration,
+        early: &guest.early,
         config,
         progress,
         devices: || Ok(guest.devices.clone()),
@@ -106,6 +109,7 @@ pub fn forward(
     let departure = Departure {
         memory: &guest.memory,
         configuration: &guest.configuration,
+        early: &guest.early,
         config,
         progress,
         devices: || guest.wait(),
@@ -117,6 +121,7 @@ pub fn forward(
 struct Departure<'a, F> {
     memory: &'a Arc<Memory>,
     configuration: &'a Configuration,
+    early: &'a EarlySections,
     config: &'a OutgoingConfig,
     progress: &'a Progress,
     /// Waits until nothing lands any more.
@@ -228,7 +233,8 @@ impl<F: Fn() -> Result<Devices, NotComing>> Departure<'_, F> {
         configuration
             .capabilities
             .retain(|c| c.as_str() != MAPPED_RAM);
-        let source = Source::start(
+        let source = Source::start_after(
+            self.early,
             SourceConfig {
                 configuration: Some(configuration),
                 switchover_start: self.machine_version().sends_switchover_start(),
@@ -313,7 +319,9 @@ impl<F: Fn() -> Result<Devices, NotComing>> SourceVm for Held<'_, F> {
 
     fn save_devices(&mut self, out: &mut Vec<u8>) -> Result<String, BoxError> {
         let devices = self.devices.as_ref().ok_or(NotComing)?;
-        devices.encode(FIRST_DEVICE_SECTION, out);
+        let early = u32::try_from(self.departure.early.len()).unwrap_or(u32::MAX);
+        let first = SectionId(FIRST_DEVICE_SECTION.0.saturating_add(early));
+        devices.encode(first, out);
         Ok(devices.tail.description_text().to_owned())
     }
 

@@ -31,6 +31,8 @@ pub enum Origin {
     Store {
         /// How much memory the guest may have, bytes.
         max_memory: u64,
+        /// How much device state it may have, bytes.
+        max_device_state: usize,
     },
 }
 
@@ -68,8 +70,15 @@ impl Relay {
         let mut report = Report::default();
         let (guest, received) = match (self.from, &self.store) {
             (Origin::Store { .. }, None) => return Err(RelayError::Nothing),
-            (Origin::Store { max_memory }, Some(dir)) => {
-                let guest = store::load(dir, max_memory, progress).map_err(RelayError::Load)?;
+            (
+                Origin::Store {
+                    max_memory,
+                    max_device_state,
+                },
+                Some(dir),
+            ) => {
+                let guest = store::load(dir, max_memory, max_device_state, progress)
+                    .map_err(RelayError::Load)?;
                 (guest, None)
             }
             (Origin::Source(incoming), dir) => {
@@ -117,6 +126,7 @@ fn hand_over(
     let arrival = Arc::new(Arrival::new(
         Arc::clone(&announced.memory),
         announced.configuration.clone(),
+        announced.early().clone(),
     ));
     let (received, sent, was_coming) = thread::scope(|scope| {
         let receiving = scope.spawn(|| {

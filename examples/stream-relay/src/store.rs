@@ -3,6 +3,7 @@
 //! ```text
 //! DIR/manifest.json   machine, blocks, lengths and checksums
 //! DIR/devices         the device sections and their description, as they came
+//! DIR/early           device sections that go before memory, if it has any
 //! DIR/bitmaps         dirty bitmaps of its disks, if it has any
 //! DIR/ram-0 ...       a block each, byte i of it byte i of the file; zero pages are holes
 //! ```
@@ -23,7 +24,8 @@ use migration_stream::configuration::{
     Configuration, ConfigurationError, IGNORE_SHARED, MachineName,
 };
 use migration_stream::dirty_bitmap::BitmapSections;
-use migration_stream::opaque_tail::{Tail, TailError, TailLimits};
+use migration_stream::early::{EarlyError, EarlySections};
+use migration_stream::opaque_tail::{Tail, TailError};
 use migration_stream::ram::{BlockId, RamBlock, RamBlockError, RamBlockTable, zero_check};
 use migration_stream::section::SectionId;
 use migration_stream::{DecodeError, GuestRam, MemoryError, PAGE_SIZE};
@@ -34,12 +36,14 @@ use twox_hash::XxHash64;
 use vm_memory::VolatileSlice;
 
 use crate::guest::{Devices, Guest};
+use crate::incoming::limits;
 use crate::memory::{HoldError, Memory};
 use crate::outgoing::{parent, sync_directory};
 use crate::progress::{Progress, Stage};
 
 const MANIFEST: &str = "manifest.json";
 const DEVICES: &str = "devices";
+const EARLY: &str = "early";
 const BITMAPS: &str = "bitmaps";
 const VERSION: u32 = 1;
 /// A block's name takes 255 bytes, of which each may be escaped in six; there are 1024 at most.
@@ -60,7 +64,17 @@ struct Manifest {
     blocks: Vec<Block>,
     devices: Contents,
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    early: Option<Early>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     bitmaps: Option<Contents>,
+}
+
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Early {
+    /// How many sections there are.
+    sections: usize,
+    contents: Contents,
 }
 
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -133,6 +147,16 @@ pub fn save(guest: &Guest, dir: &Path, progress: &Progress) -> Result<(), StoreE
         })
     };
     let devices = save(DEVICES, devices)?;
+    let mut early = Vec::new();
+    guest.early.encode(SectionId(0), &mut early);
+    let early = (!early.is_empty())
+        .then(|| {
+            save(EARLY, &early).map(|contents| Early {
+                sections: guest.early.len(),
+                contents,
+            })
+        })
+        .transpose()?;
     let mut bitmaps = Vec::new();
     guest
         .devices
@@ -156,6 +180,7 @@ pub fn save(guest: &Guest, dir: &Path, progress: &Progress) -> Result<(), StoreE
             .map(|uuid| format!("{:032x}", u128::from_be_bytes(uuid))),
         blocks,
         devices,
+        early,
         bitmaps,
     };
     let text = serde_json::to_vec_pretty(&manifest).map_err(StoreError::Manifest)?;
@@ -167,11 +192,17 @@ pub fn save(guest: &Guest, dir: &Path, progress: &Progress) -> Result<(), StoreE
     sync_directory(beside).map_err(failed(beside))
 }
 
-/// Reads the guest that was saved in `dir`, if it has no more than `max_memory` bytes of memory.
+/// Reads the guest that was saved in `dir`, if it has no more than `max_memory` bytes of memory and
+/// `max_device_state` bytes of device state.
 ///
 /// # Errors
 /// [`StoreError`]: there is none, or it is not what was saved.
-pub fn load(dir: &Path, max_memory: u64, progress: &Arc<Progress>) -> Result<Guest, StoreError> {
+pub fn load(
+    dir: &Path,
+    max_memory: u64,
+    max_device_state: usize,
+    progress: &Arc<Progress>,
+) -> Result<Guest, StoreError> {
     progress.begin(Stage::Loading);
     let path = dir.join(MANIFEST);
     let (file, length) = open(&path)?;
@@ -201,14 +232,14 @@ pub fn load(dir: &Path, max_memory: u64, progress: &Arc<Progress>) -> Result<Gue
         load_block(&memory, id, &block.contents, &dir.join(ram_name(id)))?;
     }
 
-    let limits = TailLimits::default();
+    let limits = limits(max_device_state);
     let load = |name: &str, contents: &Contents| -> Result<Vec<u8>, StoreError> {
         let path = dir.join(name);
         let (file, length) = open(&path)?;
         contents.check_length(&path, length)?;
         if length > limits.len as u64 {
             let max = limits.len as u64;
-            return Err(StoreError::TooLong { path, length, max });
+            return Err(StoreError::DeviceState { path, length, max });
         }
         let bytes = read_all(&path, &file, length)?;
         contents.check(&path, &checksum_of(&bytes))?;
@@ -218,13 +249,24 @@ pub fn load(dir: &Path, max_memory: u64, progress: &Arc<Progress>) -> Result<Gue
         None => BitmapSections::new(),
         Some(contents) => BitmapSections::decode(&load(BITMAPS, contents)?)?,
     };
+    let sections = manifest.early.as_ref().map_or(0, |early| early.sections);
+    let tail = load(DEVICES, &manifest.devices)?;
+    let tail = Tail::decode_after_early(&tail, sections, limits)?;
+    let early = match &manifest.early {
+        None => EarlySections::new(),
+        Some(early) => EarlySections::decode(&load(EARLY, &early.contents)?, tail.description())?,
+    };
+    if early.len() != sections {
+        return Err(StoreError::Field {
+            field: "early sections",
+            value: sections.to_string(),
+        });
+    }
     Ok(Guest {
         memory: Arc::new(memory),
         configuration,
-        devices: Devices {
-            tail: Tail::decode(&load(DEVICES, &manifest.devices)?, limits)?,
-            bitmaps,
-        },
+        early,
+        devices: Devices { tail, bitmaps },
     })
 }
 
@@ -491,6 +533,20 @@ pub enum StoreError {
         /// The limit.
         max: u64,
     },
+    /// There is more device state than is taken.
+    #[error(
+        "{} has {length} bytes of device state, more than the {max} that are taken: a larger \
+         --max-device-state takes it",
+        .path.display()
+    )]
+    DeviceState {
+        /// Its path.
+        path: PathBuf,
+        /// Its length.
+        length: u64,
+        /// The limit.
+        max: u64,
+    },
     /// A file is not as long as the manifest says.
     #[error("{} has {found} bytes, not {expected}", .path.display())]
     Length {
@@ -543,6 +599,9 @@ pub enum StoreError {
     /// The devices are none.
     #[error("the store's devices")]
     Devices(#[from] TailError),
+    /// The devices before memory are none.
+    #[error("the store's devices that go before memory")]
+    Early(#[from] EarlyError),
     /// The dirty bitmaps are not sound.
     #[error("the dirty bitmaps in the store")]
     Bitmaps(#[from] DecodeError),

@@ -13,6 +13,7 @@ use super::return_path::ReturnPathReader;
 use super::throttle::{Throttle, ThrottleConfig, ThrottleConfigError, Throttling};
 use crate::command::Command;
 use crate::configuration::{Configuration, IGNORE_SHARED};
+use crate::early::EarlySections;
 use crate::io::deadline_after;
 use crate::section::SectionId;
 use crate::{DirtyLog, PAGE_SIZE, PageTransport, StreamWriter, TransportCounters, header, section};
@@ -193,6 +194,30 @@ impl<T: PageTransport, D: DirtyLog> Source<T, D> {
     pub fn start(
         config: SourceConfig,
         limits: Arc<Limits>,
+        out: StreamWriter,
+        return_path: Option<ReturnPathReader>,
+        setup: RamSetup<T, D>,
+    ) -> Result<Self, SourceError> {
+        Self::start_after(
+            &EarlySections::new(),
+            config,
+            limits,
+            out,
+            return_path,
+            setup,
+        )
+    }
+
+    /// As [`Source::start`], with `early` before RAM, numbered from [`FIRST_DEVICE_SECTION`] on. The
+    /// sections that [`SourceVm::save_devices`] appends go on behind these numbers, and the description
+    /// names `early` first.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn start_after(
+        early: &EarlySections,
+        config: SourceConfig,
+        limits: Arc<Limits>,
         mut out: StreamWriter,
         return_path: Option<ReturnPathReader>,
         setup: RamSetup<T, D>,
@@ -214,6 +239,7 @@ impl<T: PageTransport, D: DirtyLog> Source<T, D> {
             Command::OpenReturnPath.encode(&mut bytes);
             Command::Ping(PING).encode(&mut bytes);
         }
+        early.encode(FIRST_DEVICE_SECTION, &mut bytes);
         out.write_bytes(&bytes)?;
         let ram = setup.announce(RAM_SECTION, &mut out)?;
         let round = Round {

@@ -96,6 +96,14 @@ pub struct StandbyArgs {
     /// How much memory each guest may have, MiB [default: what this machine has].
     #[arg(long, value_name = "MIB")]
     max_memory: Option<u64>,
+    /// How much device state each guest may have, MiB: the graphics memory of a virtio-gpu is part of
+    /// it.
+    #[arg(long, value_name = "MIB", default_value_t = 512)]
+    max_device_state: usize,
+    /// How long a primary may say nothing between two parts of its stream before COLO begins, ms: an
+    /// operator may let its guest stand still there (pause-before-switchover).
+    #[arg(long, value_name = "MS", default_value_t = 600_000)]
+    pause_timeout: u64,
     /// The guests' UUID, if they have one and their multifd channels say so.
     #[arg(long)]
     uuid: Option<Uuid>,
@@ -213,8 +221,10 @@ impl StandbyArgs {
             max_memory: self
                 .max_memory
                 .map_or_else(memory_of_this_machine, |mib| mib.saturating_mul(1 << 20)),
+            max_device_state: self.max_device_state.saturating_mul(1 << 20),
             deadlines: deadlines.for_checkpoint_delay(delay),
             io_limit,
+            pause_limit: Duration::from_millis(self.pause_timeout).max(io_limit),
             on_loss: OnPeerLoss::from(self.on_peer_loss),
             restore: RestoreConfig {
                 into,

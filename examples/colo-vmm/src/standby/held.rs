@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use colo_core::{CheckpointReport, ColoExit, Vm, VmError};
 use migration_stream::dirty_bitmap::BitmapSections;
+use migration_stream::early::EarlySections;
 use migration_stream::opaque_tail::Tail;
 use migration_stream::ram::BlockId;
 use migration_stream::{DirtyLog, MemoryError};
@@ -31,9 +32,16 @@ impl HeldVm {
     }
 }
 
+/// The devices of a checkpoint.
+#[derive(Debug)]
+pub(super) struct Next {
+    early: EarlySections,
+    tail: Tail,
+}
+
 impl Vm for HeldVm {
-    type Staged = Tail;
-    type Reset = Tail;
+    type Staged = Next;
+    type Reset = Next;
 
     fn stop(&mut self) -> Result<(), VmError> {
         Ok(())
@@ -51,18 +59,23 @@ impl Vm for HeldVm {
         ))
     }
 
-    fn stage_devices(&mut self, state: &[u8]) -> Result<Tail, VmError> {
-        let next = self.guest.devices.tail.followed_by(state);
-        next.map_err(|e| VmError::new("telling the device sections apart", e))
+    fn stage_devices(&mut self, state: &[u8]) -> Result<Next, VmError> {
+        const WHAT: &str = "telling the device sections apart";
+        let early = self.guest.early.followed_by(state);
+        let (early, state) = early.map_err(|e| VmError::new(WHAT, e))?;
+        let tail = self.guest.devices.tail.followed_by(state);
+        let tail = tail.map_err(|e| VmError::new(WHAT, e))?;
+        Ok(Next { early, tail })
     }
 
-    fn reset_devices(&mut self, staged: Tail) -> Result<Tail, VmError> {
+    fn reset_devices(&mut self, staged: Next) -> Result<Next, VmError> {
         Ok(staged)
     }
 
-    fn install_devices(&mut self, tail: Tail) -> Result<(), VmError> {
+    fn install_devices(&mut self, next: Next) -> Result<(), VmError> {
+        self.guest.early = next.early;
         self.guest.devices = Devices {
-            tail,
+            tail: next.tail,
             bitmaps: BitmapSections::new(),
         };
         Ok(())

@@ -7,7 +7,7 @@ use colo_core::{ColoStore, IncomingPages, StoreError};
 use migration_stream::decoder::{ConfigurationRule, DecoderConfig};
 use migration_stream::dirty_bitmap::BitmapSections;
 use migration_stream::machine::MachineVersion;
-use migration_stream::opaque_tail::TailLimits;
+use migration_stream::opaque_tail::{TailError, TailLimits};
 use migration_stream::precopy::{Loaded, Target, TargetConfig, TargetError};
 use migration_stream::{StreamReader, TransportError};
 use multifd::incoming::Incoming;
@@ -42,7 +42,7 @@ pub(super) fn take(
     } = connected;
     let target_config = TargetConfig {
         decoder: DecoderConfig::new(ConfigurationRule::Any),
-        max_devices: TailLimits::default().len,
+        max_devices: config.max_device_state,
     };
     let reader = StreamReader::new(main.share(), &prefix);
     let return_path = Some(Box::new(main.share()) as _);
@@ -78,11 +78,19 @@ pub(super) fn take(
         }
     };
     let (store, barrier) = pages.parts();
-    let (loaded, tail) = target.load_opaque(store, barrier, TailLimits::default())?;
+    let limits = TailLimits {
+        len: config.max_device_state,
+        ..TailLimits::default()
+    };
+    let early = target.early_sections().clone();
+    let (loaded, tail) = target
+        .allowing_pauses_of(config.pause_limit)
+        .load_opaque(store, barrier, limits)?;
     Ok(Arrived {
         guest: Guest {
             memory: Arc::new(memory),
             configuration,
+            early,
             devices: Devices {
                 tail,
                 bitmaps: BitmapSections::new(),
@@ -112,7 +120,18 @@ pub enum TakeError {
     Accept(#[from] multifd::incoming::IncomingError),
     /// The stream is not sound, or broke.
     #[error("the primary's stream")]
-    Stream(#[from] TargetError),
+    Stream(#[source] TargetError),
+    /// The guest has more device state than is taken.
+    #[error(
+        "the guest has more device state than the {max} bytes that are taken: a larger \
+         --max-device-state takes it"
+    )]
+    DeviceState {
+        /// The limit, bytes.
+        max: usize,
+        /// Where it was exceeded.
+        source: TargetError,
+    },
     /// Multifd's channels.
     #[error("the primary's channels")]
     Channels(#[source] TransportError),
@@ -140,6 +159,16 @@ pub enum TakeError {
     /// Without a return path there is no COLO.
     #[error("the primary has opened no return path, without which there is no COLO")]
     NoReturnPath,
+}
+
+impl From<TargetError> for TakeError {
+    fn from(source: TargetError) -> Self {
+        match source {
+            TargetError::Tail(TailError::TooLong { max, .. })
+            | TargetError::DeviceTooLong { max, .. } => Self::DeviceState { max, source },
+            source => Self::Stream(source),
+        }
+    }
 }
 
 #[cfg(test)]

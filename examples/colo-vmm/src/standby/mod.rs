@@ -81,10 +81,15 @@ pub struct StandbyConfig {
     pub multifd: Option<MultifdConfig>,
     /// How much memory it may have, bytes. The cache takes as much again of what is used.
     pub max_memory: u64,
+    /// How much device state it may have, bytes.
+    pub max_device_state: usize,
     /// How long the primary may be silent.
     pub deadlines: Deadlines,
     /// The same before COLO begins.
     pub io_limit: Duration,
+    /// How long the primary may say nothing between two items of its stream before COLO begins, where
+    /// its operator may let its guest stand still (`pause-before-switchover`).
+    pub pause_limit: Duration,
     /// What to do when the primary is lost.
     pub on_loss: OnPeerLoss,
     /// Into what it is restored.
@@ -365,6 +370,7 @@ impl Standby {
             deadlines: self.config.deadlines,
             // Whether a loss is one is decided when it is known what it is: see `colo_exit`.
             on_loss: OnPeerLoss::Wait,
+            max_device_state: self.config.max_device_state,
             ..DriverConfig::default()
         };
         let outcome = run_secondary(link, &mut parts, &control, config);

@@ -8,6 +8,7 @@ use migration_stream::configuration::{Configuration, MAPPED_RAM, MachineName};
 use migration_stream::dirty_bitmap::{
     self, BitmapFlags, BitmapSections, Chunk, DirtyBitmapEncoder,
 };
+use migration_stream::early::EarlySections;
 use migration_stream::opaque_tail::{Tail, TailLimits};
 use migration_stream::ram::{BlockId, RamBlock, RamBlockTable};
 use migration_stream::section::{Continuation, SectionId, encode_continuation, encode_footer};
@@ -64,6 +65,7 @@ pub fn guest(machine: &str) -> Guest {
     Guest {
         memory: Arc::new(memory),
         configuration: configuration.with(MAPPED_RAM),
+        early: EarlySections::new(),
         devices: Devices {
             tail: Tail::decode(TAIL, TailLimits::default()).unwrap(),
             bitmaps: BitmapSections::decode(&bitmaps()).unwrap(),

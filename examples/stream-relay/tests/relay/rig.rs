@@ -27,8 +27,10 @@ pub fn incoming(from: &str, channels: Option<Channels>) -> IncomingConfig {
         machine_version: None,
         uuid: [0; 16],
         max_memory: 1 << 30,
+        max_device_state: 64 << 20,
         without_return_path: false,
         timeout: Duration::from_secs(20),
+        pause_timeout: Duration::from_secs(20),
     }
 }
 

@@ -34,6 +34,7 @@ fn a_guest_is_kept_in_a_store_and_sent_later() {
     let sending = Relay {
         from: Origin::Store {
             max_memory: 1 << 30,
+            max_device_state: 64 << 20,
         },
         store: Some(kept.clone()),
         to: Some(outgoing_to(&to_destination, zstd(2))),
@@ -68,7 +69,7 @@ fn a_store_that_was_not_given_away_is_still_there() {
     });
     assert_same(
         &guest,
-        &store::load(&kept, 1 << 30, &Arc::default()).unwrap(),
+        &store::load(&kept, 1 << 30, 64 << 20, &Arc::default()).unwrap(),
     );
 }
 
@@ -92,7 +93,7 @@ fn stored(change: impl FnOnce(&Path)) -> Result<Guest, StoreError> {
     let kept = dir.path().join("kept");
     store::save(&guest("pc-q35-11.1"), &kept, &Progress::default()).unwrap();
     change(&kept);
-    store::load(&kept, 1 << 30, &Arc::default())
+    store::load(&kept, 1 << 30, 64 << 20, &Arc::default())
 }
 
 fn in_manifest(kept: &Path, from: &str, to: &str) {
