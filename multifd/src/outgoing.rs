@@ -190,7 +190,7 @@ pub enum ConnectError {
         source: io::Error,
     },
     /// Nobody listens there.
-    #[error("nobody listens on {address} for the {}", role_name(.role))]
+    #[error("nobody listens on {address} for the {}", .role.name())]
     Refused {
         /// Where to.
         address: Address,
@@ -201,7 +201,7 @@ pub enum ConnectError {
         source: io::Error,
     },
     /// No answer in time.
-    #[error("connecting the {} to {address} took too long", role_name(.role))]
+    #[error("connecting the {} to {address} took too long", .role.name())]
     TimedOut {
         /// Where to.
         address: Address,
@@ -209,7 +209,7 @@ pub enum ConnectError {
         role: Role,
     },
     /// Somebody listens there and takes no connections.
-    #[error("{address} took no connection for the {} in time", role_name(.role))]
+    #[error("{address} took no connection for the {} in time", .role.name())]
     Busy {
         /// Where to.
         address: Address,
@@ -217,7 +217,7 @@ pub enum ConnectError {
         role: Role,
     },
     /// Anything else.
-    #[error("connecting the {} to {address}", role_name(.role))]
+    #[error("connecting the {} to {address}", .role.name())]
     Io {
         /// Where to.
         address: Address,
@@ -236,11 +236,4 @@ pub enum ConnectError {
         #[source]
         source: io::Error,
     },
-}
-
-fn role_name(role: &Role) -> String {
-    match role {
-        Role::Main => "main channel".to_owned(),
-        Role::Channel(id) => id.to_string(),
-    }
 }

@@ -24,6 +24,8 @@ const LIMITS: Limits = Limits {
     greeting: LIMIT,
     complete: LIMIT,
     channel: LIMIT,
+    unknown: 64,
+    grace: Duration::from_millis(50),
 };
 const SOON: Duration = Duration::from_millis(50);
 
@@ -39,12 +41,24 @@ fn config(channels: u8) -> MultifdConfig {
 struct Door {
     port: u16,
     result: JoinHandle<Result<Incoming, IncomingError>>,
+    /// Sources that have failed.
+    failed: mpsc::Receiver<IncomingError>,
     refused: mpsc::Receiver<Refusal>,
     cancel: UnixStream,
 }
 
 impl Door {
+    /// One that waits for another source when one has failed.
     fn open(multifd: Option<MultifdConfig>, limits: Limits) -> Self {
+        Self::begin(multifd, limits, false)
+    }
+
+    /// One that takes the failure of a source for the end.
+    fn open_once(multifd: Option<MultifdConfig>, limits: Limits) -> Self {
+        Self::begin(multifd, limits, true)
+    }
+
+    fn begin(multifd: Option<MultifdConfig>, limits: Limits, is_last: bool) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let port = listener.local_addr().unwrap().port();
         let (tell, refused) = mpsc::channel();
@@ -52,10 +66,19 @@ impl Door {
         let mut acceptor = Acceptor::new(listener, multifd.as_ref(), limits)
             .unwrap()
             .on_refused(move |refusal| tell.send(refusal.clone()).unwrap());
-        let result = thread::spawn(move || acceptor.accept(Some(cancelled.as_fd())));
+        let (fail, failed) = mpsc::channel();
+        let result = thread::spawn(move || {
+            loop {
+                match acceptor.accept(Some(cancelled.as_fd())) {
+                    Err(e) if e.is_of_the_source() && !is_last => fail.send(e).unwrap(),
+                    other => return other,
+                }
+            }
+        });
         Self {
             port,
             result,
+            failed,
             refused,
             cancel,
         }
@@ -65,6 +88,10 @@ impl Door {
         let mut stream = TcpStream::connect(("127.0.0.1", self.port)).unwrap();
         stream.write_all(bytes).unwrap();
         stream
+    }
+
+    fn failure(&self) -> IncomingError {
+        self.failed.recv_timeout(LIMIT).unwrap()
     }
 
     fn refusal(&self) -> Refusal {
@@ -252,10 +279,6 @@ fn connections_that_are_not_of_this_migration_are_closed_and_named() {
         refusal(&version_2),
         Refusal::Hello(PacketError::Version { got: 2 })
     ));
-    assert!(matches!(
-        refusal(&hello(2)),
-        Refusal::Hello(PacketError::Channel { .. })
-    ));
     assert!(matches!(refusal(&hello(0)), Refusal::ChannelTwice { .. }));
     assert!(matches!(refusal(b"QEVM"), Refusal::SecondMain));
     assert!(matches!(
@@ -272,8 +295,16 @@ fn a_source_that_leaves_makes_room_for_the_next_one() {
     drop(door.knock(&hello(0)));
     let left = Role::Channel(ChannelId::new(0));
     assert!(matches!(door.refusal(), Refusal::Left { role } if role == left));
+    assert!(matches!(door.failure(), IncomingError::Left { role, .. } if role == left));
     drop(door.knock(b"QEVM"));
     assert!(matches!(door.refusal(), Refusal::Left { role: Role::Main }));
+    assert!(matches!(
+        door.failure(),
+        IncomingError::Left {
+            role: Role::Main,
+            ..
+        }
+    ));
     let _channel = door.knock(&hello(0));
     let _main = door.knock(b"QEVM");
     door.result.join().unwrap().unwrap();
@@ -285,17 +316,97 @@ fn a_set_that_does_not_become_complete_is_an_error_that_names_what_is_missing() 
         complete: SOON,
         ..LIMITS
     };
-    let door = Door::open(Some(config(3)), limits);
+    let door = Door::open_once(Some(config(3)), limits);
     let _channel = door.knock(&hello(1));
     let e = door.result.join().unwrap().unwrap_err();
     assert!(
-        matches!(&e, IncomingError::Incomplete { main: false, missing, last_refusal: None }
+        matches!(&e, IncomingError::Incomplete { main: false, missing, last_refusal: None, .. }
         if *missing == [ChannelId::new(0), ChannelId::new(2)])
     );
     assert_eq!(
         e.to_string(),
-        "connections are missing: the main channel, multifd channel 0, multifd channel 2"
+        "connections are missing: the main channel, multifd channel 0, multifd channel 2 \
+         (the source opened 1 multifd channel, this side wants 3)"
     );
+}
+
+#[test]
+fn a_main_channel_that_closes_ends_the_wait_for_its_channels_at_once() {
+    let began = Instant::now();
+    let door = Door::open_once(Some(config(2)), LIMITS);
+    let _channel = door.knock(&hello(1));
+    // More than the greeting, none of it read; only the writing end is shut.
+    let main = door.knock(&[&b"QEVM"[..], &[0; 1000]].concat());
+    main.shutdown(std::net::Shutdown::Write).unwrap();
+    let e = door.result.join().unwrap().unwrap_err();
+    assert_eq!(
+        e.to_string(),
+        "the source closed the main channel while connections were missing: multifd channel 0 \
+         (the source opened 1 multifd channel, this side wants 2)"
+    );
+    assert!(began.elapsed() < LIMIT / 2);
+}
+
+#[test]
+fn a_source_that_gives_up_is_reported_once_by_what_was_missing_before_it_left() {
+    let door = Door::open(Some(config(3)), LIMITS);
+    let connections = [
+        door.knock(b"QEVM"),
+        door.knock(&hello(0)),
+        door.knock(&hello(1)),
+    ];
+    // That they were taken is seen by what is refused: twins of them.
+    for twin in [&b"QEVM"[..], &hello(0), &hello(1)] {
+        door.knock(twin);
+        door.refusal();
+    }
+    for connection in connections {
+        drop(connection);
+        assert!(matches!(door.refusal(), Refusal::Left { .. }));
+    }
+    let e = door.failure();
+    assert!(
+        matches!(&e, IncomingError::Left { role: Role::Main, main: true, opened, missing, .. }
+            if opened.len() == 2 && *missing == [ChannelId::new(2)]),
+        "{e:?}"
+    );
+    let _next = [door.knock(b"QEVM"), door.knock(&hello(0))];
+    let _next = [_next, [door.knock(&hello(1)), door.knock(&hello(2))]];
+    door.result.join().unwrap().unwrap();
+    assert!(door.failed.try_recv().is_err());
+}
+
+#[test]
+fn a_source_with_more_channels_is_refused_by_the_numbers_of_both_sides() {
+    let door = Door::open_once(Some(config(2)), LIMITS);
+    let _third = door.knock(&hello(2));
+    assert!(matches!(
+        door.refusal(),
+        Refusal::Hello(PacketError::Channel { .. })
+    ));
+    let _channels = [door.knock(&hello(0)), door.knock(&hello(1))];
+    let _main = door.knock(b"QEVM");
+    let e = door.result.join().unwrap().unwrap_err();
+    assert_eq!(
+        e.to_string(),
+        "the source has at least 3 multifd channels, this side wants 2"
+    );
+}
+
+#[test]
+fn a_limit_without_end_is_none() {
+    let limits = Limits {
+        greeting: Duration::MAX,
+        complete: Duration::MAX,
+        channel: Duration::MAX,
+        grace: Duration::MAX,
+        unknown: 1,
+    };
+    let door = Door::open(Some(config(1)), limits);
+    let _silent = door.knock(b"");
+    let _channel = door.knock(&hello(0));
+    let _main = door.knock(b"QEVM");
+    door.result.join().unwrap().unwrap();
 }
 
 #[test]

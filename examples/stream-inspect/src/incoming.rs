@@ -55,6 +55,7 @@ impl Listening {
         let listener = Listener::bind(&config.at)?;
         let address = listener.local_address().map_err(IncomingError::Socket)?;
         let limits = Limits {
+            complete: config.timeout,
             channel: config.timeout,
             ..Limits::default()
         };

@@ -113,6 +113,7 @@ impl Incoming {
                     Address::Tcp { .. } => None,
                 };
                 let limits = Limits {
+                    complete: config.timeout,
                     channel: config.timeout,
                     ..Limits::default()
                 };

@@ -19,6 +19,24 @@ pub enum Role {
     Channel(ChannelId),
 }
 
+impl Role {
+    /// The id of a multifd channel.
+    pub(super) const fn channel(self) -> Option<ChannelId> {
+        match self {
+            Self::Main => None,
+            Self::Channel(id) => Some(id),
+        }
+    }
+
+    /// What messages call it.
+    pub(crate) fn name(self) -> String {
+        match self {
+            Self::Main => "main channel".to_owned(),
+            Self::Channel(id) => id.to_string(),
+        }
+    }
+}
+
 /// What a new connection has said so far.
 #[derive(Clone, Debug)]
 pub struct Greeting {
@@ -192,7 +210,7 @@ pub enum Refusal {
         got: usize,
     },
     /// It said what it is, and was closed by the peer before the others were there.
-    #[error("the peer closed the connection before the others were there")]
+    #[error("the peer closed the {} before the others were there", .role.name())]
     Left {
         /// What it was.
         role: Role,
@@ -203,12 +221,17 @@ pub enum Refusal {
         /// How long it had.
         limit: Duration,
     },
-    /// Too many connections that say nothing; this was the oldest.
+    /// Too many connections that say nothing, of which this was one: see
+    /// [`Collection`](super::Collection).
     #[error("more than {limit} connections that have not said what they are")]
     Crowded {
         /// How many there may be.
         limit: usize,
     },
+    /// The host has no descriptor or no memory for another connection. It is accepted when there is
+    /// one, and this is not said again before.
+    #[error("a connection waits, which the host cannot accept")]
+    Exhausted(#[source] Arc<io::Error>),
     /// It could not be read.
     #[error("reading what the connection is")]
     Io(#[source] Arc<io::Error>),

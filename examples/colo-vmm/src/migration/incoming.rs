@@ -65,6 +65,7 @@ pub(super) fn prepare(
     let listener = Listener::bind(address)?;
     let address = listener.local_address().ok();
     let limits = Limits {
+        complete: migration.options.io_limit,
         channel: migration.options.io_limit,
         ..Limits::default()
     };
@@ -142,7 +143,7 @@ fn accept(
 ) -> Result<Incoming, IncomingError> {
     loop {
         match acceptor.accept(Some(cancel.woken.as_fd())) {
-            Err(error @ IncomingError::Incomplete { .. }) => {
+            Err(error) if error.is_of_the_source() => {
                 migration.status.note_error(super::chain(&error));
             }
             other => return other,

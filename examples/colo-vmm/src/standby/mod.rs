@@ -170,6 +170,7 @@ impl Standby {
         let address = listener.local_address()?;
         let path = SocketPath::of(&address);
         let limits = Limits {
+            complete: config.io_limit,
             channel: config.io_limit,
             ..Limits::default()
         };
@@ -303,7 +304,7 @@ impl Standby {
         };
         let connected = loop {
             match door.acceptor.accept(Some(self.quit.as_fd())) {
-                Err(error @ IncomingError::Incomplete { .. }) => {
+                Err(error) if error.is_of_the_source() => {
                     self.status.note_error(chain(&error));
                 }
                 other => break other?,
