@@ -9,7 +9,7 @@ use std::sync::mpsc::{Receiver, TryRecvError, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use migration_stream::io::without_write_signals;
+use migration_stream::io::{deadline_from, without_write_signals};
 use multifd::Address;
 
 use super::beat::BEAT_LEN;
@@ -23,11 +23,19 @@ pub enum Endpoint {
     Connect(Address),
 }
 
-/// Connections that have not shown a beat yet: enough for a peer that comes again and a few
-/// strangers.
-const CANDIDATES: usize = 8;
-/// How long a stranger may be silent.
+/// Connections on which no beat of the peer's was heard yet ("candidates"), at most.
+const CANDIDATES: usize = 64;
+/// How long a candidate may be silent.
 const CANDIDATE_LIMIT: Duration = Duration::from_secs(5);
+/// How long a candidate can count on, however many others come: the peer beats at once when it has
+/// connected.
+const CANDIDATE_GRACE: Duration = Duration::from_millis(100);
+/// Connections that are accepted between two looks at everything else: what a flood can cost a beat.
+const ACCEPTS: usize = 8;
+/// Beats that are taken from one connection between two looks at everything else.
+const BEATS: usize = 16;
+/// How long nobody is accepted after the host had no descriptor, or no memory, for a connection.
+const EXHAUSTED_PAUSE: Duration = Duration::from_millis(100);
 
 enum Stream {
     Tcp(TcpStream),
@@ -203,6 +211,21 @@ pub(super) enum LinkEvent {
 }
 
 /// Connections to the peer, or to whoever says that it is.
+///
+/// # Floods
+/// The heartbeat's thread must not be kept from its beats by whoever connects, and a peer that
+/// connects again must be heard:
+/// 1. A turn of the thread accepts at most [`ACCEPTS`] connections and takes at most [`BEATS`] beats of
+///    each.
+/// 2. A connection on which the peer was heard gives way to none but its own successor.
+/// 3. At most [`CANDIDATES`] others are open. When another connects, the older half of these stay; the
+///    oldest of the younger half gives way, but not before it has had [`CANDIDATE_GRACE`]. Until then
+///    nobody is accepted.
+/// 4. A host without descriptors or memory has no places either, and is not asked again for
+///    [`EXHAUSTED_PAUSE`].
+///
+/// So a peer that connects again is heard although others flood the listener, after at most one
+/// grace for every half of [`CANDIDATES`] that wait in the listener's backlog before it.
 pub(super) struct Link {
     endpoint: Endpoint,
     listener: Option<Listener>,
@@ -211,6 +234,8 @@ pub(super) struct Link {
     /// When the next attempt to connect may begin.
     retry: Instant,
     timeout: Duration,
+    /// Until when the host is not asked for another connection.
+    exhausted_until: Option<Instant>,
 }
 
 impl Link {
@@ -227,12 +252,15 @@ impl Link {
             connecting: None,
             retry: now,
             timeout,
+            exhausted_until: None,
         })
     }
 
     /// What to wait for until something can be read.
-    pub(super) fn fds(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
-        let listener = self.listener.iter().map(Listener::fd);
+    pub(super) fn fds(&self, now: Instant) -> impl Iterator<Item = BorrowedFd<'_>> {
+        let accepts = self.accepts_from(now).is_none();
+        let listener = self.listener.iter().filter(move |_| accepts);
+        let listener = listener.map(Listener::fd);
         listener.chain(self.connections.iter().map(|c| c.stream.fd()))
     }
 
@@ -244,7 +272,7 @@ impl Link {
     /// This side has not looked for so long, which is no fault of the connections'.
     pub(super) fn excuse(&mut self, late: Duration) {
         for connection in &mut self.connections {
-            connection.heard += late;
+            connection.heard = deadline_from(connection.heard, late);
         }
     }
 
@@ -255,17 +283,10 @@ impl Link {
         wake: impl Fn() + Send + 'static,
         mut event: impl FnMut(LinkEvent),
     ) {
-        if let Some(listener) = &self.listener {
-            while let Ok(stream) = listener.accept() {
-                if self.connections.len() >= CANDIDATES
-                    && let Some(at) = self.connections.iter().position(|c| !c.proven)
-                {
-                    self.connections.remove(at);
-                }
-                self.connections.push(Connection::new(stream, now));
-            }
+        if self.listener.is_some() {
             self.connections
                 .retain(|c| c.proven || now.saturating_duration_since(c.since) < CANDIDATE_LIMIT);
+            self.accept(now);
             return;
         }
         let Endpoint::Connect(address) = &self.endpoint else {
@@ -284,11 +305,11 @@ impl Link {
             Some(Err(TryRecvError::Empty)) => {}
             Some(Ok(Err(_)) | Err(TryRecvError::Disconnected)) => {
                 self.connecting = None;
-                self.retry = now + stale / 2;
+                self.retry = deadline_from(now, stale / 2);
             }
             None if self.connections.is_empty() && now >= self.retry => {
                 let (sender, receiver) = channel();
-                let (address, limit) = (address.clone(), self.timeout.max(stale * 2));
+                let (address, limit) = (address.clone(), stale.saturating_mul(2));
                 // The name may have to be asked for, and the host may not answer.
                 let attempt = thread::Builder::new().name("heartbeat-connect".into());
                 let attempt = attempt.spawn(move || {
@@ -297,10 +318,76 @@ impl Link {
                 });
                 match attempt {
                     Ok(_) => self.connecting = Some(receiver),
-                    Err(_) => self.retry = now + stale,
+                    Err(_) => self.retry = deadline_from(now, stale),
                 }
             }
             None => {}
+        }
+    }
+
+    /// The candidate that gives way to another connection, by position, and from when on.
+    fn gives_way(&self) -> Option<(usize, Instant)> {
+        let candidates = || {
+            self.connections
+                .iter()
+                .enumerate()
+                .filter(|(_, c)| !c.proven)
+        };
+        let (at, candidate) = candidates().nth(candidates().count() / 2)?;
+        Some((at, deadline_from(candidate.since, CANDIDATE_GRACE)))
+    }
+
+    /// From when on another connection can be accepted, if that is not now.
+    pub(super) fn accepts_from(&self, now: Instant) -> Option<Instant> {
+        self.listener.as_ref()?;
+        let mut from = self.exhausted_until;
+        if self.connections.iter().filter(|c| !c.proven).count() >= CANDIDATES {
+            from = from.max(self.gives_way().map(|(_, from)| from));
+        }
+        from.filter(|from| *from > now)
+    }
+
+    fn accept(&mut self, now: Instant) {
+        for _ in 0..ACCEPTS {
+            if self.accepts_from(now).is_some() {
+                return;
+            }
+            let Some(listener) = &self.listener else {
+                return;
+            };
+            match listener.accept() {
+                Ok(stream) => {
+                    let candidates = self.connections.iter().filter(|c| !c.proven).count();
+                    if candidates >= CANDIDATES {
+                        self.give_way(now);
+                    }
+                    self.connections.push(Connection::new(stream, now));
+                }
+                Err(e) if e.kind() == ErrorKind::WouldBlock => return,
+                // The peer was gone before it was accepted.
+                Err(e)
+                    if matches!(
+                        e.kind(),
+                        ErrorKind::Interrupted
+                            | ErrorKind::ConnectionAborted
+                            | ErrorKind::ConnectionReset
+                    ) => {}
+                Err(error) => {
+                    tracing::debug!(%error, "the heartbeat cannot accept a connection");
+                    self.exhausted_until = Some(deadline_from(now, EXHAUSTED_PAUSE));
+                    self.give_way(now);
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Closes the candidate that has to, if it has had its time.
+    fn give_way(&mut self, now: Instant) {
+        if let Some((at, from)) = self.gives_way()
+            && from <= now
+        {
+            self.connections.remove(at);
         }
     }
 
@@ -313,9 +400,10 @@ impl Link {
     ) {
         let mut newest = None;
         for (at, connection) in self.connections.iter_mut().enumerate() {
-            let ended = loop {
+            let mut ended = false;
+            for _ in 0..BEATS {
                 match connection.read() {
-                    Ok(None) => break false,
+                    Ok(None) => break,
                     Ok(Some(beat)) if take(&beat) => {
                         connection.heard = now;
                         if !connection.proven {
@@ -323,9 +411,12 @@ impl Link {
                             newest = Some(at);
                         }
                     }
-                    Ok(Some(_)) | Err(_) => break true,
+                    Ok(Some(_)) | Err(_) => {
+                        ended = true;
+                        break;
+                    }
                 }
-            };
+            }
             if ended {
                 connection.since = now.checked_sub(CANDIDATE_LIMIT).unwrap_or(now);
                 connection.len = usize::MAX;
@@ -365,3 +456,6 @@ impl Link {
         });
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -146,6 +146,7 @@ impl Beating {
             // Not before another look.
             self.peer.lost_at().filter(|at| *at > looked),
             self.decider.deadline(&view),
+            self.link.accepts_from(now),
         ];
         let until = soon.into_iter().flatten().min().unwrap_or(now);
         let left = until.saturating_duration_since(now);
@@ -155,7 +156,7 @@ impl Beating {
         };
         let wake = std::iter::once(self.woken.as_fd());
         let mut fds: Vec<_> = wake
-            .chain(self.link.fds())
+            .chain(self.link.fds(now))
             .map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN))
             .collect();
         // Interrupted or failed: the caller looks at everything anyway, a beat later at the latest.

@@ -9,7 +9,7 @@ use multifd::Address;
 
 use super::*;
 use crate::arbiter::{Answer, Grant, Manual, Owner};
-use crate::heartbeat::Order;
+use crate::heartbeat::{BEAT_LEN, Order};
 use crate::{ColoMode, ColoStatus, Role};
 
 /// Far beyond what a busy machine needs.
@@ -352,6 +352,60 @@ fn a_guest_whose_right_has_run_out_stops_for_good_when_it_is_another_s() {
     side.until("stopped", |report| report.phase == Phase::Stopped);
     assert_eq!(*lock(&side.guest.0), Some(StopReason::Refused));
     assert_eq!(*lock(&side.guest.1), ["suspend"]);
+}
+
+/// Lets this process have as many descriptors as it may: both ends of a flood are its own.
+fn allow_descriptors() {
+    let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);
+    let current = Some(limit.maximum.unwrap_or(u64::MAX).min(8192));
+    let limit = rustix::process::Rlimit { current, ..limit };
+    rustix::process::setrlimit(rustix::process::Resource::Nofile, limit).unwrap();
+}
+
+#[test]
+fn a_thousand_connections_end_no_pair_that_beats() {
+    use std::io::Write;
+    use std::os::unix::net::UnixStream;
+
+    allow_descriptors();
+    let at = address("flood");
+    let Address::Unix(path) = at.clone() else {
+        panic!("{at}");
+    };
+    let stop = OnHeartbeatLoss::Stop;
+    let listens = side(Role::Secondary, stop, Endpoint::Listen(at.clone()), false);
+    let connects = side(Role::Primary, stop, Endpoint::Connect(at), false);
+    let rhythm = listens.heartbeat.report().rhythm;
+    let pair = [&listens, &connects];
+    for side in pair {
+        side.until("alive", |report| report.peer == PeerState::Alive);
+    }
+    listens.enter(Role::Secondary);
+    connects.enter(Role::Primary);
+    // A thousand that say nothing, half of a beat, or something else. They stay open, and come while
+    // the pair beats.
+    let began = Instant::now();
+    let half = [&b""[..], b"CLHB", &[0x55; BEAT_LEN]];
+    let flood: Vec<_> = (0..1000)
+        .map(|i: usize| {
+            let mut stream = UnixStream::connect(&path).unwrap();
+            // Garbage is refused, maybe before all of it was written.
+            let _ = stream.write_all(half[i % half.len()]);
+            stream
+        })
+        .collect();
+    // For at least two timeouts nobody is lost.
+    while began.elapsed() < rhythm.timeout() * 2 {
+        for report in pair.map(|side| side.heartbeat.report()) {
+            assert_eq!(report.peer, PeerState::Alive, "{report:?}");
+            assert!(report.connected);
+        }
+        thread::sleep(Duration::from_millis(20));
+    }
+    for side in pair {
+        assert_eq!(*lock(&side.guest.0), None);
+    }
+    drop(flood);
 }
 
 #[test]

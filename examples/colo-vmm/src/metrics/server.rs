@@ -11,11 +11,14 @@ use super::http::{MAX_HEAD, answer, judge};
 use crate::qmp::QmpAddress;
 use crate::qmp::listener::{Listener, Stream};
 
-/// The most connections at a time. One more takes the place of the oldest, so that nobody keeps
-/// others out by doing nothing.
+/// The most connections at a time. One more takes the place of one that has asked for nothing yet, or
+/// that has its answer; of one that is being answered only if there is none of these.
 pub(super) const CLIENTS_MAX: usize = 16;
 /// How long a connection may take from its beginning to its end.
 pub(super) const LIMIT: Duration = Duration::from_secs(5);
+/// How long a connection has to ask for something, however many others come. Nobody is accepted while all
+/// places are taken by some that have had less.
+const GRACE: Duration = Duration::from_millis(100);
 /// How long nobody is accepted after the host had no descriptor for one.
 const EXHAUSTED_PAUSE: Duration = Duration::from_secs(1);
 
@@ -87,8 +90,14 @@ struct Server<F> {
 
 struct Client {
     stream: Stream,
-    deadline: Instant,
+    since: Instant,
     state: State,
+}
+
+impl Client {
+    fn deadline(&self) -> Instant {
+        self.since + LIMIT
+    }
 }
 
 enum State {
@@ -117,7 +126,7 @@ impl<F: Fn() -> String> Server<F> {
             let mut ready_clients = ready.clients.into_iter();
             self.clients.retain_mut(|client| {
                 let is_ready = ready_clients.next().unwrap_or(false);
-                now < client.deadline && (!is_ready || client.go_on(&self.figures))
+                now < client.deadline() && (!is_ready || client.go_on(&self.figures))
             });
             if ready.listener {
                 self.accept(now);
@@ -128,9 +137,13 @@ impl<F: Fn() -> String> Server<F> {
     /// Waits until a socket can go on, or the first deadline.
     fn wait(&self) -> io::Result<Ready> {
         let now = Instant::now();
-        let pauses = now < self.accepts_from;
-        let until = self.clients.iter().map(|client| client.deadline);
-        let until = until.chain(pauses.then_some(self.accepts_from)).min();
+        let accepts_from = match self.gives_way() {
+            Some((_, from)) => from.max(self.accepts_from),
+            None => self.accepts_from,
+        };
+        let pauses = now < accepts_from;
+        let until = self.clients.iter().map(Client::deadline);
+        let until = until.chain(pauses.then_some(accepts_from)).min();
         let timeout = until.map(|until| {
             let left = until.saturating_duration_since(now);
             Timespec {
@@ -170,19 +183,33 @@ impl<F: Fn() -> String> Server<F> {
         })
     }
 
+    /// Which client gives way to the next one, and from when on, if all places are taken.
+    fn gives_way(&self) -> Option<(usize, Instant)> {
+        if self.clients.len() < CLIENTS_MAX {
+            return None;
+        }
+        let first = |wanted: fn(&State) -> bool| {
+            let at = self.clients.iter().position(|c| wanted(&c.state))?;
+            Some((at, self.clients.get(at)?))
+        };
+        if let Some((at, client)) = first(|state| matches!(state, State::Drains)) {
+            return Some((at, client.since));
+        }
+        let silent = first(|state| matches!(state, State::Reads(_)));
+        let (at, client) = silent.or_else(|| Some((0, self.clients.first()?)))?;
+        Some((at, client.since + GRACE))
+    }
+
     fn accept(&mut self, now: Instant) {
         match self.listener.accept() {
             Ok(stream) => {
-                if self.clients.len() >= CLIENTS_MAX {
-                    self.clients.remove(0);
-                    tracing::debug!(
-                        most = CLIENTS_MAX,
-                        "the oldest client of the metrics gives way"
-                    );
+                if let Some((at, _)) = self.gives_way() {
+                    self.clients.remove(at);
+                    tracing::debug!(most = CLIENTS_MAX, "a client of the metrics gives way");
                 }
                 self.clients.push(Client {
                     stream,
-                    deadline: now + LIMIT,
+                    since: now,
                     state: State::Reads(Vec::new()),
                 });
             }
@@ -291,6 +318,25 @@ mod tests {
         let mut first = &idle[0];
         first.set_read_timeout(Some(LIMIT)).unwrap();
         assert_eq!(first.read(&mut [0]).unwrap(), 0);
+    }
+
+    #[test]
+    fn a_scrape_behind_a_flood_of_silent_connections_gets_all_of_it() {
+        let (_server, connect) = serve();
+        let mut slow = connect();
+        slow.write_all(b"GET /metrics HTTP/1.1\r\n\r\n").unwrap();
+        let _flood: Vec<_> = (0..8 * CLIENTS_MAX)
+            .map(|i| {
+                let mut client = connect();
+                client.write_all([&b""[..], b"GET /met"][i % 2]).unwrap();
+                client
+            })
+            .collect();
+        assert_eq!(scrape(connect()).matches("up 1\n").count(), 100_000);
+        // Whoever was being answered was not disturbed.
+        let mut answer = String::new();
+        slow.read_to_string(&mut answer).unwrap();
+        assert_eq!(answer.matches("up 1\n").count(), 100_000);
     }
 
     #[test]

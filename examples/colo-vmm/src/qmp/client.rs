@@ -46,6 +46,8 @@ struct Talker {
     executing: bool,
     /// What is being sent.
     output: VecDeque<u8>,
+    /// The client has sent something.
+    heard: bool,
     /// The client sends no more.
     ended: bool,
     /// Set by [`Mail::Close`].
@@ -83,6 +85,7 @@ pub(super) fn start(
         jobs,
         executing: false,
         output: VecDeque::new(),
+        heard: false,
         ended: false,
         deadline: None,
     };
@@ -195,6 +198,9 @@ impl Talker {
                     return Ok(any);
                 };
                 any = true;
+                if self.heard {
+                    self.mailbox.spoke();
+                }
                 self.output = output.into();
             }
             let (first, _) = self.output.as_slices();
@@ -213,7 +219,10 @@ impl Talker {
         let mut buffer = [0; READ_SIZE];
         match self.stream.read(&mut buffer) {
             Ok(0) => self.ended = true,
-            Ok(count) => self.session.feed(buffer.get(..count).unwrap_or_default()),
+            Ok(count) => {
+                self.heard = true;
+                self.session.feed(buffer.get(..count).unwrap_or_default());
+            }
             Err(error)
                 if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {}
             Err(error) => return Err(error.into()),

@@ -6,8 +6,9 @@
 
 use std::collections::VecDeque;
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, TryRecvError};
 use qmp_types::{CommandResult, Event, RequestId, Timestamp};
@@ -17,6 +18,9 @@ use super::wait::Waker;
 /// How many clients there can be at a time, counting those that have gone while a command of theirs
 /// is still executing. Each costs two threads.
 pub(super) const CLIENTS_MAX: usize = 32;
+/// How long a client has to say something, however many others come. One that has said nothing gives
+/// way after that when all places are taken.
+pub(super) const GRACE: Duration = Duration::from_millis(200);
 
 /// Something for the thread that talks to a client.
 #[derive(Debug)]
@@ -36,6 +40,9 @@ pub(super) enum Mail {
 pub(super) struct Mailbox {
     mail: Mutex<VecDeque<Mail>>,
     pub(super) waker: Waker,
+    since: Instant,
+    /// The client has said something that was answered.
+    has_spoken: AtomicBool,
 }
 
 impl Mailbox {
@@ -43,7 +50,19 @@ impl Mailbox {
         Ok(Self {
             mail: Mutex::default(),
             waker: Waker::new()?,
+            since: Instant::now(),
+            has_spoken: AtomicBool::new(false),
         })
+    }
+
+    /// The client has said something that was answered.
+    pub(super) fn spoke(&self) {
+        // Relaxed: nothing else is told by it.
+        self.has_spoken.store(true, Ordering::Relaxed);
+    }
+
+    fn is_silent(&self) -> bool {
+        !self.has_spoken.load(Ordering::Relaxed)
     }
 
     pub(super) fn put(&self, mail: Mail) {
@@ -75,6 +94,14 @@ struct Clients {
 }
 
 impl Clients {
+    /// The client that has said nothing for the longest, with its position.
+    fn oldest_silent(&self) -> Option<(usize, Arc<Mailbox>)> {
+        let mailboxes = self.mailboxes.iter().enumerate();
+        mailboxes
+            .filter_map(|(at, mailbox)| Some((at, mailbox.upgrade()?)))
+            .find(|(_, mailbox)| mailbox.is_silent())
+    }
+
     fn put(&self, mut mail: impl FnMut() -> Mail) {
         for mailbox in self.mailboxes.iter().filter_map(Weak::upgrade) {
             mailbox.put(mail());
@@ -90,12 +117,36 @@ impl Hub {
         }
     }
 
-    /// Adds a client; false if there is no room.
+    /// How long the next client has to wait for its place, because one that has said nothing is to
+    /// give way and has not had its time. None if there is a place, or will not be one.
+    pub(super) fn wait_for_place(&self, now: Instant) -> Option<Duration> {
+        let mut clients = lock(&self.clients);
+        clients.mailboxes.retain(|other| other.strong_count() > 0);
+        if clients.mailboxes.len() < CLIENTS_MAX {
+            return None;
+        }
+        let (_, oldest) = clients.oldest_silent()?;
+        let had = now.saturating_duration_since(oldest.since);
+        GRACE.checked_sub(had).filter(|left| !left.is_zero())
+    }
+
+    /// Adds a client, in the place of one that says nothing if all are taken; false if there is no
+    /// room.
     pub(super) fn add(&self, mailbox: &Arc<Mailbox>) -> bool {
         let mut clients = lock(&self.clients);
         clients.mailboxes.retain(|other| other.strong_count() > 0);
-        if clients.closed || clients.mailboxes.len() >= CLIENTS_MAX {
+        if clients.closed {
             return false;
+        }
+        if clients.mailboxes.len() >= CLIENTS_MAX {
+            let now = Instant::now();
+            match clients.oldest_silent() {
+                Some((at, oldest)) if now.saturating_duration_since(oldest.since) >= GRACE => {
+                    oldest.put(Mail::Close(now));
+                    clients.mailboxes.remove(at);
+                }
+                _ => return false,
+            }
         }
         clients.mailboxes.push(Arc::downgrade(mailbox));
         true

@@ -218,8 +218,15 @@ impl Acceptor {
     /// Accepts clients until it is woken; returns the threads of those that are left.
     fn run(mut self) -> Vec<JoinHandle<()>> {
         loop {
-            match self.waiter.wait(&self.waker, EventSet::IN, None) {
+            // While nobody can be given a place, clients wait in the listener's backlog.
+            let pause = self.hub.wait_for_place(Instant::now());
+            let interest = match pause {
+                Some(_) => EventSet::empty(),
+                None => EventSet::IN,
+            };
+            match self.waiter.wait(&self.waker, interest, pause) {
                 Ok(ready) if ready.woken => break,
+                Ok(_) if pause.is_some() => continue,
                 Ok(_) => {}
                 Err(error) => {
                     tracing::error!(%error, "no more qmp clients are accepted");

@@ -471,6 +471,23 @@ fn clients_beyond_the_limit_are_turned_away() {
 }
 
 #[test]
+fn a_flood_of_silent_clients_keeps_no_client_out_and_ends_none_that_has_spoken() {
+    let fixture = fixture();
+    let mut before = fixture.client();
+    let flood: Vec<_> = (0..5 * super::hub::CLIENTS_MAX)
+        .map(|i| {
+            let mut stream = UnixStream::connect(&fixture.path).unwrap();
+            stream.write_all([&b""[..], b"{\"exec"][i % 2]).unwrap();
+            stream
+        })
+        .collect();
+    let mut behind = fixture.client();
+    behind.call(&Command::QueryYank);
+    before.call(&Command::QueryYank);
+    drop(flood);
+}
+
+#[test]
 fn an_address_in_use_is_named() {
     let fixture = fixture();
     let address = QmpAddress::Unix(fixture.path.clone());
