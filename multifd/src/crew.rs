@@ -8,6 +8,8 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use migration_stream::io::deadline_after;
+
 use crate::error::{ChannelError, Failure};
 use crate::patience::{Patience, lock};
 
@@ -164,7 +166,7 @@ impl<T> Crew<T> {
     /// that is being told, and while `may_report` says that a channel may be about to fail.
     pub(crate) fn first_failure(&self, may_report: impl Fn(&T) -> bool) -> Option<Failure> {
         let mut state = self.lock();
-        let deadline = Instant::now().checked_add(REPORT);
+        let deadline = Some(deadline_after(REPORT));
         let mut patience = self.patience(deadline, &state);
         let mut in_time = true;
         while in_time && state.failure.is_none() && (state.telling || may_report(&state.inner)) {
@@ -324,7 +326,7 @@ impl<T> Threads<T> {
     /// Shuts the channels and waits until the threads are gone.
     pub(crate) fn stop(&mut self) -> Result<(), Failure> {
         self.crew.close();
-        let deadline = Instant::now() + self.crew.limit;
+        let deadline = deadline_after(self.crew.limit);
         let mut state = self.crew.lock();
         let mut patience = self.crew.patience(Some(deadline), &state);
         let mut in_time = true;

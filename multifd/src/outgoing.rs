@@ -6,7 +6,7 @@ use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use migration_stream::io::{ByteSink, Chunk, FdChannel};
+use migration_stream::io::{ByteSink, Chunk, FdChannel, deadline_after};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, sockopt};
 
 use crate::address::Address;
@@ -44,7 +44,7 @@ pub fn connect(
     timeout: Duration,
     limit: Duration,
 ) -> Result<Outgoing, ConnectError> {
-    let deadline = Instant::now() + timeout;
+    let deadline = deadline_after(timeout);
     let to = Resolved::new(address)?;
     let main = open(&to, address, Role::Main, deadline, limit)?;
     let mut channels = Vec::new();

@@ -3,6 +3,8 @@
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use migration_stream::io::{deadline_after, deadline_from};
+
 /// The end of one wait.
 #[derive(Debug)]
 pub(crate) struct Patience {
@@ -15,7 +17,7 @@ pub(crate) struct Patience {
 impl Patience {
     /// A wait until `deadline`, or without one until `progress` has not changed for `limit`.
     pub(crate) fn new(deadline: Option<Instant>, limit: Duration, progress: u64) -> Self {
-        let until = deadline.unwrap_or_else(|| Instant::now() + limit);
+        let until = deadline.unwrap_or_else(|| deadline_after(limit));
         Self {
             deadline,
             limit,
@@ -35,7 +37,7 @@ impl Patience {
         let now = Instant::now();
         if self.deadline.is_none() && progress != self.progress {
             self.progress = progress;
-            self.until = now + self.limit;
+            self.until = deadline_from(now, self.limit);
         }
         let Some(left) = self
             .until

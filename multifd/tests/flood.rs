@@ -158,7 +158,7 @@ impl<S: Read + Write> Target<S> {
     }
 
     /// The source's connections were taken, and nobody else's.
-    fn is_taken(self, _source: Vec<S>) {
+    fn takes(self, _source: Vec<S>) {
         let mut incoming = self.result.join().unwrap().unwrap();
         assert_eq!(incoming.channels.len(), 2);
         incoming.channels.push(incoming.main);
@@ -185,7 +185,7 @@ impl<S: Read + Write> Target<S> {
         // All of it was accepted, and what is too much has been closed; the source is silent still.
         self.wait_for_given_way(FLOOD + 3 - 259);
         let source = Self::introduce(main, channels);
-        self.is_taken(source);
+        self.takes(source);
     }
 
     fn source_after(self) {
@@ -193,7 +193,7 @@ impl<S: Read + Write> Target<S> {
         let main = (self.connect)();
         let channels = vec![(self.connect)(), (self.connect)()];
         let source = Self::introduce(main, channels);
-        self.is_taken(source);
+        self.takes(source);
     }
 
     fn source_in_the_middle(self) {
@@ -203,7 +203,7 @@ impl<S: Read + Write> Target<S> {
         let channels = vec![(self.connect)(), (self.connect)()];
         let _behind = self.flood(FLOOD / 4);
         let source = Self::introduce(main, channels);
-        self.is_taken(source);
+        self.takes(source);
     }
 }
 

@@ -233,7 +233,7 @@ impl LockFile {
         let written = Instant::now();
         self.refresh(file)?;
         let has_moved = self.beat(file)? != *seen;
-        Ok(has_moved.then(|| written + self.term))
+        Ok(has_moved.then(|| migration_stream::io::deadline_from(written, self.term)))
     }
 
     fn record(&self, file: &File) -> Result<Option<Record>, ArbiterError> {

@@ -134,7 +134,7 @@ pub trait Arbiter: Send {
 /// When a guest has to stand still whose right was last asked for at `asked`: the quarter of the
 /// term that is left is to stop it in.
 fn until(asked: Instant, term: Duration) -> Instant {
-    asked + (term - term / 4)
+    migration_stream::io::deadline_from(asked, term - term / 4)
 }
 
 /// The longest wait between two looks at another's record.

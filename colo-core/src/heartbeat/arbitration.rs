@@ -4,6 +4,8 @@ use std::io;
 use std::sync::mpsc::{Receiver, Sender};
 use std::time::{Duration, Instant};
 
+use migration_stream::io::deadline_after;
+
 use multifd::Address;
 
 use super::decision::{Order, StopReason};
@@ -131,7 +133,7 @@ pub(super) fn serve(
                 News::Released
             }
             Question::Quit => {
-                arbiter.release(Instant::now() + Duration::from_secs(1));
+                arbiter.release(deadline_after(Duration::from_secs(1)));
                 return;
             }
         };

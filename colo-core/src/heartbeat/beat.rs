@@ -90,6 +90,9 @@ pub enum BeatError {
     /// The peer was started again: its guest is not the one of this pair.
     #[error("heartbeat of another process than the peer's")]
     Process,
+    /// From a process with this side's number, which no arbiter could tell from this side.
+    #[error("the other side's process has the same number as this one")]
+    SameProcess,
     /// Not newer than the last one.
     #[error("heartbeat {sequence} after {last}")]
     Sequence {

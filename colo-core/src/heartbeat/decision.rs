@@ -27,6 +27,8 @@
 
 use std::time::{Duration, Instant};
 
+use migration_stream::io::deadline_from;
+
 use super::OnHeartbeatLoss;
 use super::beat::Phase;
 use super::peer::PeerState;
@@ -223,7 +225,7 @@ impl Decider {
     /// The embedder has taken the right before COLO: it is renewed from now on.
     pub fn held(&mut self, until: Option<Instant>, now: Instant) {
         self.until = until;
-        self.ask_at = Some(now + self.pause());
+        self.ask_at = Some(deadline_from(now, self.pause()));
     }
 
     /// The peer is about to get all that it needs to be in COLO.
@@ -302,7 +304,7 @@ impl Decider {
         match (answer, to) {
             (Answer::Won(grant), Order::Renew) => {
                 self.until = grant.until;
-                self.ask_at = Some(now + self.pause());
+                self.ask_at = Some(deadline_from(now, self.pause()));
             }
             (Answer::Won(_), Order::Claim) => {
                 self.untold = false;
@@ -328,7 +330,7 @@ impl Decider {
             {
                 self.be_paired(now);
             }
-            (Answer::Unreachable(_), _) => self.ask_at = Some(now + self.pause()),
+            (Answer::Unreachable(_), _) => self.ask_at = Some(deadline_from(now, self.pause())),
             _ => {}
         }
     }
@@ -336,7 +338,7 @@ impl Decider {
     /// What an operator wished was not granted.
     fn be_paired(&mut self, now: Instant) {
         self.state = State::Paired;
-        self.ask_at = Some(now + self.pause());
+        self.ask_at = Some(deadline_from(now, self.pause()));
     }
 
     /// When a guest has to stand still that runs by a right, or by being heard.
@@ -355,6 +357,8 @@ impl Decider {
         let guard = self.guard(view);
         let ask = match self.state {
             State::Idle | State::Paired if !self.holds() => None,
+            // A right that does not run out is not renewed before COLO.
+            State::Idle if self.until.is_none() => None,
             State::Alone { .. } if !self.untold => None,
             State::Stopped => None,
             _ => self.ask_at.filter(|_| self.pending.is_none()),
@@ -367,10 +371,10 @@ impl Decider {
     pub fn patience(&self, order: Order, view: &View, now: Instant) -> Instant {
         let limit = match (self.term, order) {
             (None, _) => PATIENCE,
-            (Some(term), Order::Claim) => term * 3,
+            (Some(term), Order::Claim) => term.saturating_mul(3),
             (Some(term), _) => term / 2,
         };
-        let limit = now + limit;
+        let limit = deadline_from(now, limit);
         // A right that comes when the guest has been stopped helps nobody.
         match self.guard(view) {
             Some(guard) if guard > now => limit.min(guard),

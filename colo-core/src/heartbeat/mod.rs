@@ -13,6 +13,15 @@
 //! thread asks for the highest priority there is without being a real-time one, so that it is not late
 //! itself on a host that is busy; who may not have that priority goes on without.
 //!
+//! Without a heartbeat nobody notices a host that was frozen. A primary that stands still for longer than
+//! its secondary waits (`SIGSTOP`, a host that sleeps), and wakes when the secondary has taken over, is a
+//! second guest. With [`OnHeartbeatLoss::TakeOver`] on the secondary and a heartbeat it runs until its
+//! thread has heard that the secondary goes on alone; only an arbiter rules that time out.
+//!
+//! Whoever can connect can beat: beats carry the guest's UUID and the process's number, and no
+//! secret. The heartbeat belongs on a network that only the pair can reach. A flood of connections
+//! that do not beat delays no beat, and keeps no peer out.
+//!
 //! What is promised with [`OnHeartbeatLoss::Ask`] and a leasing arbiter: the two guests never both
 //! run after the arbiter has decided, as long as a guest can be stopped within a quarter of the term
 //! and of the timeout. A *process* that does not run for longer (`SIGSTOP`, a host that sleeps)

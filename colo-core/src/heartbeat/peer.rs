@@ -1,24 +1,33 @@
 //! What is known of the peer: which beats were heard of it, and which of ours it has heard.
 
 use std::collections::VecDeque;
+use std::io;
 use std::time::{Duration, Instant};
+
+use migration_stream::io::deadline_from;
 
 use super::OnHeartbeatLoss;
 use super::beat::{BEAT_LEN, Beat, BeatError, Phase};
 use crate::cause::Role;
 
-/// Who beats, and how.
+/// Who beats, and how. [`Rhythm::new`] has the usual values.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Rhythm {
     /// This side.
     pub role: Role,
     /// The pair: the guest's UUID.
     pub session: [u8; 16],
-    /// This process: a random number.
+    /// This process, by a number that no other process has. [`Rhythm::new`] draws it at random.
+    ///
+    /// It tells a peer that was started again from the one before, and it is the name under which
+    /// this side asks an arbiter ([`Owner`](crate::arbiter::Owner)). A side refuses the beats of a peer
+    /// with its own number ([`BeatError::SameProcess`]): an arbiter could not tell the two apart, and
+    /// would let both run. A peer that is started again with the number of the one before is refused
+    /// until its beats have overtaken the old ones ([`BeatError::Sequence`]).
     pub process: u64,
-    /// Between two beats. Default 50 ms.
+    /// Between two beats. 50 ms in [`Rhythm::new`].
     pub interval: Duration,
-    /// How many beats have to be missing in a row for the peer to be lost. Default 3.
+    /// How many beats have to be missing in a row for the peer to be lost. 3 in [`Rhythm::new`].
     pub missed: u32,
     /// What this side does then.
     pub on_loss: OnHeartbeatLoss,
@@ -28,6 +37,24 @@ pub struct Rhythm {
 }
 
 impl Rhythm {
+    /// Returns a rhythm of 50 ms that takes a peer for lost after 3 missing beats, for a process whose
+    /// number is drawn at random. `session` is the guest's UUID. A connection that ends is not a
+    /// loss.
+    ///
+    /// # Errors
+    /// The system has no random numbers.
+    pub fn new(role: Role, session: [u8; 16], on_loss: OnHeartbeatLoss) -> io::Result<Self> {
+        Ok(Self {
+            role,
+            session,
+            process: getrandom::u64().map_err(io::Error::other)?,
+            interval: Duration::from_millis(50),
+            missed: 3,
+            on_loss,
+            closed_is_loss: false,
+        })
+    }
+
     /// How long after the last beat the peer is lost.
     #[must_use]
     pub fn timeout(&self) -> Duration {
@@ -148,7 +175,7 @@ impl Peer {
     pub fn look(&mut self, now: Instant) -> Duration {
         let gap = now.saturating_duration_since(self.looked);
         let late = gap.saturating_sub(self.rhythm.interval.saturating_mul(2));
-        self.overslept += late;
+        self.overslept = self.overslept.saturating_add(late);
         self.looked = now;
         late
     }
@@ -168,7 +195,7 @@ impl Peer {
 
     /// What a time that begins at `moment` is reckoned from: later by what was overslept since.
     fn awake_since(&self, moment: Moment) -> Instant {
-        moment.at + self.overslept.saturating_sub(moment.overslept)
+        deadline_from(moment.at, self.overslept.saturating_sub(moment.overslept))
     }
 
     /// A beat has arrived.
@@ -183,6 +210,9 @@ impl Peer {
         if beat.role == self.rhythm.role {
             return Err(BeatError::Role(beat.role));
         }
+        if beat.process == self.rhythm.process {
+            return Err(BeatError::SameProcess);
+        }
         if beat.on_loss == OnHeartbeatLoss::TakeOver
             && self.rhythm.on_loss == OnHeartbeatLoss::TakeOver
         {
@@ -191,6 +221,10 @@ impl Peer {
         if (beat.on_loss == OnHeartbeatLoss::Ask) != (self.rhythm.on_loss == OnHeartbeatLoss::Ask) {
             return Err(BeatError::OneAsks);
         }
+        if beat.seen >= self.next {
+            return Err(BeatError::Field("number of a beat that was never sent"));
+        }
+        // Nothing is changed by a beat that is refused.
         match &self.heard {
             Some((last, _)) if last.process != beat.process => {
                 if self.pinned {
@@ -207,9 +241,6 @@ impl Peer {
                 });
             }
             _ => {}
-        }
-        if beat.seen >= self.next {
-            return Err(BeatError::Field("number of a beat that was never sent"));
         }
         while let Some((sequence, sent)) = self.sent.front() {
             if *sequence > beat.seen {
@@ -246,9 +277,9 @@ impl Peer {
         if now < self.due {
             return None;
         }
-        self.due += self.rhythm.interval;
+        self.due = deadline_from(self.due, self.rhythm.interval);
         if self.due <= now {
-            self.due = now + self.rhythm.interval;
+            self.due = deadline_from(now, self.rhythm.interval);
         }
         Some(self.beat_now(phase, now))
     }
@@ -282,13 +313,14 @@ impl Peer {
     pub fn lost_at(&self) -> Option<Instant> {
         let (beat, heard) = self.heard?;
         let timeout = self.rhythm.timeout();
-        let silent = self.awake_since(heard) + timeout;
+        let silent = deadline_from(self.awake_since(heard), timeout);
         // An answer comes with the peer's next beat, and its beat may just have left. A side that has
         // sent nothing has nothing to be answered.
         let interval = self.rhythm.interval;
         let asked = self.unanswered.map(|sent| self.awake_since(sent));
-        let known = self.awake_since(self.since?) + interval;
-        let deaf = asked.map(|asked| asked.max(known) + beat.timeout.max(timeout) + interval);
+        let known = deadline_from(self.awake_since(self.since?), interval);
+        let answer = beat.timeout.max(timeout).saturating_add(interval);
+        let deaf = asked.map(|asked| deadline_from(asked.max(known), answer));
         Some(deaf.map_or(silent, |deaf| deaf.min(silent)))
     }
 
@@ -335,7 +367,10 @@ impl Peer {
     #[must_use]
     pub fn hears_until(&self) -> Option<Instant> {
         let (beat, _) = self.heard?;
-        Some(self.relied_on? + (beat.timeout - beat.timeout / 4))
+        Some(deadline_from(
+            self.relied_on?,
+            beat.timeout - beat.timeout / 4,
+        ))
     }
 
     /// Until when it may run its guest because this side has answered it: no earlier than what it
@@ -346,7 +381,7 @@ impl Peer {
         let (beat, heard) = self.heard?;
         let stands = matches!(beat.phase, Phase::Stopped | Phase::Suspended);
         let gone = stands || (self.closed && self.rhythm.closed_is_loss);
-        (!gone).then(|| heard.at + self.rhythm.timeout())
+        (!gone).then(|| deadline_from(heard.at, self.rhythm.timeout()))
     }
 }
 

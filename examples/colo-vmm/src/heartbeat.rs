@@ -1,7 +1,6 @@
 //! The heartbeat of a pair: its options, and what `x-query-colo-heartbeat` answers.
 
 use std::error::Error;
-use std::hash::{BuildHasher, RandomState};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -86,30 +85,28 @@ impl HeartbeatArgs {
             }
             return Ok(());
         };
-        let process = RandomState::new().hash_one(std::process::id());
         let session = uuid.into_bytes();
         let (role, endpoint) = if incoming {
             (Role::Secondary, Endpoint::Listen(address.clone()))
         } else {
             (Role::Primary, Endpoint::Connect(address.clone()))
         };
+        let on_loss = match self.on_heartbeat_loss {
+            LossArg::TakeOver => OnHeartbeatLoss::TakeOver,
+            LossArg::Ask => OnHeartbeatLoss::Ask,
+            LossArg::Stop => OnHeartbeatLoss::Stop,
+        };
         let config = HeartbeatConfig {
             rhythm: Rhythm {
-                role,
-                session,
-                process,
                 interval: Duration::from_millis(self.heartbeat_interval),
                 missed: self.heartbeat_missed,
-                on_loss: match self.on_heartbeat_loss {
-                    LossArg::TakeOver => OnHeartbeatLoss::TakeOver,
-                    LossArg::Ask => OnHeartbeatLoss::Ask,
-                    LossArg::Stop => OnHeartbeatLoss::Stop,
-                },
-                closed_is_loss: false,
+                ..Rhythm::new(role, session, on_loss)?
             },
             endpoint,
         };
-        let arbiter = self.arbiter.arbiter(uuid, Owner::new(process))?;
+        let arbiter = self
+            .arbiter
+            .arbiter(uuid, Owner::new(config.rhythm.process))?;
         let guest = Arc::new(Fence(Arc::downgrade(migration)));
         let heartbeat = Heartbeat::start(config, migration.failover().clone(), arbiter, guest)
             .map_err(|error| format!("heartbeat at {address}: {error}"))?;

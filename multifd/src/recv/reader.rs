@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use migration_stream::io::ByteSource;
+use migration_stream::io::{ByteSource, deadline_after};
 use migration_stream::ram::BlockId;
 use migration_stream::{MemoryError, PageStore, prepare_range};
 use vm_memory::VolatileSlice;
@@ -19,9 +19,6 @@ use crate::packet::{
     PacketView,
 };
 use crate::runs::runs;
-
-/// Between packets a channel waits as long as the migration lasts: only its being shut ends that.
-const AS_LONG_AS_IT_LASTS: Duration = Duration::from_secs(100 * 365 * 24 * 3600);
 
 pub(super) struct Reader<'a, S> {
     store: &'a S,
@@ -42,9 +39,10 @@ pub(super) struct Reader<'a, S> {
     landing: Vec<VolatileSlice<'a>>,
     /// A compressed payload.
     compressed: Vec<u8>,
-    idle_until: Option<Instant>,
     /// What the packet at hand has brought.
     taken: RecvCounters,
+    /// Between packets a channel waits as long as the migration lasts: only its being shut ends that.
+    idle_until: Instant,
 }
 
 /// After so many packets in a row that bring no bytes (zero pages, 16 MiB of them) a channel
@@ -91,8 +89,8 @@ impl<'a, S: PageStore> Reader<'a, S> {
             block: None,
             landing: Vec::with_capacity(PAGES_PER_PACKET),
             compressed: vec![0; room],
-            idle_until: Instant::now().checked_add(AS_LONG_AS_IT_LASTS),
             taken: RecvCounters::default(),
+            idle_until: deadline_after(Duration::MAX),
         }
     }
 
@@ -141,14 +139,17 @@ impl<'a, S: PageStore> Reader<'a, S> {
             if have >= wanted {
                 return Ok(kind);
             }
-            self.source
-                .set_read_deadline(if have == 0 { self.idle_until } else { None });
+            self.source.set_read_deadline(if have == 0 {
+                Some(self.idle_until)
+            } else {
+                None
+            });
             if have == 0 {
                 if self.bare >= MANY_BARE {
                     std::thread::sleep(GATHER);
                 }
                 // A read that found nothing would be one call more, and mostly there is nothing yet.
-                let waited = self.source.wait(None, self.idle_until);
+                let waited = self.source.wait(None, Some(self.idle_until));
                 waited.map_err(|e| self.broken(Part::Header, e))?;
             }
             // What is read here of a payload is copied once more: behind a packet without one mostly none

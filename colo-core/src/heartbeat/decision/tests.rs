@@ -250,3 +250,20 @@ mod beginning {
         assert_eq!(decider.next(&within, now), None);
     }
 }
+
+#[test]
+fn a_right_for_good_before_colo_leaves_nothing_to_be_woken_for() {
+    let now = Instant::now();
+    let mut primary = Decider::new(Role::Primary, OnHeartbeatLoss::Ask, Some(ms(400)));
+    let view = View {
+        colo: Colo::Outside,
+        peer: PeerState::Unheard,
+        peer_phase: None,
+        hears_until: None,
+        relies_until: None,
+    };
+    primary.held(None, now);
+    let later = now + ms(1000);
+    assert_eq!(primary.next(&view, later), None);
+    assert_eq!(primary.deadline(&view), None);
+}

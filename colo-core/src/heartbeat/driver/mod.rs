@@ -1,7 +1,25 @@
 //! The heartbeat over its connection, in a thread of its own, with another for the arbiter, which
 //! may be slow.
 //!
-//! [`Heartbeat`] is its owner's handle. The thread that beats is in `beating`, with what it is told in
+//! # In the life of a migration
+//! [`Heartbeat`] is its owner's handle. The owner tells it what becomes of COLO, in this order:
+//!
+//! | when | primary | secondary |
+//! |---|---|---|
+//! | before the migration | [`Heartbeat::start`] | [`Heartbeat::start`] |
+//! | in `SourceVm::save_devices`, before the device state is returned | [`Heartbeat::hold`], then [`Heartbeat::begins`] | |
+//! | after `Loaded`, before `confirm` | | [`Heartbeat::begins`] |
+//! | the migration failed, and the peer provably cannot run | [`Heartbeat::give_up`] | |
+//! | the migration failed, and the peer may have begun | [`Heartbeat::keep`] | |
+//! | `run_primary` or `run_secondary` has returned | [`Heartbeat::colo_ended`] | [`Heartbeat::colo_ended`] |
+//! | the survivor takes a new secondary | [`Heartbeat::new_pair`], then from `hold` on again | the same |
+//! | the guest stands still for good | [`Heartbeat::end`] | [`Heartbeat::end`] |
+//!
+//! `hold` comes before `begins`: without the right, COLO must not begin. A failure before `begins` needs
+//! no word; `give_up` gives back the right that `hold` took.
+//!
+//! # Parts
+//! The thread that beats is in `beating`, with what it is told in
 //! `requests` and what it does in `orders`; `shared` is what both sides of the handle see.
 
 mod beating;
@@ -16,6 +34,7 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 use std::{fmt, io};
 
+use migration_stream::io::deadline_after;
 use multifd::Address;
 
 use self::beating::Beating;
@@ -140,7 +159,8 @@ impl Heartbeat {
         Ok(this)
     }
 
-    /// Takes the right to run for a primary that is about to enter COLO. Where no arbiter is asked,
+    /// Takes the right to run for a primary that is about to enter COLO, before
+    /// [`Heartbeat::begins`]. Waits for the arbiter for at most `limit`. Where no arbiter is asked,
     /// nothing happens.
     ///
     /// # Errors
@@ -150,7 +170,7 @@ impl Heartbeat {
             return Ok(());
         }
         let (sender, receiver) = channel();
-        let question = Question::Hold(Instant::now() + limit, sender);
+        let question = Question::Hold(deadline_after(limit), sender);
         self.questions
             .send(question)
             .map_err(|_| HoldError::Ended)?;
@@ -158,7 +178,10 @@ impl Heartbeat {
     }
 
     /// The peer is about to get the last of what it needs to be in COLO: from now on this side is one of
-    /// two, whatever it hears of the other. To be called before that is sent.
+    /// two, whatever it hears of the other.
+    ///
+    /// To be called before that is sent: by a primary in `SourceVm::save_devices`, after
+    /// [`Heartbeat::hold`]; by a secondary before it confirms.
     pub fn begins(&self) {
         let (sender, receiver) = channel();
         self.tell(News::Begins(sender));
@@ -175,7 +198,7 @@ impl Heartbeat {
         }
         let _ = self
             .questions
-            .send(Question::Release(Instant::now() + PATIENCE));
+            .send(Question::Release(deadline_after(PATIENCE)));
     }
 
     /// COLO has not begun on this side, whose guest goes on, but the peer may have begun: the right is
@@ -228,7 +251,9 @@ impl Heartbeat {
         self.shared.wake();
         // What asking the arbiter may take, and what may be before it in the arbiter's thread.
         let HeartbeatReport { rhythm, term, .. } = self.report();
-        let limit = rhythm.timeout() + term.unwrap_or_default() * 4 + PATIENCE;
+        let limit = (rhythm.timeout())
+            .saturating_add(term.unwrap_or_default().saturating_mul(4))
+            .saturating_add(PATIENCE);
         receiver.recv_timeout(limit).unwrap_or_else(|e| {
             Err(match e {
                 RecvTimeoutError::Timeout => TakeOverError::Unreachable(ArbiterError::new(

@@ -2,6 +2,8 @@
 
 use std::time::Instant;
 
+use migration_stream::io::deadline_after;
+
 use super::beating::Beating;
 use crate::RequestError;
 use crate::heartbeat::arbitration::Question;
@@ -72,7 +74,7 @@ impl Beating {
                     self.guest.stop_for_good(reason);
                     // COLO, if there is any, ends by itself.
                     self.failover.stop_for_good();
-                    let until = Instant::now() + PATIENCE;
+                    let until = deadline_after(PATIENCE);
                     let _ = self.questions.send(Question::Release(until));
                 }
             }

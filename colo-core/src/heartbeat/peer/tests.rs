@@ -229,3 +229,66 @@ fn nobody_else_is_taken_for_the_peer() {
     let error = a.receive(&restarted.beat_now(Phase::Paired, start), start);
     assert_eq!(error, Err(BeatError::BothTakeOver));
 }
+
+#[test]
+fn a_rhythm_has_the_usual_values_and_a_number_of_its_own() {
+    let new = || Rhythm::new(Role::Primary, [1; 16], OnHeartbeatLoss::Ask).unwrap();
+    let (one, other) = (new(), new());
+    assert_ne!(one.process, other.process);
+    assert_eq!((one.interval, one.missed), (INTERVAL, 3));
+    assert_eq!(one.timeout(), Duration::from_millis(150));
+    assert!(!one.closed_is_loss);
+}
+
+#[test]
+fn a_peer_with_this_sides_number_is_refused() {
+    let start = Instant::now();
+    let (mut a, b) = pair(start);
+    let mut rhythm = *b.rhythm();
+    rhythm.process = a.rhythm().process;
+    let beat = Peer::new(rhythm, start).beat_now(Phase::Paired, start);
+    assert_eq!(a.receive(&beat, start), Err(BeatError::SameProcess));
+    assert_eq!(a.state(), PeerState::Unheard);
+}
+
+#[test]
+fn a_rhythm_without_end_never_loses_anybody_and_does_not_panic() {
+    let start = Instant::now();
+    let (a, mut b) = pair(start);
+    let mut rhythm = *a.rhythm();
+    rhythm.interval = Duration::MAX;
+    let mut endless = Peer::new(rhythm, start);
+    let beat = endless.beat(Phase::Paired, start).unwrap();
+    b.receive(&beat, start).unwrap();
+    let answer = b.beat(Phase::Paired, start).unwrap();
+    endless.receive(&answer, start).unwrap();
+    let later = start + Duration::from_secs(24 * 3600);
+    assert_eq!(endless.look(later), Duration::ZERO);
+    assert_eq!(endless.state(), PeerState::Alive);
+    assert!(endless.due() > later);
+    assert!(endless.relies_until() > Some(later));
+    assert!(endless.beat(Phase::Paired, later).is_none());
+    let moments = [b.lost_at(), b.hears_until(), b.relies_until()];
+    assert!(moments[0].is_some() && moments[2].is_some(), "{moments:?}");
+}
+
+#[test]
+fn a_beat_that_is_refused_changes_nothing() {
+    let start = Instant::now();
+    let (mut a, mut b) = pair(start);
+    a.receive(&b.beat_now(Phase::Paired, start), start).unwrap();
+    let before = a.clone();
+    // Another process, which has seen beats that were never sent.
+    let beat = Beat {
+        role: Role::Secondary,
+        phase: Phase::Paired,
+        session: [1; 16],
+        process: 21,
+        sequence: 1,
+        seen: 7,
+        timeout: INTERVAL * 3,
+        on_loss: OnHeartbeatLoss::Ask,
+    };
+    assert!(a.receive(&beat.encode(), start).is_err());
+    assert_eq!(a, before);
+}

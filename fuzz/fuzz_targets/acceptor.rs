@@ -1,0 +1,14 @@
+//! The connections of an incoming migration: order, timing, partial greetings, closings, floods.
+//! What must hold is in the script's interpreter, which multifd's tests share.
+#![no_main]
+#![allow(missing_docs)] // a target has no API
+
+#[path = "../../multifd/tests/collecting/script.rs"]
+mod script;
+
+use fuzz as _; // its bound on memory
+use libfuzzer_sys::fuzz_target;
+
+fuzz_target!(|bytes: &[u8]| {
+    script::run(bytes);
+});
