@@ -8,7 +8,9 @@ use std::time::{Duration, Instant};
 
 use migration_stream::command::Command;
 use migration_stream::configuration::Configuration;
-use migration_stream::io::{ByteSink, ByteSource, Chunk, FdChannel, PositionedFile, Readiness};
+use migration_stream::io::{
+    ByteSink, ByteSource, CancelToken, Chunk, FdChannel, PositionedFile, Readiness,
+};
 use migration_stream::machine::MachineVersion;
 use migration_stream::ram::{BlockId, RamBlockTable};
 use migration_stream::return_path::ReturnPathMessage;
@@ -328,6 +330,10 @@ impl ByteSource for Counted {
 
     fn set_read_deadline(&mut self, deadline: Option<Instant>) {
         self.source.set_read_deadline(deadline);
+    }
+
+    fn set_cancel(&mut self, token: &CancelToken) {
+        ByteSource::set_cancel(&mut self.source, token);
     }
 
     fn confirm_when_it_suits(&mut self) {

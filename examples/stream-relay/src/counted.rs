@@ -5,7 +5,7 @@ use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::Instant;
 
-use migration_stream::io::{ByteSource, PositionedFile, Readiness};
+use migration_stream::io::{ByteSource, CancelToken, PositionedFile, Readiness};
 use vm_memory::VolatileSlice;
 
 use crate::progress::Progress;
@@ -45,6 +45,10 @@ impl<T: ByteSource> ByteSource for Counted<T> {
 
     fn set_read_deadline(&mut self, deadline: Option<Instant>) {
         self.inner.set_read_deadline(deadline);
+    }
+
+    fn set_cancel(&mut self, token: &CancelToken) {
+        self.inner.set_cancel(token);
     }
 
     fn confirm_when_it_suits(&mut self) {

@@ -17,7 +17,7 @@ use super::lent::{Lender, is_lendable};
 use super::signal::without_write_signals;
 use super::socket::{option, set_option};
 use super::zero_copy::ZeroCopy;
-use super::{ByteSink, ByteSource, Chunk, Lending, Readiness, deadline_after};
+use super::{ByteSink, ByteSource, CancelToken, Chunk, Lending, Readiness, deadline_after};
 
 /// The kernel takes at most this many pieces in one call (`UIO_MAXIOV`).
 pub(super) const MAX_IOVECS: usize = 1024;
@@ -28,8 +28,9 @@ const LOW_WATER: usize = 64 << 10;
 /// keep coming, confirmations are the system's business, and cost throughput where they are many.
 const CONFIRM_AFTER: Duration = Duration::from_micros(200);
 
-/// One direction, or both, of a connection. Clones share the connection, not the deadlines; one of
-/// them may send without copying.
+/// One direction, or both, of a connection. Handles made by [`FdChannel::share`] share the connection, not the
+/// deadlines; one of them may send without copying. A [`CancelToken`] that a handle has goes on to those made
+/// from it.
 #[derive(Debug)]
 pub struct FdChannel {
     fd: Arc<OwnedFd>,
@@ -40,6 +41,8 @@ pub struct FdChannel {
     read_deadline: Option<Instant>,
     write_deadline: Option<Instant>,
     uncopied: Option<Uncopied>,
+    /// Ends what this handle waits for.
+    cancel: Option<CancelToken>,
     /// What the socket wakes its reader for, bytes (`SO_RCVLOWAT`); the connection's, so shared.
     low_water: Arc<AtomicUsize>,
 }
@@ -86,6 +89,7 @@ impl FdChannel {
             read_deadline: None,
             write_deadline: None,
             uncopied: None,
+            cancel: None,
             low_water: Arc::new(AtomicUsize::new(1)),
         })
     }
@@ -101,6 +105,7 @@ impl FdChannel {
             read_deadline: None,
             write_deadline: None,
             uncopied: None,
+            cancel: self.cancel.clone(),
             low_water: Arc::clone(&self.low_water),
         }
     }
@@ -118,12 +123,16 @@ impl FdChannel {
 
     fn wait_for(&self, events: libc::c_short, deadline: Option<Instant>) -> io::Result<()> {
         let until = Some(self.until(deadline));
-        let mut fds = [pollfd(self.fd.as_raw_fd(), events), pollfd(-1, 0)];
+        let mut fds = [
+            pollfd(self.fd.as_raw_fd(), events),
+            cancel_pollfd(self.cancel.as_ref()),
+        ];
         let is_ready = if events == libc::POLLIN {
             self.poll_input(&mut fds, until)?
         } else {
             poll(&mut fds, until)?
         };
+        self.check_cancelled()?;
         if is_ready {
             Ok(())
         } else {
@@ -136,6 +145,10 @@ impl FdChannel {
                 },
             ))
         }
+    }
+
+    fn check_cancelled(&self) -> io::Result<()> {
+        self.cancel.as_ref().map_or(Ok(()), CancelToken::check)
     }
 
     /// Lets a wait for TCP's data last until many bytes are there if `wanted` says that many have to
@@ -161,11 +174,7 @@ impl FdChannel {
     /// Waits for one of `fds`, of which this is the first. If nothing comes soon, the system is to
     /// confirm what TCP has received: it may put that off for 40 ms, during which a peer without
     /// `TCP_NODELAY` (QEMU's main channel) holds a small piece back.
-    fn poll_input(
-        &self,
-        fds: &mut [libc::pollfd; 2],
-        deadline: Option<Instant>,
-    ) -> io::Result<bool> {
+    fn poll_input(&self, fds: &mut [libc::pollfd], deadline: Option<Instant>) -> io::Result<bool> {
         if self.confirms_early {
             let soon = deadline_after(CONFIRM_AFTER);
             if poll(
@@ -234,6 +243,7 @@ impl AsFd for FdChannel {
 
 impl ByteSink for FdChannel {
     fn write_all(&mut self, chunks: &[Chunk<'_>]) -> io::Result<()> {
+        self.check_cancelled()?;
         let is_guest = |chunk: &Chunk<'_>| matches!(chunk, Chunk::Guest(_));
         if self.uncopied.is_none() || !chunks.iter().any(is_guest) {
             return self.write_gathered(chunks, 0);
@@ -275,15 +285,22 @@ impl ByteSink for FdChannel {
 
     fn finish_zero_copy(&mut self) -> io::Result<u64> {
         let until = self.until(self.write_deadline);
+        let cancel = self.cancel.as_ref();
         match &mut self.uncopied {
-            Some(Uncopied::Pinned(zero_copy)) => zero_copy.finish(self.fd.as_fd(), until),
-            Some(Uncopied::Lent(lender)) => lender.finish(self.fd.as_fd(), until).map(|()| 0),
+            Some(Uncopied::Pinned(zero_copy)) => zero_copy.finish(self.fd.as_fd(), until, cancel),
+            Some(Uncopied::Lent(lender)) => {
+                lender.finish(self.fd.as_fd(), until, cancel).map(|()| 0)
+            }
             None => Ok(0),
         }
     }
 
     fn set_write_deadline(&mut self, deadline: Option<Instant>) {
         self.write_deadline = deadline;
+    }
+
+    fn set_cancel(&mut self, token: &CancelToken) {
+        self.cancel = Some(token.clone());
     }
 }
 
@@ -318,7 +335,11 @@ impl FdChannel {
                         let until = self.until(self.write_deadline);
                         match &mut self.uncopied {
                             Some(Uncopied::Pinned(zero_copy)) => {
-                                zero_copy.make_room(self.fd.as_fd(), until)?;
+                                zero_copy.make_room(
+                                    self.fd.as_fd(),
+                                    until,
+                                    self.cancel.as_ref(),
+                                )?;
                             }
                             _ => return Err(e),
                         }
@@ -379,6 +400,7 @@ impl ByteSource for FdChannel {
         if buf.is_empty() && guest.iter().all(|g| g.is_empty()) {
             return Ok(0);
         }
+        self.check_cancelled()?;
         loop {
             match self.read_once(guest, buf) {
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
@@ -386,6 +408,7 @@ impl ByteSource for FdChannel {
                     // behind it may not.
                     self.wake_for(guest.iter().map(VolatileSlice::len).sum());
                     if let Err(late) = self.wait_for(libc::POLLIN, self.read_deadline) {
+                        self.check_cancelled()?;
                         // A slow peer's bytes below the mark are progress all the same.
                         return match self.read_once(guest, buf) {
                             Ok(n) if n > 0 => Ok(n),
@@ -422,8 +445,11 @@ impl ByteSource for FdChannel {
         let mut fds = [
             pollfd(self.fd.as_raw_fd(), libc::POLLIN),
             pollfd(other.map_or(-1, |o| o.as_raw_fd()), libc::POLLIN),
+            cancel_pollfd(self.cancel.as_ref()),
         ];
-        if !self.poll_input(&mut fds, deadline)? {
+        let is_ready = self.poll_input(&mut fds, deadline)?;
+        self.check_cancelled()?;
+        if !is_ready {
             return Ok(Readiness::TimedOut);
         }
         // The other descriptor is how somebody asks for attention: it goes first.
@@ -440,6 +466,10 @@ impl ByteSource for FdChannel {
 
     fn set_read_deadline(&mut self, deadline: Option<Instant>) {
         self.read_deadline = deadline;
+    }
+
+    fn set_cancel(&mut self, token: &CancelToken) {
+        self.cancel = Some(token.clone());
     }
 }
 
@@ -487,6 +517,14 @@ pub(super) const fn pollfd(fd: RawFd, events: libc::c_short) -> libc::pollfd {
     }
 }
 
+/// Wakes a wait when the token is cancelled.
+pub(super) fn cancel_pollfd(token: Option<&CancelToken>) -> libc::pollfd {
+    pollfd(
+        token.map_or(-1, |token| token.as_fd().as_raw_fd()),
+        libc::POLLIN,
+    )
+}
+
 fn timespec(time: Duration) -> libc::timespec {
     libc::timespec {
         tv_sec: libc::time_t::try_from(time.as_secs()).unwrap_or(libc::time_t::MAX),
@@ -495,7 +533,7 @@ fn timespec(time: Duration) -> libc::timespec {
 }
 
 /// Waits for one of `fds`; false when the deadline passed first.
-pub(super) fn poll(fds: &mut [libc::pollfd; 2], deadline: Option<Instant>) -> io::Result<bool> {
+pub(super) fn poll(fds: &mut [libc::pollfd], deadline: Option<Instant>) -> io::Result<bool> {
     loop {
         let left = deadline.map(|d| timespec(d.saturating_duration_since(Instant::now())));
         let timeout = left.as_ref().map_or(std::ptr::null(), std::ptr::from_ref);

@@ -20,7 +20,7 @@ use super::fd::{iovec, iovecs, poll, pollfd};
 use super::local_peer::LocalPeer;
 use super::signal::without_write_signals;
 use super::socket::{option, set_option};
-use super::{Chunk, Lending, deadline_after};
+use super::{CancelToken, Chunk, Lending, deadline_after};
 
 /// What the pipe and the socket are asked to hold, bytes: as much as a process without privileges may
 /// have of a pipe.
@@ -200,8 +200,14 @@ impl Lender {
     }
 
     /// Waits until the peer has taken everything that was lent, and what was sent behind it.
-    pub(super) fn finish(&mut self, socket: BorrowedFd<'_>, until: Instant) -> io::Result<()> {
+    pub(super) fn finish(
+        &mut self,
+        socket: BorrowedFd<'_>,
+        until: Instant,
+        cancel: Option<&CancelToken>,
+    ) -> io::Result<()> {
         while self.has_lent && !self.is_taken(socket)? {
+            cancel.map_or(Ok(()), CancelToken::check)?;
             // A connection that has ended, at either side, is POLLHUP, which needs no asking for.
             let mut fds = [pollfd(socket.as_raw_fd(), 0), pollfd(-1, 0)];
             let has_ended = poll(&mut fds, Some(until.min(deadline_after(LOOK))))?;

@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use vm_memory::VolatileSlice;
 
+mod cancel;
 mod deadline;
 #[cfg(feature = "fd")]
 mod fd;
@@ -23,6 +24,7 @@ mod signal;
 mod socket;
 #[cfg(feature = "fd")]
 mod zero_copy;
+pub use cancel::{CancelToken, is_cancelled};
 pub use deadline::{deadline_after, deadline_from};
 #[cfg(feature = "fd")]
 pub use fd::FdChannel;
@@ -105,6 +107,11 @@ pub trait ByteSink: Send {
     /// No write may take longer than until `deadline`; `None`: the transport's own limit.
     fn set_write_deadline(&mut self, deadline: Option<Instant>);
 
+    /// Lets `token` end every write that waits, of this handle. A sink whose writes never wait need not listen.
+    fn set_cancel(&mut self, token: &CancelToken) {
+        let _ = token;
+    }
+
     /// What is written next goes to byte `offset` of the file that this is.
     ///
     /// # Errors
@@ -170,6 +177,11 @@ pub trait ByteSource: Send {
     /// No read may wait longer than until `deadline`; `None`: the transport's own limit.
     fn set_read_deadline(&mut self, deadline: Option<Instant>);
 
+    /// Lets `token` end every read that waits, of this handle. A source whose reads never wait need not listen.
+    fn set_cancel(&mut self, token: &CancelToken) {
+        let _ = token;
+    }
+
     /// The peer never waits for confirmations before it sends on (it has `TCP_NODELAY`): none need be
     /// hastened, which costs a timer for every wait.
     fn confirm_when_it_suits(&mut self) {}
@@ -198,6 +210,9 @@ impl<T: ByteSink + ?Sized> ByteSink for Box<T> {
     }
     fn set_write_deadline(&mut self, deadline: Option<Instant>) {
         (**self).set_write_deadline(deadline);
+    }
+    fn set_cancel(&mut self, token: &CancelToken) {
+        (**self).set_cancel(token);
     }
     fn seek(&mut self, offset: u64) -> io::Result<()> {
         (**self).seek(offset)
@@ -229,6 +244,9 @@ impl<T: ByteSource + ?Sized> ByteSource for Box<T> {
     }
     fn set_read_deadline(&mut self, deadline: Option<Instant>) {
         (**self).set_read_deadline(deadline);
+    }
+    fn set_cancel(&mut self, token: &CancelToken) {
+        (**self).set_cancel(token);
     }
     fn confirm_when_it_suits(&mut self) {
         (**self).confirm_when_it_suits();

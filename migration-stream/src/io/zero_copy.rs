@@ -8,7 +8,8 @@ use std::mem;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::time::Instant;
 
-use super::fd::{poll, pollfd};
+use super::CancelToken;
+use super::fd::{cancel_pollfd, poll, pollfd};
 use super::socket::{option, set_option};
 
 /// `SO_EE_ORIGIN_ZEROCOPY`: the report is about zero-copy sends.
@@ -68,7 +69,12 @@ impl ZeroCopy {
 
     /// The socket had no buffer for a send: waits for an earlier one to end. There is none: the
     /// process may not lock the memory.
-    pub(super) fn make_room(&mut self, fd: BorrowedFd<'_>, until: Instant) -> io::Result<()> {
+    pub(super) fn make_room(
+        &mut self,
+        fd: BorrowedFd<'_>,
+        until: Instant,
+        cancel: Option<&CancelToken>,
+    ) -> io::Result<()> {
         if self.outstanding == 0 {
             return Err(io::Error::new(
                 io::ErrorKind::OutOfMemory,
@@ -78,26 +84,39 @@ impl ZeroCopy {
                 ),
             ));
         }
-        self.wait(fd, self.outstanding - 1, until)
+        self.wait(fd, self.outstanding - 1, until, cancel)
     }
 
     /// Waits until the kernel reads no memory any more, and returns how many sends it copied since
     /// this was called last.
-    pub(super) fn finish(&mut self, fd: BorrowedFd<'_>, until: Instant) -> io::Result<u64> {
-        self.wait(fd, 0, until)?;
+    pub(super) fn finish(
+        &mut self,
+        fd: BorrowedFd<'_>,
+        until: Instant,
+        cancel: Option<&CancelToken>,
+    ) -> io::Result<u64> {
+        self.wait(fd, 0, until, cancel)?;
         Ok(mem::take(&mut self.copied))
     }
 
     /// Waits until no more than `max` sends are outstanding.
-    fn wait(&mut self, fd: BorrowedFd<'_>, max: u32, until: Instant) -> io::Result<()> {
+    fn wait(
+        &mut self,
+        fd: BorrowedFd<'_>,
+        max: u32,
+        until: Instant,
+        cancel: Option<&CancelToken>,
+    ) -> io::Result<()> {
         loop {
             self.reap(fd)?;
             if self.outstanding <= max {
                 return Ok(());
             }
             // An error queue with something in it is POLLERR, which needs no asking for.
-            let mut fds = [pollfd(fd.as_raw_fd(), 0), pollfd(-1, 0)];
-            if !poll(&mut fds, Some(until))? {
+            let mut fds = [pollfd(fd.as_raw_fd(), 0), cancel_pollfd(cancel)];
+            let is_ready = poll(&mut fds, Some(until))?;
+            cancel.map_or(Ok(()), CancelToken::check)?;
+            if !is_ready {
                 return Err(io::Error::new(
                     io::ErrorKind::TimedOut,
                     "the peer did not acknowledge what was sent without copying before the deadline",

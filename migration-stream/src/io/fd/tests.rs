@@ -4,6 +4,7 @@ use std::os::unix::net::UnixStream;
 use std::thread;
 
 use super::*;
+use crate::io::is_cancelled;
 
 const SHORT: Duration = Duration::from_millis(20);
 
@@ -337,6 +338,67 @@ fn only_a_stream_socket_whose_peer_is_here_is_lent_to() {
     assert!(!pair().0.lend_to_local_peer(Lending::Never));
     assert!(pair().0.lend_to_local_peer(Lending::UnixSockets));
     assert!(!tcp_pair().0.lend_to_local_peer(Lending::UnixSockets));
+}
+
+/// Cancels while a call waits, and says how that ended.
+fn cancelled(
+    mut channel: FdChannel,
+    call: impl FnOnce(&mut FdChannel) -> io::Result<()>,
+) -> io::Error {
+    let token = CancelToken::new().unwrap();
+    ByteSink::set_cancel(&mut channel, &token);
+    let far = Some(deadline_after(Duration::MAX));
+    (channel.read_deadline, channel.write_deadline) = (far, far);
+    let canceller = thread::spawn(move || {
+        thread::sleep(SHORT);
+        token.cancel();
+    });
+    let error = call(&mut channel).unwrap_err();
+    canceller.join().unwrap();
+    assert!(is_cancelled(&error), "{error}");
+    // It stays so, whatever the peer does.
+    assert!(is_cancelled(&channel.write_all(&[]).unwrap_err()));
+    assert!(is_cancelled(
+        &channel.share().read(&mut [0; 1]).unwrap_err()
+    ));
+    error
+}
+
+#[test]
+fn every_wait_ends_when_it_is_cancelled() {
+    let mut much = vec![7u8; 32 << 20];
+    let guest = VolatileSlice::from(much.as_mut_slice());
+    for (a, b) in [pair(), tcp_pair()] {
+        cancelled(a, |a| a.write_all(&[Chunk::Guest(guest)]));
+        cancelled(b, |b| {
+            loop {
+                b.read(&mut [0; 1 << 16])?;
+            }
+        });
+    }
+    for (a, _b) in [pair(), tcp_pair()] {
+        cancelled(a, |a| {
+            assert!(a.lend_to_local_peer(Lending::UnixSocketsAndTcp));
+            a.write_all(&[Chunk::Guest(guest)])
+        });
+    }
+    for (a, _b) in [pair(), tcp_pair()] {
+        cancelled(a, |a| {
+            assert!(a.lend_to_local_peer(Lending::UnixSocketsAndTcp));
+            a.write_all(&[Chunk::Guest(guest.subslice(0, 4096).unwrap())])
+                .unwrap();
+            a.finish_zero_copy().map(drop)
+        });
+        let (_other, unread) = tcp_pair();
+        cancelled(unread, |c| c.wait(None, None).map(drop));
+    }
+    let (a, _b) = tcp_pair();
+    cancelled(a, |a| {
+        // Loopback copies; a full socket is what is waited for.
+        a.enable_zero_copy().unwrap();
+        a.write_all(&[Chunk::Guest(guest)])?;
+        a.finish_zero_copy().map(drop)
+    });
 }
 
 #[test]
