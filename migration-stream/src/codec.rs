@@ -196,8 +196,9 @@ impl fmt::Debug for IdStr {
 }
 
 impl fmt::Display for IdStr {
+    /// Writes the name as [`Escaped`](crate::Escaped) does.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.fmt(f)
+        crate::Escaped(&self.0).fmt(f)
     }
 }
 

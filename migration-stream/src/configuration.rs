@@ -12,6 +12,7 @@ use std::fmt;
 
 use bytes::BufMut;
 
+use crate::PAGE_SIZE;
 use crate::codec::{IdStr, Reader, put_counted};
 use crate::error::DecodeError;
 use crate::section::SectionType;
@@ -58,8 +59,9 @@ impl MachineName {
 }
 
 impl fmt::Display for MachineName {
+    /// Writes the name as [`Escaped`](crate::Escaped) does.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.fmt(f)
+        crate::Escaped(&self.0).fmt(f)
     }
 }
 
@@ -196,7 +198,12 @@ impl Configuration {
             return Err(at.error(ConfigurationError::SubsectionVersion { name, version }));
         }
         match name.as_str() {
-            PAGE_BITS => self.page_bits = Some(r.be32()?),
+            PAGE_BITS => {
+                let at = r.clone();
+                let bits = r.be32()?;
+                check_page_bits(Some(bits)).map_err(|e| at.error(e))?;
+                self.page_bits = Some(bits);
+            }
             CAPABILITIES => {
                 let at = r.clone();
                 let count = r.be32()?;
@@ -225,12 +232,8 @@ impl Configuration {
     /// The first difference.
     pub fn check(&self, received: &Self) -> Result<(), ConfigurationError> {
         self.check_machine(&received.machine)?;
-        if self.page_bits != received.page_bits {
-            return Err(ConfigurationError::PageBits {
-                received: received.page_bits,
-                local: self.page_bits,
-            });
-        }
+        self.check_page_size()?;
+        received.check_page_size()?;
         if let Some(name) = self
             .capabilities
             .symmetric_difference(&received.capabilities)
@@ -249,6 +252,14 @@ impl Configuration {
         }
     }
 
+    /// Whether the pages are of the one size that there is here, [`PAGE_SIZE`].
+    ///
+    /// # Errors
+    /// [`ConfigurationError::PageBits`].
+    pub const fn check_page_size(&self) -> Result<(), ConfigurationError> {
+        check_page_bits(self.page_bits)
+    }
+
     fn check_machine(&self, received: &MachineName) -> Result<(), ConfigurationError> {
         if *received == self.machine {
             Ok(())
@@ -258,6 +269,22 @@ impl Configuration {
                 local: self.machine.clone(),
             })
         }
+    }
+}
+
+const fn check_page_bits(bits: Option<u32>) -> Result<(), ConfigurationError> {
+    match bits {
+        None => Ok(()),
+        Some(bits) if bits == PAGE_SIZE.trailing_zeros() => Ok(()),
+        Some(bits) => Err(ConfigurationError::PageBits { bits }),
+    }
+}
+
+/// What a page of so many address bits is called in an error.
+fn page_size(bits: u32) -> String {
+    match 1u64.checked_shl(bits) {
+        Some(size) => format!("{size} bytes"),
+        None => format!("2^{bits} bytes"),
     }
 }
 
@@ -334,13 +361,14 @@ pub enum ConfigurationError {
         /// Its name.
         name: IdStr,
     },
-    /// The page sizes differ.
-    #[error("target page bits {received:?}, expected {local:?}")]
+    /// The pages are of another size than x86 has.
+    #[error(
+        "the source's pages have {} (target page bits {bits}), expected {PAGE_SIZE} bytes",
+        page_size(*.bits)
+    )]
     PageBits {
-        /// The peer's.
-        received: Option<u32>,
-        /// This side's.
-        local: Option<u32>,
+        /// The binary logarithm of their size.
+        bits: u32,
     },
     /// A capability is on at one side only.
     #[error(
@@ -456,6 +484,25 @@ mod tests {
     }
 
     #[test]
+    fn pages_of_another_size_are_refused_with_both_sizes() {
+        for (bits, size) in [
+            (10, "1024"),
+            (13, "8192"),
+            (16, "65536"),
+            (64, "2^64"),
+            (u32::MAX, "2^4294967295"),
+        ] {
+            let mut other = q35();
+            other.page_bits = Some(bits);
+            let bytes = encoded(&other);
+            let error = Configuration::decode(&mut Reader::new(&bytes[1..], 9)).unwrap_err();
+            let text = error.to_string();
+            assert!(text.contains(&format!("pages have {size} bytes")), "{text}");
+            assert!(text.contains("expected 4096 bytes"), "{text}");
+        }
+    }
+
+    #[test]
     fn what_differs_is_named() {
         let local = q35();
         let with = |change: fn(&mut Configuration)| {
@@ -467,11 +514,9 @@ mod tests {
         assert_eq!(with(|c| c.uuid = Some([1; 16])), Ok(()));
         assert_eq!(
             with(|c| c.page_bits = Some(14)),
-            Err(ConfigurationError::PageBits {
-                received: Some(14),
-                local: None
-            })
+            Err(ConfigurationError::PageBits { bits: 14 })
         );
+        assert_eq!(with(|c| c.page_bits = Some(12)), Ok(()));
         let e = with(|c| {
             c.capabilities.insert(IdStr::new("mapped-ram").unwrap());
         })

@@ -139,6 +139,8 @@ pub enum ConfigurationRule {
     Absent,
     /// Any valid one, for tools.
     Any,
+    /// Any valid one, or none, whichever the stream has: for tools that read what others have set up.
+    AnyOrAbsent,
     /// One that [`Configuration::check`] accepts.
     Matching(Configuration),
 }
@@ -290,7 +292,9 @@ impl StreamDecoder {
                 header::decode(r)?;
                 self.phase = match self.configuration {
                     ConfigurationRule::Absent => Phase::Sections,
-                    ConfigurationRule::Any | ConfigurationRule::Matching(_) => Phase::Configuration,
+                    ConfigurationRule::Any
+                    | ConfigurationRule::AnyOrAbsent
+                    | ConfigurationRule::Matching(_) => Phase::Configuration,
                 };
                 Ok(Some(Item::Header))
             }
@@ -298,11 +302,18 @@ impl StreamDecoder {
                 let at = r.clone();
                 let found = r.u8()?;
                 if found != SectionType::Configuration.byte() {
+                    if self.configuration == ConfigurationRule::AnyOrAbsent {
+                        *r = at;
+                        self.phase = Phase::Sections;
+                        return Ok(None);
+                    }
                     return Err(at.error(ConfigurationError::Missing { found }));
                 }
                 let configuration = match &self.configuration {
                     ConfigurationRule::Matching(local) => Configuration::decode_matching(r, local)?,
-                    ConfigurationRule::Any | ConfigurationRule::Absent => Configuration::decode(r)?,
+                    ConfigurationRule::Any
+                    | ConfigurationRule::AnyOrAbsent
+                    | ConfigurationRule::Absent => Configuration::decode(r)?,
                 };
                 self.phase = Phase::Sections;
                 self.fields = SetupFields::of(&configuration);

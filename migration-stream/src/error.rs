@@ -3,6 +3,7 @@
 use crate::codec::IdStrError;
 use crate::command::CommandError;
 use crate::configuration::ConfigurationError;
+use crate::container::ContainerError;
 use crate::dirty_bitmap::DirtyBitmapError;
 use crate::header::HeaderError;
 use crate::postcopy::{BitmapError, OrderError, PackageError};
@@ -55,6 +56,9 @@ pub enum Cause {
     /// The file header.
     #[error(transparent)]
     Header(#[from] HeaderError),
+    /// The image in which the stream is.
+    #[error(transparent)]
+    Container(ContainerError),
     /// The configuration section.
     #[error(transparent)]
     Configuration(#[from] ConfigurationError),

@@ -3,6 +3,7 @@
 use bytes::BufMut;
 
 use crate::codec::Reader;
+use crate::container::Recognised;
 use crate::error::DecodeError;
 
 /// `QEVM`: the first four bytes of a main stream.
@@ -37,7 +38,7 @@ pub fn decode(r: &mut Reader<'_>) -> Result<(), DecodeError> {
 #[non_exhaustive]
 pub enum HeaderError {
     /// The first word is another.
-    #[error("magic {found:#010x}, expected {MAGIC:#010x}")]
+    #[error("magic {found:#010x}, expected {MAGIC:#010x}{}", Recognised(*.found))]
     Magic {
         /// What is there instead.
         found: u32,

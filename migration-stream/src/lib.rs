@@ -32,6 +32,7 @@
 //! | [`dirty_bitmap`] | the sections of block devices' dirty bitmaps |
 //! | [`postcopy`] | the order of its commands, packages, bitmaps, requests for pages |
 //! | [`ram`] | blocks, the block list, page records, the transport of pages in the stream |
+//! | [`container`] | what a file is that is no stream, and images of libvirt with a stream in them |
 //! | [`device_blob`], [`opaque_tail`], [`vmdesc`] | device sections: known, unknown, described |
 //! | [`mapped_ram`] | files in which every page has its place |
 //! | [`xbzrle`] | pages as differences to what was sent before |
@@ -52,6 +53,7 @@
 pub mod codec;
 pub mod command;
 pub mod configuration;
+pub mod container;
 pub mod decoder;
 pub mod device_blob;
 pub mod dirty_bitmap;
@@ -72,6 +74,7 @@ pub mod return_path;
 pub mod section;
 #[cfg(feature = "staged")]
 mod staged;
+mod text;
 mod transport;
 pub mod unchanged;
 pub mod vmdesc;
@@ -84,6 +87,7 @@ pub use mmap::{GuestRamMmap, GuestRamMmapError};
 pub use reader::StreamReader;
 #[cfg(feature = "staged")]
 pub use staged::StagedRam;
+pub use text::Escaped;
 pub use transport::{
     HeldChannels, PageBarrier, PageTransport, PagesBeside, TransportCounters, TransportError,
 };

@@ -166,6 +166,32 @@ fn a_stream_without_configuration_and_footers_is_read_when_that_was_agreed() {
 }
 
 #[test]
+fn a_tool_reads_a_stream_with_a_configuration_section_and_without() {
+    let (bytes, items) = whole_stream();
+    let config = || DecoderConfig::new(ConfigurationRule::AnyOrAbsent);
+    for piece in [1, 100] {
+        let mut decoder = StreamDecoder::new(config(), None);
+        assert_eq!(decode_all(&mut decoder, &bytes, piece).unwrap(), items);
+    }
+    let old = [
+        b"QEVM\0\0\0\x03\x01\0\0\0\x01\x03ram\0\0\0\0\0\0\0\x04",
+        RAM_LIST,
+        EOS,
+        b"\x7e\0\0\0\x01\0",
+    ]
+    .concat();
+    for piece in [1, 100] {
+        let mut decoder = StreamDecoder::new(config(), None);
+        let items = decode_all(&mut decoder, &old, piece).unwrap();
+        assert!(matches!(items[..2], [Item::Header, Item::Section(_)]));
+        assert_eq!(items.last(), Some(&Item::Eof));
+    }
+    // Nothing that can stand there.
+    let mut decoder = StreamDecoder::new(config(), None);
+    assert!(decode_all(&mut decoder, b"QEVM\0\0\0\x03\x09", 100).is_err());
+}
+
+#[test]
 fn more_is_asked_for_as_long_as_an_item_is_not_there() {
     let mut r = Reader::new(b"QEVM\0", 0);
     let step = decoder().next(&mut r).unwrap();

@@ -38,7 +38,7 @@ fn configuration() -> impl Strategy<Value = Configuration> {
     let machine = "[a-z0-9.-]{1,30}".prop_map(|s| MachineName::new(s).unwrap());
     (
         machine,
-        any::<Option<u32>>(),
+        prop_oneof![Just(None), Just(Some(12))],
         btree_set(idstr(), 0..4),
         any::<Option<[u8; 16]>>(),
     )

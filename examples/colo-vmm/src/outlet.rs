@@ -80,6 +80,14 @@ pub fn say(line: impl fmt::Display) {
     let _ = Outlet::new(io::stdout()).write_all(format!("{line}\n").as_bytes());
 }
 
+/// Prints a line on standard output and waits for as long as its reader takes; whether there is a reader.
+#[must_use]
+pub fn print(line: impl fmt::Display) -> bool {
+    io::stdout()
+        .write_all(format!("{line}\n").as_bytes())
+        .is_ok()
+}
+
 /// Says a line on standard error, if that takes it.
 pub fn complain(line: impl fmt::Display) {
     // As above.

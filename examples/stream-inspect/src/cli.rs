@@ -1,13 +1,13 @@
 //! The command line.
 
 use std::error::Error;
-use std::fs::File;
-use std::path::PathBuf;
-use std::sync::Arc;
+use std::io::Write;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::{Parser, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
+use migration_stream::StreamReader;
 use migration_stream::io::PositionedFile;
 use multifd::{Address, ChannelCount, Compression, MultifdConfig, ZlibLevel, ZstdLevel};
 
@@ -15,26 +15,29 @@ use crate::extract::Extract;
 use crate::incoming::{ListenConfig, Listening};
 use crate::inspection::Inspection;
 use crate::report::Report;
-use crate::scan::{FileOrigin, scan};
+use crate::scan::{FileOrigin, Origin, PipeOrigin, scan};
 use crate::state;
+use tool_support::input::{Input, find_stream};
+use tool_support::number;
+use tool_support::output::complain;
 
 /// Says what is in a migration stream of QEMU: configuration, RAM blocks and their pages, devices
 /// with their fields, and what each part takes up.
 ///
-/// The stream is a file (of `migrate file:PATH`, plain or with mapped-ram), or comes from a source
-/// that migrates to --listen; that one is told at the end that the migration has failed, so that its
-/// guest runs on there.
+/// The stream is in a file (of `migrate file:PATH`, plain or with mapped-ram, or of `virsh save`), comes
+/// through a pipe, or from a source that migrates to --listen; the source is told at the end that the
+/// migration has failed, so that its guest runs on there.
 #[derive(Debug, Parser)]
 #[command(version)]
 pub struct Cli {
-    /// The file.
+    /// The file, a FIFO, or - for standard input (`zstd -dc FILE.zst | stream-inspect -`).
     #[arg(required_unless_present = "listen")]
     file: Option<PathBuf>,
     /// Listen here, at tcp:HOST:PORT or unix:PATH, for a source.
     #[arg(long, value_name = "ADDRESS", conflicts_with = "file")]
     listen: Option<Address>,
-    /// Where in the file the stream begins, bytes.
-    #[arg(long, value_name = "BYTES", default_value_t = 0)]
+    /// Where in the file the stream begins, bytes (0x1000, 4096, 4k).
+    #[arg(long, value_name = "BYTES", default_value = "0", value_parser = number::bytes)]
     offset: u64,
     /// Show every field of every device.
     #[arg(long, conflicts_with = "json")]
@@ -67,7 +70,7 @@ pub struct Cli {
     #[arg(long, conflicts_with = "file")]
     without_return_path: bool,
     /// How long the source may be silent, seconds.
-    #[arg(long, value_name = "SECONDS", default_value_t = 30)]
+    #[arg(long, value_name = "SECONDS", default_value = "30", value_parser = number::number)]
     timeout: u64,
 }
 
@@ -97,18 +100,19 @@ impl From<Method> for Compression {
 }
 
 fn channel_count(s: &str) -> Result<ChannelCount, String> {
-    s.parse()
+    number::number(s)
         .ok()
+        .and_then(|n| u8::try_from(n).ok())
         .and_then(ChannelCount::new)
         .ok_or_else(|| "expected 1 to 255 channels".into())
 }
 
 impl Cli {
-    /// Does what it says.
+    /// Reads the stream and writes what was found to `out`.
     ///
     /// # Errors
     /// Whatever went wrong, for people.
-    pub fn run(self) -> Result<(), Box<dyn Error>> {
+    pub fn run(self, out: &mut impl Write) -> Result<(), Box<dyn Error>> {
         let mut extract = self.extract.as_ref().map(Extract::into).transpose()?;
         let found = self.inspect(extract.as_mut())?;
         if let Some(extract) = &extract {
@@ -117,28 +121,18 @@ impl Cli {
             extract.write("state.json", &state::text(&state::state(&found)?)?)?;
         }
         match self.json {
-            Some(Json::State) => println!("{}", state::text(&state::state(&found)?)?),
-            Some(Json::Desc) => println!("{}", state::text(&state::description(&found)?)?),
-            None => print!("{}", Report::new(&found).text(self.fields)?),
+            Some(Json::State) => writeln!(out, "{}", state::text(&state::state(&found)?)?)?,
+            Some(Json::Desc) => writeln!(out, "{}", state::text(&state::description(&found)?)?)?,
+            None => write!(out, "{}", Report::new(&found).text(self.fields)?)?,
         }
+        out.flush()?;
         Ok(())
     }
 
     fn inspect(&self, extract: Option<&mut Extract>) -> Result<Inspection, Box<dyn Error>> {
         let Some(at) = &self.listen else {
             let path = self.file.as_deref().ok_or("neither a file nor --listen")?;
-            let opened = File::open(path);
-            let file = opened.map_err(|e| format!("opening {}: {e}", path.display()))?;
-            let bar = ProgressBar::new(file.metadata()?.len()).with_style(
-                ProgressStyle::with_template("{bar:40} {bytes} of {total_bytes}, {bytes_per_sec}")?,
-            );
-            let file: Arc<dyn PositionedFile> = Arc::new(file);
-            let (mut origin, reader) = FileOrigin::open(file, self.offset);
-            let found = scan(reader, &mut origin, extract, &mut |offset| {
-                bar.set_position(offset);
-            });
-            bar.finish_and_clear();
-            return Ok(found?);
+            return self.inspect_input(path, extract);
         };
         let timeout = Duration::from_secs(self.timeout);
         let listening = Listening::open(ListenConfig {
@@ -152,30 +146,53 @@ impl Cli {
             without_return_path: self.without_return_path,
             timeout,
         })?;
-        eprintln!("listening on {}", listening.address());
+        complain(format_args!("listening on {}", listening.address()));
         let (mut origin, reader) = listening.accept()?;
-        let bar = ProgressBar::new_spinner().with_style(ProgressStyle::with_template(
-            "{spinner} {bytes}, {bytes_per_sec}",
-        )?);
-        let found = scan(reader, &mut origin, extract, &mut |offset| {
-            bar.set_position(offset);
-        });
-        bar.finish_and_clear();
-        Ok(found?)
+        watched(reader, &mut origin, extract, None)
+    }
+
+    fn inspect_input(
+        &self,
+        path: &Path,
+        extract: Option<&mut Extract>,
+    ) -> Result<Inspection, Box<dyn Error>> {
+        let timeout = Duration::from_secs(self.timeout);
+        match Input::open(path, self.offset, timeout)? {
+            Input::File { file, offset } => {
+                let size = file.size()?;
+                let (mut origin, mut reader) = FileOrigin::open(file, offset);
+                find_stream(&mut reader, 0)?;
+                watched(reader, &mut origin, extract, Some(size))
+            }
+            Input::Pipe { channel, offset } => {
+                let mut reader = StreamReader::new(channel, b"");
+                find_stream(&mut reader, offset)?;
+                watched(reader, &mut PipeOrigin, extract, None)
+            }
+        }
     }
 }
 
-/// An error and its causes, on one line.
-#[must_use]
-pub fn chain(error: &dyn Error) -> String {
-    let causes = std::iter::successors(Some(error), |&error| error.source());
-    let mut said: Vec<String> = Vec::new();
-    for cause in causes.map(ToString::to_string) {
-        if said.last() != Some(&cause) {
-            said.push(cause);
-        }
-    }
-    said.join(": ")
+/// Reads a stream to its end, of `size` bytes if that is known, and shows on a terminal how far it is.
+fn watched(
+    reader: StreamReader,
+    origin: &mut dyn Origin,
+    extract: Option<&mut Extract>,
+    size: Option<u64>,
+) -> Result<Inspection, Box<dyn Error>> {
+    let bar = match size {
+        Some(size) => ProgressBar::new(size).with_style(ProgressStyle::with_template(
+            "{bar:40} {bytes} of {total_bytes}, {bytes_per_sec}",
+        )?),
+        None => ProgressBar::new_spinner().with_style(ProgressStyle::with_template(
+            "{spinner} {bytes}, {bytes_per_sec}",
+        )?),
+    };
+    let found = scan(reader, origin, extract, &mut |offset| {
+        bar.set_position(offset);
+    });
+    bar.finish_and_clear();
+    Ok(found?)
 }
 
 #[cfg(test)]

@@ -5,10 +5,10 @@ use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::path::{Component, Path, PathBuf};
 
-use migration_stream::PAGE_SIZE;
 use migration_stream::io::PositionedFile;
 use migration_stream::ram::{BlockId, PageAddress, RamBlockTable};
 use migration_stream::xbzrle::{Run, Runs, XbzrleError};
+use migration_stream::{Escaped, PAGE_SIZE};
 
 use crate::pages::PageSet;
 
@@ -256,13 +256,13 @@ pub enum ExtractError {
         source: io::Error,
     },
     /// A block's name leads out of the directory, or is none.
-    #[error("no file can have the name of ram block '{name}'")]
+    #[error("no file can have the name of ram block '{}'", Escaped(.name))]
     Name {
         /// The block.
         name: String,
     },
     /// A page's difference is not sound.
-    #[error("page {offset:#x} for {block}")]
+    #[error("page {offset:#x} for {}", Escaped(.block))]
     Xbzrle {
         /// The block's file.
         block: String,

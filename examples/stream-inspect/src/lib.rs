@@ -19,6 +19,7 @@
 //! | [`pages`] | sets of pages |
 //! | [`cli`] | the program |
 #![forbid(unsafe_code)]
+#![deny(clippy::print_stdout, clippy::print_stderr)]
 
 pub mod cli;
 pub mod extract;

@@ -3,14 +3,14 @@
 use std::process::ExitCode;
 
 use clap::Parser;
-use stream_inspect::cli::{Cli, chain};
+use stream_inspect::cli::Cli;
+use tool_support::output::{Output, end};
 
 fn main() -> ExitCode {
-    match Cli::parse().run() {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("stream-inspect: {}", chain(&*error));
-            ExitCode::FAILURE
-        }
-    }
+    let done = Cli::parse().run(&mut Output::standard());
+    end(
+        "stream-inspect",
+        ExitCode::FAILURE,
+        done.map(|()| ExitCode::SUCCESS),
+    )
 }

@@ -3,6 +3,7 @@
 use std::fmt::{self, Write as _};
 use std::time::Duration;
 
+use migration_stream::Escaped;
 use migration_stream::dirty_bitmap::MigratedBitmap;
 use migration_stream::section::SectionHeader;
 use serde_json::Value;
@@ -60,7 +61,7 @@ impl<'a> Report<'a> {
         let Some(configuration) = &self.inspection.configuration else {
             return writeln!(out, "no configuration section");
         };
-        writeln!(out, "machine type  {}", configuration.machine.as_str())?;
+        writeln!(out, "machine type  {}", configuration.machine)?;
         if let Some(bits) = configuration.page_bits {
             writeln!(
                 out,
@@ -107,15 +108,19 @@ impl<'a> Report<'a> {
 
     fn blocks(&self, out: &mut String) -> fmt::Result {
         let blocks = &self.inspection.blocks;
-        let width = blocks.iter().map(|b| b.block.name().len()).max();
+        let names: Vec<String> = blocks
+            .iter()
+            .map(|b| Escaped(b.block.name()).to_string())
+            .collect();
+        let width = names.iter().map(String::len).max();
         let width = width.unwrap_or(0).max("ram block".len());
         writeln!(
             out,
             "\n{:<width$} {:>14} {:>10} {:>10} {:>10} {:>10}",
             "ram block", "bytes", "pages", "zero", "xbzrle", "unique"
         )?;
-        for b in blocks {
-            let (name, length) = (b.block.name(), b.block.used_length());
+        for (b, name) in blocks.iter().zip(&names) {
+            let length = b.block.used_length();
             if b.is_ignored {
                 writeln!(out, "{name:<width$} {length:>14} shared, not in the stream")?;
                 continue;
@@ -134,7 +139,7 @@ impl<'a> Report<'a> {
         if bitmaps.is_empty() {
             return Ok(());
         }
-        let title = |b: &MigratedBitmap| format!("{} of {}", b.name.as_str(), b.node.as_str());
+        let title = |b: &MigratedBitmap| format!("{} of {}", b.name, b.node);
         let width = bitmaps.iter().map(|b| title(b).len()).max().unwrap_or(0);
         let width = width.max("dirty bitmap".len());
         writeln!(out, "\n{:<width$} {:>12}", "dirty bitmap", "granularity")?;
@@ -182,8 +187,8 @@ impl<'a> Report<'a> {
 /// A device's name, and which one of that name it is.
 fn title(header: &SectionHeader) -> String {
     match header.instance.0 {
-        0 => header.idstr.as_str().to_owned(),
-        instance => format!("{} #{instance}", header.idstr.as_str()),
+        0 => header.idstr.to_string(),
+        instance => format!("{} #{instance}", header.idstr),
     }
 }
 
@@ -205,6 +210,7 @@ fn tree(out: &mut String, value: &Value, depth: usize) {
 
 fn leaf(out: &mut String, name: &str, value: &Value, depth: usize) {
     let indent = "  ".repeat(depth);
+    let name = Escaped(name);
     let _ = match value {
         Value::Object(_) if depth >= DEPTH => writeln!(out, "{indent}{name} = …"),
         Value::Object(_) => {
@@ -212,8 +218,8 @@ fn leaf(out: &mut String, name: &str, value: &Value, depth: usize) {
             tree(out, value, depth + 1);
             written
         }
-        Value::String(text) => writeln!(out, "{indent}{name} = {text}"),
-        other => writeln!(out, "{indent}{name} = {other}"),
+        Value::String(text) => writeln!(out, "{indent}{name} = {}", Escaped(text)),
+        other => writeln!(out, "{indent}{name} = {}", Escaped(&other.to_string())),
     };
 }
 

@@ -1,10 +1,13 @@
 //! A stream as JSON, in the shapes of QEMU's `scripts/analyze-migration.py` (10.0) with `-d state`
 //! and `-d desc`.
 
+use migration_stream::Escaped;
 use migration_stream::section::SectionId;
 use serde::{Deserialize, Serialize};
 use serde_json::ser::{PrettyFormatter, Serializer};
 use serde_json::{Map, Value};
+
+use tool_support::output::ascii_json;
 
 use crate::fields::{FieldError, Fields, Layout};
 use crate::inspection::{Device, Inspection, Section};
@@ -97,7 +100,7 @@ pub fn description(inspection: &Inspection) -> Result<Value, StateError> {
     Ok(serde_json::from_str(&inspection.description)?)
 }
 
-/// JSON as the script writes it, indented by four.
+/// JSON as the script writes it, indented by four, in ASCII.
 ///
 /// # Errors
 /// None that a value could cause.
@@ -105,7 +108,7 @@ pub fn text(value: &Value) -> Result<String, StateError> {
     let mut bytes = Vec::new();
     let formatter = PrettyFormatter::with_indent(b"    ");
     value.serialize(&mut Serializer::with_formatter(&mut bytes, formatter))?;
-    Ok(String::from_utf8_lossy(&bytes).into_owned())
+    Ok(ascii_json(&String::from_utf8_lossy(&bytes)))
 }
 
 fn key(idstr: &str, id: SectionId) -> String {
@@ -139,7 +142,7 @@ pub enum StateError {
     #[error("the description of the devices")]
     Description(#[from] serde_json::Error),
     /// A section that the description does not know.
-    #[error("section '{idstr}' instance {instance} is not described")]
+    #[error("section '{idstr}' instance {instance} is not described", idstr = Escaped(.idstr))]
     NotDescribed {
         /// The device.
         idstr: String,
@@ -147,7 +150,7 @@ pub enum StateError {
         instance: u32,
     },
     /// A section is not as described.
-    #[error("section '{idstr}' instance {instance}")]
+    #[error("section '{idstr}' instance {instance}", idstr = Escaped(.idstr))]
     Device {
         /// The device.
         idstr: String,

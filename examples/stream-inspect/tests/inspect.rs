@@ -6,75 +6,21 @@ use std::path::Path;
 use std::sync::Arc;
 
 use migration_stream::StreamReader;
-use migration_stream::codec::IdStr;
 use migration_stream::configuration::{Configuration, MachineName};
 use migration_stream::decoder::DecoderConfig;
 use migration_stream::header;
 use migration_stream::io::PositionedFile;
-use migration_stream::ram::{
-    BlockId, PageAddress, RAM_IDSTR, RAM_VERSION, RamBlock, RamBlockTable, RecordEncoder,
-    encode_end_of_section, encode_setup_list,
-};
-use migration_stream::section::{
-    Announcement, Continuation, InstanceId, SectionHeader, SectionId, encode_continuation,
-    encode_eof, encode_footer, encode_vm_description,
-};
+use migration_stream::ram::{RAM_IDSTR, RAM_VERSION, RamBlock, RamBlockTable, encode_setup_list};
+use migration_stream::section::Announcement;
 use stream_inspect::extract::Extract;
 use stream_inspect::inspection::{Inspection, Part};
 use stream_inspect::report::Report;
 use stream_inspect::scan::{FileOrigin, ScanError, scan};
 use stream_inspect::state;
 
-const RAM: SectionId = SectionId(2);
-const DEVICE: SectionId = SectionId(3);
+mod streams;
 
-fn section(kind: Announcement, id: SectionId, idstr: &str, version: u32, out: &mut Vec<u8>) {
-    let header = SectionHeader {
-        kind,
-        id,
-        idstr: IdStr::new(idstr).unwrap(),
-        instance: InstanceId(0),
-        version,
-    };
-    header.encode(out);
-}
-
-/// A block of eight pages: 1 and 2 with content, 2 again, 3 zero, a difference to 1; and a device.
-fn stream() -> Vec<u8> {
-    let blocks = RamBlockTable::new(vec![RamBlock::new("ram", 8 << 12).unwrap()]).unwrap();
-    let page = |page: u64| PageAddress {
-        block: BlockId::new(0),
-        offset: page << 12,
-    };
-    let mut out = Vec::new();
-    header::encode(&mut out);
-    Configuration::new(MachineName::new("pc-q35-11.1").unwrap()).encode(&mut out);
-    section(Announcement::Start, RAM, RAM_IDSTR, RAM_VERSION, &mut out);
-    encode_setup_list(&blocks, &mut out);
-    encode_end_of_section(&mut out);
-    encode_footer(RAM, &mut out);
-    encode_continuation(Continuation::End, RAM, &mut out);
-    let mut records = RecordEncoder::new();
-    for (at, fill) in [(1, 7), (2, 8), (2, 9)] {
-        records.page(page(at), &blocks, &mut out).unwrap();
-        out.extend([fill; 4096]);
-    }
-    records.zero(page(3), &blocks, &mut out).unwrap();
-    records.xbzrle(page(1), 3, &blocks, &mut out).unwrap();
-    out.extend([4, 1, 0xee]);
-    encode_end_of_section(&mut out);
-    encode_footer(RAM, &mut out);
-    section(Announcement::Full, DEVICE, "device", 3, &mut out);
-    out.extend([0, 0, 1, 2]);
-    encode_footer(DEVICE, &mut out);
-    encode_eof(&mut out);
-    let json = br#"{"page_size": 4096, "devices": [{"name": "device", "instance_id": 0,
-        "vmsd_name": "device", "version": 3,
-        "fields": [{"name": "level", "type": "uint32", "size": 4}]}]}"#;
-    encode_vm_description(u32::try_from(json.len()).unwrap(), &mut out);
-    out.extend(json);
-    out
-}
+use streams::{DEVICE, RAM, section, whole as stream};
 
 fn inspect(bytes: &[u8], extract: Option<&Path>) -> Result<Inspection, ScanError> {
     let file = tempfile::tempfile().unwrap();

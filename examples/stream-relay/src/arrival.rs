@@ -19,8 +19,8 @@ const COLLECT: Duration = Duration::from_millis(20);
 pub struct Arrival {
     /// Its memory, as far as it is there.
     pub memory: Arc<Memory>,
-    /// Its configuration.
-    pub configuration: Configuration,
+    /// Its configuration; `None` if its source sends none.
+    pub configuration: Option<Configuration>,
     /// Devices whose state goes before memory.
     pub early: EarlySections,
     state: Mutex<State>,
@@ -38,7 +38,11 @@ enum State {
 impl Arrival {
     /// A guest of which nothing has landed yet.
     #[must_use]
-    pub fn new(memory: Arc<Memory>, configuration: Configuration, early: EarlySections) -> Self {
+    pub fn new(
+        memory: Arc<Memory>,
+        configuration: Option<Configuration>,
+        early: EarlySections,
+    ) -> Self {
         Self {
             memory,
             configuration,
@@ -161,7 +165,7 @@ mod tests {
             RamBlock::new("rom", PAGE_SIZE).unwrap(),
         ]);
         let memory = Memory::new(blocks.unwrap(), u64::MAX, Arc::default()).unwrap();
-        let configuration = Configuration::new(MachineName::new("microvm").unwrap());
+        let configuration = Some(Configuration::new(MachineName::new("microvm").unwrap()));
         let early = EarlySections::new();
         Arc::new(Arrival::new(Arc::new(memory), configuration, early))
     }

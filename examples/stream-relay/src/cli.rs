@@ -22,6 +22,9 @@ use crate::progress::{Progress, Stage};
 use crate::relay::{Origin, Relay, Report};
 use crate::{Access, Channels};
 use migration_stream::machine::MachineVersion;
+pub use tool_support::errors::chain;
+use tool_support::number;
+use tool_support::output::say;
 
 /// How often what is shown is brought up to date.
 const TICK: Duration = Duration::from_millis(100);
@@ -94,8 +97,8 @@ pub struct Cli {
     /// Who looks for zero pages; destinations before QEMU 9.0 want legacy.
     #[arg(long, value_name = "WHO", default_value = "legacy")]
     out_zero_pages: ZeroPages,
-    /// Send no more than this, MiB a second; 0: as much as there can be.
-    #[arg(long, value_name = "MIB", default_value_t = 0)]
+    /// Send no more than this a second, in MiB or with a unit (500M, 2G); 0: as much as there can be.
+    #[arg(long, value_name = "MIB", default_value = "0", value_parser = number::mebibytes)]
     max_bandwidth: u64,
     /// The version of a machine type whose name has none (microvm), such as 7.2.
     #[arg(long, value_name = "X.Y")]
@@ -103,23 +106,23 @@ pub struct Cli {
     /// The guest's UUID, if it has one and its channels say so.
     #[arg(long, value_name = "UUID")]
     uuid: Option<Uuid>,
-    /// How much memory the guest may have, MiB [default: what this machine has].
-    #[arg(long, value_name = "MIB")]
+    /// How much memory the guest may have, in MiB or with a unit (64G) [default: what this machine has].
+    #[arg(long, value_name = "MIB", value_parser = number::mebibytes)]
     max_memory: Option<u64>,
-    /// How much device state the guest may have, MiB: the graphics memory of a virtio-gpu is part of
-    /// it.
-    #[arg(long, value_name = "MIB", default_value_t = 512)]
-    max_device_state: usize,
+    /// How much device state the guest may have, in MiB or with a unit: the graphics memory of a
+    /// virtio-gpu is part of it.
+    #[arg(long, value_name = "MIB", default_value = "512", value_parser = number::mebibytes)]
+    max_device_state: u64,
     /// Take a guest from a source without return path, which does not wait to hear that the guest
     /// is safe: if anything fails afterwards, the guest is lost.
     #[arg(long)]
     without_return_path: bool,
     /// How long the other side may be silent, seconds.
-    #[arg(long, value_name = "SECONDS", default_value_t = 30)]
+    #[arg(long, value_name = "SECONDS", default_value = "30", value_parser = number::number)]
     timeout: u64,
     /// How long the source may say nothing between two parts of its stream, seconds: an operator may
     /// let its guest stand still there (pause-before-switchover).
-    #[arg(long, value_name = "SECONDS", default_value_t = 600)]
+    #[arg(long, value_name = "SECONDS", default_value = "600", value_parser = number::number)]
     pause_timeout: u64,
 }
 
@@ -188,14 +191,18 @@ impl FromStr for Uuid {
 }
 
 fn channel_count(s: &str) -> Result<ChannelCount, String> {
-    s.parse()
+    number::number(s)
         .ok()
+        .and_then(|n| u8::try_from(n).ok())
         .and_then(ChannelCount::new)
         .ok_or_else(|| "expected 1 to 255 channels".into())
 }
 
 fn threads(s: &str) -> Result<NonZeroU8, String> {
-    s.parse().map_err(|_| "expected 1 to 255 threads".into())
+    number::number(s)
+        .ok()
+        .and_then(|n| NonZeroU8::new(u8::try_from(n).ok()?))
+        .ok_or_else(|| "expected 1 to 255 threads".into())
 }
 
 impl Method {
@@ -225,7 +232,7 @@ impl Cli {
         if let Origin::Source(incoming) = &relay.from
             && let Some(address) = incoming.address()
         {
-            println!("listening on {address}");
+            say(format_args!("listening on {address}"));
         }
         let is_over = AtomicBool::new(false);
         let report = thread::scope(|scope| {
@@ -242,10 +249,8 @@ impl Cli {
     fn relay(self) -> Result<Relay, Box<dyn Error>> {
         let timeout = Duration::from_secs(self.timeout);
         let uuid = self.uuid.map_or([0; 16], |uuid| uuid.0);
-        let max_memory = self
-            .max_memory
-            .map_or_else(memory_of_this_machine, |mib| mib.saturating_mul(1 << 20));
-        let max_device_state = self.max_device_state.saturating_mul(1 << 20);
+        let max_memory = self.max_memory.unwrap_or_else(memory_of_this_machine);
+        let max_device_state = usize::try_from(self.max_device_state).unwrap_or(usize::MAX);
         let channels = |count: Option<ChannelCount>, compression| {
             count.map(|count| Channels { count, compression })
         };
@@ -280,7 +285,7 @@ impl Cli {
                 direct: self.out_direct_io,
             }),
             zero_pages: self.out_zero_pages.into(),
-            max_bandwidth: self.max_bandwidth.saturating_mul(1 << 20),
+            max_bandwidth: self.max_bandwidth,
             machine_version: self.machine_version,
             uuid,
             timeout,
@@ -326,24 +331,11 @@ fn show(progress: &Progress, is_over: &AtomicBool) {
 
 fn print(report: &Report) {
     if let Some(received) = &report.received {
-        println!("received: {received}");
+        say(format_args!("received: {received}"));
     }
     if let Some(sent) = &report.sent {
-        println!("sent: {sent}");
+        say(format_args!("sent: {sent}"));
     }
-}
-
-/// An error and its causes, on one line.
-#[must_use]
-pub fn chain(error: &dyn Error) -> String {
-    let causes = std::iter::successors(Some(error), |&error| error.source());
-    let mut said: Vec<String> = Vec::new();
-    for cause in causes.map(ToString::to_string) {
-        if said.last() != Some(&cause) {
-            said.push(cause);
-        }
-    }
-    said.join(": ")
 }
 
 #[cfg(test)]

@@ -5,13 +5,16 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use multifd::{Address, AddressError};
+use tool_support::input::STANDARD_INPUT;
+use tool_support::number::{self, NumberError};
 
 /// A socket or a file, in QEMU's spelling of migration addresses.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Endpoint {
     /// `tcp:HOST:PORT` or `unix:PATH`.
     Socket(Address),
-    /// `file:PATH[,offset=BYTES]`.
+    /// `file:PATH[,offset=BYTES]`, a FIFO too; `fd:N`, a descriptor that the program inherits; or `-`,
+    /// standard input.
     File {
         /// Its path.
         path: PathBuf,
@@ -24,20 +27,24 @@ impl FromStr for Endpoint {
     type Err = EndpointError;
 
     fn from_str(s: &str) -> Result<Self, EndpointError> {
+        if s == STANDARD_INPUT {
+            return Ok(Self::File {
+                path: "/dev/stdin".into(),
+                offset: 0,
+            });
+        }
+        if let Some(fd) = s.strip_prefix("fd:") {
+            let fd = number::number(fd).map_err(EndpointError::Descriptor)?;
+            return Ok(Self::File {
+                path: format!("/dev/fd/{fd}").into(),
+                offset: 0,
+            });
+        }
         let Some(rest) = s.strip_prefix("file:") else {
             return Ok(Self::Socket(s.parse()?));
         };
         let (path, offset) = match rest.split_once(",offset=") {
-            Some((path, offset)) => {
-                let parsed = match offset.strip_prefix("0x") {
-                    Some(digits) => u64::from_str_radix(digits, 16).ok(),
-                    None => offset.parse().ok(),
-                };
-                let offset = parsed.ok_or_else(|| EndpointError::Offset {
-                    offset: offset.to_owned(),
-                })?;
-                (path, offset)
-            }
+            Some((path, offset)) => (path, number::bytes(offset).map_err(EndpointError::Offset)?),
             None => (rest, 0),
         };
         if path.is_empty() {
@@ -72,12 +79,12 @@ pub enum EndpointError {
     /// `file:` without a path.
     #[error("file: without a path")]
     NoPath,
+    /// The descriptor is no number.
+    #[error("the descriptor behind fd:")]
+    Descriptor(#[source] NumberError),
     /// The offset is no number.
-    #[error("offset '{offset}' is no number of bytes")]
-    Offset {
-        /// What stands there.
-        offset: String,
-    },
+    #[error("the offset in a file")]
+    Offset(#[source] NumberError),
 }
 
 #[cfg(test)]
@@ -87,6 +94,7 @@ mod tests {
     #[test]
     fn addresses_are_read_as_qemu_spells_them_and_written_so() {
         for text in [
+            "file:/dev/stdin",
             "tcp:127.0.0.1:4444",
             "unix:/run/relay",
             "file:/var/guest",
@@ -101,10 +109,18 @@ mod tests {
                 offset: 4096
             }
         );
+        for (text, written) in [
+            ("-", "file:/dev/stdin"),
+            ("fd:3", "file:/dev/fd/3"),
+            ("file:x,offset=4KiB", "file:x,offset=0x1000"),
+        ] {
+            assert_eq!(text.parse::<Endpoint>().unwrap().to_string(), written);
+        }
         for text in [
+            "fd:x",
             "file:",
             "file:,offset=1",
-            "file:x,offset=1k",
+            "file:x,offset=1kb",
             "exec:cat",
             "",
         ] {

@@ -16,8 +16,9 @@ use migration_stream::machine::MachineVersion;
 pub struct Guest {
     /// Its memory.
     pub memory: Arc<Memory>,
-    /// The source's configuration section.
-    pub configuration: Configuration,
+    /// The source's configuration section; `None` if it sends none (`send-configuration=off`), and the
+    /// destination then takes none either.
+    pub configuration: Option<Configuration>,
     /// Devices whose state goes before memory, as they came.
     pub early: EarlySections,
     /// Its other devices, as they came.
@@ -47,10 +48,11 @@ impl Devices {
 
 /// The version of a machine type: what the name says, or else `unnamed`, or else the current.
 pub(crate) fn version(
-    configuration: &Configuration,
+    configuration: Option<&Configuration>,
     unnamed: Option<MachineVersion>,
 ) -> MachineVersion {
-    MachineVersion::of(&configuration.machine)
+    configuration
+        .and_then(|configuration| MachineVersion::of(&configuration.machine))
         .or(unnamed)
         .unwrap_or(MachineVersion::CURRENT)
 }

@@ -18,6 +18,8 @@ use migration_stream::{PageBarrier, StreamReader, TransportError};
 use multifd::incoming::{Acceptor, Limits};
 use multifd::{Address, AddressError, Listener, MultifdConfig, RecvChannel, RecvSet};
 
+use tool_support::input::{Input, InputError, find_stream};
+
 use crate::counted::Counted;
 use crate::endpoint::Endpoint;
 use crate::guest::{Devices, Guest, version};
@@ -68,6 +70,10 @@ enum Origin {
         address: Address,
         _path: Option<SocketPath>,
     },
+    Pipe {
+        channel: FdChannel,
+        offset: u64,
+    },
     File {
         file: Arc<dyn PositionedFile>,
         /// The same one, as its pages are read.
@@ -80,6 +86,7 @@ impl fmt::Debug for Origin {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Socket { address, .. } => f.debug_tuple("Socket").field(address).finish(),
+            Self::Pipe { offset, .. } => f.debug_tuple("Pipe").field(offset).finish(),
             Self::File { offset, .. } => f.debug_tuple("File").field(offset).finish(),
         }
     }
@@ -133,17 +140,21 @@ impl Incoming {
                     path: path.clone(),
                     source,
                 };
-                let file = Arc::new(File::open(path).map_err(failed)?);
-                let pages = if config.access.direct {
-                    let direct = open_direct(path, File::options().read(true));
-                    Arc::new(direct.map_err(failed)?)
-                } else {
-                    Arc::clone(&file)
-                };
-                Origin::File {
-                    file,
-                    pages,
-                    offset: *offset,
+                match Input::open(path, *offset, config.timeout)? {
+                    Input::Pipe { channel, offset } => Origin::Pipe { channel, offset },
+                    Input::File { file, offset } => {
+                        let pages = if config.access.direct {
+                            let direct = open_direct(path, File::options().read(true));
+                            Arc::new(direct.map_err(failed)?)
+                        } else {
+                            Arc::clone(&file)
+                        };
+                        Origin::File {
+                            file,
+                            pages,
+                            offset,
+                        }
+                    }
                 }
             }
         };
@@ -156,7 +167,7 @@ impl Incoming {
     pub const fn address(&self) -> Option<&Address> {
         match &self.origin {
             Origin::Socket { address, .. } => Some(address),
-            Origin::File { .. } => None,
+            Origin::File { .. } | Origin::Pipe { .. } => None,
         }
     }
 
@@ -179,6 +190,12 @@ impl Incoming {
             Origin::Socket {
                 acceptor, _path, ..
             } => (acceptor, _path),
+            Origin::Pipe { channel, offset } => {
+                let channel = Counted::new(channel, Arc::clone(progress));
+                let mut reader = StreamReader::new(channel, b"");
+                find_stream(&mut reader, offset)?;
+                return config.announced(reader, None, Pages::Stream, progress);
+            }
             Origin::File {
                 file,
                 pages,
@@ -188,7 +205,8 @@ impl Incoming {
                     Arc::new(Counted::new(file, Arc::clone(progress)))
                 };
                 let file = counted(file);
-                let reader = StreamReader::from_file(Arc::clone(&file), offset);
+                let mut reader = StreamReader::from_file(Arc::clone(&file), offset);
+                find_stream(&mut reader, 0)?;
                 let pages = FileReader::new(file)
                     .with_threads(config.access.threads)
                     .with_pages_from(counted(pages));
@@ -221,8 +239,8 @@ impl Incoming {
 pub struct Announced {
     /// Memory for it.
     pub memory: Arc<Memory>,
-    /// The source's configuration section.
-    pub configuration: Configuration,
+    /// The source's configuration section, if it sends one.
+    pub configuration: Option<Configuration>,
     target: Target,
     pages: Pages,
     line: Option<FdChannel>,
@@ -313,7 +331,7 @@ impl IncomingConfig {
         let target_config = TargetConfig {
             decoder: DecoderConfig {
                 xbzrle: self.xbzrle,
-                ..DecoderConfig::new(ConfigurationRule::Any)
+                ..DecoderConfig::new(ConfigurationRule::AnyOrAbsent)
             },
             max_devices: self.max_device_state,
         };
@@ -326,10 +344,9 @@ impl IncomingConfig {
             return Err(IncomingError::NoReturnPath);
         }
         let configuration = target.configuration().cloned();
-        let configuration = configuration.ok_or(IncomingError::NoConfiguration)?;
         let memory = Memory::new(blocks, self.max_memory, Arc::clone(progress))?;
         if matches!(pages, Pages::Channels { .. })
-            && version(&configuration, self.machine_version).flushes_each_section()
+            && version(configuration.as_ref(), self.machine_version).flushes_each_section()
         {
             target = target.flushing_each_section();
         }
@@ -469,6 +486,9 @@ pub enum IncomingError {
         /// Why.
         source: io::Error,
     },
+    /// There is no stream in the file or the pipe.
+    #[error(transparent)]
+    Input(#[from] InputError),
     /// Channels were asked for where there can be none.
     #[error("a file has no multifd channels: what they wrote is read without them")]
     ChannelsOfFile,
@@ -492,9 +512,6 @@ pub enum IncomingError {
     /// It cannot be held.
     #[error("holding the guest")]
     Hold(#[from] HoldError),
-    /// The stream has no configuration section.
-    #[error("the stream does not say of which machine type the guest is")]
-    NoConfiguration,
     /// Part of memory is not in the stream.
     #[error(
         "the source leaves shared memory out of the stream (x-ignore-shared), and there is no \

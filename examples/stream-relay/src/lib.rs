@@ -19,6 +19,7 @@
 //! | [`endpoint`], [`progress`] | addresses, figures |
 //! | [`cli`] | the program |
 #![forbid(unsafe_code)]
+#![deny(clippy::print_stdout, clippy::print_stderr)]
 
 pub mod arrival;
 pub mod cli;

@@ -3,14 +3,14 @@
 use std::process::ExitCode;
 
 use clap::Parser;
-use stream_relay::cli::{Cli, chain};
+use stream_relay::cli::Cli;
+use tool_support::output::end;
 
 fn main() -> ExitCode {
-    match Cli::parse().run() {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("stream-relay: {}", chain(&*error));
-            ExitCode::FAILURE
-        }
-    }
+    let done = Cli::parse().run();
+    end(
+        "stream-relay",
+        ExitCode::FAILURE,
+        done.map(|()| ExitCode::SUCCESS),
+    )
 }

@@ -86,7 +86,7 @@ pub fn send(
     progress.begin(Stage::Sending);
     let departure = Departure {
         memory: &guest.memory,
-        configuration: &guest.configuration,
+        configuration: guest.configuration.as_ref(),
         early: &guest.early,
         config,
         progress,
@@ -108,7 +108,7 @@ pub fn forward(
     progress.begin(Stage::Forwarding);
     let departure = Departure {
         memory: &guest.memory,
-        configuration: &guest.configuration,
+        configuration: guest.configuration.as_ref(),
         early: &guest.early,
         config,
         progress,
@@ -120,7 +120,7 @@ pub fn forward(
 /// A guest on its way out.
 struct Departure<'a, F> {
     memory: &'a Arc<Memory>,
-    configuration: &'a Configuration,
+    configuration: Option<&'a Configuration>,
     early: &'a EarlySections,
     config: &'a OutgoingConfig,
     progress: &'a Progress,
@@ -229,14 +229,16 @@ impl<F: Fn() -> Result<Devices, NotComing>> Departure<'_, F> {
     ) -> Result<(), OutgoingError> {
         // Where pages are in a file is between its writer and its reader: if there are such places
         // now, the transport says so.
-        let mut configuration = self.configuration.clone();
-        configuration
-            .capabilities
-            .retain(|c| c.as_str() != MAPPED_RAM);
+        let mut configuration = self.configuration.cloned();
+        if let Some(configuration) = &mut configuration {
+            configuration
+                .capabilities
+                .retain(|c| c.as_str() != MAPPED_RAM);
+        }
         let source = Source::start_after(
             self.early,
             SourceConfig {
-                configuration: Some(configuration),
+                configuration,
                 switchover_start: self.machine_version().sends_switchover_start(),
                 confirm_timeout: self.config.timeout,
             },

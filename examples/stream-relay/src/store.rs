@@ -56,7 +56,9 @@ const PAGE: usize = 4096;
 #[serde(deny_unknown_fields)]
 struct Manifest {
     version: u32,
-    machine: String,
+    /// The machine type; none if the source sends no configuration section.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    machine: Option<String>,
     page_bits: Option<u32>,
     capabilities: Vec<String>,
     /// 32 hexadecimal digits.
@@ -165,18 +167,18 @@ pub fn save(guest: &Guest, dir: &Path, progress: &Progress) -> Result<(), StoreE
     let bitmaps = (!bitmaps.is_empty())
         .then(|| save(BITMAPS, &bitmaps))
         .transpose()?;
-    let configuration = &guest.configuration;
+    let configuration = guest.configuration.as_ref();
     let manifest = Manifest {
         version: VERSION,
-        machine: configuration.machine.to_string(),
-        page_bits: configuration.page_bits,
+        machine: configuration.map(|c| c.machine.as_str().to_owned()),
+        page_bits: configuration.and_then(|c| c.page_bits),
         capabilities: configuration
-            .capabilities
-            .iter()
-            .map(ToString::to_string)
+            .into_iter()
+            .flat_map(|c| &c.capabilities)
+            .map(|capability| capability.as_str().to_owned())
             .collect(),
         uuid: configuration
-            .uuid
+            .and_then(|c| c.uuid)
             .map(|uuid| format!("{:032x}", u128::from_be_bytes(uuid))),
         blocks,
         devices,
@@ -281,9 +283,13 @@ pub fn remove(dir: &Path) -> Result<(), StoreError> {
 }
 
 impl Manifest {
-    fn configuration(&self) -> Result<Configuration, StoreError> {
-        let mut configuration = Configuration::new(MachineName::new(self.machine.as_str())?);
+    fn configuration(&self) -> Result<Option<Configuration>, StoreError> {
+        let Some(machine) = &self.machine else {
+            return Ok(None);
+        };
+        let mut configuration = Configuration::new(MachineName::new(machine.as_str())?);
         configuration.page_bits = self.page_bits;
+        configuration.check_page_size()?;
         for name in &self.capabilities {
             let capability = IdStr::new(name.as_str()).ok();
             let capability = capability.filter(|c| c.as_str() != IGNORE_SHARED);
@@ -302,7 +308,7 @@ impl Manifest {
             })?;
             configuration.uuid = Some(digits.to_be_bytes());
         }
-        Ok(configuration)
+        Ok(Some(configuration))
     }
 }
 

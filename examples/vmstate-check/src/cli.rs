@@ -8,6 +8,8 @@ use std::process::ExitCode;
 use clap::Parser;
 use serde_json::json;
 
+use tool_support::output::ascii_json;
+
 use crate::finding::{Finding, Severity, is_compatible};
 use crate::{Dump, check};
 
@@ -91,10 +93,11 @@ impl Cli {
         }
         if self.json {
             let report = json!({"compatible": is_compatible, "findings": findings});
-            writeln!(out, "{report:#}")?;
+            writeln!(out, "{}", ascii_json(&format!("{report:#}")))?;
         } else {
             write(out, &findings, is_compatible)?;
         }
+        out.flush()?;
         Ok(Verdict(u8::from(!is_compatible)))
     }
 
@@ -124,14 +127,6 @@ fn write(out: &mut impl Write, findings: &[Finding], is_compatible: bool) -> std
     };
     let (errors, warnings) = (count(Severity::Error), count(Severity::Warning));
     writeln!(out, "{verdict}: {errors}, {warnings}")
-}
-
-/// An error and its causes, on one line.
-#[must_use]
-pub fn chain(error: &dyn Error) -> String {
-    let causes = std::iter::successors(Some(error), |&error| error.source());
-    let said: Vec<String> = causes.map(ToString::to_string).collect();
-    said.join(": ")
 }
 
 #[cfg(test)]

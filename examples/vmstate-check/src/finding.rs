@@ -3,6 +3,7 @@
 use std::fmt;
 
 use serde::ser::{Serialize, SerializeMap, Serializer};
+use tool_support::Escaped;
 
 /// One difference that matters to streams, and where it is.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -258,16 +259,17 @@ const fn side(source: bool) -> &'static str {
 }
 
 impl fmt::Display for Finding {
+    /// Writes one line. Names come out of the dumps and are escaped.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}: ", self.severity())?;
         if let Some(device) = &self.device {
-            f.write_str(device)?;
+            write!(f, "{}", Escaped(device))?;
             for step in &self.path {
-                write!(f, " > {step}")?;
+                write!(f, " > {}", Escaped(&step.to_string()))?;
             }
             f.write_str(": ")?;
         }
-        write!(f, "{}", self.difference)
+        write!(f, "{}", Escaped(&self.difference.to_string()))
     }
 }
 

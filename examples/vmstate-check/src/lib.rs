@@ -47,6 +47,7 @@
 //! | `renames` | what QEMU has given another name without changing the stream |
 //! | [`cli`] | the program |
 #![forbid(unsafe_code)]
+#![deny(clippy::print_stdout, clippy::print_stderr)]
 
 mod check;
 pub mod cli;

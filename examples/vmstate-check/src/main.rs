@@ -3,14 +3,10 @@
 use std::process::ExitCode;
 
 use clap::Parser;
-use vmstate_check::cli::{Cli, UNUSABLE, chain};
+use tool_support::output::{Output, end};
+use vmstate_check::cli::{Cli, UNUSABLE};
 
 fn main() -> ExitCode {
-    match Cli::parse().run(&mut std::io::stdout().lock()) {
-        Ok(verdict) => verdict.into(),
-        Err(error) => {
-            eprintln!("vmstate-check: {}", chain(&*error));
-            UNUSABLE.into()
-        }
-    }
+    let verdict = Cli::parse().run(&mut Output::standard());
+    end("vmstate-check", UNUSABLE.into(), verdict)
 }

@@ -2,6 +2,7 @@
 #![allow(clippy::tests_outside_test_module)] // this whole file is tests
 
 use std::fs;
+use std::io;
 use std::process::Command;
 
 use serde_json::{Value, json};
@@ -109,4 +110,43 @@ fn what_is_no_verdict_is_exit_code_2_with_a_reason() {
         assert_eq!((code, &*out), (Some(2), ""), "{arguments}");
         assert!(err.contains(reason), "{arguments}: {err}");
     }
+}
+
+#[test]
+fn a_reader_that_has_gone_ends_the_program_quietly() {
+    let dir = dumps();
+    for arguments in ["new old", "new old --json", "--help"] {
+        let (reader, writer) = io::pipe().unwrap();
+        drop(reader);
+        let output = Command::new(env!("CARGO_BIN_EXE_vmstate-check"))
+            .current_dir(dir.path())
+            .args(arguments.split_whitespace())
+            .stdout(writer)
+            .stderr(std::process::Stdio::piped())
+            .output()
+            .unwrap();
+        assert_eq!(output.stderr, b"", "{arguments}");
+        let status = output.status.code();
+        assert!(matches!(status, Some(0 | 141)), "{arguments}: {status:?}");
+    }
+}
+
+#[test]
+fn names_in_a_dump_are_escaped() {
+    let dir = dumps();
+    let hostile = "p\u{1b}[2J\u{202e}";
+    let mut dump = fs::read_to_string(dir.path().join("old")).unwrap();
+    dump = dump.replace("gone", r"p\u001b[2J\u202e");
+    fs::write(dir.path().join("hostile"), dump).unwrap();
+    let (_, out, error) = run(&dir, "hostile new");
+    assert!(out.contains(r"p\u{1b}[2J\u{202e}"), "{out:?} {error:?}");
+    let (_, _, error) = run(&dir, "hostile new --device none\u{1b}x");
+    for text in [out, error] {
+        assert!(
+            !text.contains(hostile) && !text.contains('\u{1b}'),
+            "{text:?}"
+        );
+    }
+    let (_, json, _) = run(&dir, "hostile new --json");
+    assert!(json.is_ascii(), "{json:?}");
 }

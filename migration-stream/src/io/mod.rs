@@ -192,7 +192,11 @@ pub trait ByteSource: Send {
     /// [`io::ErrorKind::Unsupported`]: it is no file.
     fn seek(&mut self, offset: u64) -> io::Result<()> {
         let _ = offset;
-        Err(io::ErrorKind::Unsupported.into())
+        Err(io::Error::new(
+            io::ErrorKind::Unsupported,
+            "the stream goes on elsewhere in a file (mapped-ram), but it comes from a connection or a \
+             pipe; the file itself has to be read",
+        ))
     }
 
     /// As [`ByteSource::read_scatter`] into plain bytes only.

@@ -3,7 +3,7 @@
 #![allow(unsafe_code)]
 
 use std::fs::{File, OpenOptions};
-use std::io;
+use std::io::{self, Seek, SeekFrom};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
@@ -83,7 +83,13 @@ impl PositionedFile for File {
     }
 
     fn size(&self) -> io::Result<u64> {
-        self.metadata().map(|m| m.len())
+        let metadata = self.metadata()?;
+        if metadata.is_file() {
+            return Ok(metadata.len());
+        }
+        // A block device has its length only as a position. Nobody depends on the position.
+        let mut file = self;
+        file.seek(SeekFrom::End(0))
     }
 }
 

@@ -135,7 +135,7 @@ impl Primary {
         };
         let switched = Source::start(
             SourceConfig {
-                configuration: Some(guest.configuration.clone()),
+                configuration: guest.configuration.clone(),
                 switchover_start: true,
                 confirm_timeout: PATIENCE,
             },

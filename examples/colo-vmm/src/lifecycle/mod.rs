@@ -26,6 +26,7 @@ use qmp_types::MultiFdCompression;
 use self::procedure::Connection;
 use self::remote::Remote;
 use self::start::{Started, start};
+use crate::outlet::say;
 use crate::qmp::QmpAddress;
 
 /// How long a side may take to answer, or to do what it was told at once.
@@ -187,7 +188,10 @@ pub fn pair(args: &PairArgs) -> Result<(), Box<dyn Error>> {
     for side in [&mut primary, &mut secondary] {
         said(side);
     }
-    println!("first checkpoint after {} ms", first.as_millis());
+    say(format_args!(
+        "first checkpoint after {} ms",
+        first.as_millis()
+    ));
     Ok(())
 }
 
@@ -240,7 +244,7 @@ fn beside(address: &str) -> Result<String, String> {
 pub fn failover(args: &FailoverArgs) -> Result<(), Box<dyn Error>> {
     let mut survivor = Remote::connect("survivor", &args.survivor)?;
     let time = procedure::go_on_alone(&mut survivor, args.override_arbiter)?;
-    println!("goes on alone after {} ms", time.as_millis());
+    say(format_args!("goes on alone after {} ms", time.as_millis()));
     Ok(())
 }
 
@@ -261,7 +265,10 @@ pub fn rejoin(args: &RejoinArgs) -> Result<(), Box<dyn Error>> {
     procedure::watch(&mut survivor, &mut secondary.0, &connection)?;
     let first = procedure::replicate(&mut survivor, &mut secondary.0, &connection)?;
     said(&mut secondary);
-    println!("first checkpoint after {} ms", first.as_millis());
+    say(format_args!(
+        "first checkpoint after {} ms",
+        first.as_millis()
+    ));
     Ok(())
 }
 
@@ -280,7 +287,7 @@ pub fn status(args: &StatusArgs) -> Result<(), Box<dyn Error>> {
 fn said(side: &mut (Remote, Option<Started>)) {
     if let Some(started) = side.1.take() {
         let (pid, qmp) = (started.pid(), started.qmp());
-        println!("{}: process {pid}, qmp {qmp}", side.0.name());
+        say(format_args!("{}: process {pid}, qmp {qmp}", side.0.name()));
         started.keep();
     }
 }

@@ -8,25 +8,29 @@ use qmp_types::{ColoFigures, ColoMode, ColoStatus, Command, MigrationInfo, Statu
 
 use super::remote::{Remote, RemoteError};
 use crate::error_chain::chain;
+use crate::outlet::print;
 use crate::qmp::QmpAddress;
 
 /// Prints a line for each side; with `every` again and again.
 pub(super) fn show(sides: &[QmpAddress], every: Option<Duration>) -> Result<(), Box<dyn Error>> {
     let mut connected: Vec<Option<Remote>> = sides.iter().map(|_| None).collect();
     loop {
-        println!("{HEAD}");
+        let mut is_read = print(HEAD);
         for (address, remote) in sides.iter().zip(&mut connected) {
             match line(address, remote) {
-                Ok(line) => println!("{line}"),
+                Ok(line) => is_read &= print(line),
                 // It may come back under the same address.
                 Err(error) if every.is_some() => {
                     *remote = None;
-                    println!("{:<32} {}", address.to_string(), chain(&error));
+                    let side = address.to_string();
+                    is_read &= print(format_args!("{side:<32} {}", chain(&error)));
                 }
                 Err(error) => return Err(error.into()),
             }
         }
         match every {
+            // Nobody reads on: `colo-vmm status --every 1 | head`.
+            _ if !is_read => return Ok(()),
             Some(every) => thread::sleep(every),
             None => return Ok(()),
         }

@@ -89,7 +89,7 @@ pub(super) fn take(
     Ok(Arrived {
         guest: Guest {
             memory: Arc::new(memory),
-            configuration,
+            configuration: Some(configuration),
             early,
             devices: Devices {
                 tail,

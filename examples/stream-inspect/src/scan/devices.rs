@@ -18,7 +18,7 @@ impl Scan<'_> {
     /// Its length stands in the description, which is at the end.
     pub(super) fn early(&mut self, header: SectionHeader, offset: u64) -> Result<(), ScanError> {
         let unknown = |header: &SectionHeader| ScanError::Early {
-            idstr: header.idstr.as_str().to_owned(),
+            idstr: header.idstr.clone(),
             offset,
         };
         if header.kind != Announcement::Full {

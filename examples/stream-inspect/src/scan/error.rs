@@ -3,6 +3,7 @@
 use std::io;
 
 use migration_stream::DecodeError;
+use migration_stream::codec::IdStr;
 use migration_stream::opaque_tail::TailError;
 use migration_stream::section::SectionId;
 
@@ -33,7 +34,10 @@ pub enum ScanError {
         size: u64,
     },
     /// Pages that have their places in a file, and there is none.
-    #[error("the stream says that its pages are in a file (mapped-ram), but it comes from none")]
+    #[error(
+        "the pages of this stream have their places in its file (mapped-ram), but it comes through a pipe \
+         or a connection: give the file itself"
+    )]
     NoFile,
     /// The device sections cannot be told apart.
     #[error(transparent)]
@@ -45,7 +49,7 @@ pub enum ScanError {
     )]
     Early {
         /// The section.
-        idstr: String,
+        idstr: IdStr,
         /// Where it begins.
         offset: u64,
     },

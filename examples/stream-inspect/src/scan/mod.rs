@@ -25,7 +25,7 @@ use migration_stream::{Cause, StreamReader};
 
 pub use self::error::ScanError;
 use self::meter::Meter;
-pub use self::origin::{Beside, BesideBlock, FileOrigin, Origin};
+pub use self::origin::{Beside, BesideBlock, FileOrigin, Origin, PipeOrigin};
 use crate::extract::Extract;
 use crate::inspection::{Commands, Inspection, Part, Section};
 use crate::pages::PageSet;
@@ -46,7 +46,7 @@ pub fn scan(
 ) -> Result<Inspection, ScanError> {
     let config = DecoderConfig {
         xbzrle: true,
-        ..DecoderConfig::new(ConfigurationRule::Any)
+        ..DecoderConfig::new(ConfigurationRule::AnyOrAbsent)
     };
     let meter = Meter::new(reader.offset());
     let scan = Scan {

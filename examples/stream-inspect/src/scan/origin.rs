@@ -18,7 +18,10 @@ pub trait Origin {
     ///
     /// # Errors
     /// It cannot be answered, or not here.
-    fn command(&mut self, command: &Command) -> Result<(), ScanError>;
+    fn command(&mut self, command: &Command) -> Result<(), ScanError> {
+        let _ = command;
+        Ok(())
+    }
 
     /// The list of RAM blocks has come, and pages follow.
     ///
@@ -28,13 +31,18 @@ pub trait Origin {
         &mut self,
         configuration: Option<&Configuration>,
         blocks: &RamBlockTable,
-    ) -> Result<(), ScanError>;
+    ) -> Result<(), ScanError> {
+        let _ = (configuration, blocks);
+        Ok(())
+    }
 
     /// The pages of all channels up to here come before what follows.
     ///
     /// # Errors
     /// A channel broke.
-    fn flush(&mut self) -> Result<(), ScanError>;
+    fn flush(&mut self) -> Result<(), ScanError> {
+        Ok(())
+    }
 
     /// Whether [`Origin::flush`] is due at the end of every RAM section.
     fn flushes_each_section(&self) -> bool {
@@ -45,10 +53,14 @@ pub trait Origin {
     ///
     /// # Errors
     /// A channel broke.
-    fn beside(&mut self) -> Result<Beside, ScanError>;
+    fn beside(&mut self) -> Result<Beside, ScanError> {
+        Ok(Beside::default())
+    }
 
     /// The file, if it is one.
-    fn file(&self) -> Option<&Arc<dyn PositionedFile>>;
+    fn file(&self) -> Option<&Arc<dyn PositionedFile>> {
+        None
+    }
 }
 
 /// What crossed beside the stream.
@@ -89,29 +101,15 @@ impl fmt::Debug for FileOrigin {
     }
 }
 
+/// In a file with mapped-ram pages have their places; in another one there are none on channels.
 impl Origin for FileOrigin {
-    fn command(&mut self, _command: &Command) -> Result<(), ScanError> {
-        Ok(())
-    }
-
-    fn announced(
-        &mut self,
-        _configuration: Option<&Configuration>,
-        _blocks: &RamBlockTable,
-    ) -> Result<(), ScanError> {
-        Ok(())
-    }
-
-    /// In a file with mapped-ram pages have their places; in another one there are none on channels.
-    fn flush(&mut self) -> Result<(), ScanError> {
-        Ok(())
-    }
-
-    fn beside(&mut self) -> Result<Beside, ScanError> {
-        Ok(Beside::default())
-    }
-
     fn file(&self) -> Option<&Arc<dyn PositionedFile>> {
         Some(&self.0)
     }
 }
+
+/// A stream out of a pipe, which cannot be sought in.
+#[derive(Clone, Copy, Debug)]
+pub struct PipeOrigin;
+
+impl Origin for PipeOrigin {}

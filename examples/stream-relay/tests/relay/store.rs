@@ -174,6 +174,8 @@ fn a_manifest_from_a_stranger_is_not_believed() {
     assert!(matches!(e, E::Blocks(_)), "{e}");
     let e = with("pc-q35-11.1", "");
     assert!(matches!(e, E::Machine(_)), "{e}");
+    let e = with("\"page_bits\": null", "\"page_bits\": 13");
+    assert!(matches!(e, E::Machine(_)), "{e}");
     let e = with("mapped-ram", "x-ignore-shared");
     assert!(
         matches!(

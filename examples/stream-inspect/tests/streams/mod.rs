@@ -1,0 +1,139 @@
+//! Streams that no QEMU is needed for.
+#![allow(dead_code)] // not every test wants each of them
+
+use migration_stream::codec::IdStr;
+use migration_stream::configuration::{Configuration, MAPPED_RAM, MachineName};
+use migration_stream::header;
+use migration_stream::mapped_ram::MappedArea;
+use migration_stream::ram::{
+    BlockId, PageAddress, RAM_IDSTR, RAM_VERSION, RamBlock, RamBlockTable, RecordEncoder,
+    encode_end_of_section, encode_setup_list,
+};
+use migration_stream::section::{
+    Announcement, Continuation, InstanceId, SectionHeader, SectionId, encode_continuation,
+    encode_eof, encode_footer, encode_vm_description,
+};
+
+/// Its RAM section.
+pub const RAM: SectionId = SectionId(2);
+/// Its device section.
+pub const DEVICE: SectionId = SectionId(3);
+
+pub fn section(kind: Announcement, id: SectionId, idstr: &str, version: u32, out: &mut Vec<u8>) {
+    let header = SectionHeader {
+        kind,
+        id,
+        idstr: IdStr::new(idstr).unwrap(),
+        instance: InstanceId(0),
+        version,
+    };
+    header.encode(out);
+}
+
+/// A block of eight pages: 1 and 2 with content, 2 again, 3 zero, a difference to 1; and a device.
+pub fn whole() -> Vec<u8> {
+    let mut out = Vec::new();
+    header::encode(&mut out);
+    Configuration::new(MachineName::new("pc-q35-11.1").unwrap()).encode(&mut out);
+    ram(&mut out);
+    device("device", "level", &mut out);
+    out
+}
+
+/// The same of a source that sends no configuration section (`send-configuration=off`).
+pub fn without_configuration() -> Vec<u8> {
+    let mut out = Vec::new();
+    header::encode(&mut out);
+    ram(&mut out);
+    device("device", "level", &mut out);
+    out
+}
+
+/// The same with this name for the device and for its field.
+pub fn named(name: &str) -> Vec<u8> {
+    let mut out = Vec::new();
+    header::encode(&mut out);
+    Configuration::new(MachineName::new(name).unwrap()).encode(&mut out);
+    ram(&mut out);
+    device(name, name, &mut out);
+    out
+}
+
+/// The beginning of a stream whose second section has this name and is in use.
+pub fn cut(name: &str) -> Vec<u8> {
+    let mut out = Vec::new();
+    header::encode(&mut out);
+    Configuration::new(MachineName::new("pc").unwrap()).encode(&mut out);
+    ram(&mut out);
+    section(Announcement::Full, RAM, name, 1, &mut out);
+    out
+}
+
+/// A stream with mapped-ram as far as the place of its first block.
+pub fn mapped() -> Vec<u8> {
+    let blocks = RamBlockTable::new(vec![RamBlock::new("ram", 8 << 12).unwrap()]).unwrap();
+    let mut out = Vec::new();
+    header::encode(&mut out);
+    Configuration::new(MachineName::new("pc").unwrap())
+        .with(MAPPED_RAM)
+        .encode(&mut out);
+    section(Announcement::Start, RAM, RAM_IDSTR, RAM_VERSION, &mut out);
+    encode_setup_list(&blocks, &mut out);
+    let header_end = out.len() as u64 + 28;
+    MappedArea::place(header_end, 8 << 12)
+        .unwrap()
+        .encode(&mut out);
+    out.resize(3 << 20, 0);
+    out
+}
+
+/// An image as `virsh save` writes it, of this format (0: not compressed).
+pub fn libvirt(format: u32, stream: &[u8]) -> Vec<u8> {
+    let mut out = b"LibvirtQemudSave".to_vec();
+    let xml = b"<domain type='kvm'>...</domain>\0";
+    for word in [2, 4096 - 92, 1, format, 0] {
+        out.extend(word.to_le_bytes());
+    }
+    out.resize(92, 0);
+    out.extend(xml);
+    out.resize(4096, 0);
+    out.extend(stream);
+    out
+}
+
+fn ram(out: &mut Vec<u8>) {
+    let blocks = RamBlockTable::new(vec![RamBlock::new("ram", 8 << 12).unwrap()]).unwrap();
+    let page = |page: u64| PageAddress {
+        block: BlockId::new(0),
+        offset: page << 12,
+    };
+    section(Announcement::Start, RAM, RAM_IDSTR, RAM_VERSION, out);
+    encode_setup_list(&blocks, out);
+    encode_end_of_section(out);
+    encode_footer(RAM, out);
+    encode_continuation(Continuation::End, RAM, out);
+    let mut records = RecordEncoder::new();
+    for (at, fill) in [(1, 7), (2, 8), (2, 9)] {
+        records.page(page(at), &blocks, out).unwrap();
+        out.extend([fill; 4096]);
+    }
+    records.zero(page(3), &blocks, out).unwrap();
+    records.xbzrle(page(1), 3, &blocks, out).unwrap();
+    out.extend([4, 1, 0xee]);
+    encode_end_of_section(out);
+    encode_footer(RAM, out);
+}
+
+/// A device with one field, and the description.
+fn device(name: &str, field: &str, out: &mut Vec<u8>) {
+    section(Announcement::Full, DEVICE, name, 3, out);
+    out.extend([0, 0, 1, 2]);
+    encode_footer(DEVICE, out);
+    encode_eof(out);
+    let json = serde_json::json!({"page_size": 4096, "devices": [{"name": name, "instance_id": 0,
+        "vmsd_name": "device", "version": 3,
+        "fields": [{"name": field, "type": "uint32", "size": 4}]}]});
+    let json = json.to_string();
+    encode_vm_description(u32::try_from(json.len()).unwrap(), out);
+    out.extend(json.as_bytes());
+}

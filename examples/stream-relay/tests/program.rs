@@ -1,0 +1,178 @@
+//! The program: where it takes a guest from, what it says of what is none, and how it ends.
+#![allow(clippy::tests_outside_test_module)] // this whole file is tests
+
+use std::fs;
+use std::io::{self, Write};
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+
+use tempfile::TempDir;
+
+#[path = "../../stream-inspect/tests/streams/mod.rs"]
+mod streams;
+
+fn program(dir: &Path, arguments: &str) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_stream-relay"));
+    command
+        .current_dir(dir)
+        .args(arguments.split_whitespace())
+        .stdin(Stdio::null());
+    command
+}
+
+/// A directory with the file `stream`.
+fn directory(stream: &[u8]) -> TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(dir.path().join("stream"), stream).unwrap();
+    dir
+}
+
+fn succeeded(output: &Output) {
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{error}");
+}
+
+/// The pages and devices that a stream written by the relay has; its first bytes.
+fn written(dir: &Path) -> Vec<u8> {
+    let bytes = fs::read(dir.join("out")).unwrap();
+    assert!(bytes.windows(4096).any(|w| w == [9; 4096]));
+    assert!(bytes.windows(7).any(|w| w == b"\x06device"));
+    bytes
+}
+
+const FROM_STDIN: &str = "--incoming - --in-xbzrle --outgoing file:out";
+
+#[test]
+fn a_guest_is_taken_from_a_pipe_a_fifo_and_a_descriptor() {
+    let dir = directory(&streams::whole());
+    for arguments in [
+        FROM_STDIN,
+        "--incoming fd:0 --in-xbzrle --outgoing file:out",
+    ] {
+        let mut child = program(dir.path(), arguments)
+            .stdin(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        child
+            .stdin
+            .take()
+            .unwrap()
+            .write_all(&streams::whole())
+            .unwrap();
+        succeeded(&child.wait_with_output().unwrap());
+        written(dir.path());
+        fs::remove_file(dir.path().join("out")).unwrap();
+    }
+    let fifo = dir.path().join("fifo");
+    assert!(
+        Command::new("mkfifo")
+            .arg(&fifo)
+            .status()
+            .unwrap()
+            .success()
+    );
+    let child = program(
+        dir.path(),
+        "--incoming file:fifo --in-xbzrle --outgoing file:out",
+    )
+    .stderr(Stdio::piped())
+    .spawn()
+    .unwrap();
+    fs::write(&fifo, streams::whole()).unwrap();
+    succeeded(&child.wait_with_output().unwrap());
+    written(dir.path());
+}
+
+#[test]
+fn a_file_that_has_to_be_sought_in_says_so_in_a_pipe() {
+    let dir = directory(&streams::mapped());
+    let mut cat = Command::new("cat")
+        .arg(dir.path().join("stream"))
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let output = program(dir.path(), FROM_STDIN)
+        .stdin(cat.stdout.take().unwrap())
+        .output()
+        .unwrap();
+    cat.wait().unwrap();
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{error}");
+    assert!(
+        error.contains("mapped-ram") && error.contains("the file itself"),
+        "{error}"
+    );
+}
+
+#[test]
+fn a_guest_without_configuration_section_is_kept_and_passed_on_without_one() {
+    let dir = directory(&streams::without_configuration());
+    for arguments in [
+        "--incoming file:stream --in-xbzrle --store kept",
+        "--store kept --outgoing file:out",
+    ] {
+        succeeded(&program(dir.path(), arguments).output().unwrap());
+    }
+    let bytes = written(dir.path());
+    assert_eq!(bytes[..8], *b"QEVM\0\0\0\x03");
+    assert_ne!(bytes[8], 7, "a configuration section");
+}
+
+#[test]
+fn an_image_of_libvirt_is_passed_over_up_to_its_stream() {
+    let dir = directory(&streams::libvirt(0, &streams::whole()));
+    let arguments = "--incoming file:stream --in-xbzrle --outgoing file:out";
+    succeeded(&program(dir.path(), arguments).output().unwrap());
+    written(dir.path());
+}
+
+#[test]
+fn what_is_no_stream_is_named_with_what_to_do() {
+    let zipped = streams::libvirt(1, b"\x1f\x8b\x08");
+    for (bytes, said) in [
+        (&b"\x1f\x8b\x08\x00rest"[..], "`gzip -dc`"),
+        (b"\x28\xb5\x2f\xfdrest", "`zstd -dc`"),
+        (b"QFI\xfb\x00\x00\x00\x03", "qcow2"),
+        (&zipped, "| gzip -dc`"),
+    ] {
+        let dir = directory(bytes);
+        let output = program(dir.path(), "--incoming file:stream --store kept")
+            .output()
+            .unwrap();
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{error}");
+        assert!(error.contains(said), "{error}");
+    }
+}
+
+#[test]
+fn a_stream_with_something_behind_it_is_taken_to_its_own_end() {
+    let dir = directory(&[streams::whole().as_slice(), &[0; 4096]].concat());
+    let arguments = "--incoming file:stream --in-xbzrle --outgoing file:out";
+    succeeded(&program(dir.path(), arguments).output().unwrap());
+    written(dir.path());
+}
+
+#[test]
+fn the_guest_crosses_whether_or_not_anybody_reads_what_is_said_of_it() {
+    let dir = directory(&streams::whole());
+    for (out, arguments) in [
+        (
+            "out",
+            "--incoming file:stream --in-xbzrle --outgoing file:out",
+        ),
+        ("stream", "--help"),
+    ] {
+        let (reader, writer) = io::pipe().unwrap();
+        drop(reader);
+        let output = program(dir.path(), arguments)
+            .stdout(writer)
+            .stderr(Stdio::piped())
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "{}", output.status);
+        assert_eq!(output.stderr, b"");
+        assert!(dir.path().join(out).exists());
+    }
+}

@@ -1,0 +1,17 @@
+//! What the command-line tools of this workspace share.
+//!
+//! | module | what |
+//! |---|---|
+//! | [`output`] | standard output and standard error whose reader may have gone |
+//! | [`errors`] | an error and its causes as one line of plain text |
+//! | [`number`] | numbers and sizes on a command line |
+//! | [`input`] | a stream in a file, in a saved image of libvirt, in a pipe or on standard input |
+#![forbid(unsafe_code)]
+#![deny(clippy::print_stdout, clippy::print_stderr)]
+
+pub mod errors;
+pub mod input;
+pub mod number;
+pub mod output;
+
+pub use migration_stream::Escaped;
