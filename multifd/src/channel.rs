@@ -2,16 +2,24 @@
 
 use std::fmt;
 
+use std::sync::Arc;
+
 use migration_stream::io::{ByteSink, ByteSource, FdChannel};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 /// Ends a connection from another thread: a call that is blocked in it, or comes later, returns
 /// with an error or the end of the stream, soon and for good.
 type Closer = Box<dyn Fn() + Send + Sync>;
 
+/// Says whether the peer has closed a connection, as far as that is known here yet.
+pub(crate) type IsClosed = Arc<dyn Fn() -> bool + Send + Sync>;
+
 /// The sending side of a channel whose handshake is done.
 pub struct SendChannel {
     pub(crate) sink: Box<dyn ByteSink>,
     pub(crate) close: Closer,
+    /// Where it can be known without a write.
+    pub(crate) is_closed: Option<IsClosed>,
 }
 
 impl SendChannel {
@@ -21,6 +29,7 @@ impl SendChannel {
         Self {
             sink: Box::new(sink),
             close: Box::new(close),
+            is_closed: None,
         }
     }
 }
@@ -28,8 +37,23 @@ impl SendChannel {
 impl From<FdChannel> for SendChannel {
     fn from(channel: FdChannel) -> Self {
         let closer = channel.share();
-        Self::new(channel, move || closer.shutdown())
+        let looker = channel.share();
+        Self {
+            is_closed: Some(Arc::new(move || peer_has_closed(&looker))),
+            ..Self::new(channel, move || closer.shutdown())
+        }
     }
+}
+
+/// A receiver never writes on a channel, so one that ends its writing has gone.
+fn peer_has_closed(channel: &FdChannel) -> bool {
+    let mut fds = [PollFd::new(channel, PollFlags::RDHUP)];
+    let now = Timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    let gone = PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR;
+    poll(&mut fds, Some(&now)).is_ok() && fds.iter().any(|fd| fd.revents().intersects(gone))
 }
 
 impl fmt::Debug for SendChannel {

@@ -282,6 +282,9 @@ pub enum Flush {
 }
 
 /// The settings of a set of channels, the same on both sides.
+///
+/// The default is two channels without compression, zero pages found by the channels, synchronised each
+/// round, without zero-copy, for a VM without a UUID (all zero).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MultifdConfig {
     /// How many channels.
@@ -302,9 +305,17 @@ pub struct MultifdConfig {
     pub lending: Lending,
     /// The VM's UUID, all zero if it has none.
     pub uuid: [u8; 16],
+    /// Receiver only: memory that all channels together may take for what the peer sends, bytes.
+    /// Default 512 MiB.
+    ///
+    /// Each channel has an equal part, for the window of its compressed stream above all. The peer
+    /// chooses that: zstd's levels up to 19 need at most 8 MiB, level 20 needs 32. With the default the
+    /// latter fit up to 15 channels, the former up to 53, and level 1 fits 255. State of devices that
+    /// was read and not yet handed on is counted too, over all channels.
+    pub receive_memory: usize,
     /// How long a wait without a deadline of its own goes on while no channel completes a packet:
     /// as long as a connection may be silent. The set waits half as long again, so that it is the
-    /// channel whose peer does nothing that reports it.
+    /// channel whose peer does nothing that reports it. Default 30 s.
     pub stall_limit: Duration,
 }
 
@@ -318,6 +329,7 @@ impl Default for MultifdConfig {
             zero_copy: false,
             lending: Lending::default(),
             uuid: [0; 16],
+            receive_memory: 512 << 20,
             stall_limit: Duration::from_secs(30),
         }
     }

@@ -9,7 +9,7 @@ use migration_stream::section::InstanceId;
 use migration_stream::{MemoryError, TransportError};
 
 use crate::compression::CompressionError;
-use crate::packet::PacketError;
+use crate::packet::{Method, PacketError};
 
 /// Which part of a packet was under way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -91,6 +91,15 @@ pub enum ChannelError {
         #[source]
         source: Arc<dyn error::Error + Send + Sync>,
     },
+    /// All channels together have read more state of devices than they may keep.
+    #[error(
+        "device state on its way on all channels is more than the {limit} bytes of receive_memory \
+        (MultifdConfig)"
+    )]
+    DeviceStateMemory {
+        /// What they may keep, bytes.
+        limit: usize,
+    },
     /// Device state is not sent on channels that are compressed: no receiver takes it there.
     #[error("device state on channels that are compressed")]
     CompressedDeviceState,
@@ -110,6 +119,23 @@ pub enum ChannelError {
         /// The packet's position among those of its channel, from 0 on.
         index: u64,
         /// Why.
+        #[source]
+        source: Arc<io::Error>,
+    },
+    /// The peer closed a channel that this side sends on. It does so when it has failed, of which the
+    /// reason is there, or when it has other settings: neither the number of channels nor the
+    /// compression is negotiated.
+    #[error("the target closed the channel{} (this side has {channels} channels, compression \
+        {method:?}; the target's settings must be the same)", describe_packets(*.packets))]
+    PeerClosed {
+        /// How many packets had been written to it, of which it may have read fewer; `None` if that is
+        /// not known.
+        packets: Option<u64>,
+        /// Channels of this side.
+        channels: u8,
+        /// How this side compresses.
+        method: Method,
+        /// What the system says.
         #[source]
         source: Arc<io::Error>,
     },
@@ -177,6 +203,15 @@ pub enum ChannelError {
         /// How long it was waited for.
         limit: Duration,
     },
+}
+
+fn describe_packets(packets: Option<u64>) -> String {
+    match packets {
+        None => String::new(),
+        Some(0) => " before its first packet".to_owned(),
+        Some(1) => " after 1 packet".to_owned(),
+        Some(n) => format!(" after {n} packets"),
+    }
 }
 
 /// The first error of a set, and the channel it came from; `None` for the set as a whole.

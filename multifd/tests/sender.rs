@@ -207,13 +207,19 @@ fn a_peer_that_closed_a_channel_is_an_error_that_names_it_and_shuts_the_others()
     assert!(
         matches!(
             error,
-            ChannelError::Io {
-                what: "writing",
-                index: 0,
+            ChannelError::PeerClosed {
+                packets: Some(0),
+                channels: 2,
+                method: Method::None,
                 ..
             }
         ),
         "{error:?}"
+    );
+    assert_eq!(
+        error.to_string(),
+        "the target closed the channel before its first packet (this side has 2 channels, \
+         compression None; the target's settings must be the same)"
     );
     let mut rest = Vec::new();
     s.peers[0].read_to_end(&mut rest).unwrap();
@@ -243,7 +249,7 @@ fn a_peer_that_dies_while_pages_are_on_their_way_is_an_error() {
         }
     });
     assert!(
-        matches!(cause(&e), (Some(_), ChannelError::Io { .. })),
+        matches!(cause(&e), (Some(_), ChannelError::PeerClosed { .. })),
         "{e}"
     );
 }
@@ -381,4 +387,23 @@ fn a_channel_that_broke_is_the_cause_that_is_told_when_the_main_stream_has_faile
     assert_eq!(cause(&e).0, Some(1));
     let told = s.set.join().unwrap_err();
     assert_eq!(text(&e), text(&told));
+}
+
+#[test]
+fn a_channel_that_the_peer_closed_is_known_before_anything_is_written_to_it() {
+    let s = sender(&config(3));
+    let mut peers = s.peers;
+    assert!(s.set.failure().is_none());
+    drop(peers.remove(2));
+    let e = s.set.failure().unwrap();
+    assert!(
+        matches!(
+            cause(&e),
+            (Some(2), ChannelError::PeerClosed { packets: None, .. })
+        ),
+        "{e:?}"
+    );
+    // A peer that has closed them all says by that nothing of any channel.
+    drop(peers);
+    assert!(s.set.failure().is_none());
 }

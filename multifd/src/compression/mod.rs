@@ -12,6 +12,7 @@ use std::sync::Arc;
 use vm_memory::VolatileSlice;
 
 use crate::config::Compression;
+use crate::packet::{MAX_COMPRESSED_LEN, Method};
 
 mod level;
 #[cfg(feature = "zlib")]
@@ -25,6 +26,12 @@ pub use level::{LevelControl, PacketTimes};
 /// there must be none of memory that a vCPU may be writing.
 #[cfg(any(feature = "zlib", feature = "zstd"))]
 const SCRATCH_LEN: usize = 32 << 10;
+
+/// What a decoder takes at most besides the window of its stream, bytes: the payload of a packet, the
+/// scratch buffer, and libzstd's own state and buffers, which are some 0.4 MiB.
+const FIXED_MEMORY: usize = MAX_COMPRESSED_LEN as usize + (512 << 10);
+/// The least that a decoder can do with, bytes: a window of 1 KiB.
+const LEAST_MEMORY: usize = FIXED_MEMORY + 1024;
 
 /// Makes the payloads of one channel.
 pub trait Encoder: Send {
@@ -79,17 +86,26 @@ impl Compression {
     }
 
     /// A fresh decoder for one channel, `None` for pages that travel as they are. The level does
-    /// not matter to it.
+    /// not matter to it. It takes at most `memory` bytes, the payload of a packet included.
     ///
     /// # Errors
-    /// [`CompressionError::Codec`] when there is no memory for it.
-    pub fn decoder(self) -> Result<Option<Box<dyn Decoder>>, CompressionError> {
+    /// [`CompressionError::Codec`] when there is no memory for it, [`CompressionError::Memory`] when
+    /// `memory` is too little.
+    pub fn decoder(self, memory: usize) -> Result<Option<Box<dyn Decoder>>, CompressionError> {
+        if self.method() != Method::None && memory < LEAST_MEMORY {
+            return Err(CompressionError::Memory {
+                got: memory,
+                least: LEAST_MEMORY,
+            });
+        }
         match self {
             Self::None => Ok(None),
             #[cfg(feature = "zlib")]
             Self::Zlib(_) => Ok(Some(Box::new(zlib::ZlibDecoder::new()))),
             #[cfg(feature = "zstd")]
-            Self::Zstd(_) | Self::ZstdAdaptive(_) => Ok(Some(Box::new(zstd::ZstdDecoder::new()?))),
+            Self::Zstd(_) | Self::ZstdAdaptive(_) => Ok(Some(Box::new(zstd::ZstdDecoder::new(
+                memory - FIXED_MEMORY,
+            )?))),
         }
     }
 }
@@ -124,6 +140,26 @@ pub enum CompressionError {
         #[source]
         source: Arc<io::Error>,
     },
+    /// The peer's stream refers further back than there is memory for.
+    #[error(
+        "the peer's zstd window is larger than the {max} bytes that a channel has for it; receive_memory \
+        (MultifdConfig), of which each channel has an equal part, allows more"
+    )]
+    Window {
+        /// The largest window that is taken, bytes.
+        max: u64,
+    },
+    /// A channel's part of the memory is too little for any stream.
+    #[error(
+        "a channel has {got} bytes of memory and needs {least}; receive_memory (MultifdConfig) is too \
+        little for so many"
+    )]
+    Memory {
+        /// What it has.
+        got: usize,
+        /// What it needs.
+        least: usize,
+    },
     /// The payload ended before the pages were full.
     #[error("the payload holds {got} bytes of pages, expected {expected}")]
     Short {
@@ -146,7 +182,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::packet::{MAX_COMPRESSED_LEN, PAGES_PER_PACKET};
+    use crate::packet::PAGES_PER_PACKET;
 
     /// Every method and level of this build.
     fn all() -> Vec<Compression> {
@@ -206,7 +242,7 @@ mod tests {
     fn pair(compression: Compression) -> (Box<dyn Encoder>, Box<dyn Decoder>) {
         (
             compression.encoder().unwrap().unwrap(),
-            compression.decoder().unwrap().unwrap(),
+            compression.decoder(64 << 20).unwrap().unwrap(),
         )
     }
 

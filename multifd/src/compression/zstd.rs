@@ -8,9 +8,10 @@ use zstd::stream::raw::{self, InBuffer, Operation, OutBuffer};
 use super::{CompressionError, Decoder, Encoder, SCRATCH_LEN, codec, pieces};
 use crate::packet::{MAX_COMPRESSED_LEN, PAGES_PER_PACKET};
 
-/// The largest window taken of a frame, as a power of two: 128 MiB, as QEMU takes (level 20 uses
-/// 32). It bounds the memory that a hostile frame header can ask for.
-const MAX_WINDOW_LOG: u32 = 27;
+/// The largest window taken of a frame, as a power of two, however much memory there is: 32 MiB, which
+/// is that of QEMU's greatest level, 20 (levels up to 19 use 8 MiB). It bounds the memory that a
+/// hostile frame header can ask for.
+const MAX_WINDOW_LOG: u32 = 25;
 
 pub(super) struct ZstdEncoder {
     stream: raw::Encoder<'static>,
@@ -111,17 +112,22 @@ fn too_small() -> CompressionError {
 }
 
 pub(super) struct ZstdDecoder {
+    /// The largest window that is taken, bytes.
+    max_window: u64,
     stream: raw::Decoder<'static>,
     scratch: Box<[u8]>,
 }
 
 impl ZstdDecoder {
-    pub(super) fn new() -> Result<Self, CompressionError> {
+    /// With so much memory for the window, bytes: the largest power of two of it is used.
+    pub(super) fn new(window: usize) -> Result<Self, CompressionError> {
+        let log = window.checked_ilog2().unwrap_or(0).min(MAX_WINDOW_LOG);
         let mut stream = raw::Decoder::new().map_err(codec("setting up zstd"))?;
         stream
-            .set_parameter(raw::DParameter::WindowLogMax(MAX_WINDOW_LOG))
+            .set_parameter(raw::DParameter::WindowLogMax(log))
             .map_err(codec("setting up zstd"))?;
         Ok(Self {
+            max_window: 1 << log,
             stream,
             scratch: vec![0; SCRATCH_LEN].into(),
         })
@@ -146,7 +152,7 @@ impl Decoder for ZstdDecoder {
                     let before = (input.pos(), output.pos());
                     self.stream
                         .run(&mut input, &mut output)
-                        .map_err(codec("zstd decompression"))?;
+                        .map_err(failed(self.max_window))?;
                     if (input.pos(), output.pos()) == before {
                         return Err(CompressionError::Short {
                             got: got + output.pos(),
@@ -165,7 +171,7 @@ impl Decoder for ZstdDecoder {
             let mut output = OutBuffer::around(beyond.as_mut_slice());
             self.stream
                 .run(&mut input, &mut output)
-                .map_err(codec("zstd decompression"))?;
+                .map_err(failed(self.max_window))?;
             if output.pos() > 0 {
                 return Err(CompressionError::Long { expected });
             }
@@ -176,6 +182,16 @@ impl Decoder for ZstdDecoder {
                 return Err(CompressionError::Long { expected });
             }
         }
+    }
+}
+
+/// The error of libzstd, which has no code for a window that is too large in its safe interface.
+fn failed(max: u64) -> impl Fn(std::io::Error) -> CompressionError {
+    move |error| {
+        if error.to_string().contains("too much memory") {
+            return CompressionError::Window { max };
+        }
+        codec("zstd decompression")(error)
     }
 }
 
@@ -209,6 +225,29 @@ mod tests {
     fn text(pages: usize, seed: usize) -> Vec<u8> {
         let words = (0..pages * 512).map(|i| (i * i % 977 * seed).to_le_bytes());
         words.flatten().collect()
+    }
+
+    #[test]
+    fn a_window_is_taken_as_far_as_there_is_memory_for_it_and_the_error_names_the_setting() {
+        for (level, window) in [(1, 512 << 10), (19, 8 << 20), (20, 32 << 20)] {
+            let mut pages = text(4, 5);
+            let payload = encode(&mut ZstdEncoder::new(level).unwrap(), &mut pages);
+            let mut got = vec![0; pages.len()];
+            let mut decode = |memory| {
+                let landing = [VolatileSlice::from(got.as_mut_slice())];
+                ZstdDecoder::new(memory).unwrap().decode(&payload, &landing)
+            };
+            // As documented for MultifdConfig::receive_memory.
+            decode(window).unwrap();
+            let e = decode(window - 1).unwrap_err();
+            let expected = u64::try_from(window / 2).unwrap();
+            assert!(
+                matches!(e, CompressionError::Window { max } if max == expected),
+                "level {level}: {e:?}"
+            );
+            assert!(e.to_string().contains("receive_memory"), "{e}");
+            assert_eq!(got, pages);
+        }
     }
 
     #[test]
@@ -260,7 +299,7 @@ mod tests {
     #[test]
     fn packets_of_every_size_cross_at_levels_that_change_all_the_time() {
         let mut encoder = ZstdEncoder::new(1).unwrap();
-        let mut decoder = ZstdDecoder::new().unwrap();
+        let mut decoder = ZstdDecoder::new(32 << 20).unwrap();
         let levels = [-100, -7, -1, 1, 3, 7, 12, 20, 1, -50];
         // 32 pages are one block of zstd's, after which an end is a block of its own.
         let sizes = [1, 31, 32, 33, 64, PAGES_PER_PACKET, 2, 96, 128, 5];

@@ -9,6 +9,7 @@
 //! [`PageBarrier::hold`] lives, no channel begins a packet: a COLO checkpoint is committed like that.
 
 mod ahead;
+mod budget;
 mod reader;
 mod rendezvous;
 
@@ -24,7 +25,8 @@ use crate::crew::{AbortHandle, Crew, Threads};
 use crate::device_state::DeviceStateSink;
 use crate::error::{ChannelError, Failure};
 use crate::patience::lock;
-use reader::Reader;
+use budget::Budget;
+use reader::{Devices, Reader};
 pub use rendezvous::RecvCounters;
 use rendezvous::{Rendezvous, hold};
 
@@ -144,17 +146,22 @@ impl<S: PageStore + 'static> RecvSet<S> {
             closers,
             config.stall_limit,
         ));
+        let memory = Arc::new(Budget::new(config.receive_memory));
         let mut threads = Threads::new(Arc::clone(&crew));
         for (id, mut source) in (0..count).zip(sources) {
             // Packets leave a sender at once, QEMU as well.
             source.confirm_when_it_suits();
             let decoder = config
                 .compression
-                .decoder()
+                .decoder(config.receive_memory / usize::from(count))
                 .map_err(|source| TransportError::channel(id, ChannelError::Setup { source }))?;
             let method = config.compression.method();
             let (store, crew) = (Arc::clone(&store), Arc::clone(&crew));
-            let (on_error, devices) = (Arc::clone(&on_error), devices.clone());
+            let on_error = Arc::clone(&on_error);
+            let devices = devices.clone().map(|sink| Devices {
+                sink,
+                memory: Arc::clone(&memory),
+            });
             threads.spawn(
                 format!("mfd-recv-{id}"),
                 id,

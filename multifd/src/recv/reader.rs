@@ -9,6 +9,7 @@ use migration_stream::{MemoryError, PageStore, prepare_range};
 use vm_memory::VolatileSlice;
 
 use super::ahead::Ahead;
+use super::budget::Budget;
 use super::rendezvous::{RecvCounters, Rendezvous};
 use crate::compression::Decoder;
 use crate::crew::Crew;
@@ -20,9 +21,15 @@ use crate::packet::{
 };
 use crate::runs::runs;
 
+/// Where device state goes, and the memory for what is on its way there.
+pub(super) struct Devices {
+    pub(super) sink: Arc<dyn DeviceStateSink>,
+    pub(super) memory: Arc<Budget>,
+}
+
 pub(super) struct Reader<'a, S> {
     store: &'a S,
-    devices: Option<Arc<dyn DeviceStateSink>>,
+    devices: Option<Devices>,
     source: Box<dyn ByteSource>,
     decoder: Option<Box<dyn Decoder>>,
     method: Method,
@@ -65,7 +72,7 @@ enum After {
 impl<'a, S: PageStore> Reader<'a, S> {
     pub(super) fn new(
         store: &'a S,
-        devices: Option<Arc<dyn DeviceStateSink>>,
+        devices: Option<Devices>,
         source: Box<dyn ByteSource>,
         decoder: Option<Box<dyn Decoder>>,
         method: Method,
@@ -226,7 +233,7 @@ impl<'a, S: PageStore> Reader<'a, S> {
         };
         let header = DeviceStateHeader::decode(header).map_err(|e| self.bad(e))?;
         let device = header.device;
-        let max = self.devices.as_ref().and_then(|d| d.max_len(&device));
+        let max = (self.devices.as_ref()).and_then(|d| d.sink.max_len(&device));
         let refused = match max {
             None => Some(PacketError::UnknownDevice {
                 idstr: device.idstr.clone(),
@@ -242,6 +249,8 @@ impl<'a, S: PageStore> Reader<'a, S> {
         if let Some(refused) = refused {
             return Err(self.bad(refused));
         }
+        let memory = self.devices.as_ref().map(|d| Arc::clone(&d.memory));
+        let mut held = memory.as_ref().map(|memory| memory.begin());
         let len = header.payload_len as usize;
         self.taken.bytes = (DEVICE_STATE_HEADER_LEN + len) as u64;
         self.bare = 0;
@@ -254,6 +263,9 @@ impl<'a, S: PageStore> Reader<'a, S> {
             // Memory follows what has come, not what was said.
             let got = payload.len();
             payload.resize(len.min(got + DEVICE_STATE_STEP), 0);
+            if let Some(held) = &mut held {
+                held.grow_to(payload.capacity())?;
+            }
             match self.source.read(&mut payload[got..]) {
                 Ok(0) => return Err(self.eof(Part::Payload, got, len)),
                 Ok(n) => payload.truncate(got + n),
@@ -263,6 +275,7 @@ impl<'a, S: PageStore> Reader<'a, S> {
         let index = self.index;
         if let Some(devices) = &self.devices {
             devices
+                .sink
                 .load(&device, payload)
                 .map_err(|source| ChannelError::DeviceState {
                     idstr: device.idstr,

@@ -26,7 +26,7 @@ use migration_stream::{
     TransportError,
 };
 
-use crate::channel::SendChannel;
+use crate::channel::{IsClosed, SendChannel};
 use crate::config::{Compression, Flush, MultifdConfig};
 use crate::crew::{AbortHandle, Crew, Threads};
 use crate::device_state::{DeviceId, DeviceStateHeader};
@@ -35,7 +35,7 @@ use crate::packet::PAGES_PER_PACKET;
 pub use level::LevelWatch;
 use places::Places;
 use queue::{Awaited, Batch, DeviceState, Due, Queue, Work};
-use writer::{Totals, Writer};
+use writer::{Peer, Totals, Writer};
 
 /// [`PAGE_SIZE`] as a length in memory.
 const PAGE_LEN: usize = 4096;
@@ -49,6 +49,7 @@ pub struct SendSet {
     ram: Arc<dyn GuestRam>,
     crew: Arc<Crew<Queue>>,
     threads: Threads<Queue>,
+    peers: Vec<Peer>,
     totals: Arc<Totals>,
     /// Pages that wait for more of their block.
     batch: Option<Batch>,
@@ -93,8 +94,22 @@ impl SendSet {
         if config.zero_copy && is_compressed {
             return Err(TransportError::main(ChannelError::CompressedZeroCopy));
         }
-        let (mut sinks, closers): (Vec<_>, Vec<_>) =
-            channels.into_iter().map(|c| (c.sink, c.close)).unzip();
+        let method = config.compression.method();
+        let count = config.channels.get();
+        let mut peers = Vec::new();
+        let (mut sinks, closers): (Vec<_>, Vec<_>) = channels
+            .into_iter()
+            .map(|c| {
+                peers.push(c.is_closed);
+                (c.sink, c.close)
+            })
+            .unzip();
+        let peer = |is_closed: &Option<IsClosed>| Peer {
+            is_closed: is_closed.clone(),
+            channels: count,
+            method,
+        };
+        let peers: Vec<_> = peers.iter().map(peer).collect();
         if config.zero_copy {
             for (id, sink) in config.channels.ids().zip(&mut sinks) {
                 sink.enable_zero_copy().map_err(|e| {
@@ -119,19 +134,20 @@ impl SendSet {
         let range = config.compression.range();
         let level = range.map(|range| LevelWatch::new(range, config.channels));
         let mut threads = Threads::new(Arc::clone(&crew));
-        for (id, sink) in config.channels.ids().map(|id| id.get()).zip(sinks) {
+        for ((id, sink), its) in (0..count).zip(sinks).zip(&peers) {
+            let its = peer(&its.is_closed);
             let encoder = config
                 .compression
                 .encoder()
                 .map_err(|source| TransportError::channel(id, ChannelError::Setup { source }))?;
             let (ram, crew, totals) = (Arc::clone(&ram), Arc::clone(&crew), Arc::clone(&totals));
-            let (method, level) = (config.compression.method(), level.clone());
+            let level = level.clone();
             let zero_page = config.zero_pages == ZeroPageDetection::Multifd;
             threads.spawn(
                 format!("mfd-send-{id}"),
                 id,
                 move || {
-                    Writer::new(&*ram, sink, encoder, method, zero_page, &totals)
+                    Writer::new(&*ram, sink, encoder, its, zero_page, &totals)
                         .at(level)
                         .run(id, &crew)
                 },
@@ -142,6 +158,7 @@ impl SendSet {
             ram,
             crew,
             threads,
+            peers,
             totals,
             batch: None,
             places: None,
@@ -206,6 +223,17 @@ impl SendSet {
         };
         let work = Work::DeviceState(DeviceState { header, payload });
         Ok(self.queue(None, work)?)
+    }
+
+    /// A channel that the peer has closed and not the others, which nobody has written to since. A peer
+    /// that has closed them all has failed elsewhere.
+    fn closed_by_peer(&self) -> Option<Failure> {
+        let mut closed = (0..).zip(&self.peers).filter(|(_, peer)| peer.has_closed());
+        let (channel, peer) = closed.next()?;
+        (closed.count() + 1 < self.peers.len()).then(|| Failure {
+            channel: Some(channel),
+            error: peer.closed(None, std::io::ErrorKind::UnexpectedEof.into()),
+        })
     }
 
     fn finish_queue(&mut self) -> Result<(), Failure> {
@@ -461,7 +489,7 @@ impl PageTransport for SendSet {
     fn failure(&self) -> Option<TransportError> {
         // A channel that writes nothing has nothing to report.
         let failure = self.crew.first_failure(|queue| !queue.is_drained());
-        failure.map(Into::into)
+        failure.or_else(|| self.closed_by_peer()).map(Into::into)
     }
 
     fn beside(&mut self) -> Option<&mut dyn PagesBeside> {

@@ -1,5 +1,6 @@
 //! One channel's thread: finds the zero pages of a packet, and those that need not be sent, and writes it.
 
+use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Instant;
@@ -12,6 +13,7 @@ use vm_memory::VolatileSlice;
 
 use super::level::{LevelWatch, Pace};
 use super::queue::{Batch, DeviceState, Due, Job, Queue};
+use crate::channel::IsClosed;
 use crate::compression::Encoder;
 use crate::crew::Crew;
 use crate::error::{ChannelError, Part};
@@ -50,13 +52,38 @@ impl Totals {
     }
 }
 
+/// What is known of the other end of a channel.
+pub(super) struct Peer {
+    pub(super) is_closed: Option<IsClosed>,
+    /// Channels of this side.
+    pub(super) channels: u8,
+    pub(super) method: Method,
+}
+
+impl Peer {
+    /// The error of a channel that the peer has closed.
+    pub(super) fn closed(&self, packets: Option<u64>, source: io::Error) -> ChannelError {
+        ChannelError::PeerClosed {
+            packets,
+            channels: self.channels,
+            method: self.method,
+            source: Arc::new(source),
+        }
+    }
+
+    /// Whether it has closed the channel, as far as that is known here.
+    pub(super) fn has_closed(&self) -> bool {
+        self.is_closed.as_ref().is_some_and(|is_closed| is_closed())
+    }
+}
+
 pub(super) struct Writer<'a> {
     ram: &'a dyn GuestRam,
     sink: Box<dyn ByteSink>,
     encoder: Option<Box<dyn Encoder>>,
     /// Where the level of the encoder adapts.
     pace: Option<Pace>,
-    method: Method,
+    peer: Peer,
     zero_page: bool,
     totals: &'a Totals,
     /// Packets written on this channel.
@@ -77,7 +104,7 @@ impl<'a> Writer<'a> {
         ram: &'a dyn GuestRam,
         sink: Box<dyn ByteSink>,
         encoder: Option<Box<dyn Encoder>>,
-        method: Method,
+        peer: Peer,
         zero_page: bool,
         totals: &'a Totals,
     ) -> Self {
@@ -86,7 +113,7 @@ impl<'a> Writer<'a> {
             sink,
             encoder,
             pace: None,
-            method,
+            peer,
             zero_page,
             totals,
             index: 0,
@@ -110,6 +137,13 @@ impl<'a> Writer<'a> {
         loop {
             let (job, deadline) = crew.next_job(usize::from(channel), points);
             self.sink.set_write_deadline(deadline);
+            // A target that wants fewer channels has closed this one when it was introduced; the
+            // system would take the first packet all the same.
+            if self.index == 0 && !matches!(job, Job::End) && self.peer.has_closed() {
+                return Err(self
+                    .peer
+                    .closed(Some(0), io::ErrorKind::UnexpectedEof.into()));
+            }
             match job {
                 Job::Pages(batch) => {
                     self.write_pages(&batch)?;
@@ -183,7 +217,7 @@ impl<'a> Writer<'a> {
         PacketHeader {
             flags: PacketFlags {
                 sync: false,
-                method: self.method,
+                method: self.peer.method,
             },
             number: self.totals.packets.fetch_add(1, Ordering::Relaxed),
             block: name.as_bytes(),
@@ -217,7 +251,7 @@ impl<'a> Writer<'a> {
         };
         self.sink
             .write_all(&chunks[..used])
-            .map_err(|e| write_failed(index, Part::Payload, e))?;
+            .map_err(|e| write_failed(&self.peer, index, Part::Payload, e))?;
         if let (Some(pace), Some(compressed), Some(encoder)) =
             (&mut self.pace, compressed, &mut self.encoder)
         {
@@ -255,7 +289,7 @@ impl<'a> Writer<'a> {
         let header = state.header.encode();
         self.sink
             .write_all(&[Chunk::Bytes(&header), Chunk::Bytes(&state.payload)])
-            .map_err(|e| write_failed(self.index, Part::Payload, e))?;
+            .map_err(|e| write_failed(&self.peer, self.index, Part::Payload, e))?;
         self.index += 1;
         self.totals.bytes.fetch_add(
             (header.len() + state.payload.len()) as u64,
@@ -271,7 +305,7 @@ impl<'a> Writer<'a> {
             .map_err(|source| ChannelError::Packet { index, source })?;
         self.sink
             .write_all(&[Chunk::Bytes(&self.header)])
-            .map_err(|e| write_failed(index, Part::Header, e))?;
+            .map_err(|e| write_failed(&self.peer, index, Part::Header, e))?;
         self.index += 1;
         self.totals
             .bytes
@@ -288,7 +322,7 @@ impl<'a> Writer<'a> {
         let copied = self
             .sink
             .finish_zero_copy()
-            .map_err(|e| write_failed(self.index, Part::Payload, e))?;
+            .map_err(|e| write_failed(&self.peer, self.index, Part::Payload, e))?;
         if copied > 0 {
             self.totals.missed_zero_copy.fetch_add(1, Ordering::Relaxed);
         }
@@ -364,7 +398,15 @@ fn refused(e: MemoryError) -> ChannelError {
     }
 }
 
-fn write_failed(index: u64, part: Part, e: std::io::Error) -> ChannelError {
+fn write_failed(peer: &Peer, index: u64, part: Part, e: io::Error) -> ChannelError {
+    if matches!(
+        e.kind(),
+        io::ErrorKind::BrokenPipe
+            | io::ErrorKind::ConnectionReset
+            | io::ErrorKind::ConnectionAborted
+    ) {
+        return peer.closed(Some(index), e);
+    }
     ChannelError::Io {
         what: "writing",
         part,
