@@ -1,0 +1,56 @@
+//! A source that does not open all its connections.
+#![allow(clippy::tests_outside_test_module)] // this whole file is tests
+
+use std::io::Write;
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+use multifd::{Address, ChannelCount, MultifdConfig};
+use stream_inspect::incoming::{ListenConfig, Listening};
+
+/// Far longer than anything here takes, and shorter than what multifd waits for by itself.
+const LONG: Duration = Duration::from_secs(10);
+
+/// What a source that opens its main channel, writes, and maybe leaves, is told within `timeout`.
+fn error_of(timeout: Duration, leaves: bool) -> String {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("socket");
+    let listening = Listening::open(ListenConfig {
+        at: Address::Unix(path.clone()),
+        multifd: Some(MultifdConfig {
+            channels: ChannelCount::new(1).unwrap(),
+            ..MultifdConfig::default()
+        }),
+        without_return_path: false,
+        timeout,
+    })
+    .unwrap();
+    let mut main = UnixStream::connect(path).unwrap();
+    main.write_all(&[&b"QEVM"[..], &[0; 996]].concat()).unwrap();
+    if leaves {
+        main.shutdown(Shutdown::Write).unwrap();
+    }
+    let began = Instant::now();
+    let error = listening.accept().map(|_| ()).unwrap_err();
+    assert!(began.elapsed() < LONG);
+    std::error::Error::source(&error).unwrap().to_string()
+}
+
+#[test]
+fn a_main_channel_that_closes_ends_the_wait_for_channels_at_once() {
+    assert_eq!(
+        error_of(Duration::MAX, true),
+        "the source closed the main channel while connections were missing: multifd channel 0 \
+         (the source opened 0 multifd channels, this side wants 1)"
+    );
+}
+
+#[test]
+fn channels_are_waited_for_as_long_as_the_timeout_says() {
+    assert_eq!(
+        error_of(Duration::from_millis(200), false),
+        "connections are missing: multifd channel 0 \
+         (the source opened 0 multifd channels, this side wants 1)"
+    );
+}
