@@ -21,12 +21,15 @@ use ram_cache::CacheKind;
 use uuid::Uuid;
 
 use crate::console::Console;
+use crate::cpu_args::CpuArgs;
 use crate::demo::{self, DemoArgs};
 use crate::event_loop::{self, Ender, Ending, GuestEnds, Request};
 use crate::guest::{WorkloadConfig, workload};
 use crate::heartbeat::HeartbeatArgs;
 use crate::lifecycle::{self, FailoverArgs, PairArgs, RejoinArgs, StatusArgs};
-use crate::machine::{GuestImage, KvmMachine, Machine, MachineConfig, SerialSink, SimMachine};
+use crate::machine::{
+    CpuOptions, GuestImage, KvmMachine, Machine, MachineConfig, SerialSink, SimMachine,
+};
 use crate::memory::{Memory, populated};
 use crate::metrics;
 use crate::migration::{Boundaries, Boundary, Halt, IncomingMode, Migration, MigrationOptions};
@@ -121,6 +124,8 @@ impl WorkloadArgs {
 struct RunArgs {
     #[command(flatten)]
     machine: MachineArgs,
+    #[command(flatten)]
+    cpu: CpuArgs,
     #[command(flatten)]
     workload: WorkloadArgs,
     /// What to run: workload, answers, boot:FILE, flat:FILE[@ADDRESS] or kernel:FILE.
@@ -465,12 +470,14 @@ impl MachineArgs {
         &self,
         guest: Option<GuestImage>,
         serial: SerialSink,
+        cpu: CpuOptions,
     ) -> Result<Box<dyn Machine>, Box<dyn Error>> {
         let config = MachineConfig {
             memory: Arc::new(Memory::new(self.memory.saturating_mul(1 << 20))?),
             vcpus: self.vcpus,
             guest,
             serial,
+            cpu,
         };
         Ok(if self.sim {
             Box::new(SimMachine::new(config)?)
@@ -569,7 +576,9 @@ fn run(args: &RunArgs) -> Result<ExitCode, Box<dyn Error>> {
         .map_err(|error| format!("the serial line's file: {error}"))?;
     let console = Console::new(sink);
     let loaded = args.incoming.is_none().then(|| image.clone());
-    let machine = args.machine.build(loaded, console.sink())?;
+    let machine = args
+        .machine
+        .build(loaded, console.sink(), args.cpu.options())?;
     if !args.no_huge_pages
         && let Err(error) = machine.memory().advise_huge_pages()
     {

@@ -6,7 +6,7 @@
 //! use std::sync::Arc;
 //!
 //! use colo_vmm::guest::WorkloadConfig;
-//! use colo_vmm::machine::{GuestImage, Machine, MachineConfig, SimMachine};
+//! use colo_vmm::machine::{CpuOptions, GuestImage, Machine, MachineConfig, SimMachine};
 //! use colo_vmm::memory::Memory;
 //!
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -16,6 +16,7 @@
 //!     vcpus: 1,
 //!     guest: Some(GuestImage::Workload(WorkloadConfig::default())),
 //!     serial: Box::new(std::io::sink()),
+//!     cpu: CpuOptions::default(),
 //! })?;
 //! machine.resume()?;
 //! machine.stop()?;
@@ -45,6 +46,7 @@
 pub mod arbiter;
 pub mod cli;
 pub mod console;
+mod cpu_args;
 pub mod demo;
 pub mod devices;
 pub mod dirty_log;

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use colo_vmm::console::Console;
-use colo_vmm::machine::{MachineConfig, SimMachine};
+use colo_vmm::machine::{CpuOptions, MachineConfig, SimMachine};
 use colo_vmm::memory::Memory;
 use colo_vmm::migration::{IncomingMode, Migration, MigrationOptions};
 use colo_vmm::operator::EventBus;
@@ -18,6 +18,7 @@ fn waiting_for_colo() -> Arc<Migration> {
         vcpus: 1,
         guest: None,
         serial: console.sink(),
+        cpu: CpuOptions::default(),
     })
     .unwrap();
     let events = Arc::new(EventBus::new());

@@ -11,8 +11,8 @@ use std::{env, thread};
 
 use colo_vmm::guest::WorkloadConfig;
 use colo_vmm::machine::{
-    GuestExit, GuestImage, KvmMachine, Machine, MachineConfig, MachineError, RunState, SimMachine,
-    kvm_unavailable,
+    CpuOptions, GuestExit, GuestImage, KvmMachine, Machine, MachineConfig, MachineError, Pause,
+    RunState, SimMachine, kvm_unavailable,
 };
 use colo_vmm::memory::Memory;
 use libtest_mimic::{Arguments, Failed, Trial};
@@ -114,11 +114,22 @@ impl Kind {
         guest: Option<GuestImage>,
         line: &Line,
     ) -> Result<Box<dyn Machine>, Box<dyn Error>> {
+        self.build_with(memory, guest, line, CpuOptions::default())
+    }
+
+    fn build_with(
+        self,
+        memory: u64,
+        guest: Option<GuestImage>,
+        line: &Line,
+        cpu: CpuOptions,
+    ) -> Result<Box<dyn Machine>, Box<dyn Error>> {
         let config = MachineConfig {
             memory: Arc::new(Memory::new(memory)?),
             vcpus: self.vcpus(),
             guest,
             serial: Box::new(line.clone()),
+            cpu,
         };
         Ok(match self {
             Self::Kvm { .. } => Box::new(KvmMachine::new(config)?),
@@ -452,7 +463,10 @@ fn an_instruction_that_kvm_cannot_emulate_is_named() -> Outcome {
 fn clocks_stand_while_the_machine_is_stopped() -> Outcome {
     let line = Line::default();
     let kind = Kind::Kvm { vcpus: 1 };
-    let mut machine = kind.build(16 * MIB, Some(kind.workload()), &line)?;
+    let guest = GuestImage::Workload(kind.workload());
+    let mut cpu = CpuOptions::default();
+    cpu.clocks.kvmclock = Pause::Stands;
+    let mut machine = kind.build_with(16 * MIB, Some(guest), &line, cpu)?;
     let clock = |machine: &mut dyn Machine| -> Result<u64, Box<dyn Error>> {
         let sections = machine.devices()?.save_all()?;
         let body = &sections

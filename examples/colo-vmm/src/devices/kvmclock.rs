@@ -1,4 +1,5 @@
-//! The VM's paravirtual clock. It stands while the VM is stopped.
+//! The VM's paravirtual clock. While the VM is stopped its value is that of the stop; whether it has gone
+//! on meanwhile shows when the VM resumes.
 
 use std::sync::Arc;
 
@@ -12,6 +13,18 @@ use crate::machine::Clocks;
 pub struct KvmClockState {
     /// Nanoseconds.
     pub clock: u64,
+    /// When it was that, where it is to go on by real time.
+    #[vmstate(subsection)]
+    pub read_at: Option<KvmClockReadAt>,
+}
+
+/// When the clock and the TSCs were read. A source before this one, or one whose clocks all stand, has
+/// none, and then they stand until the guest runs here.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, VmState)]
+#[vmstate(name = "kvmclock/read-at", version = 1)]
+pub struct KvmClockReadAt {
+    /// Real time (`CLOCK_REALTIME`), nanoseconds.
+    pub realtime: u64,
 }
 
 /// The clock as a device.
@@ -34,6 +47,7 @@ impl Device for KvmClock {
     fn save(&mut self) -> Result<KvmClockState, DeviceError> {
         Ok(KvmClockState {
             clock: self.clocks.kvmclock(),
+            read_at: (self.clocks.read_at()).map(|realtime| KvmClockReadAt { realtime }),
         })
     }
 
@@ -42,12 +56,13 @@ impl Device for KvmClock {
     }
 
     fn reset(&mut self) -> Result<(), DeviceError> {
-        self.clocks.set_kvmclock(0);
+        self.clocks.set_kvmclock(0, None);
         Ok(())
     }
 
     fn install(&mut self, state: KvmClockState) -> Result<(), DeviceError> {
-        self.clocks.set_kvmclock(state.clock);
+        let read_at = state.read_at.map(|read_at| read_at.realtime);
+        self.clocks.set_kvmclock(state.clock, read_at);
         Ok(())
     }
 }

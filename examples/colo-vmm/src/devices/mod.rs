@@ -11,6 +11,7 @@
 //! | [`Pit`] | `i8254` | KVM |
 //! | [`KvmClock`] | `kvmclock` | KVM |
 //! | [`SerialPort`] | `serial` | here |
+//! | [`CpuModel`] | `cpu-model`, before RAM | KVM; it is compared, not loaded |
 //! | [`DebugExit`], [`ResetPort`] | none: they have no state | here |
 //!
 //! State is KVM's, read when it is saved, except for what a clock changes by itself: a stopped
@@ -22,6 +23,7 @@
 //! [`KvmMachine::new`]: crate::machine::KvmMachine::new
 
 mod bus;
+mod cpu_model;
 mod debug_exit;
 mod ioapic;
 mod kvmclock;
@@ -35,12 +37,13 @@ mod serial;
 mod xsave;
 
 pub use bus::{PortBus, PortDevice};
+pub use cpu_model::{CpuDifference, CpuModel, CpuModelState, CpuidLeafState, UnlikeCpus};
 pub use debug_exit::DEBUG_EXIT_PORT;
 pub use debug_exit::DebugExit;
 pub use ioapic::{IoApic, IoApicState};
-pub use kvmclock::{KvmClock, KvmClockState};
+pub use kvmclock::{KvmClock, KvmClockReadAt, KvmClockState};
 pub use lapic::{Lapic, LapicState};
-pub use msrs::{ModelRegisters, ModelRegistersState};
+pub use msrs::{ModelRegisters, ModelRegistersState, TscFrequencyState};
 pub use pic::{Pic, PicRole, PicState};
 pub use pit::{Pit, PitChannelState, PitState};
 pub use registers::{SegmentState, TableState, VcpuRegisters, VcpuState};
@@ -99,6 +102,30 @@ pub enum KvmDeviceError {
         value: u64,
         /// What it may hold.
         expected: &'static str,
+    },
+    /// The guest's TSC does not run as fast as this host's, and cannot be made to.
+    #[error(
+        "the guest's tsc runs at {guest} kHz and this host's at {host} kHz, and this host's kvm cannot \
+         scale it"
+    )]
+    TscFrequency {
+        /// The guest's, kHz.
+        guest: u32,
+        /// This host's, kHz.
+        host: u32,
+    },
+    /// KVM does not scale the TSC that far.
+    #[error(
+        "the guest's tsc runs at {guest} kHz, to which kvm does not scale this host's of {host} kHz"
+    )]
+    TscScaling {
+        /// The guest's, kHz.
+        guest: u32,
+        /// This host's, kHz.
+        host: u32,
+        /// The kernel's answer.
+        #[source]
+        source: kvm_ioctls::Error,
     },
     /// The serial port's interrupt could not be raised.
     #[error("the serial port's interrupt cannot be raised")]

@@ -31,6 +31,17 @@ pub struct ModelRegistersState {
     /// Their values.
     #[vmstate(len = count, max = MAX_REGISTERS)]
     pub values: Vec<u64>,
+    /// How fast the TSC runs. A source before this one does not say.
+    #[vmstate(subsection)]
+    pub tsc: Option<TscFrequencyState>,
+}
+
+/// The frequency of a vCPU's TSC.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, VmState)]
+#[vmstate(name = "vcpu-msrs/tsc", version = 1)]
+pub struct TscFrequencyState {
+    /// kHz.
+    pub khz: u32,
 }
 
 /// The model-specific registers of one vCPU as a device.
@@ -40,14 +51,21 @@ pub struct ModelRegisters {
     clocks: Arc<Clocks>,
     indices: Vec<u32>,
     power_on: Vec<kvm_msr_entry>,
+    tells_frequency: bool,
 }
 
 impl ModelRegisters {
-    /// Those of `list` that can be read and written on `vcpu`, which is at power-on.
+    /// Those of `list` that can be read and written on `vcpu`, which is at power-on. Whether the state
+    /// says how fast the TSC runs: `tells_frequency`.
     ///
     /// # Errors
     /// KVM's.
-    pub fn new(vcpu: Arc<Vcpu>, clocks: Arc<Clocks>, list: &[u32]) -> Result<Self, KvmDeviceError> {
+    pub fn new(
+        vcpu: Arc<Vcpu>,
+        clocks: Arc<Clocks>,
+        list: &[u32],
+        tells_frequency: bool,
+    ) -> Result<Self, KvmDeviceError> {
         let mut indices = list.to_vec();
         indices.retain(|index| !MSR_KVM_WALL_CLOCK.contains(index));
         indices.sort_unstable();
@@ -78,7 +96,14 @@ impl ModelRegisters {
             clocks,
             indices: power_on.iter().map(|entry| entry.index).collect(),
             power_on,
+            tells_frequency,
         })
+    }
+
+    /// The numbers of the registers, in ascending order.
+    #[must_use]
+    pub fn indices(&self) -> &[u32] {
+        &self.indices
     }
 
     fn write(&self, entries: &[kvm_msr_entry]) -> Result<(), KvmDeviceError> {
@@ -117,6 +142,10 @@ impl Device for ModelRegisters {
             count: u32::try_from(values.len()).unwrap_or(u32::MAX),
             indices: self.indices.clone(),
             values,
+            tsc: match self.clocks.tsc_khz(vcpu)? {
+                Some(khz) if self.tells_frequency => Some(TscFrequencyState { khz }),
+                _ => None,
+            },
         })
     }
 
@@ -125,6 +154,9 @@ impl Device for ModelRegisters {
             if self.indices.binary_search(index).is_err() {
                 return Err(KvmDeviceError::MsrUnknown { index: *index }.into());
             }
+        }
+        if let Some(tsc) = &state.tsc {
+            self.clocks.check_tsc_khz(tsc.khz)?;
         }
         // A register left out would keep its value at power-on.
         for index in &self.indices {
@@ -140,6 +172,9 @@ impl Device for ModelRegisters {
     }
 
     fn install(&mut self, state: ModelRegistersState) -> Result<(), DeviceError> {
+        if let Some(tsc) = &state.tsc {
+            self.clocks.set_tsc_khz(self.vcpu.index(), tsc.khz)?;
+        }
         let entries: Vec<_> = state
             .indices
             .iter()

@@ -4,7 +4,9 @@ use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
+use kvm_bindings::{
+    KVM_CLOCK_REALTIME, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config,
+};
 use kvm_ioctls::{Cap, Kvm, VmFd};
 use migration_stream::DirtyLog;
 use migration_stream::precopy::Throttle;
@@ -14,13 +16,13 @@ use vmstate::{Device, DeviceTree, Priority, VmState};
 use super::clocks::ClockSources;
 use super::throttle::CpuThrottle;
 use super::{
-    Clocks, GuestExit, GuestImage, Machine, MachineConfig, MachineError, MemorySlots, RunControl,
-    RunState,
+    Clocks, CpuMask, GuestExit, GuestImage, Machine, MachineConfig, MachineError, MemorySlots,
+    RunControl, RunState,
 };
 use crate::devices::{
-    COM1_PORTS, DEBUG_EXIT_PORT, DebugExit, IoApic, KvmClock, Lapic, MSR_TSC_DEADLINE,
-    ModelRegisters, Pic, PicRole, Pit, PortBus, RESET_PORT, ResetPort, SerialPort, VcpuRegisters,
-    Xsave,
+    COM1_PORTS, CpuModel, CpuModelState, DEBUG_EXIT_PORT, DebugExit, IoApic, KvmClock, Lapic,
+    MSR_TSC_DEADLINE, ModelRegisters, Pic, PicRole, Pit, PortBus, RESET_PORT, ResetPort,
+    SerialPort, VcpuRegisters, Xsave,
 };
 use crate::dirty_log::KvmDirtyLog;
 use crate::loader;
@@ -40,7 +42,7 @@ const IDENTITY_MAP_ADDRESS: u64 = 0xfffb_c000;
 /// use std::sync::Arc;
 ///
 /// use colo_vmm::guest::WorkloadConfig;
-/// use colo_vmm::machine::{GuestImage, KvmMachine, Machine, MachineConfig};
+/// use colo_vmm::machine::{CpuOptions, GuestImage, KvmMachine, Machine, MachineConfig};
 /// use colo_vmm::memory::Memory;
 ///
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -49,6 +51,7 @@ const IDENTITY_MAP_ADDRESS: u64 = 0xfffb_c000;
 ///     vcpus: 1,
 ///     guest: Some(GuestImage::Workload(WorkloadConfig::default())),
 ///     serial: Box::new(std::io::stdout()),
+///     cpu: CpuOptions::default(),
 /// })?;
 /// machine.resume()?;
 /// std::thread::sleep(std::time::Duration::from_secs(1));
@@ -63,6 +66,7 @@ pub struct KvmMachine {
     slots: Arc<MemorySlots>,
     clocks: Arc<Clocks>,
     devices: DeviceTree,
+    common: DeviceTree,
     serial: SerialPort,
     control: Arc<RunControl>,
     vcpus: Vec<Arc<Vcpu>>,
@@ -164,27 +168,37 @@ impl KvmMachine {
                 let fd = vm
                     .create_vcpu(u64::from(index))
                     .map_err(MachineError::kvm("create a vcpu"))?;
-                fd.set_cpuid2(&vcpu::cpuid_of(&cpuid, index, config.vcpus))
+                let shown = vcpu::cpuid_of(&cpuid, index, config.vcpus, &config.cpu.masks);
+                fd.set_cpuid2(&shown)
                     .map_err(MachineError::kvm("set a vcpu's cpuid"))?;
+                vcpu::check_masks(&fd, KVM_MAX_CPUID_ENTRIES, &config.cpu.masks)?;
                 Ok(Arc::new(Vcpu::new(index, fd, Arc::clone(&slots))))
             })
             .collect::<Result<Vec<_>, MachineError>>()?;
-        let msrs = kvm
+        let list = kvm
             .get_msr_index_list()
             .map_err(MachineError::kvm("list the model-specific registers"))?;
+        let mut msrs = list.as_slice().to_vec();
+        msrs.retain(|index| !config.cpu.masks.contains(&CpuMask::Msr(*index)));
+        let compare = config.cpu.compare;
 
         // The devices, each remembering what it is like at power-on.
+        let clock_flags = kvm.check_extension_int(Cap::AdjustClock);
         let clocks = Arc::new(Clocks::new(
             Arc::clone(&vm),
             vcpus.clone(),
             ClockSources {
                 irqchip,
                 pit,
-                kvmclock: kvm.check_extension(Cap::AdjustClock),
-                tsc_deadline: irqchip && msrs.as_slice().contains(&MSR_TSC_DEADLINE),
+                kvmclock: clock_flags > 0,
+                kvmclock_realtime: clock_flags.unsigned_abs() & KVM_CLOCK_REALTIME != 0,
+                tsc_scaling: kvm.check_extension(Cap::TscControl),
+                tsc_deadline: irqchip && msrs.contains(&MSR_TSC_DEADLINE),
             },
+            config.cpu.clocks,
         ));
         let mut devices = DeviceTree::new();
+        let mut indices = Vec::new();
         let has_xcrs = kvm.check_extension(Cap::Xcrs);
         for vcpu in &vcpus {
             let id = u32::from(vcpu.index());
@@ -198,8 +212,10 @@ impl KvmMachine {
                 let lapic = Lapic::new(Arc::clone(vcpu), Arc::clone(&clocks))?;
                 register(&mut devices, id, lapic)?;
             }
-            let msrs = ModelRegisters::new(Arc::clone(vcpu), Arc::clone(&clocks), msrs.as_slice())?;
-            register(&mut devices, id, msrs)?;
+            let registers =
+                ModelRegisters::new(Arc::clone(vcpu), Arc::clone(&clocks), &msrs, compare)?;
+            indices = registers.indices().to_vec();
+            register(&mut devices, id, registers)?;
         }
         if irqchip {
             register(&mut devices, 0, Pic::new(Arc::clone(&vm), PicRole::Master)?)?;
@@ -212,6 +228,20 @@ impl KvmMachine {
         register(&mut devices, 0, KvmClock::new(Arc::clone(&clocks)))?;
         let serial = SerialPort::new(irqchip.then(|| Arc::clone(&vm)), config.serial);
         register(&mut devices, 0, serial.clone())?;
+
+        // What a source and this machine have to have in common.
+        let mut common = DeviceTree::new();
+        if let Some(first) = vcpus.first().filter(|_| compare) {
+            let cpuid = first
+                .fd()?
+                .get_cpuid2(KVM_MAX_CPUID_ENTRIES)
+                .map_err(MachineError::kvm("get a vcpu's cpuid"))?;
+            let clocks = Arc::clone(&clocks);
+            let model = CpuModel::new(clocks, config.vcpus, &cpuid, &indices, &config.cpu.pretend);
+            common
+                .register_early(CpuModelState::NAME, 0, Priority::Default, model)
+                .map_err(|error| MachineError::Devices(error.into()))?;
+        }
 
         // What answers at I/O ports.
         let mut bus = PortBus::default();
@@ -244,6 +274,7 @@ impl KvmMachine {
             slots,
             clocks,
             devices,
+            common,
             serial,
             control,
             vcpus,
@@ -337,6 +368,10 @@ impl Machine for KvmMachine {
         } else {
             Err(MachineError::Running)
         }
+    }
+
+    fn common(&mut self) -> &mut DeviceTree {
+        &mut self.common
     }
 
     fn memory(&self) -> &Arc<Memory> {

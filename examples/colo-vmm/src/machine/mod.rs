@@ -13,6 +13,7 @@
 
 mod clocks;
 mod control;
+mod cpu;
 mod kvm;
 mod sim;
 mod slots;
@@ -29,8 +30,10 @@ use migration_stream::precopy::Throttle;
 use vmm_sys_util::eventfd::EventFd;
 use vmstate::DeviceTree;
 
-pub(crate) use clocks::{Clocks, LapicTimer};
+pub(crate) use clocks::Clocks;
+pub use clocks::{ClockPolicy, LapicTimer, Pause};
 pub(crate) use control::{Order, RunControl};
+pub use cpu::{CpuMask, CpuOptions, CpuidRegister, Register};
 pub use kvm::{KvmMachine, kvm_unavailable};
 pub use sim::SimMachine;
 pub use slots::{MemorySlots, Slot};
@@ -57,6 +60,8 @@ pub struct MachineConfig {
     pub guest: Option<GuestImage>,
     /// Output of the first serial port.
     pub serial: SerialSink,
+    /// What the vCPUs are to be like. The simulated machine has none.
+    pub cpu: CpuOptions,
 }
 
 impl fmt::Debug for MachineConfig {
@@ -65,6 +70,7 @@ impl fmt::Debug for MachineConfig {
             .field("memory", &self.memory)
             .field("vcpus", &self.vcpus)
             .field("guest", &self.guest)
+            .field("cpu", &self.cpu)
             .finish_non_exhaustive()
     }
 }
@@ -185,6 +191,10 @@ pub trait Machine: Send {
     /// The machine runs.
     fn devices(&mut self) -> Result<&mut DeviceTree, MachineError>;
 
+    /// What both sides of a migration have to have in common, as devices whose sections are sent before
+    /// RAM, compared there, and never installed. It is the same whether the machine runs or not.
+    fn common(&mut self) -> &mut DeviceTree;
+
     /// Guest RAM.
     fn memory(&self) -> &Arc<Memory>;
 
@@ -248,6 +258,16 @@ pub enum MachineError {
         asked: u8,
         /// The most there can be.
         limit: u8,
+    },
+    /// KVM shows the guest what it was not to see.
+    #[error(
+        "this host's kvm does not mask cpuid {at}: bits {extra:#x} stay, whatever --cpu-mask says"
+    )]
+    CpuMask {
+        /// The register.
+        at: CpuidRegister,
+        /// The bits that it has in spite of the mask.
+        extra: u32,
     },
     /// The simulated machine runs nothing but the built-in workload.
     #[error("the simulated machine runs only the built-in workload")]

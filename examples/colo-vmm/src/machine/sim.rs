@@ -63,6 +63,8 @@ pub struct SimMachine {
     memory: Arc<Memory>,
     bitmap: Arc<DirtyBitmap>,
     devices: DeviceTree,
+    /// Nothing: it has no CPU.
+    common: DeviceTree,
     cpu: Arc<Mutex<SimCpu>>,
     control: Arc<RunControl>,
     thread: Option<JoinHandle<()>>,
@@ -122,6 +124,7 @@ impl SimMachine {
             memory,
             bitmap,
             devices,
+            common: DeviceTree::new(),
             cpu,
             control,
             thread: Some(thread),
@@ -319,6 +322,10 @@ impl Machine for SimMachine {
         } else {
             Err(MachineError::Running)
         }
+    }
+
+    fn common(&mut self) -> &mut DeviceTree {
+        &mut self.common
     }
 
     fn memory(&self) -> &Arc<Memory> {

@@ -14,7 +14,7 @@ use kvm_ioctls::VcpuFd;
 
 pub use boot::BootState;
 pub(crate) use boot::enter;
-pub(crate) use cpuid::cpuid_of;
+pub(crate) use cpuid::{check_masks, cpuid_of, dynamic};
 pub use failure::UnemulatedInstruction;
 pub(crate) use failure::is_pvm;
 pub(crate) use tsc_offset::TscOffset;

@@ -17,15 +17,21 @@ use crate::devices::{KvmDeviceError, kvm};
 ioctl_iow_nr!(KVM_SET_DEVICE_ATTR, KVMIO, 0xe1, kvm_device_attr);
 ioctl_iow_nr!(KVM_GET_DEVICE_ATTR, KVMIO, 0xe2, kvm_device_attr);
 
-/// That this host's KVM has the offset as an attribute of a vCPU (Linux 5.16).
+/// That this host's KVM has the offset as an attribute of a vCPU (Linux 5.16), and that setting it has
+/// an effect. KVM of PVM hosts takes any offset and keeps none: a guest there reads the host's TSC.
 #[derive(Clone, Copy, Debug)]
 pub struct TscOffset(());
 
 impl TscOffset {
-    /// Whether it is there, asked of `fd`.
+    /// Whether it is there and does something, tried on `fd`, whose offset is the same afterwards.
     pub fn probe(fd: &VcpuFd) -> Option<Self> {
         let offset = Self(());
-        offset.get(fd).is_ok().then_some(offset)
+        let before = offset.get(fd).ok()?;
+        let other = before.wrapping_sub(1 << 40);
+        offset.set(fd, other).ok()?;
+        let has_effect = offset.get(fd).ok()? == other;
+        offset.set(fd, before).ok()?;
+        has_effect.then_some(offset)
     }
 
     /// The offset of a vCPU's TSC.
