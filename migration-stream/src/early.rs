@@ -156,7 +156,8 @@ impl EarlySections {
         Ok((early, r.rest()))
     }
 
-    pub(crate) fn push(&mut self, header: SectionHeader, body: Vec<u8>) {
+    /// Appends a section. Its id does not matter: [`EarlySections::encode`] numbers all of them.
+    pub fn push(&mut self, header: SectionHeader, body: Vec<u8>) {
         self.body_bytes = self.body_bytes.saturating_add(body.len());
         self.sections.push((header, body));
     }

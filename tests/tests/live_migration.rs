@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use serde_json::{Value, json};
 use tests::resident::Resident;
-use tests::vmm::{ColoVmm, Connection, Pair, check_count};
+use tests::vmm::{ColoVmm, Connection, LINE, Pair, check_count};
 use tests::{Result, harness};
 
 fn main() -> ExitCode {
@@ -53,6 +53,18 @@ fn main() -> ExitCode {
             cancelled_pause,
         ),
         kvm("uuids_are_compared_where_that_is_asked_for", uuids),
+        kvm(
+            "unlike_cpus_are_refused_by_name_while_the_guest_runs",
+            unlike_cpus,
+        ),
+        kvm(
+            "unlike_cpus_are_taken_by_whoever_does_not_compare",
+            uncompared_cpus,
+        ),
+        kvm(
+            "hosts_of_unlike_cpus_have_in_common_what_a_mask_leaves",
+            masked_cpus,
+        ),
         kvm("running_guest_of_two_vcpus_goes_on", || {
             running(
                 &guest().args(["--vcpus", "2"]),
@@ -252,6 +264,79 @@ fn uuids() -> Result<()> {
             assert_eq!(source.status()?, "running");
         }
     }
+    Ok(())
+}
+
+/// Migrates from a guest with `source`'s options to one with `target`'s. Returns what went wrong at the
+/// target, and how often the guest was stopped.
+fn from_cpu_to_cpu(source: &[&str], target: &[&str]) -> Result<(Option<String>, usize)> {
+    let mut source = guest().args(source.iter().copied()).start()?;
+    let mut target = guest().args(target.iter().copied()).incoming().start()?;
+    for vmm in [&mut source, &mut target] {
+        vmm.qmp.enable(&["return-path"])?;
+    }
+    source.wait_lines(ENCORE)?;
+    let uri = target.listen()?;
+    source
+        .qmp
+        .set_parameters(json!({"max-bandwidth": 0, "downtime-limit": 2000}))?;
+    source.migrate(&uri)?;
+    let status = source.poll("end of the migration", |source| {
+        let status = source.migration()?["status"].clone();
+        Ok((status == "completed" || status == "failed").then_some(status))
+    })?;
+    let failure = if status == "failed" {
+        assert_eq!(source.status()?, "running");
+        let reason = target.wait_failure()?;
+        // It goes on counting.
+        let lines = source.output()?.len() as u64 / LINE;
+        source.wait_lines(lines + ENCORE)?;
+        Some(reason)
+    } else {
+        target.wait_migration("completed")?;
+        None
+    };
+    let events = source.qmp.take_events()?;
+    let stops = events.iter().filter(|e| e["event"] == "STOP").count();
+    Ok((failure, stops))
+}
+
+fn unlike_cpus() -> Result<()> {
+    let plain = from_cpu_to_cpu(&[], &[])?;
+    assert_eq!(plain, (None, 1));
+    for (source, target, told) in [
+        (
+            &["--cpu-pretend", "0x7.0.ebx=0x100"][..],
+            &[][..],
+            "cpuid leaf 0x7 subleaf 0x0 ebx",
+        ),
+        (&[], &["--vcpus", "2"], "1 vcpus at the source, 2 here"),
+        (
+            &["--cpu-mask", "6.0.eax=0"],
+            &[],
+            "cpuid leaf 0x6 subleaf 0x0 eax is 0x00000000 at the source",
+        ),
+    ] {
+        let (failure, stops) = from_cpu_to_cpu(source, target)?;
+        let failure = failure.ok_or(told)?;
+        assert!(failure.contains(told), "{failure}");
+        assert_eq!(stops, 0, "the guest was stopped before: {failure}");
+    }
+    Ok(())
+}
+
+fn uncompared_cpus() -> Result<()> {
+    const UNLIKE: &[&str] = &["--cpu-pretend", "0x7.0.ebx=0x100"];
+    const SILENT: &[&str] = &["--cpu-pretend", "0x7.0.ebx=0x100", "--no-cpu-check"];
+    for (source, target) in [(SILENT, &[][..]), (UNLIKE, &["--no-cpu-check"])] {
+        assert_eq!(from_cpu_to_cpu(source, target)?, (None, 1));
+    }
+    Ok(())
+}
+
+fn masked_cpus() -> Result<()> {
+    let masks = &["--cpu-mask", "6.0.eax=0,6.0.ecx=0", "--clock", "stands"];
+    assert_eq!(from_cpu_to_cpu(masks, masks)?, (None, 1));
     Ok(())
 }
 

@@ -295,7 +295,9 @@ fn a_state_of_before_loads_without_frequency_and_real_time() -> Outcome {
     let mut silent = build(None, options)?;
     load(&mut silent, &saved)?;
     assert_eq!(silent.devices()?.save_all()?, saved);
-    assert!(silent.common().is_empty());
+    assert_eq!(silent.common().save_early()?, []);
+    // What it is told it does not mind.
+    compare(&mut with(&[], &["7.0.ebx=1"])?, &mut silent)?;
     Ok(())
 }
 

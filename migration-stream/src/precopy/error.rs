@@ -56,6 +56,9 @@ pub enum SourceError {
         /// How many were expected.
         expected: u32,
     },
+    /// The destination has not said that it has taken the device sections before RAM.
+    #[error("the destination does not answer the ping behind the device sections before ram")]
+    EarlySectionsUnanswered,
     /// Acknowledgements are expected where none can arrive.
     #[error("switchover-ack without a return path")]
     SwitchoverAckWithoutReturnPath,

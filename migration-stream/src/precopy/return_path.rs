@@ -8,6 +8,10 @@ use crate::codec::Reader;
 use crate::io::ByteSource;
 use crate::return_path::ReturnPathMessage as Message;
 
+/// The value of the PING behind device sections before RAM. A destination answers in order: the PONG says
+/// that it has taken them.
+pub(super) const EARLY_TAKEN: u32 = 0x7461_6b65;
+
 /// Reads return-path messages, and never a byte beyond the message it is at: behind the final SHUT
 /// COLO's own messages follow on the same channel.
 pub struct ReturnPathReader {
@@ -15,6 +19,8 @@ pub struct ReturnPathReader {
     partial: Vec<u8>,
     offset: u64,
     acks: u32,
+    /// The answer to the PING behind the early sections has come.
+    early_taken: bool,
 }
 
 impl ReturnPathReader {
@@ -26,6 +32,7 @@ impl ReturnPathReader {
             partial: Vec::new(),
             offset: 0,
             acks: 0,
+            early_taken: false,
         }
     }
 
@@ -37,7 +44,7 @@ impl ReturnPathReader {
     pub fn check_progress(&mut self) -> Result<(), SourceError> {
         while let Some(message) = self.try_next()? {
             match message {
-                Message::Pong(_) => {}
+                Message::Pong(value) => self.note_pong(value),
                 Message::SwitchoverAck => self.acks = self.acks.saturating_add(1),
                 Message::Shut { status: 0 } => return Err(SourceError::Unconfirmed),
                 Message::Shut { status } => return Err(SourceError::Refused { status }),
@@ -57,7 +64,7 @@ impl ReturnPathReader {
             match self.next() {
                 Ok(Message::Shut { status: 0 }) => break Ok(()),
                 Ok(Message::Shut { status }) => break Err(SourceError::Refused { status }),
-                Ok(Message::Pong(_)) => {}
+                Ok(Message::Pong(value)) => self.note_pong(value),
                 Ok(Message::SwitchoverAck) => self.acks = self.acks.saturating_add(1),
                 Ok(other) => break Err(unexpected(&other)),
                 Err(e) => break Err(e),
@@ -65,6 +72,17 @@ impl ReturnPathReader {
         };
         self.source.set_read_deadline(None);
         result
+    }
+
+    const fn note_pong(&mut self, value: u32) {
+        if value == EARLY_TAKEN {
+            self.early_taken = true;
+        }
+    }
+
+    /// Whether the destination has read past the device sections before RAM.
+    pub(super) const fn has_taken_early_sections(&self) -> bool {
+        self.early_taken
     }
 
     /// How many SWITCHOVER_ACK messages have come.

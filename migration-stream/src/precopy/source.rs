@@ -9,7 +9,7 @@ use bytes::BytesMut;
 use super::error::{BoxError, SourceError};
 use super::limits::{Bandwidth, Limits, RateWindow};
 use super::ram::{Budget, RamSender, RamSetup};
-use super::return_path::ReturnPathReader;
+use super::return_path::{EARLY_TAKEN, ReturnPathReader};
 use super::throttle::{Throttle, ThrottleConfig, ThrottleConfigError, Throttling};
 use crate::command::Command;
 use crate::configuration::{Configuration, IGNORE_SHARED};
@@ -152,6 +152,14 @@ pub struct Source<T, D: DirtyLog> {
     pauses: bool,
     throttling: Option<Throttling>,
     acks: Option<Acks>,
+    early: Option<Early>,
+}
+
+/// Device sections were sent before RAM, and the destination has not said that it has taken them.
+#[derive(Debug)]
+struct Early {
+    /// Since when only that is missing.
+    waiting: Option<Instant>,
 }
 
 /// The acknowledgements that the switch-over waits for.
@@ -212,6 +220,9 @@ impl<T: PageTransport, D: DirtyLog> Source<T, D> {
     /// sections that [`SourceVm::save_devices`] appends go on behind these numbers, and the description
     /// names `early` first.
     ///
+    /// With a return path the guest is not stopped before the destination has taken these sections: one
+    /// that refuses them does so while the guest runs.
+    ///
     /// # Errors
     /// As there.
     pub fn start_after(
@@ -240,6 +251,10 @@ impl<T: PageTransport, D: DirtyLog> Source<T, D> {
             Command::Ping(PING).encode(&mut bytes);
         }
         early.encode(FIRST_DEVICE_SECTION, &mut bytes);
+        let early = (!early.is_empty() && return_path.is_some()).then_some(Early { waiting: None });
+        if early.is_some() {
+            Command::Ping(EARLY_TAKEN).encode(&mut bytes);
+        }
         out.write_bytes(&bytes)?;
         let ram = setup.announce(RAM_SECTION, &mut out)?;
         let round = Round {
@@ -263,6 +278,7 @@ impl<T: PageTransport, D: DirtyLog> Source<T, D> {
             pauses: false,
             throttling: None,
             acks: None,
+            early,
         })
     }
 
@@ -384,8 +400,27 @@ impl<T: PageTransport, D: DirtyLog> Source<T, D> {
         }
     }
 
-    /// Whether all acknowledgements that the switch-over needs have come.
+    /// Whether the destination has taken the device sections before RAM.
+    fn is_early_taken(&mut self) -> Result<bool, SourceError> {
+        let (Some(early), Some(return_path)) = (&mut self.early, &self.return_path) else {
+            return Ok(true);
+        };
+        if return_path.has_taken_early_sections() {
+            self.early = None;
+            return Ok(true);
+        }
+        let since = *early.waiting.get_or_insert_with(Instant::now);
+        if since.elapsed() >= self.config.confirm_timeout {
+            return Err(SourceError::EarlySectionsUnanswered);
+        }
+        Ok(false)
+    }
+
+    /// Whether all that the switch-over waits for has come.
     fn is_acknowledged(&mut self) -> Result<bool, SourceError> {
+        if !self.is_early_taken()? {
+            return Ok(false);
+        }
         let (Some(acks), Some(return_path)) = (&mut self.acks, &self.return_path) else {
             return Ok(true);
         };

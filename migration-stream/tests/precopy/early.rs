@@ -1,21 +1,26 @@
 //! Device sections that stand before RAM, pauses between items, and commands that a precopy stream may
 //! have and need not.
 
+use std::sync::Arc;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use migration_stream::codec::IdStr;
 use migration_stream::command::{Command, PostcopyAdvice};
 use migration_stream::decoder::{ConfigurationRule, DecoderConfig};
 use migration_stream::early::EarlySections;
 use migration_stream::io::{ByteSink, ByteSource, Chunk};
 use migration_stream::opaque_tail::{Tail, TailLimits};
-use migration_stream::precopy::{Body, BoxError, Target, TargetConfig, TargetError, TargetVm};
-use migration_stream::ram::NoMultifd;
-use migration_stream::section::{SectionHeader, SectionId};
-use migration_stream::{GuestRamMmap, StreamReader};
+use migration_stream::precopy::{
+    Body, BoxError, Limits, RamSetup, ReturnPathReader, Source, SourceError, SourceEvent,
+    SourceStatus, Target, TargetConfig, TargetError, TargetVm,
+};
+use migration_stream::ram::{InStream, NoMultifd, ZeroPageDetection};
+use migration_stream::section::{Announcement, InstanceId, SectionHeader, SectionId};
+use migration_stream::{GuestRamMmap, StreamReader, StreamWriter};
 
 use crate::common::guest::memory;
-use crate::rig::{LIMIT, channels};
+use crate::rig::{self, Devices, LIMIT, channels, source, source_config, target};
 use crate::script::{Pieces, Script};
 
 const BLOCKS: &[(&str, u64)] = &[("pc.ram", 4)];
@@ -205,4 +210,94 @@ fn a_source_may_pause_between_two_items_and_not_within_one() {
     }
     let error = paused(&whole, behind_ram - 2).unwrap_err();
     assert!(matches!(error, TargetError::Stream { .. }), "{error}");
+}
+
+/// Takes its time, and then takes the section or refuses it.
+struct Slow {
+    takes: bool,
+}
+
+impl TargetVm for Slow {
+    fn load_device(&mut self, section: &SectionHeader, body: &[u8]) -> Result<Body, BoxError> {
+        if section.idstr.as_str() != "cpu" {
+            return Devices::default().load_device(section, body);
+        }
+        thread::sleep(Duration::from_millis(300));
+        if !self.takes {
+            return Err("unlike".into());
+        }
+        Ok(if body.len() < 3 {
+            Body::NeedMore
+        } else {
+            Body::Complete(3)
+        })
+    }
+}
+
+/// So small a guest would be stopped at once.
+#[test]
+fn a_guest_is_not_stopped_before_the_target_has_taken_what_comes_before_ram() {
+    let mut early = EarlySections::new();
+    let header = SectionHeader {
+        kind: Announcement::Full,
+        id: SectionId(2),
+        idstr: IdStr::new("cpu").unwrap(),
+        instance: InstanceId(0),
+        version: 1,
+    };
+    early.push(header, vec![1, 2, 3]);
+    for takes in [false, true] {
+        let (_, mut guest) = source();
+        let landed = memory(rig::BLOCKS);
+        let (a, b) = channels();
+        let (begun, sent, loaded) = thread::scope(|scope| {
+            let sender = scope.spawn(|| {
+                let begun = Instant::now();
+                let setup = RamSetup {
+                    ram: Arc::clone(&guest.ram) as _,
+                    log: guest.log.clone(),
+                    transport: InStream::new(Arc::clone(&guest.ram) as _, ZeroPageDetection::None),
+                };
+                let source = Source::start_after(
+                    &early,
+                    source_config(&guest),
+                    Arc::new(Limits::new(0, guest.downtime)),
+                    StreamWriter::new(a.share()),
+                    Some(ReturnPathReader::new(a.share())),
+                    setup,
+                )
+                .unwrap();
+                let sent = source.run(&mut guest);
+                (begun.elapsed(), sent)
+            });
+            let mut vm = Slow { takes };
+            let loaded = target(&b, &landed).load(&*landed, &mut NoMultifd, &mut vm);
+            let loaded = loaded.and_then(|mut loaded| loaded.confirm().map(|()| loaded));
+            if loaded.is_err() {
+                b.shutdown();
+            }
+            let (elapsed, sent) = sender.join().unwrap();
+            (elapsed, sent, loaded)
+        });
+        let switched_over = guest
+            .events
+            .contains(&SourceEvent::Status(SourceStatus::Device));
+        assert_eq!(switched_over, takes);
+        assert_eq!(guest.running, !takes);
+        if takes {
+            assert!(begun >= Duration::from_millis(300), "{begun:?}");
+            sent.unwrap();
+            loaded.unwrap();
+        } else {
+            // Which of the two it hears of first is a race.
+            let error = sent.unwrap_err();
+            let refused = matches!(error, SourceError::Refused { status: 1 });
+            assert!(
+                refused || matches!(error, SourceError::Stream(_)),
+                "{error}"
+            );
+            let error = loaded.unwrap_err();
+            assert!(error.to_string().contains("cpu"), "{error}");
+        }
+    }
 }

@@ -9,7 +9,7 @@ use kvm_bindings::CpuId;
 use vmstate::{Device, DeviceError, VmState};
 
 use super::KvmDeviceError;
-use crate::machine::{Clocks, CpuMask, CpuidRegister, Register};
+use crate::machine::{Clocks, CpuMask, CpuOptions, CpuidRegister, Register};
 use crate::vcpu::dynamic;
 
 /// More than KVM has; they bound what a hostile peer can make us allocate.
@@ -55,29 +55,34 @@ pub struct CpuidLeafState {
 pub struct CpuModel {
     clocks: Arc<Clocks>,
     own: CpuModelState,
+    compares: bool,
 }
 
 impl CpuModel {
     /// The CPUs of a machine: how many vCPUs it has, what CPUID the first one has at power-on, which
-    /// model-specific registers its state has. Bits in `pretend` are inverted, for tests.
+    /// model-specific registers its state has. The options say whether they are told and compared.
     #[must_use]
     pub fn new(
         clocks: Arc<Clocks>,
         vcpus: u8,
         cpuid: &CpuId,
         msrs: &[u32],
-        pretend: &[CpuMask],
+        options: &CpuOptions,
     ) -> Self {
         let mut own = CpuModelState {
             vcpus,
             tsc_khz: 0,
             leaf_count: 0,
-            leaves: leaves(cpuid, pretend),
+            leaves: leaves(cpuid, &options.pretend),
             msr_count: u32::try_from(msrs.len()).unwrap_or(u32::MAX),
             msrs: msrs.to_vec(),
         };
         own.leaf_count = u32::try_from(own.leaves.len()).unwrap_or(u32::MAX);
-        Self { clocks, own }
+        Self {
+            clocks,
+            own,
+            compares: options.compare,
+        }
     }
 }
 
@@ -117,6 +122,10 @@ fn leaves(cpuid: &CpuId, pretend: &[CpuMask]) -> Vec<CpuidLeafState> {
 impl Device for CpuModel {
     type State = CpuModelState;
 
+    fn is_needed(&self) -> bool {
+        self.compares
+    }
+
     fn save(&mut self) -> Result<CpuModelState, DeviceError> {
         Ok(CpuModelState {
             tsc_khz: self.clocks.tsc_khz_of_guest().unwrap_or(0),
@@ -125,6 +134,9 @@ impl Device for CpuModel {
     }
 
     fn check(&self, state: &CpuModelState) -> Result<(), DeviceError> {
+        if !self.compares {
+            return Ok(());
+        }
         let differences = differences(state, &self.own);
         if !differences.is_empty() {
             return Err(Box::new(UnlikeCpus(differences)));

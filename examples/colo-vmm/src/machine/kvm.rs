@@ -67,6 +67,7 @@ pub struct KvmMachine {
     clocks: Arc<Clocks>,
     devices: DeviceTree,
     common: DeviceTree,
+    compares: bool,
     serial: SerialPort,
     control: Arc<RunControl>,
     vcpus: Vec<Arc<Vcpu>>,
@@ -231,13 +232,13 @@ impl KvmMachine {
 
         // What a source and this machine have to have in common.
         let mut common = DeviceTree::new();
-        if let Some(first) = vcpus.first().filter(|_| compare) {
+        if let Some(first) = vcpus.first() {
             let cpuid = first
                 .fd()?
                 .get_cpuid2(KVM_MAX_CPUID_ENTRIES)
                 .map_err(MachineError::kvm("get a vcpu's cpuid"))?;
             let clocks = Arc::clone(&clocks);
-            let model = CpuModel::new(clocks, config.vcpus, &cpuid, &indices, &config.cpu.pretend);
+            let model = CpuModel::new(clocks, config.vcpus, &cpuid, &indices, &config.cpu);
             common
                 .register_early(CpuModelState::NAME, 0, Priority::Default, model)
                 .map_err(|error| MachineError::Devices(error.into()))?;
@@ -275,6 +276,7 @@ impl KvmMachine {
             clocks,
             devices,
             common,
+            compares: compare,
             serial,
             control,
             vcpus,
@@ -372,6 +374,10 @@ impl Machine for KvmMachine {
 
     fn common(&mut self) -> &mut DeviceTree {
         &mut self.common
+    }
+
+    fn compares(&self) -> bool {
+        self.compares
     }
 
     fn memory(&self) -> &Arc<Memory> {

@@ -195,6 +195,9 @@ pub trait Machine: Send {
     /// RAM, compared there, and never installed. It is the same whether the machine runs or not.
     fn common(&mut self) -> &mut DeviceTree;
 
+    /// Whether anything is compared with what a source says it has in common.
+    fn compares(&self) -> bool;
+
     /// Guest RAM.
     fn memory(&self) -> &Arc<Memory>;
 

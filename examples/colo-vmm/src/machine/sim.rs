@@ -328,6 +328,10 @@ impl Machine for SimMachine {
         &mut self.common
     }
 
+    fn compares(&self) -> bool {
+        false
+    }
+
     fn memory(&self) -> &Arc<Memory> {
         &self.memory
     }

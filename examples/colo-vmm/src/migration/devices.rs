@@ -3,9 +3,10 @@
 use migration_stream::PAGE_SIZE;
 use migration_stream::codec::IdStr;
 use migration_stream::device_blob::{DeviceSection, decode_device_blob, encode_device_blob};
+use migration_stream::early::EarlySections;
 use migration_stream::precopy::{BoxError, FIRST_DEVICE_SECTION};
 use migration_stream::section::{Announcement, InstanceId, SectionHeader, SectionId};
-use vmstate::{DeviceTree, LoadError, SavedSection, Staged};
+use vmstate::{DeviceTree, LoadError, SavedSection, Staged, Vmdesc};
 
 /// Appends the state of all devices to `out`, as a COLO checkpoint carries it.
 ///
@@ -13,31 +14,65 @@ use vmstate::{DeviceTree, LoadError, SavedSection, Staged};
 /// The device that could not be saved.
 pub fn save(tree: &mut DeviceTree, out: &mut Vec<u8>) -> Result<(), BoxError> {
     let sections = tree.save_all()?;
-    encode(&sections, out)
+    encode(&sections, 0, out)
 }
 
-/// As [`save`], and returns the JSON text that describes it.
+/// As [`save`], behind the sections of `early` that were sent before RAM, and returns the JSON text that
+/// describes both.
 ///
 /// # Errors
 /// As there.
-pub fn save_described(tree: &mut DeviceTree, out: &mut Vec<u8>) -> Result<String, BoxError> {
+pub fn save_described(
+    tree: &mut DeviceTree,
+    early: Early,
+    out: &mut Vec<u8>,
+) -> Result<String, BoxError> {
     let (sections, description) = tree.save_all_described()?;
-    encode(&sections, out)?;
-    Ok(description.to_json(PAGE_SIZE))
+    encode(&sections, early.sections.len(), out)?;
+    Ok(description.after(early.description).to_json(PAGE_SIZE))
 }
 
-fn encode(sections: &[SavedSection], out: &mut Vec<u8>) -> Result<(), BoxError> {
+/// What is sent before RAM.
+#[derive(Debug)]
+pub struct Early {
+    /// Its sections.
+    pub sections: EarlySections,
+    description: Vmdesc,
+}
+
+/// What `common` says of a machine, to be sent before RAM.
+///
+/// # Errors
+/// What could not be saved.
+pub fn save_early(common: &mut DeviceTree) -> Result<Early, BoxError> {
+    let (saved, description) = common.save_early_described()?;
+    let mut sections = EarlySections::new();
+    for section in saved {
+        sections.push(header(&section, FIRST_DEVICE_SECTION)?, section.body);
+    }
+    Ok(Early {
+        sections,
+        description,
+    })
+}
+
+fn header(section: &SavedSection, id: SectionId) -> Result<SectionHeader, BoxError> {
+    Ok(SectionHeader {
+        kind: Announcement::Full,
+        id,
+        idstr: IdStr::new(section.idstr.as_str())?,
+        instance: InstanceId(section.instance_id),
+        version: section.version,
+    })
+}
+
+/// The sections, numbered behind `early` others.
+fn encode(sections: &[SavedSection], early: usize, out: &mut Vec<u8>) -> Result<(), BoxError> {
     let mut framed = Vec::with_capacity(sections.len());
-    for (id, section) in (FIRST_DEVICE_SECTION.0..).map(SectionId).zip(sections) {
-        let header = SectionHeader {
-            kind: Announcement::Full,
-            id,
-            idstr: IdStr::new(section.idstr.as_str())?,
-            instance: InstanceId(section.instance_id),
-            version: section.version,
-        };
+    let ids = (FIRST_DEVICE_SECTION.0..).map(SectionId).skip(early);
+    for (id, section) in ids.zip(sections) {
         framed.push(DeviceSection {
-            header,
+            header: header(section, id)?,
             body: &section.body,
         });
     }

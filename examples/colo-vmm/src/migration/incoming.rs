@@ -14,9 +14,10 @@ use multifd::incoming::{Acceptor, Incoming, IncomingError, Limits};
 use multifd::{Address, Listener, MultifdConfig, RecvChannel, RecvSet};
 use qmp_types::{MigrationStatus, RunState};
 use ram_cache::{FlushPool, Populate};
-use vmstate::StagedSection;
+use vmstate::{StagedSection, VmState};
 
 use super::{Cancel, MAX_DEVICE_SECTION, Migration, colo, failed};
+use crate::devices::CpuModelState;
 use crate::memory::populated;
 
 /// What `migrate-incoming` has made before it returns.
@@ -187,10 +188,12 @@ fn load<S: PageStore + 'static>(
     let mut staging = Staging {
         migration,
         sections: Vec::new(),
+        compared: false,
     };
     let (store, barrier) = pages.parts();
     let loaded =
         Target::new(config, reader, return_path, store).load(store, barrier, &mut staging)?;
+    staging.warn_if_not_compared();
     let sections = staging.sections;
     migration.options.boundaries.reach("stream loaded");
     migration
@@ -207,6 +210,39 @@ fn load<S: PageStore + 'static>(
 struct Staging<'a> {
     migration: &'a Migration,
     sections: Vec<StagedSection>,
+    /// The source has said what CPU its guest has.
+    compared: bool,
+}
+
+impl Staging<'_> {
+    /// What source and target have to have in common: parsed, checked, and done with.
+    fn compare(&mut self, section: &SectionHeader, body: &[u8]) -> Result<Body, BoxError> {
+        let compared = self.migration.vm.with_machine(|machine| {
+            let common = machine.common();
+            let (idstr, instance) = (section.idstr.as_str(), section.instance.0);
+            match common.parse_section(idstr, instance, section.version, body, false) {
+                Err(e) if e.is_truncated() => Ok(Body::NeedMore),
+                Err(e) => Err(BoxError::from(e)),
+                Ok(parsed) => {
+                    common.stage(vec![parsed.section])?;
+                    Ok(Body::Complete(parsed.consumed))
+                }
+            }
+        })?;
+        self.compared |= compared != Body::NeedMore;
+        Ok(compared)
+    }
+
+    /// Says that nothing was compared, if there was something to compare with.
+    fn warn_if_not_compared(&self) {
+        let compares = (self.migration.vm).with_machine(|machine| machine.compares());
+        if compares && !self.compared {
+            tracing::warn!(
+                "the source does not say what cpu its guest has: that it is like this host's was not \
+                 compared"
+            );
+        }
+    }
 }
 
 impl TargetVm for Staging<'_> {
@@ -214,6 +250,9 @@ impl TargetVm for Staging<'_> {
         let idstr = section.idstr.as_str();
         if self.sections.len() < 2 {
             self.migration.options.boundaries.reach("device section");
+        }
+        if idstr == CpuModelState::NAME {
+            return self.compare(section, body);
         }
         let parsed = self.migration.vm.with_machine(|machine| {
             let tree = machine.devices()?;

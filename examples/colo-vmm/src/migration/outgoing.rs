@@ -142,7 +142,10 @@ fn migrate(
         // Where there is no way to lend, pages are copied. Over TCP that is quicker for a main stream.
         out.lend_to_local_peer(Lending::UnixSockets);
     }
-    let mut source = Source::start(
+    // What does not fit there is refused while the guest runs.
+    let early = (migration.vm).with_machine(|machine| devices::save_early(machine.common()))?;
+    let mut source = Source::start_after(
+        &early.sections,
         SourceConfig {
             configuration: Some(migration.configuration(validates_uuid)?),
             switchover_start: true,
@@ -232,7 +235,10 @@ impl SourceVm for SourceSide<'_> {
         let saved = self
             .migration
             .vm
-            .with_machine(|machine| devices::save_described(machine.devices()?, out));
+            .with_machine(|machine| -> Result<String, BoxError> {
+                let early = devices::save_early(machine.common())?;
+                devices::save_described(machine.devices()?, early, out)
+            });
         boundaries.reach("devices saved");
         // They are sent next.
         self.peer_may_run = true;
