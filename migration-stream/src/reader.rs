@@ -133,6 +133,24 @@ impl StreamReader {
         }
     }
 
+    /// Returns whether the peer has closed its direction of the stream. It does not wait.
+    ///
+    /// # Errors
+    /// The source's: the stream has ended out of order.
+    pub fn has_ended(&mut self) -> io::Result<bool> {
+        if self.start < self.end {
+            return Ok(false);
+        }
+        (self.start, self.end) = (0, 0);
+        match self.source.try_read(&mut self.buf)? {
+            None => Ok(false),
+            Some(n) => {
+                self.end = n;
+                Ok(n == 0)
+            }
+        }
+    }
+
     /// Reads exactly as many bytes as `out` has.
     ///
     /// # Errors

@@ -76,6 +76,12 @@ impl StreamWriter {
         Ok(())
     }
 
+    /// Returns whether the stream is written to a file, which no peer reads meanwhile.
+    #[must_use]
+    pub fn is_file(&self) -> bool {
+        self.sink.is_file()
+    }
+
     /// Where in the file the next byte goes; the bytes of the stream where it is none.
     #[must_use]
     pub const fn position(&self) -> u64 {

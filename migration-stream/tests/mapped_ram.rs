@@ -65,7 +65,7 @@ fn write(
             transport: writer,
         },
     )?;
-    let switched = source.run(&mut guest)?;
+    let switched = source.run(&mut guest).completed()?;
     assert!(guest.passes > 3, "the guest went on");
     Ok(switched.ram.counters())
 }

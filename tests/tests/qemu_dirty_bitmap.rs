@@ -483,7 +483,8 @@ fn send(
             transport: InStream::new(ram, Default::default()),
         },
     )?
-    .run(&mut Stopped { tail, bitmaps })?;
+    .run(&mut Stopped { tail, bitmaps })
+    .completed()?;
     Ok(())
 }
 

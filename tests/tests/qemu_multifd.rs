@@ -344,7 +344,7 @@ fn send(
             transport,
         },
     )?;
-    let switched = source.run(&mut Relayed(tail))?;
+    let switched = source.run(&mut Relayed(tail)).completed()?;
     Ok((switched.ram.counters(), level))
 }
 

@@ -315,7 +315,7 @@ fn send(
     if options.has("switchover-ack") {
         source = source.awaiting_switchover_acks(options.acks())?;
     }
-    let switched = source.run(&mut guest)?;
+    let switched = source.run(&mut guest).completed()?;
     assert_eq!(guest.pauses_left, 0);
     if options.is_mapped() {
         destination.listen(&format!("file:{}", path.display()))?;

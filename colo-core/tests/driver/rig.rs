@@ -208,6 +208,7 @@ fn migrate_away(connections: Vec<FdChannel>, how: How) -> PrimaryEnd {
     )
     .unwrap()
     .run(&mut guest)
+    .completed()
     .unwrap();
     PrimaryEnd {
         guest,

@@ -110,6 +110,10 @@ impl ByteSink for FileChannel {
         self.position = offset;
         Ok(())
     }
+
+    fn is_file(&self) -> bool {
+        true
+    }
 }
 
 impl ByteSource for FileChannel {

@@ -121,6 +121,11 @@ pub trait ByteSink: Send {
         Err(io::ErrorKind::Unsupported.into())
     }
 
+    /// Returns whether this is a file, which no peer reads while it is written.
+    fn is_file(&self) -> bool {
+        false
+    }
+
     /// Lets the kernel read guest memory when it transmits it, instead of copying it before
     /// [`ByteSink::write_all`] returns. What is sent is what the memory holds then.
     ///
@@ -220,6 +225,9 @@ impl<T: ByteSink + ?Sized> ByteSink for Box<T> {
     }
     fn seek(&mut self, offset: u64) -> io::Result<()> {
         (**self).seek(offset)
+    }
+    fn is_file(&self) -> bool {
+        (**self).is_file()
     }
     fn enable_zero_copy(&mut self) -> io::Result<()> {
         (**self).enable_zero_copy()

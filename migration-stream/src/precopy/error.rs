@@ -9,7 +9,8 @@ use crate::{MemoryError, TransportError};
 /// Any error of a VMM's own.
 pub type BoxError = Box<dyn error::Error + Send + Sync>;
 
-/// Why an outgoing migration failed. The guest runs on at the source.
+/// Why an outgoing migration failed. Except for [`SourceError::OutcomeUnknown`] the guest is still the
+/// source's.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum SourceError {
@@ -41,6 +42,28 @@ pub enum SourceError {
         what: &'static str,
         /// Why it failed.
         source: BoxError,
+    },
+    /// The device state that the VMM saved has no EOF behind its last section.
+    #[error("the saved device state does not end with the byte of EOF")]
+    DevicesWithoutEnd,
+    /// The migration failed, and the guest stays paused because it could not be resumed either.
+    #[error("{cause}; and then resuming the guest failed")]
+    NotResumed {
+        /// Why the migration failed.
+        cause: Box<SourceError>,
+        /// Why the guest was not resumed.
+        source: BoxError,
+    },
+    /// Everything was sent and no answer came: the destination may run the guest, so it stays paused
+    /// here.
+    #[error(
+        "everything was sent, and the destination did not say whether it has the guest, which \
+         stays paused here"
+    )]
+    OutcomeUnknown {
+        /// Why no answer is known.
+        #[source]
+        cause: Box<SourceError>,
     },
     /// More acknowledgements of the switch-over than devices that give one.
     #[error("switchover-ack came more than the expected {expected} times")]
@@ -91,6 +114,16 @@ pub enum TargetError {
     /// A message could not be sent on the return path.
     #[error("return path")]
     ReturnPath(#[source] io::Error),
+    /// The source has closed the connection without waiting for the confirmation, so it may run the
+    /// guest on.
+    #[error(
+        "the source closed the connection at offset {offset:#x} before it was told that the guest \
+         has arrived, and may run it on"
+    )]
+    SourceGone {
+        /// Where in the stream.
+        offset: u64,
+    },
     /// A PING, or another command that wants an answer, came before the return path was opened.
     #[error(
         "command {command:?} at offset {offset:#x} wants an answer, and no return path is open"

@@ -23,6 +23,7 @@
 //! [`DirtyLog`]: crate::DirtyLog
 
 mod error;
+mod handover;
 mod heat;
 mod limits;
 mod pending;
@@ -40,8 +41,8 @@ pub(crate) use pending::PageRun;
 pub use ram::{Budget, RamSender, RamSetup};
 pub use return_path::ReturnPathReader;
 pub use source::{
-    Control, FIRST_DEVICE_SECTION, Progress, Source, SourceConfig, SourceEvent, SourceStatus,
-    SourceVm, SwitchedOver,
+    Control, FIRST_DEVICE_SECTION, HandOver, Progress, Source, SourceConfig, SourceEvent,
+    SourceStatus, SourceVm, SwitchedOver, Unresolved,
 };
 pub use switchover_ack::SwitchoverAcks;
 pub use target::{

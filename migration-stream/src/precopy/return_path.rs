@@ -4,6 +4,7 @@ use std::time::Instant;
 use std::{fmt, io};
 
 use super::error::SourceError;
+use super::handover::{Answer, CONFIRMS_FIRST};
 use crate::codec::Reader;
 use crate::io::ByteSource;
 use crate::return_path::ReturnPathMessage as Message;
@@ -21,6 +22,30 @@ pub struct ReturnPathReader {
     acks: u32,
     /// The answer to the PING behind the early sections has come.
     early_taken: bool,
+    /// The destination has said that it confirms before it runs the guest.
+    confirms_first: bool,
+}
+
+/// What a wait for the answer to everything came to.
+pub(super) struct Heard {
+    pub(super) answer: Answer,
+    pub(super) confirms_first: bool,
+    /// Nothing more can come on this connection.
+    pub(super) is_over: bool,
+    /// Why the answer is none, or a refusal.
+    pub(super) error: Option<SourceError>,
+}
+
+impl Heard {
+    /// Without a return path nothing is ever heard.
+    pub(super) const fn nothing() -> Self {
+        Self {
+            answer: Answer::Impossible,
+            confirms_first: false,
+            is_over: true,
+            error: None,
+        }
+    }
 }
 
 impl ReturnPathReader {
@@ -33,6 +58,7 @@ impl ReturnPathReader {
             offset: 0,
             acks: 0,
             early_taken: false,
+            confirms_first: false,
         }
     }
 
@@ -54,30 +80,37 @@ impl ReturnPathReader {
         Ok(())
     }
 
-    /// Waits for the SHUT message by which the destination confirms.
-    ///
-    /// # Errors
-    /// It reports a failure, does not come before `deadline`, or something else comes.
-    pub fn wait_for_shut(&mut self, deadline: Instant) -> Result<(), SourceError> {
+    /// Waits for the SHUT message that answers everything, until `deadline`.
+    pub(super) fn wait_for_answer(&mut self, deadline: Instant) -> Heard {
         self.source.set_read_deadline(Some(deadline));
-        let result = loop {
+        let (answer, error) = loop {
             match self.next() {
-                Ok(Message::Shut { status: 0 }) => break Ok(()),
-                Ok(Message::Shut { status }) => break Err(SourceError::Refused { status }),
+                Ok(Message::Shut { status: 0 }) => break (Answer::Confirmed, None),
+                Ok(Message::Shut { status }) => {
+                    break (Answer::Refused, Some(SourceError::Refused { status }));
+                }
                 Ok(Message::Pong(value)) => self.note_pong(value),
                 Ok(Message::SwitchoverAck) => self.acks = self.acks.saturating_add(1),
-                Ok(other) => break Err(unexpected(&other)),
-                Err(e) => break Err(e),
+                Ok(other) => break (Answer::None, Some(unexpected(&other))),
+                // Nothing of a message may be missing: an end within one is no end in order.
+                Err(SourceError::Unconfirmed) if self.partial.is_empty() => {
+                    break (Answer::Closed, Some(SourceError::Unconfirmed));
+                }
+                Err(e) => break (Answer::None, Some(e)),
             }
         };
         self.source.set_read_deadline(None);
-        result
+        Heard {
+            answer,
+            confirms_first: self.confirms_first,
+            is_over: !error.as_ref().is_some_and(is_late),
+            error,
+        }
     }
 
     const fn note_pong(&mut self, value: u32) {
-        if value == EARLY_TAKEN {
-            self.early_taken = true;
-        }
+        self.early_taken |= value == EARLY_TAKEN;
+        self.confirms_first |= value == CONFIRMS_FIRST;
     }
 
     /// Whether the destination has read past the device sections before RAM.
@@ -105,9 +138,10 @@ impl ReturnPathReader {
             };
             let at = self.partial.len();
             self.partial.resize(at + missing, 0);
-            let n = self.source.read(&mut self.partial[at..]).map_err(broken)?;
-            self.partial.truncate(at + n);
-            if n == 0 {
+            let read = self.source.read(&mut self.partial[at..]).map_err(broken);
+            // After a wait that ran out the next one goes on with what has come.
+            self.partial.truncate(at + read.as_ref().map_or(0, |n| *n));
+            if read? == 0 {
                 return Err(SourceError::Unconfirmed);
             }
         }
@@ -148,6 +182,16 @@ impl ReturnPathReader {
                 .map(Err)
                 .ok_or_else(|| SourceError::ReturnPath(e.into())),
         }
+    }
+}
+
+/// The answer may still come.
+fn is_late(error: &SourceError) -> bool {
+    match error {
+        SourceError::ReturnPath(cause) => cause
+            .downcast_ref::<io::Error>()
+            .is_some_and(|e| e.kind() == io::ErrorKind::TimedOut),
+        _ => false,
     }
 }
 

@@ -7,15 +7,16 @@ use std::time::{Duration, Instant};
 use bytes::BytesMut;
 
 use super::error::{BoxError, SourceError};
+use super::handover::{Offer, Verdict, WHO_CONFIRMS, verdict};
 use super::limits::{Bandwidth, Limits, RateWindow};
 use super::ram::{Budget, RamSender, RamSetup};
-use super::return_path::{EARLY_TAKEN, ReturnPathReader};
+use super::return_path::{EARLY_TAKEN, Heard, ReturnPathReader};
 use super::throttle::{Throttle, ThrottleConfig, ThrottleConfigError, Throttling};
 use crate::command::Command;
 use crate::configuration::{Configuration, IGNORE_SHARED};
 use crate::early::EarlySections;
 use crate::io::deadline_after;
-use crate::section::SectionId;
+use crate::section::{SectionId, SectionType};
 use crate::{DirtyLog, PAGE_SIZE, PageTransport, StreamWriter, TransportCounters, header, section};
 
 /// The section id of RAM.
@@ -37,7 +38,8 @@ pub trait SourceVm {
     /// The VMM's; the migration then fails and the guest runs on.
     fn stop(&mut self) -> Result<(), BoxError>;
 
-    /// The migration failed after [`SourceVm::stop`]: puts the guest back as it was before.
+    /// Puts the guest back as it was before [`SourceVm::stop`]. Called only for [`HandOver::Failed`]:
+    /// the destination does not run the guest.
     ///
     /// # Errors
     /// The VMM's.
@@ -178,6 +180,82 @@ struct Round {
     busy: Duration,
 }
 
+/// How a migration ended.
+///
+/// The library resumes the guest for [`HandOver::Failed`] and never otherwise.
+#[derive(Debug)]
+#[must_use = "only the VMM can decide what becomes of a guest whose hand-over is unknown"]
+pub enum HandOver<T, D: DirtyLog> {
+    /// The destination has the guest.
+    Completed(SwitchedOver<T, D>),
+    /// The destination does not have the guest and cannot come to run it. The guest is still the
+    /// source's: it runs on, if it ran before.
+    Failed(SourceError),
+    /// Everything that lets the destination run the guest was sent, and no answer came. The guest
+    /// stays paused here, because it may run there.
+    Unknown(Unresolved<T, D>),
+}
+
+impl<T: PageTransport, D: DirtyLog> HandOver<T, D> {
+    /// Returns what was handed over, for callers to whom an unknown outcome is an error like others.
+    ///
+    /// # Errors
+    /// The cause of a failure, or [`SourceError::OutcomeUnknown`]; the guest then stays paused.
+    pub fn completed(self) -> Result<SwitchedOver<T, D>, SourceError> {
+        match self {
+            Self::Completed(switched) => Ok(switched),
+            Self::Failed(error) => Err(error),
+            Self::Unknown(unresolved) => Err(SourceError::OutcomeUnknown {
+                cause: Box::new(unresolved.cause),
+            }),
+        }
+    }
+}
+
+/// A guest that was sent completely, without an answer whether the destination has it.
+///
+/// The answer may still come: see [`Unresolved::wait`]. Dropping this closes the connection, by which a
+/// destination that confirms before it runs the guest, and has not yet, learns that it must not.
+#[derive(Debug)]
+pub struct Unresolved<T, D: DirtyLog> {
+    cause: SourceError,
+    offer: Offer,
+    /// The return path has ended: nothing more can come.
+    silent: bool,
+    switched: SwitchedOver<T, D>,
+}
+
+impl<T: PageTransport, D: DirtyLog> Unresolved<T, D> {
+    /// Returns why no answer is known.
+    #[must_use]
+    pub const fn cause(&self) -> &SourceError {
+        &self.cause
+    }
+
+    /// Returns whether an answer can still come on this connection.
+    #[must_use]
+    pub const fn can_be_answered(&self) -> bool {
+        !self.silent && self.switched.return_path.is_some()
+    }
+
+    /// Waits for the answer for at most `limit`. The guest is not resumed here for a refusal: the
+    /// VMM does that for [`HandOver::Failed`].
+    pub fn wait(mut self, limit: Duration) -> HandOver<T, D> {
+        let Some(return_path) = self.switched.return_path.as_mut().filter(|_| !self.silent) else {
+            return HandOver::Unknown(self);
+        };
+        let heard = return_path.wait_for_answer(deadline_after(limit));
+        match verdict(self.offer, heard.answer, heard.confirms_first) {
+            Verdict::Completed => HandOver::Completed(self.switched),
+            Verdict::Failed => HandOver::Failed(heard.error.unwrap_or(self.cause)),
+            Verdict::Unknown => {
+                self.silent = heard.is_over;
+                HandOver::Unknown(self)
+            }
+        }
+    }
+}
+
 /// A guest that has been handed over: everything it had was sent and, with a return path,
 /// confirmed. It stands still here. Dropping this ends the migration; COLO goes on from it.
 #[derive(Debug)]
@@ -249,6 +327,7 @@ impl<T: PageTransport, D: DirtyLog> Source<T, D> {
         if return_path.is_some() {
             Command::OpenReturnPath.encode(&mut bytes);
             Command::Ping(PING).encode(&mut bytes);
+            Command::Ping(WHO_CONFIRMS).encode(&mut bytes);
         }
         early.encode(FIRST_DEVICE_SECTION, &mut bytes);
         let early = (!early.is_empty() && return_path.is_some()).then_some(Early { waiting: None });
@@ -324,26 +403,43 @@ impl<T: PageTransport, D: DirtyLog> Source<T, D> {
     }
 
     /// Runs the migration to its end: iterates until what is left fits the downtime limit at the
-    /// measured bandwidth, stops the guest, sends the rest.
-    ///
-    /// # Errors
-    /// Whatever made it fail; the guest then runs on here.
-    pub fn run(mut self, vm: &mut impl SourceVm) -> Result<SwitchedOver<T, D>, SourceError> {
+    /// measured bandwidth, stops the guest, sends the rest, waits for the answer.
+    pub fn run(mut self, vm: &mut impl SourceVm) -> HandOver<T, D> {
         vm.event(SourceEvent::Status(self.status));
-        self.iterate(vm)?;
+        if let Err(error) = self.iterate(vm) {
+            return HandOver::Failed(self.first_cause(error));
+        }
         self.throttling = None;
         let stopped = Instant::now();
-        vm.stop().map_err(|source| SourceError::Vm {
+        let stop = vm.stop().map_err(|source| SourceError::Vm {
             what: "stopping the guest",
             source,
-        })?;
-        self.switch_over(vm, stopped).or_else(|error| {
-            vm.resume().map_err(|source| SourceError::Vm {
-                what: "resuming the guest",
-                source,
-            })?;
-            Err(error)
-        })
+        });
+        if let Err(error) = stop {
+            return HandOver::Failed(error);
+        }
+        match self.switch_over(vm) {
+            Ok(last) => match self.hand_over(&last, stopped) {
+                HandOver::Failed(error) => HandOver::Failed(resumed(vm, error)),
+                other => other,
+            },
+            Err(error) => {
+                let error = self.first_cause(error);
+                HandOver::Failed(resumed(vm, error))
+            }
+        }
+    }
+
+    /// What is behind an error of ours, where the destination has said why it gives up.
+    fn first_cause(&mut self, error: SourceError) -> SourceError {
+        let consequence = matches!(error, SourceError::Stream(_) | SourceError::Transport(_));
+        match &mut self.return_path {
+            Some(return_path) if consequence => match return_path.check_progress() {
+                Err(refused @ SourceError::Refused { .. }) => refused,
+                _ => error,
+            },
+            _ => error,
+        }
     }
 
     fn iterate(&mut self, vm: &mut impl SourceVm) -> Result<(), SourceError> {
@@ -497,11 +593,9 @@ impl<T: PageTransport, D: DirtyLog> Source<T, D> {
         Ok(())
     }
 
-    fn switch_over(
-        mut self,
-        vm: &mut impl SourceVm,
-        stopped: Instant,
-    ) -> Result<SwitchedOver<T, D>, SourceError> {
+    /// Sends all but the end of the device state, and returns that: the destination cannot run the
+    /// guest without it.
+    fn switch_over(&mut self, vm: &mut impl SourceVm) -> Result<Vec<u8>, SourceError> {
         if self.pauses {
             self.pause(vm)?;
         }
@@ -513,12 +607,17 @@ impl<T: PageTransport, D: DirtyLog> Source<T, D> {
                 what: "saving the devices",
                 source,
             })?;
+        if devices.pop() != Some(SectionType::Eof.byte()) {
+            return Err(SourceError::DevicesWithoutEnd);
+        }
         if self.config.switchover_start {
             let mut bytes = BytesMut::new();
             Command::SwitchoverStart.encode(&mut bytes);
             self.out.write_bytes(&bytes)?;
         }
         self.ram.end(&mut self.out)?;
+        self.out.write_bytes(&devices)?;
+        self.check_return_path()?;
         // A receiver waits for the description: one that cannot be sent is replaced, not left out.
         let description = if description.is_empty() {
             "{}"
@@ -527,20 +626,52 @@ impl<T: PageTransport, D: DirtyLog> Source<T, D> {
         };
         let (len, text) =
             u32::try_from(description.len()).map_or((2, "{}"), |len| (len, description));
-        section::encode_vm_description(len, &mut devices);
-        devices.extend_from_slice(text.as_bytes());
-        self.out.write_bytes(&devices)?;
-        if let Some(return_path) = &mut self.return_path {
-            return_path.wait_for_shut(deadline_after(self.config.confirm_timeout))?;
+        let mut last = Vec::new();
+        section::encode_eof(&mut last);
+        section::encode_vm_description(len, &mut last);
+        last.extend_from_slice(text.as_bytes());
+        Ok(last)
+    }
+
+    /// Sends `last`, with which the destination can run the guest, and waits for its answer.
+    fn hand_over(mut self, last: &[u8], stopped: Instant) -> HandOver<T, D> {
+        let written = self.out.write_bytes(last).map_err(SourceError::from);
+        let offer = match &written {
+            Ok(()) => Offer::Made,
+            // Nobody runs a guest from a file that was not written to its end.
+            Err(_) if self.out.is_file() => Offer::Withheld,
+            Err(_) => Offer::Attempted,
+        };
+        let heard = match &mut self.return_path {
+            None => Heard::nothing(),
+            Some(return_path) => {
+                return_path.wait_for_answer(deadline_after(self.config.confirm_timeout))
+            }
+        };
+        let cause = written
+            .err()
+            .or(heard.error)
+            .unwrap_or(SourceError::Unconfirmed);
+        match verdict(offer, heard.answer, heard.confirms_first) {
+            Verdict::Completed => HandOver::Completed(self.into_switched(stopped)),
+            Verdict::Failed => HandOver::Failed(cause),
+            Verdict::Unknown => HandOver::Unknown(Unresolved {
+                cause,
+                offer,
+                silent: heard.is_over,
+                switched: self.into_switched(stopped),
+            }),
         }
-        self.check_surplus()?;
-        Ok(SwitchedOver {
+    }
+
+    fn into_switched(self, stopped: Instant) -> SwitchedOver<T, D> {
+        SwitchedOver {
             progress: self.progress(),
             downtime: stopped.elapsed(),
             out: self.out,
             return_path: self.return_path,
             ram: self.ram,
-        })
+        }
     }
 
     /// How far the migration is.
@@ -560,6 +691,17 @@ impl<T: PageTransport, D: DirtyLog> Source<T, D> {
             expected_downtime: self.bandwidth.time_for(remaining),
             elapsed: self.begun.elapsed(),
         }
+    }
+}
+
+/// Lets the guest run on here after `error`, which stays the cause that is told.
+fn resumed(vm: &mut impl SourceVm, error: SourceError) -> SourceError {
+    match vm.resume() {
+        Ok(()) => error,
+        Err(source) => SourceError::NotResumed {
+            cause: Box::new(error),
+            source,
+        },
     }
 }
 

@@ -9,6 +9,7 @@ mod differences;
 mod early;
 mod failure;
 mod limits;
+mod outcome;
 mod rig;
 mod script;
 mod switchover;

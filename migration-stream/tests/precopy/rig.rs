@@ -64,7 +64,7 @@ pub fn send(guest: &mut Guest, channel: &FdChannel) -> Sent {
 }
 
 pub fn send_by(guest: &mut Guest, channel: &FdChannel, transport: InStream) -> Sent {
-    begin(guest, channel, transport)?.run(guest)
+    begin(guest, channel, transport)?.run(guest).completed()
 }
 
 pub fn begin(
@@ -161,7 +161,7 @@ pub fn between(
         let sender = scope.spawn(|| {
             let transport =
                 InStream::new(Arc::clone(&guest.ram) as _, ZeroPageDetection::default());
-            let sent = source(begin(guest, &a, transport)?)?.run(guest);
+            let sent = source(begin(guest, &a, transport)?)?.run(guest).completed();
             if sent.is_err() {
                 a.shutdown();
             }

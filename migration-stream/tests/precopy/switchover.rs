@@ -66,6 +66,7 @@ fn a_destination_lost_in_the_pause_ends_it() {
         .unwrap()
         .pausing_before_switchover()
         .run(&mut guest)
+        .completed()
         .unwrap_err();
     assert!(
         matches!(

@@ -148,7 +148,8 @@ impl Primary {
                 transport,
             },
         )?
-        .run(&mut vm)?;
+        .run(&mut vm)
+        .completed()?;
         let mut link = PrimaryLink::new(switched)?;
         match way.resume {
             Resume::AfterLoaded => {}

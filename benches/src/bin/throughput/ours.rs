@@ -62,7 +62,7 @@ pub fn send(
             transport,
         },
     )?;
-    source.run(&mut Stopped(tail))?;
+    source.run(&mut Stopped(tail)).completed()?;
     let time = begun.elapsed();
     drop(kept);
     Ok(time)

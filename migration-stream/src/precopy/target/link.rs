@@ -12,6 +12,7 @@ use crate::decoder::{Item, MAX_ITEM_LEN, Step};
 use crate::io::{ByteSink, Chunk};
 use crate::postcopy::PostcopyOrder;
 use crate::precopy::TargetError;
+use crate::precopy::handover::{CONFIRMS_FIRST, WHO_CONFIRMS};
 use crate::precopy::switchover_ack::SwitchoverAcks;
 use crate::return_path::ReturnPathMessage;
 use crate::{DecodeError, StreamReader};
@@ -29,6 +30,8 @@ pub(super) struct Link {
     pub(super) acks: Option<(Arc<SwitchoverAcks>, u32)>,
     /// How long the source may say nothing between two items, if not as long as within one.
     pub(super) idle: Option<Duration>,
+    /// The guest runs here only after a confirmation, and the source may know.
+    pub(super) confirms_first: bool,
     /// What the source has said of postcopy, which never begins here.
     pub(super) postcopy: PostcopyOrder,
 }
@@ -115,6 +118,9 @@ impl Link {
             Command::OpenReturnPath if self.return_path.is_some() => {
                 self.open = true;
                 Ok(())
+            }
+            Command::Ping(WHO_CONFIRMS) if self.open && self.confirms_first => {
+                self.send(&ReturnPathMessage::Pong(CONFIRMS_FIRST))
             }
             Command::Ping(value) if self.open => self.send(&ReturnPathMessage::Pong(*value)),
             Command::OpenReturnPath | Command::Ping(_) => Err(TargetError::NoReturnPath {

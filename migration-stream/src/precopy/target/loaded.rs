@@ -44,11 +44,19 @@ impl Loaded {
     }
 
     /// Tells the source that everything is loaded, if it has opened a return path. From here on the
-    /// guest belongs to this side.
+    /// guest belongs to this side, which must not fail any more: channels are joined, devices are
+    /// installed, files are on disk.
     ///
     /// # Errors
-    /// The return path's.
+    /// [`TargetError::SourceGone`] if the source has given up waiting, and the return path's. The source
+    /// was not told anything, so this side must not run the guest.
     pub fn confirm(&mut self) -> Result<(), TargetError> {
+        // A source without a return path closes its connection when it has sent everything.
+        if self.link.open && self.link.reader.has_ended().unwrap_or(true) {
+            return Err(TargetError::SourceGone {
+                offset: self.link.reader.offset(),
+            });
+        }
         self.link.send(&ReturnPathMessage::Shut { status: 0 })
     }
 
@@ -78,6 +86,7 @@ impl Loaded {
             open: false,
             acks: None,
             idle: None,
+            confirms_first: false,
             postcopy: self.link.postcopy,
             reader: self.link.reader,
         };

@@ -123,6 +123,7 @@ impl Target {
                 open: false,
                 acks: None,
                 idle: None,
+                confirms_first: false,
                 postcopy: PostcopyOrder::of_any_source(),
             },
             received: Received::default(),
@@ -155,6 +156,15 @@ impl Target {
     #[must_use]
     pub const fn allowing_pauses_of(mut self, limit: Duration) -> Self {
         self.link.idle = Some(limit);
+        self
+    }
+
+    /// Lets the source know that this side runs the guest only after [`Loaded::confirm`] has returned,
+    /// and never if it has not. A source of ours then knows that a connection that this side closed
+    /// unconfirmed leaves the guest with the source. QEMU's sources do not ask.
+    #[must_use]
+    pub const fn confirming_before_it_runs(mut self) -> Self {
+        self.link.confirms_first = true;
         self
     }
 
