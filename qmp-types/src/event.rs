@@ -126,6 +126,14 @@ pub enum Event {
         /// Which.
         pass: u64,
     },
+    /// Everything of a guest was sent, and the destination did not say whether it has it: the guest
+    /// stays paused until the answer comes or an operator decides. An extension of this project that
+    /// QEMU does not have, hence the `X_` (QEMU's mark of what is experimental).
+    #[serde(rename = "X_MIGRATION_UNKNOWN")]
+    MigrationUnknown {
+        /// Why, and what can be decided, in words.
+        reason: String,
+    },
     /// COLO has ended. Always sent.
     ColoExit {
         /// Which side the VM was.

@@ -78,6 +78,9 @@ impl Monitor {
     }
 
     fn cont(&self) -> CommandResult {
+        if self.migration.run_here()? {
+            return done();
+        }
         let vm = self.migration.vm();
         match vm.state() {
             RunState::InMigrate => {
@@ -174,7 +177,7 @@ impl Operator for Monitor {
                 .start_incoming(&incoming.address, incoming.exit_on_error)
                 .and_then(|()| done()),
             Command::MigrateCancel => {
-                migration.cancel();
+                migration.cancel()?;
                 done()
             }
             Command::MigrateContinue { state } => {

@@ -449,6 +449,11 @@ impl Received {
         self.loaded.confirm()
     }
 
+    /// Returns whether the source is still there and waits to hear of the guest.
+    pub fn source_waits(&mut self) -> bool {
+        self.loaded.source_waits()
+    }
+
     /// Gives the guest back to the source, where it runs on.
     pub fn refuse(self) {
         self.loaded.refuse();

@@ -12,8 +12,8 @@ use migration_stream::io::{FileChannel, PositionedFile, open_direct};
 use migration_stream::machine::MachineVersion;
 use migration_stream::mapped_ram::FileWriter;
 use migration_stream::precopy::{
-    BoxError, Control, FIRST_DEVICE_SECTION, Limits, RamSetup, ReturnPathReader, Source,
-    SourceConfig, SourceError, SourceVm,
+    BoxError, Control, FIRST_DEVICE_SECTION, HandOver, Limits, RamSetup, ReturnPathReader, Source,
+    SourceConfig, SourceError, SourceVm, Unresolved,
 };
 use migration_stream::ram::{BlockId, InStream, ZeroPageDetection};
 use migration_stream::section::SectionId;
@@ -257,17 +257,26 @@ impl<F: Fn() -> Result<Devices, NotComing>> Departure<'_, F> {
             devices: None,
         };
         match source.run(&mut vm) {
-            Ok(switched) => {
+            HandOver::Completed(switched) => {
                 vm.progress(&switched.progress);
                 Ok(())
             }
-            // Nothing is read from the destination between the last page and its confirmation.
-            Err(e @ (SourceError::Unconfirmed | SourceError::ReturnPath(_)))
-                if vm.devices.is_some() =>
-            {
-                Err(OutgoingError::Unconfirmed(e))
+            HandOver::Failed(error) => Err(error.into()),
+            HandOver::Unknown(unresolved) => self.last_wait(unresolved),
+        }
+    }
+
+    /// The answer may be late: waits as long again.
+    fn last_wait<T: PageTransport, D: DirtyLog>(
+        &self,
+        unresolved: Unresolved<T, D>,
+    ) -> Result<(), OutgoingError> {
+        match unresolved.wait(self.config.timeout) {
+            HandOver::Completed(_) => Ok(()),
+            HandOver::Failed(error) => Err(error.into()),
+            HandOver::Unknown(unresolved) => {
+                Err(OutgoingError::Unconfirmed(unresolved.into_error()))
             }
-            Err(e) => Err(e.into()),
         }
     }
 }

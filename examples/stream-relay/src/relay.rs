@@ -11,13 +11,13 @@
 
 use std::panic::resume_unwind;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 
 use migration_stream::precopy::TargetError;
 
 use crate::arrival::Arrival;
-use crate::incoming::{Incoming, IncomingError};
+use crate::incoming::{Incoming, IncomingError, Received};
 use crate::outgoing::{self, OutgoingConfig, OutgoingError};
 use crate::progress::{Figures, Progress};
 use crate::store::{self, StoreError};
@@ -168,15 +168,31 @@ fn hand_over(
             drop(received);
             Err(RelayError::Lost(error))
         }
+        // Neither answer would be true: the destination may run the guest, or may not.
+        (Ok(received), Err(error @ OutgoingError::Unconfirmed(_))) => Err(RelayError::Uncertain {
+            cause: error,
+            waiting: WaitingSource(Box::new(Mutex::new(received))),
+        }),
         (received, Err(error)) => {
             if let Ok(received) = received {
                 received.refuse();
             }
-            Err(match error {
-                OutgoingError::Unconfirmed(_) => RelayError::Uncertain(error),
-                _ => RelayError::Outgoing(error),
-            })
+            Err(RelayError::Outgoing(error))
         }
+    }
+}
+
+/// A source whose guest stays paused because nobody has answered it. Dropping this closes the connection:
+/// QEMU's source then lets its guest run on, ours leaves the decision to its operator.
+#[derive(Debug)]
+pub struct WaitingSource(Box<Mutex<Received>>);
+
+impl WaitingSource {
+    /// Returns whether the source is still there.
+    #[must_use]
+    pub fn is_waiting(&self) -> bool {
+        let mut received = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        received.source_waits()
     }
 }
 
@@ -210,12 +226,20 @@ pub enum RelayError {
     /// It could not be given away; the source waited.
     #[error("the guest was not given away and is still at its source")]
     Outgoing(#[source] OutgoingError),
-    /// The destination may have it or not.
+    /// The destination may have it or not. The source was not answered: it keeps its guest paused as
+    /// long as `waiting` lives.
     #[error(
-        "the guest was given back to its source, but its destination may have it as well: only one \
-         of them may run it"
+        "the destination may run the guest or not, and the source was told neither: if the \
+         destination is dead, end the relay, and the guest runs on at its source; if the \
+         destination runs the guest, end the source"
     )]
-    Uncertain(#[source] OutgoingError),
+    Uncertain {
+        /// Why it is not known.
+        #[source]
+        cause: OutgoingError,
+        /// The source, which waits for an answer.
+        waiting: WaitingSource,
+    },
     /// It could not be given away, and is in the store.
     #[error("the guest was not given away and is still in its store")]
     Kept(#[source] OutgoingError),

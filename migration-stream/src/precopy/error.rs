@@ -54,12 +54,9 @@ pub enum SourceError {
         /// Why the guest was not resumed.
         source: BoxError,
     },
-    /// Everything was sent and no answer came: the destination may run the guest, so it stays paused
-    /// here.
-    #[error(
-        "everything was sent, and the destination did not say whether it has the guest, which \
-         stays paused here"
-    )]
+    /// Everything was sent and no answer came: the destination may run the guest, which the library
+    /// leaves paused here.
+    #[error("everything was sent, and the destination did not say whether it has the guest")]
     OutcomeUnknown {
         /// Why no answer is known.
         #[source]

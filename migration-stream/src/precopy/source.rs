@@ -205,9 +205,7 @@ impl<T: PageTransport, D: DirtyLog> HandOver<T, D> {
         match self {
             Self::Completed(switched) => Ok(switched),
             Self::Failed(error) => Err(error),
-            Self::Unknown(unresolved) => Err(SourceError::OutcomeUnknown {
-                cause: Box::new(unresolved.cause),
-            }),
+            Self::Unknown(unresolved) => Err(unresolved.into_error()),
         }
     }
 }
@@ -236,6 +234,14 @@ impl<T: PageTransport, D: DirtyLog> Unresolved<T, D> {
     #[must_use]
     pub const fn can_be_answered(&self) -> bool {
         !self.silent && self.switched.return_path.is_some()
+    }
+
+    /// Closes the connection, and returns an error that says what is not known.
+    #[must_use]
+    pub fn into_error(self) -> SourceError {
+        SourceError::OutcomeUnknown {
+            cause: Box::new(self.cause),
+        }
     }
 
     /// Waits for the answer for at most `limit`. The guest is not resumed here for a refusal: the

@@ -28,6 +28,7 @@ fn limits_without_an_end_are_no_limits() {
             begin_with(config, &guest, &a, transport)
                 .unwrap()
                 .run(&mut guest)
+                .completed()
                 .map(drop)
         });
         receive(&b, &landed, &mut Devices::default()).unwrap();

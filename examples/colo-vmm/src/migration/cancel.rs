@@ -2,9 +2,15 @@
 
 use std::io::{self, PipeReader, PipeWriter};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use super::lock;
+use super::uncertain::Reply;
+
+/// How long a decision of the operator's may take to be carried out.
+const CARRIED_OUT: Duration = Duration::from_secs(5);
 
 /// What an operator wants of a migration that is on its way.
 pub(super) struct Cancel {
@@ -13,6 +19,9 @@ pub(super) struct Cancel {
     pub(super) go_on: AtomicBool,
     /// Wakes who waits for connections: dropped or written, it can be read.
     wake: Mutex<Option<PipeWriter>>,
+    /// Whether the destination runs the guest cannot be known: the operator is asked.
+    unknown: AtomicBool,
+    decisions: Mutex<(Sender<Reply>, Receiver<Reply>)>,
     pub(super) woken: PipeReader,
 }
 
@@ -23,6 +32,8 @@ impl Cancel {
             requested: AtomicBool::new(false),
             go_on: AtomicBool::new(false),
             wake: Mutex::new(Some(wake)),
+            unknown: AtomicBool::new(false),
+            decisions: Mutex::new(channel()),
             woken,
         }))
     }
@@ -34,5 +45,34 @@ impl Cancel {
 
     pub(super) fn is_requested(&self) -> bool {
         self.requested.load(Ordering::Acquire)
+    }
+
+    /// Whether the operator has to decide who runs the guest.
+    pub(super) fn is_unknown(&self) -> bool {
+        self.unknown.load(Ordering::Acquire)
+    }
+
+    /// The operator is asked from now on.
+    pub(super) fn ask(&self) {
+        self.unknown.store(true, Ordering::Release);
+    }
+
+    /// There is nothing to decide any more.
+    pub(super) fn known(&self) {
+        self.unknown.store(false, Ordering::Release);
+    }
+
+    /// The operator has the guest run here: waits until it does.
+    pub(super) fn run_here(&self) -> Result<(), String> {
+        let (reply, done) = channel();
+        // The other end lives as long as this.
+        let _ = lock(&self.decisions).0.send(reply);
+        done.recv_timeout(CARRIED_OUT)
+            .unwrap_or_else(|_| Err("the migration has ended meanwhile".to_owned()))
+    }
+
+    /// Whom to tell when the guest runs here, if the operator wants it to.
+    pub(super) fn asked_to_run(&self) -> Option<Reply> {
+        lock(&self.decisions).1.try_recv().ok()
     }
 }

@@ -191,8 +191,9 @@ fn load<S: PageStore + 'static>(
         compared: false,
     };
     let (store, barrier) = pages.parts();
-    let loaded =
-        Target::new(config, reader, return_path, store).load(store, barrier, &mut staging)?;
+    let loaded = Target::new(config, reader, return_path, store)
+        .confirming_before_it_runs()
+        .load(store, barrier, &mut staging)?;
     staging.warn_if_not_compared();
     let sections = staging.sections;
     migration.options.boundaries.reach("stream loaded");
@@ -271,42 +272,61 @@ impl TargetVm for Staging<'_> {
     }
 }
 
-/// A plain migration is at its end: the guest is ours.
+/// A plain migration is at its end: the guest is ours once the source is told. What can fail comes
+/// before.
 fn complete(
     migration: &Migration,
     mut loaded: Loaded,
     pages: IncomingPages<Arc<GuestRamMmap>>,
 ) -> Result<(), BoxError> {
-    loaded.confirm()?;
-    pages.join()?;
-    if to_run(migration) {
-        migration.vm.resume()?;
-    } else {
-        migration.vm.set_state(RunState::Paused);
+    if let Err(error) = pages.join() {
+        loaded.refuse();
+        return Err(error.into());
     }
+    migration.options.boundaries.reach("to confirm");
+    loaded.confirm()?;
+    migration.options.boundaries.reach("confirmed");
     migration.connections.clear();
+    migration.vm.set_state(RunState::Paused);
+    if to_run(migration)
+        && let Err(error) = migration.vm.resume()
+    {
+        // The source has given the guest away: it is here, whatever state it is in.
+        let error = format!(
+            "the guest has arrived and does not run: {}",
+            super::chain(&error)
+        );
+        migration.status.note_error(error);
+    }
     migration.status.set(MigrationStatus::Completed);
     Ok(())
 }
 
+/// Goes on as the secondary, from the moment at which the source is told. What can fail comes before.
 fn enter_colo(
     migration: &Arc<Migration>,
-    mut loaded: Loaded,
+    loaded: Loaded,
     pages: IncomingPages<ColoStore>,
 ) -> Result<(), BoxError> {
     let log = migration.vm.with_machine(|machine| machine.dirty_log());
     let pool = FlushPool::for_this_host()?;
+    let control = colo::control(migration, Role::Secondary)?;
     migration.options.boundaries.reach("to confirm");
-    loaded.confirm()?;
+    let receiver = match loaded.confirm_into_checkpoints() {
+        Ok(receiver) => receiver,
+        Err(error) => {
+            super::lock(&migration.job).colo = None;
+            return Err(error.into());
+        }
+    };
     migration.options.boundaries.reach("confirmed");
     let link = SecondaryLink {
-        receiver: loaded.into_checkpoints()?,
+        receiver,
         pages,
         log,
         pool,
     };
     // From here on nothing ends this side but COLO's own end, which is reported.
-    let control = colo::control(migration, Role::Secondary)?;
     migration.status.set(MigrationStatus::Colo);
     let mut parts = colo::parts(migration, Role::Secondary, to_run(migration));
     let outcome = run_secondary(link, &mut parts, &control, colo::config(migration))?;

@@ -18,6 +18,7 @@ mod options;
 mod outgoing;
 mod plan;
 mod status;
+mod uncertain;
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -332,11 +333,38 @@ impl Migration {
     }
 
     /// `migrate_cancel`: gives the migration up. Nothing happens when there is none.
-    pub fn cancel(&self) {
+    ///
+    /// # Errors
+    /// The destination may run the guest: only an operator can know.
+    pub fn cancel(&self) -> Result<(), QmpError> {
         let cancel = lock(&self.job).cancel.clone();
+        if cancel.as_ref().is_some_and(|cancel| cancel.is_unknown()) {
+            return Err(QmpError::generic(
+                "the destination may run the guest: if it is dead, 'cont' lets the guest run on \
+                 here; if it runs the guest, 'quit'",
+            ));
+        }
+        self.give_up(cancel.as_deref());
+        Ok(())
+    }
+
+    fn give_up(&self, cancel: Option<&Cancel>) {
         if let Some(cancel) = cancel {
             cancel.request();
             self.connections.shut();
+        }
+    }
+
+    /// An operator says that the destination, which did not answer, does not run the guest: lets it
+    /// run on here. Returns whether there was anything to decide.
+    ///
+    /// # Errors
+    /// The destination has confirmed after all, or the guest does not resume.
+    pub fn run_here(&self) -> Result<bool, QmpError> {
+        let cancel = lock(&self.job).cancel.clone();
+        match cancel.filter(|cancel| cancel.is_unknown()) {
+            None => Ok(false),
+            Some(cancel) => cancel.run_here().map(|()| true).map_err(QmpError::generic),
         }
     }
 
@@ -365,7 +393,8 @@ impl Migration {
         if let Some(colo) = colo {
             colo.quit();
         }
-        self.cancel();
+        let cancel = lock(&self.job).cancel.clone();
+        self.give_up(cancel.as_deref());
         if let Some(thread) = thread
             && thread.join().is_err()
         {
@@ -410,6 +439,10 @@ impl Migration {
     /// # Errors
     /// It is not in COLO, or has been told already; the arbiter refuses, or cannot be asked.
     pub fn go_on_alone(&self, by_arbiter: bool) -> Result<(), QmpError> {
+        // Between the last byte sent and COLO it is the same word.
+        if self.run_here()? {
+            return Ok(());
+        }
         // Before, because the request may be carried out before it returns.
         self.figures.operator_asks(true);
         let result = match self.heartbeat() {

@@ -9,8 +9,8 @@ use colo_core::heartbeat::{Endpoint, Heartbeat, Phase};
 use colo_core::{MigrationPlan, Outcome, Resume, Role};
 use migration_stream::io::{FdChannel, Lending};
 use migration_stream::precopy::{
-    BoxError, Control, Progress, RamSetup, ReturnPathReader, Source, SourceConfig, SourceEvent,
-    SourceStatus, SourceVm, SwitchedOver,
+    BoxError, Control, HandOver, Progress, RamSetup, ReturnPathReader, Source, SourceConfig,
+    SourceEvent, SourceStatus, SourceVm, SwitchedOver,
 };
 use migration_stream::ram::InStream;
 use migration_stream::xbzrle::PageCache;
@@ -19,15 +19,16 @@ use multifd::{Address, MultifdConfig, SendChannel, SendSet, outgoing};
 use qmp_types::{MigrationCapability, MigrationStatus, RunState};
 
 use super::plan::{throttling, zero_pages};
-use super::{Cancel, Migration, colo, devices, failed};
+use super::{Cancel, Migration, colo, devices, failed, uncertain};
 
 /// How long the peer may take to accept the connections.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
 type Transport = Box<dyn PageTransport>;
 type Log = Box<dyn DirtyLog>;
-/// What precopy leaves behind, and the copy of RAM that an early resume sends from.
-type Switched = (SwitchedOver<Transport, Log>, Option<Arc<StagedRam>>);
+type Switched = SwitchedOver<Transport, Log>;
+/// The copy of RAM that a local-copy resume sends from.
+type Copy = Option<Arc<StagedRam>>;
 
 /// Migrates, and ends with a status that says how it went.
 pub(super) fn run(
@@ -46,34 +47,55 @@ pub(super) fn run(
         before: RunState::Running,
         peer_may_run: false,
     };
-    match heartbeat
+    let begun = heartbeat
         .map_or(Ok(()), watch)
-        .and_then(|()| migrate(&mut vm, plan, multifd, address))
-    {
-        Ok((switched, staged)) if plan.migrate_colo() => {
-            if let Err(error) = enter_colo(migration, switched, staged, vm.ran) {
-                // The guest stands still, and the secondary has it too.
-                if let Some(heartbeat) = heartbeat {
-                    heartbeat.colo_ended(Outcome::Quit);
-                }
-                failed(migration, cancel, &*error);
-            }
-        }
-        Ok(switched) => {
-            drop(switched);
-            migration.connections.clear();
-            migration.vm.set_state(RunState::PostMigrate);
-            migration.status.set(MigrationStatus::Completed);
-        }
-        Err(error) => {
-            match heartbeat {
-                None => {}
-                Some(heartbeat) if vm.peer_may_run => heartbeat.keep(),
-                Some(heartbeat) => heartbeat.give_up(),
-            }
-            failed(migration, cancel, &*error);
-        }
+        .and_then(|()| begin(&vm, plan, multifd, address));
+    let (outcome, copy) = match begun {
+        Ok((source, copy)) => (source.run(&mut vm), copy),
+        Err(error) => return give_up(&vm, &*error),
+    };
+    let outcome = match outcome {
+        HandOver::Unknown(unresolved) => uncertain::decide(&mut vm, plan, unresolved),
+        known => known,
+    };
+    match outcome {
+        HandOver::Completed(switched) => switched_over(&vm, plan, switched, copy),
+        HandOver::Failed(error) => give_up(&vm, &error),
+        // The process ends, and the guest with it.
+        HandOver::Unknown(_) => {}
     }
+}
+
+fn switched_over(vm: &SourceSide<'_>, plan: &MigrationPlan, switched: Switched, copy: Copy) {
+    let migration = vm.migration;
+    migration.options.boundaries.reach("target confirmed");
+    migration.status.progress(&switched.progress);
+    migration.status.downtime(switched.downtime);
+    migration.status.clear_error();
+    if plan.migrate_colo() {
+        if let Err(error) = enter_colo(migration, switched, copy, vm.ran) {
+            // The guest stands still, and the secondary has it too.
+            if let Some(heartbeat) = vm.heartbeat {
+                heartbeat.colo_ended(Outcome::Quit);
+            }
+            failed(migration, vm.cancel, &*error);
+        }
+    } else {
+        drop(switched);
+        migration.connections.clear();
+        migration.vm.set_state(RunState::PostMigrate);
+        migration.status.set(MigrationStatus::Completed);
+    }
+}
+
+/// The guest is still this side's.
+fn give_up(vm: &SourceSide<'_>, error: &(dyn std::error::Error + 'static)) {
+    match vm.heartbeat {
+        None => {}
+        Some(heartbeat) if vm.peer_may_run => heartbeat.keep(),
+        Some(heartbeat) => heartbeat.give_up(),
+    }
+    failed(vm.migration, vm.cancel, error);
 }
 
 /// Takes the right to run for the pair that is to be.
@@ -86,12 +108,13 @@ fn watch(heartbeat: &Heartbeat) -> Result<(), BoxError> {
     Ok(heartbeat.hold(CONNECT_TIMEOUT)?)
 }
 
-fn migrate(
-    vm: &mut SourceSide<'_>,
+/// Connects, and begins the stream.
+fn begin(
+    vm: &SourceSide<'_>,
     plan: &MigrationPlan,
     multifd: Option<&MultifdConfig>,
     address: &Address,
-) -> Result<Switched, BoxError> {
+) -> Result<(Source<Transport, Log>, Copy), BoxError> {
     let migration = vm.migration;
     let limit = migration.options.io_limit;
     let connected = outgoing::connect(address, multifd, CONNECT_TIMEOUT.min(limit), limit)?;
@@ -170,17 +193,13 @@ fn migrate(
         let throttle = migration.vm.with_machine(|machine| machine.throttle());
         source = source.throttling_by(config, throttle)?;
     }
-    let switched = source.run(vm)?;
-    migration.options.boundaries.reach("target confirmed");
-    migration.status.progress(&switched.progress);
-    migration.status.downtime(switched.downtime);
-    Ok((switched, staged))
+    Ok((source, staged))
 }
 
 fn enter_colo(
     migration: &Arc<Migration>,
-    switched: SwitchedOver<Transport, Log>,
-    staged: Option<Arc<StagedRam>>,
+    switched: Switched,
+    staged: Copy,
     ran: bool,
 ) -> Result<(), BoxError> {
     let mut link = PrimaryLink::new(switched)?;
@@ -198,11 +217,11 @@ fn enter_colo(
 }
 
 /// The VM as the source's driver sees it.
-struct SourceSide<'a> {
-    migration: &'a Arc<Migration>,
+pub(super) struct SourceSide<'a> {
+    pub(super) migration: &'a Arc<Migration>,
     /// That of the pair that is to be.
-    heartbeat: Option<&'a Heartbeat>,
-    cancel: &'a Cancel,
+    pub(super) heartbeat: Option<&'a Heartbeat>,
+    pub(super) cancel: &'a Cancel,
     /// The guest ran when the migration stopped it.
     ran: bool,
     before: RunState,

@@ -93,6 +93,11 @@ impl Status {
         self.lock().error = Some(error);
     }
 
+    /// What went wrong on the way has come to a good end.
+    pub fn clear_error(&self) {
+        self.lock().error = None;
+    }
+
     /// Takes note of how far the source is, and tells of a new pass.
     pub fn progress(&self, progress: &Progress) {
         let mut inner = self.lock();

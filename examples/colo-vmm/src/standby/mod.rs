@@ -331,14 +331,10 @@ impl Standby {
     ) -> Result<(Guest, Result<Outcome, OutOfStep>), TakeError> {
         let Arrived {
             guest,
-            mut loaded,
+            loaded,
             pages,
         } = arrived;
         let pool = FlushPool::for_this_host()?;
-        loaded.confirm()?;
-        let receiver = loaded.into_checkpoints()?;
-        // Nobody else is let in.
-        *door = None;
         let connections = self.connections.clone();
         let control = ColoControl::new(
             Role::Secondary,
@@ -347,6 +343,10 @@ impl Standby {
             Duration::MAX,
             move || connections.shut(),
         )?;
+        // From here on nothing ends this but COLO's own end.
+        let receiver = loaded.confirm_into_checkpoints()?;
+        // Nobody else is let in.
+        *door = None;
         {
             let mut inner = self.lock();
             inner.state = RunState::Paused;
@@ -448,13 +448,23 @@ impl Standby {
                     return Ending::Restored;
                 }
                 Err(error) => {
+                    let uncertain = error.is_uncertain();
                     let error = chain(&error);
-                    tracing::error!(
-                        guest = name,
-                        error,
-                        "the guest was not restored and is still held; x-colo-lost-heartbeat tries \
-                         again, migrate elsewhere"
-                    );
+                    if uncertain {
+                        tracing::error!(
+                            guest = name,
+                            error,
+                            "the fresh QEMU may run the guest or not; it is still held. If the fresh \
+                             QEMU is dead, x-colo-lost-heartbeat tries again, migrate elsewhere"
+                        );
+                    } else {
+                        tracing::error!(
+                            guest = name,
+                            error,
+                            "the guest was not restored and is still held; x-colo-lost-heartbeat \
+                             tries again, migrate elsewhere"
+                        );
+                    }
                     // Who hears of the failure may answer at once.
                     self.lock().has_failed = true;
                     self.status.fail(MigrationStatus::Failed, error);

@@ -191,6 +191,13 @@ pub enum RestoreError {
     Outgoing(#[from] OutgoingError),
 }
 
+impl RestoreError {
+    /// Returns whether the fresh QEMU may run the guest all the same.
+    pub(super) const fn is_uncertain(&self) -> bool {
+        matches!(self, Self::Outgoing(OutgoingError::Unconfirmed(_)))
+    }
+}
+
 /// The name of a unix socket that somebody listens at; it goes with this.
 #[derive(Debug)]
 pub(super) struct SocketPath(Option<PathBuf>);

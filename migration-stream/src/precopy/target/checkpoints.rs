@@ -3,12 +3,15 @@
 use std::fmt;
 use std::time::Instant;
 
+use bytes::BytesMut;
+
 use super::complete::{CheckpointComplete, Progress};
 use super::link::Link;
 use super::pages::{Pages, Received};
 use crate::decoder::{CheckpointDecoder, Item};
-use crate::io::ByteSink;
+use crate::io::{ByteSink, Chunk};
 use crate::precopy::TargetError;
+use crate::return_path::ReturnPathMessage;
 use crate::{PageBarrier, PageStore, StreamReader};
 
 /// The receiving side of COLO's checkpoints.
@@ -27,6 +30,16 @@ impl CheckpointReceiver {
     /// The return path, which carries no return-path messages any more.
     pub fn out(&mut self) -> &mut dyn ByteSink {
         &mut *self.out
+    }
+
+    /// Tells the source, which has to wait for it still, that the guest has arrived.
+    pub(super) fn confirm(&mut self) -> Result<(), TargetError> {
+        self.link.check_source()?;
+        let mut bytes = BytesMut::new();
+        ReturnPathMessage::Shut { status: 0 }.encode(&mut bytes);
+        self.out
+            .write_all(&[Chunk::Bytes(&bytes)])
+            .map_err(TargetError::ReturnPath)
     }
 
     /// No read or write of the main channel waits longer than until `deadline`.

@@ -67,6 +67,15 @@ impl Link {
         Ok(())
     }
 
+    /// The source still waits for an answer.
+    pub(super) fn check_source(&mut self) -> Result<(), TargetError> {
+        if self.reader.has_ended().unwrap_or(true) {
+            let offset = self.reader.offset();
+            return Err(TargetError::SourceGone { offset });
+        }
+        Ok(())
+    }
+
     /// The next item, as `decode` finds it in what has come, and where it began.
     pub(super) fn item(
         &mut self,

@@ -43,6 +43,11 @@ impl Loaded {
         self.configuration.as_ref()
     }
 
+    /// Returns whether the source still waits for [`Loaded::confirm`] or [`Loaded::refuse`].
+    pub fn source_waits(&mut self) -> bool {
+        self.link.open && self.link.check_source().is_ok()
+    }
+
     /// Tells the source that everything is loaded, if it has opened a return path. From here on the
     /// guest belongs to this side, which must not fail any more: channels are joined, devices are
     /// installed, files are on disk.
@@ -52,12 +57,21 @@ impl Loaded {
     /// was not told anything, so this side must not run the guest.
     pub fn confirm(&mut self) -> Result<(), TargetError> {
         // A source without a return path closes its connection when it has sent everything.
-        if self.link.open && self.link.reader.has_ended().unwrap_or(true) {
-            return Err(TargetError::SourceGone {
-                offset: self.link.reader.offset(),
-            });
+        if self.link.open {
+            self.link.check_source()?;
         }
         self.link.send(&ReturnPathMessage::Shut { status: 0 })
+    }
+
+    /// As [`Loaded::confirm`], and then [`Loaded::into_checkpoints`], for a COLO secondary: whatever can
+    /// fail does so before the source is told.
+    ///
+    /// # Errors
+    /// As for both; the source was not told anything.
+    pub fn confirm_into_checkpoints(self) -> Result<CheckpointReceiver, TargetError> {
+        let mut receiver = self.into_checkpoints()?;
+        receiver.confirm()?;
+        Ok(receiver)
     }
 
     /// Gives the guest back to the source, where it runs on: this side cannot keep it after all.

@@ -1,0 +1,146 @@
+//! The end of a migration without COLO: whatever becomes of the answer, one guest runs at most, and
+//! nobody runs it where it cannot be known.
+
+use std::process::ExitCode;
+
+use serde_json::{Value, json};
+use tests::vmm::{ColoVmm, Connection, Vmm, check_count};
+use tests::{Result, harness};
+
+fn main() -> ExitCode {
+    let kvm = harness::on_kvm;
+    harness::run([
+        kvm("late_answer_completes_a_hand_over_that_was_unknown", late),
+        kvm("late_answer_completes_by_channels_too", late_by_channels),
+        kvm("target_does_not_run_what_an_operator_let_run_on", cont),
+        kvm("unknown_hand_over_is_not_cancelled", cancel),
+        kvm(
+            "guest_is_kept_by_a_source_whose_target_dies_unconfirmed",
+            || {
+                for moment in ["device section#1", "stream loaded#1", "to confirm#1"] {
+                    dies_at(moment)?;
+                }
+                Ok(())
+            },
+        ),
+        kvm(
+            "guest_of_a_target_that_dies_confirmed_stays_handed_over",
+            || {
+                let (mut source, mut target) = pair(PLAIN, &["--die-at", "confirmed#1"])?;
+                target.process.wait()?;
+                source.wait_migration("completed")?;
+                assert_eq!(source.status()?, "postmigrate");
+                Ok(())
+            },
+        ),
+    ])
+}
+
+const PLAIN: Connection = Connection::PLAIN;
+/// How long the source waits for its target.
+const SHORT: [&str; 2] = ["--peer-timeout", "700"];
+
+/// A source that hands its guest over, and its target, which was frozen before it could answer or has
+/// the arguments `target`.
+fn pair(connection: Connection, target: &[&str]) -> Result<(Vmm, Vmm)> {
+    let guest = ColoVmm::new("colo-vmm").dirty_pages(200);
+    let mut source = guest.clone().args(SHORT).named("source").start()?;
+    let is_frozen = target.is_empty();
+    let mut target = guest
+        .args(target.iter().copied())
+        .named("target")
+        .incoming()
+        .start()?;
+    let capabilities = ["return-path", "events", "pause-before-switchover"];
+    connection.prepare(&mut source, &capabilities)?;
+    connection.prepare(&mut target, &["return-path"])?;
+    source.wait_lines(5)?;
+    let uri = connection.listen(&mut target)?;
+    source.migrate(&uri)?;
+    source.wait_migration("pre-switchover")?;
+    if is_frozen {
+        target.freeze()?;
+    }
+    source
+        .qmp
+        .execute("migrate-continue", json!({"state": "pre-switchover"}))?;
+    Ok((source, target))
+}
+
+/// A source whose frozen target has everything and did not answer in time.
+fn unknown(connection: Connection) -> Result<(Vmm, Vmm)> {
+    let (mut source, target) = pair(connection, &[])?;
+    let migration = source.wait_migration("failing")?;
+    let told = migration["error-desc"].as_str().unwrap_or_default();
+    assert!(told.contains("the outcome is unknown"), "{told}");
+    assert!(told.contains("'cont'") && told.contains("'quit'"), "{told}");
+    let event = source.qmp.wait_event("X_MIGRATION_UNKNOWN")?;
+    assert_eq!(event["data"]["reason"], migration["error-desc"]);
+    assert_eq!(source.status()?, "paused");
+    Ok((source, target))
+}
+
+fn completes(connection: Connection) -> Result<()> {
+    let (mut source, mut target) = unknown(connection)?;
+    target.thaw()?;
+    let migration = source.wait_migration("completed")?;
+    assert_eq!(migration["error-desc"], Value::Null);
+    target.wait_migration("completed")?;
+    assert_eq!(source.status()?, "postmigrate");
+    target.wait_lines(5)?;
+    // The guest goes on with the next byte.
+    let said = [source.output()?, target.output()?].concat();
+    check_count(0, &said)?;
+    Ok(())
+}
+
+fn late() -> Result<()> {
+    completes(PLAIN)
+}
+
+fn late_by_channels() -> Result<()> {
+    completes(Connection::channels(2))
+}
+
+fn cont() -> Result<()> {
+    let (mut source, mut target) = unknown(PLAIN)?;
+    source.qmp.execute("cont", Value::Null)?;
+    assert_eq!(source.status()?, "running");
+    let reason = source.wait_failure()?;
+    assert!(reason.contains("did not say whether"), "{reason}");
+    source.wait_lines(5)?;
+    target.thaw()?;
+    let reason = target.wait_failure()?;
+    assert!(
+        reason.contains("before it was told that the guest"),
+        "{reason}"
+    );
+    assert_ne!(target.status()?, "running");
+    assert_eq!(target.output()?, b"");
+    source.wait_lines(5)?;
+    check_count(0, &source.output()?)?;
+    Ok(())
+}
+
+fn cancel() -> Result<()> {
+    let (mut source, mut target) = unknown(PLAIN)?;
+    let refusal = source.qmp.refused("migrate_cancel", Value::Null)?;
+    assert!(refusal.desc.contains("may run the guest"), "{refusal:?}");
+    assert_eq!(source.status()?, "paused");
+    // The other side is not dead: its guest runs, and this one's must not.
+    target.thaw()?;
+    target.wait_migration("completed")?;
+    source.wait_migration("completed")?;
+    Ok(())
+}
+
+fn dies_at(moment: &str) -> Result<()> {
+    let (mut source, mut target) = pair(PLAIN, &["--die-at", moment])?;
+    target.process.wait()?;
+    let reason = source.wait_failure()?;
+    assert!(reason.contains("without confirming"), "{moment}: {reason}");
+    assert_eq!(source.status()?, "running", "{moment}");
+    source.wait_lines(5)?;
+    check_count(0, &source.output()?)?;
+    Ok(())
+}
