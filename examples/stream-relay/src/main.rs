@@ -27,7 +27,7 @@ fn main() -> ExitCode {
 
 /// Keeps a source waiting whose guest the destination may run: only an operator can know, by a signal
 /// to the relay or by ending the source.
-fn wait_with_the_source(error: &(dyn Error + Send + Sync + 'static)) {
+fn wait_with_the_source(error: &(dyn Error + 'static)) {
     if let Some(error @ RelayError::Uncertain { waiting, .. }) = error.downcast_ref() {
         complain(format_args!("stream-relay: {error}"));
         while waiting.is_waiting() {
