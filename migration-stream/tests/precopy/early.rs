@@ -267,7 +267,7 @@ fn a_guest_is_not_stopped_before_the_target_has_taken_what_comes_before_ram() {
                     setup,
                 )
                 .unwrap();
-                let sent = source.run(&mut guest);
+                let sent = source.run(&mut guest).completed();
                 (begun.elapsed(), sent)
             });
             let mut vm = Slow { takes };
