@@ -69,6 +69,7 @@ pub mod opaque_tail;
 pub mod postcopy;
 pub mod precopy;
 pub mod ram;
+mod rate;
 mod reader;
 pub mod return_path;
 pub mod section;
@@ -84,6 +85,7 @@ pub mod xbzrle;
 pub use error::{Cause, DecodeError};
 pub use memory::{DirtyLog, GuestRam, MemoryError, PageStore, prepare_range};
 pub use mmap::{GuestRamMmap, GuestRamMmapError};
+pub use rate::{RateLimiter, TokenBucket, Work};
 pub use reader::StreamReader;
 #[cfg(feature = "staged")]
 pub use staged::StagedRam;

@@ -1,13 +1,15 @@
 //! How pages cross: records in the main stream, or multifd's channels beside it.
 
+use std::sync::Arc;
 use std::time::Instant;
 use std::{error, fmt};
 
+use crate::io::CancelToken;
 use crate::mapped_ram::{MappedArea, MappedPages};
 use crate::ram::{BlockId, RamBlockTable, RamError, encode_setup_list};
 use crate::unchanged::WhenToCompare;
 use crate::xbzrle::XbzrleCounters;
-use crate::{PageStore, StreamWriter};
+use crate::{PageStore, RateLimiter, StreamWriter};
 
 /// How pages leave. One transport serves precopy and every COLO checkpoint after it.
 pub trait PageTransport: Send {
@@ -91,6 +93,17 @@ pub trait PageTransport: Send {
     /// No channel of the transport may block longer than until `deadline`; `None`: its own limit.
     fn set_deadline(&mut self, deadline: Option<Instant>);
 
+    /// Has every byte paid for before a channel of the transport writes it. The main stream pays for itself, so a
+    /// transport without other channels need not do anything.
+    fn set_limiter(&mut self, limiter: &Arc<RateLimiter>) {
+        let _ = limiter;
+    }
+
+    /// Lets `token` end every wait for a channel. A transport without other channels need not do anything.
+    fn set_cancel(&mut self, token: &CancelToken) {
+        let _ = token;
+    }
+
     /// What was sent so far.
     fn counters(&self) -> TransportCounters;
 
@@ -173,6 +186,12 @@ impl<T: PageTransport + ?Sized> PageTransport for Box<T> {
     }
     fn set_deadline(&mut self, deadline: Option<Instant>) {
         (**self).set_deadline(deadline);
+    }
+    fn set_limiter(&mut self, limiter: &Arc<RateLimiter>) {
+        (**self).set_limiter(limiter);
+    }
+    fn set_cancel(&mut self, token: &CancelToken) {
+        (**self).set_cancel(token);
     }
     fn counters(&self) -> TransportCounters {
         (**self).counters()

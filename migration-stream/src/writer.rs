@@ -5,10 +5,12 @@ use std::sync::Arc;
 use std::time::Instant;
 use std::{fmt, io};
 
-use crate::io::{ByteSink, Chunk, FileChannel, Lending, PositionedFile};
+use crate::io::{ByteSink, CancelToken, Chunk, FileChannel, Lending, PositionedFile};
 use crate::ram::PageAddress;
-use crate::{GuestRam, PAGE_SIZE};
+use crate::{GuestRam, PAGE_SIZE, RateLimiter};
 
+/// [`PAGE_SIZE`] as a length in memory.
+const PAGE_LEN: usize = 4096;
 /// Pages that leave in one gather write: with a header each, 512 pieces and 1 MiB.
 const MAX_HELD_PAGES: usize = 256;
 /// Headers that leave in one gather write, bytes: some 28,000 zero pages, or 63 pages that were copied.
@@ -25,6 +27,8 @@ pub struct StreamWriter {
     /// Where in the file byte 0 of the stream would be, if nothing had been left out since.
     base: u64,
     held: Held,
+    limiter: Option<Arc<RateLimiter>>,
+    cancel: Option<CancelToken>,
 }
 
 /// Records of guest pages: all headers one after the other, and which pages go in between.
@@ -50,6 +54,8 @@ impl StreamWriter {
             offset: 0,
             base: 0,
             held: Held::default(),
+            limiter: None,
+            cancel: None,
         }
     }
 
@@ -94,6 +100,8 @@ impl StreamWriter {
     /// The sink's.
     pub fn write(&mut self, chunks: &[Chunk<'_>]) -> io::Result<()> {
         self.offset += chunks.iter().map(|c| c.len() as u64).sum::<u64>();
+        let bytes = self.held.len() + chunks.iter().map(Chunk::len).sum::<usize>();
+        self.pay(bytes as u64)?;
         self.held.write_with(chunks, &mut self.sink)
     }
 
@@ -143,7 +151,9 @@ impl StreamWriter {
                 page,
             });
         }
-        if self.held.pages.len() >= MAX_HELD_PAGES || self.held.headers.len() >= MAX_HELD_HEADERS {
+        let is_full =
+            self.held.pages.len() >= MAX_HELD_PAGES || self.held.headers.len() >= MAX_HELD_HEADERS;
+        if is_full || self.held.len() as u64 >= self.most_at_once() {
             self.flush()?;
         }
         Ok(())
@@ -172,6 +182,42 @@ impl StreamWriter {
         self.sink.finish_zero_copy().map(drop)
     }
 
+    /// Has every byte paid for before it is written.
+    pub fn set_limiter(&mut self, limiter: &Arc<RateLimiter>) {
+        self.limiter = Some(Arc::clone(limiter));
+    }
+
+    /// Lets `token` end every write that waits.
+    pub fn set_cancel(&mut self, token: &CancelToken) {
+        self.sink.set_cancel(token);
+        self.cancel = Some(token.clone());
+    }
+
+    /// The token that was set last.
+    #[must_use]
+    pub const fn cancel_token(&self) -> Option<&CancelToken> {
+        self.cancel.as_ref()
+    }
+
+    fn pay(&self, bytes: u64) -> io::Result<()> {
+        let Some(limiter) = self.limiter.as_ref().filter(|_| bytes > 0) else {
+            return Ok(());
+        };
+        let is_cancelled = || self.cancel.as_ref().is_some_and(CancelToken::is_cancelled);
+        if limiter.pay(bytes, || !is_cancelled()) {
+            return Ok(());
+        }
+        self.cancel.as_ref().map_or(Ok(()), CancelToken::check)
+    }
+
+    /// Under a limit pages are written often enough that no single write takes up much of a second.
+    fn most_at_once(&self) -> u64 {
+        match self.limiter.as_ref().map_or(0, |limiter| limiter.rate()) {
+            0 => u64::MAX,
+            rate => rate / 50,
+        }
+    }
+
     /// See [`ByteSink::set_write_deadline`].
     pub fn set_deadline(&mut self, deadline: Option<Instant>) {
         self.sink.set_write_deadline(deadline);
@@ -179,6 +225,11 @@ impl StreamWriter {
 }
 
 impl Held {
+    /// Bytes held back.
+    fn len(&self) -> usize {
+        self.headers.len() + self.pages.len() * PAGE_LEN
+    }
+
     /// Writes everything held, and `chunks` behind it.
     fn write_with(&mut self, chunks: &[Chunk<'_>], sink: &mut dyn ByteSink) -> io::Result<()> {
         if self.headers.is_empty() {

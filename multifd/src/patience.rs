@@ -3,7 +3,7 @@
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use migration_stream::io::{deadline_after, deadline_from};
+use migration_stream::io::{CancelToken, deadline_after, deadline_from};
 
 /// The end of one wait.
 #[derive(Debug)]
@@ -12,7 +12,11 @@ pub(crate) struct Patience {
     limit: Duration,
     progress: u64,
     until: Instant,
+    cancel: Option<CancelToken>,
 }
+
+/// How often a wait that can be cancelled looks whether it was.
+const LOOK: Duration = Duration::from_millis(20);
 
 impl Patience {
     /// A wait until `deadline`, or without one until `progress` has not changed for `limit`.
@@ -23,7 +27,14 @@ impl Patience {
             limit,
             progress,
             until,
+            cancel: None,
         }
+    }
+
+    /// The same wait, whose time is also over when `token` was cancelled.
+    pub(crate) fn until_cancelled(self, token: Option<&CancelToken>) -> Self {
+        let cancel = token.cloned();
+        Self { cancel, ..self }
     }
 
     /// Waits on `changed`; false when the time is over. It can wake without a reason.
@@ -45,6 +56,11 @@ impl Patience {
             .filter(|d| !d.is_zero())
         else {
             return (guard, false);
+        };
+        let left = match &self.cancel {
+            Some(token) if token.is_cancelled() => return (guard, false),
+            Some(_) => left.min(LOOK),
+            None => left,
         };
         let (guard, _) = changed
             .wait_timeout(guard, left)

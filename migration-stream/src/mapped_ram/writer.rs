@@ -2,7 +2,7 @@
 
 use std::num::NonZeroU8;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Instant;
 
@@ -10,10 +10,10 @@ use super::error::MappedRamError;
 use super::layout::{HEADER_LEN, MappedArea};
 use crate::codec::put_counted;
 use crate::configuration::MAPPED_RAM;
-use crate::io::PositionedFile;
+use crate::io::{CancelToken, PositionedFile};
 use crate::ram::{BlockId, RamBlockTable, ZeroPageDetection, put_total, zero_check};
 use crate::{
-    GuestRam, MemoryError, PAGE_SIZE, PageTransport, StreamWriter, TransportCounters,
+    GuestRam, MemoryError, PAGE_SIZE, PageTransport, RateLimiter, StreamWriter, TransportCounters,
     TransportError,
 };
 
@@ -51,6 +51,8 @@ impl FileWriter {
                 blocks: Vec::new(),
                 normal: AtomicU64::new(0),
                 zero: AtomicU64::new(0),
+                limiter: OnceLock::new(),
+                cancel: OnceLock::new(),
                 queue: Mutex::default(),
                 for_threads: Condvar::new(),
                 for_owner: Condvar::new(),
@@ -214,6 +216,16 @@ impl PageTransport for FileWriter {
     /// The kernel has no deadlines for files.
     fn set_deadline(&mut self, _deadline: Option<Instant>) {}
 
+    fn set_limiter(&mut self, limiter: &Arc<RateLimiter>) {
+        // Called again it is the limiter that is there already.
+        self.pages.limiter.get_or_init(|| Arc::clone(limiter));
+    }
+
+    /// A write to the file that has begun ends by itself.
+    fn set_cancel(&mut self, token: &CancelToken) {
+        self.pages.cancel.get_or_init(|| token.clone());
+    }
+
     fn counters(&self) -> TransportCounters {
         let normal_pages = self.pages.normal.load(Ordering::Relaxed);
         TransportCounters {
@@ -259,6 +271,8 @@ struct Pages {
     blocks: Vec<Option<Block>>,
     normal: AtomicU64,
     zero: AtomicU64,
+    limiter: OnceLock<Arc<RateLimiter>>,
+    cancel: OnceLock<CancelToken>,
     queue: Mutex<Queue>,
     for_threads: Condvar,
     for_owner: Condvar,
@@ -320,6 +334,10 @@ impl Pages {
         }
     }
 
+    fn is_cancelled(&self) -> bool {
+        self.cancel.get().is_some_and(CancelToken::is_cancelled)
+    }
+
     /// Writes the pages that are not zero.
     fn write(&self, run: Run) -> Result<(), MappedRamError> {
         let place = self.blocks.get(run.block.index()).and_then(Option::as_ref);
@@ -338,6 +356,7 @@ impl Pages {
                     source: Box::new(source),
                 })
         };
+        let mut work = self.limiter.get().map(|limiter| limiter.work());
         // Where the pages begin that are to be written with the next one.
         let mut from = 0;
         for at in (0..=len).step_by(PAGE_LEN) {
@@ -347,6 +366,13 @@ impl Pages {
             }
             if from < at && (is_zero || at == len) {
                 let offset = block.area.pages() + run.offset + from as u64;
+                let bytes = (at - from) as u64;
+                if work
+                    .as_mut()
+                    .is_some_and(|w| !w.pay(bytes, || !self.is_cancelled()))
+                {
+                    return Err(MappedRamError::Cancelled);
+                }
                 self.file
                     .write_guest(offset, &piece(from, at)?)
                     .map_err(|source| MappedRamError::File { offset, source })?;

@@ -1,14 +1,17 @@
 //! What an operator may change while a migration runs, and the rate limit that follows from it.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
+
+use crate::RateLimiter;
 
 /// Bandwidth and downtime limits, shared between the migration and whoever sets them.
 ///
 /// Relaxed atomics suffice: each value stands for itself and is only ever a limit.
 #[derive(Debug)]
 pub struct Limits {
-    max_bandwidth: AtomicU64,
+    limiter: Arc<RateLimiter>,
     downtime_us: AtomicU64,
 }
 
@@ -18,17 +21,22 @@ impl Limits {
     #[must_use]
     pub fn new(max_bandwidth: u64, downtime: Duration) -> Self {
         let limits = Self {
-            max_bandwidth: AtomicU64::new(max_bandwidth),
+            limiter: Arc::new(RateLimiter::new(max_bandwidth)),
             downtime_us: AtomicU64::new(0),
         };
         limits.set_downtime(downtime);
         limits
     }
 
-    /// Sets the bandwidth, bytes a second, 0 for no limit.
+    /// Sets the bandwidth, bytes a second, 0 for no limit. It takes effect at once.
     pub fn set_max_bandwidth(&self, bytes_per_second: u64) {
-        self.max_bandwidth
-            .store(bytes_per_second, Ordering::Relaxed);
+        self.limiter.set_limit(bytes_per_second);
+    }
+
+    /// Returns what the main stream and the channels pay to for each byte while a migration runs.
+    #[must_use]
+    pub const fn limiter(&self) -> &Arc<RateLimiter> {
+        &self.limiter
     }
 
     /// Sets the downtime limit.
@@ -42,7 +50,7 @@ impl Limits {
     /// Bytes a second, 0 for no limit.
     #[must_use]
     pub fn max_bandwidth(&self) -> u64 {
-        self.max_bandwidth.load(Ordering::Relaxed)
+        self.limiter.limit()
     }
 
     /// How long the guest may stand still at the switch-over.
@@ -56,45 +64,6 @@ impl Limits {
 impl Default for Limits {
     fn default() -> Self {
         Self::new(128 << 20, Duration::from_millis(300))
-    }
-}
-
-/// Windows of 100 ms, each with a tenth of the bandwidth.
-#[derive(Debug)]
-pub(super) struct RateWindow {
-    started: Instant,
-    used: u64,
-}
-
-/// Length of a window.
-const WINDOW: Duration = Duration::from_millis(100);
-
-impl RateWindow {
-    pub(super) const fn new(now: Instant) -> Self {
-        Self {
-            started: now,
-            used: 0,
-        }
-    }
-
-    /// Accounts `bytes` sent, and says how long to wait before the next ones.
-    pub(super) fn account(&mut self, now: Instant, bytes: u64, max_bandwidth: u64) -> Duration {
-        if max_bandwidth == 0 {
-            return Duration::ZERO;
-        }
-        if now.duration_since(self.started) >= WINDOW {
-            // What the last window overdrew is taken from this one: a large write does not lift
-            // the limit.
-            let budget = max_bandwidth / 10;
-            self.used = self.used.saturating_sub(budget).min(budget);
-            self.started = now;
-        }
-        self.used = self.used.saturating_add(bytes);
-        if self.used >= max_bandwidth / 10 {
-            (self.started + WINDOW).saturating_duration_since(now)
-        } else {
-            Duration::ZERO
-        }
     }
 }
 
@@ -136,25 +105,6 @@ impl Bandwidth {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_full_window_waits_for_the_next_one_and_an_overdraft_is_paid_back() {
-        let t0 = Instant::now();
-        let mut window = RateWindow::new(t0);
-        assert_eq!(window.account(t0, 50, 1000), Duration::ZERO);
-        assert_eq!(window.account(t0 + WINDOW / 2, 50, 1000), WINDOW / 2);
-        // A window later the budget is new.
-        assert_eq!(window.account(t0 + WINDOW, 150, 1000), WINDOW);
-        // 50 bytes too many were sent: half of the next window is gone.
-        assert_eq!(window.account(t0 + WINDOW * 2, 49, 1000), Duration::ZERO);
-        assert_ne!(window.account(t0 + WINDOW * 2, 1, 1000), Duration::ZERO);
-    }
-
-    #[test]
-    fn no_limit_never_waits() {
-        let t0 = Instant::now();
-        assert_eq!(RateWindow::new(t0).account(t0, u64::MAX, 0), Duration::ZERO);
-    }
 
     #[test]
     fn small_samples_do_not_replace_a_measured_bandwidth() {

@@ -8,14 +8,14 @@ use bytes::BytesMut;
 
 use super::error::{BoxError, SourceError};
 use super::handover::{Offer, Verdict, WHO_CONFIRMS, verdict};
-use super::limits::{Bandwidth, Limits, RateWindow};
+use super::limits::{Bandwidth, Limits};
 use super::ram::{Budget, RamSender, RamSetup};
 use super::return_path::{EARLY_TAKEN, Heard, ReturnPathReader};
 use super::throttle::{Throttle, ThrottleConfig, ThrottleConfigError, Throttling};
 use crate::command::Command;
 use crate::configuration::{Configuration, IGNORE_SHARED};
 use crate::early::EarlySections;
-use crate::io::deadline_after;
+use crate::io::{deadline_after, deadline_from};
 use crate::section::{SectionId, SectionType};
 use crate::{DirtyLog, PAGE_SIZE, PageTransport, StreamWriter, TransportCounters, header, section};
 
@@ -144,7 +144,6 @@ pub struct Source<T, D: DirtyLog> {
     out: StreamWriter,
     return_path: Option<ReturnPathReader>,
     ram: RamSender<T, D>,
-    window: RateWindow,
     bandwidth: Bandwidth,
     begun: Instant,
     pass: u64,
@@ -315,9 +314,14 @@ impl<T: PageTransport, D: DirtyLog> Source<T, D> {
         limits: Arc<Limits>,
         mut out: StreamWriter,
         return_path: Option<ReturnPathReader>,
-        setup: RamSetup<T, D>,
+        mut setup: RamSetup<T, D>,
     ) -> Result<Self, SourceError> {
         let begun = Instant::now();
+        // Every way out pays to one account.
+        let limiter = limits.limiter();
+        limiter.lift(false);
+        out.set_limiter(limiter);
+        setup.transport.set_limiter(limiter);
         let mut bytes = BytesMut::new();
         header::encode(&mut bytes);
         if let Some(configuration) = &config.configuration {
@@ -353,7 +357,6 @@ impl<T: PageTransport, D: DirtyLog> Source<T, D> {
             out,
             return_path,
             ram,
-            window: RateWindow::new(begun),
             bandwidth: Bandwidth::default(),
             begun,
             pass: 1,
@@ -416,6 +419,8 @@ impl<T: PageTransport, D: DirtyLog> Source<T, D> {
             return HandOver::Failed(self.first_cause(error));
         }
         self.throttling = None;
+        // The guest does not stand still for the sake of the limit.
+        self.limits.limiter().lift(true);
         let stopped = Instant::now();
         let stop = vm.stop().map_err(|source| SourceError::Vm {
             what: "stopping the guest",
@@ -574,28 +579,20 @@ impl<T: PageTransport, D: DirtyLog> Source<T, D> {
     }
 
     fn part(&mut self) -> Result<(), SourceError> {
-        let begun = Instant::now();
-        let before = self.ram.bytes(&self.out);
-        let max = self.limits.max_bandwidth();
-        let bytes = if max == 0 { u64::MAX } else { max / 10 };
-        self.ram.part(
-            &mut self.out,
-            Budget {
-                bytes,
-                until: begun + PART_TIME,
-            },
-        )?;
-        let now = Instant::now();
-        let sent = self.ram.bytes(&self.out) - before;
-        self.round.busy += now - begun;
+        let limiter = Arc::clone(self.limits.limiter());
+        let (begun, idle) = (Instant::now(), limiter.idle());
+        let budget = Budget {
+            bytes: u64::MAX,
+            until: deadline_from(begun, PART_TIME),
+        };
+        self.ram.part(&mut self.out, budget)?;
+        // The switch-over is not limited: what the limit takes says nothing about it.
+        let idle = limiter.idle().saturating_sub(idle);
+        self.round.busy += begun.elapsed().saturating_sub(idle);
         self.bandwidth.sample(
             self.ram.bytes(&self.out) - self.round.bytes,
             self.round.busy,
         );
-        let wait = self.window.account(now, sent, max);
-        if !wait.is_zero() {
-            std::thread::sleep(wait);
-        }
         Ok(())
     }
 

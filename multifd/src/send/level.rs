@@ -72,10 +72,12 @@ impl Pace {
         }
     }
 
-    /// A packet is written that was compressed between two moments; the level from now on.
+    /// A packet is written that was compressed between two moments, and then `waited` for the limit on bandwidth;
+    /// the level from now on.
     pub(super) fn written(
         &mut self,
         compressing: Range<Instant>,
+        waited: Duration,
         bytes_in: usize,
         bytes_out: usize,
     ) -> i8 {
@@ -85,8 +87,8 @@ impl Pace {
             bytes_in: bytes_in as u64,
             bytes_out: bytes_out as u64,
             compressing: compressing.end - compressing.start,
-            writing: now - compressing.end,
-            other: before.map_or(Duration::ZERO, |before| compressing.start - before),
+            writing: (now - compressing.end).saturating_sub(waited),
+            other: before.map_or(Duration::ZERO, |before| compressing.start - before + waited),
         })
     }
 

@@ -17,21 +17,23 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
+use migration_stream::io::CancelToken;
 use migration_stream::ram::{
     BlockId, PageAddress, RecordEncoder, ZeroPageDetection, encode_multifd_flush, zero_check,
 };
 use migration_stream::unchanged::{Sent, Unchanged, WhenToCompare};
 use migration_stream::{
-    GuestRam, MemoryError, PAGE_SIZE, PageTransport, PagesBeside, StreamWriter, TransportCounters,
-    TransportError,
+    GuestRam, MemoryError, PAGE_SIZE, PageTransport, PagesBeside, RateLimiter, StreamWriter,
+    TransportCounters, TransportError,
 };
 
 use crate::channel::{IsClosed, SendChannel};
 use crate::config::{Compression, Flush, MultifdConfig};
-use crate::crew::{AbortHandle, Crew, Threads};
+use crate::crew::{AbortHandle, Crew, State, Threads};
 use crate::device_state::{DeviceId, DeviceStateHeader};
 use crate::error::{ChannelError, Failure};
 use crate::packet::PAGES_PER_PACKET;
+use crate::patience::Patience;
 pub use level::LevelWatch;
 use places::Places;
 use queue::{Awaited, Batch, DeviceState, Due, Queue, Work};
@@ -56,6 +58,8 @@ pub struct SendSet {
     /// The same by channel, where each place has its own.
     places: Option<Places>,
     deadline: Option<Instant>,
+    /// Ends every wait of the set's owner, and the set with it.
+    cancel: Option<CancelToken>,
     flush: Flush,
     is_compressed: bool,
     /// Guest memory may still be read when a packet of it is written.
@@ -163,6 +167,7 @@ impl SendSet {
             batch: None,
             places: None,
             deadline: None,
+            cancel: None,
             flush: config.flush,
             is_compressed,
             is_uncopied,
@@ -348,9 +353,10 @@ impl SendSet {
     /// Hands out what one packet is made of, to `channel` or to any.
     fn queue(&mut self, channel: Option<usize>, work: Work) -> Result<(), Failure> {
         let mut state = self.crew.lock();
-        let mut patience = self.crew.patience(self.deadline, &state);
+        let mut patience = self.patience(&state);
         loop {
             state.check()?;
+            state.limited = self.totals.limiter.get().is_some_and(|l| l.rate() > 0);
             if state.has_room(channel, &work) {
                 state.push(channel, work);
                 match channel {
@@ -374,7 +380,7 @@ impl SendSet {
     fn wait_written(&mut self) -> Result<(), Failure> {
         self.queue_batch()?;
         let mut state = self.crew.lock();
-        let mut patience = self.crew.patience(self.deadline, &state);
+        let mut patience = self.patience(&state);
         loop {
             state.check()?;
             if state.is_drained() {
@@ -402,7 +408,7 @@ impl SendSet {
         state.check()?;
         state.begin_point(due);
         self.crew.for_channels.notify_all();
-        let mut patience = self.crew.patience(self.deadline, &state);
+        let mut patience = self.patience(&state);
         while !state.is_settled() {
             let in_time;
             state.wait_for(Awaited::Settled);
@@ -416,9 +422,20 @@ impl SendSet {
         Ok(())
     }
 
-    /// The set is behind its deadline. It cannot go on: what the receiver has is not known.
+    fn patience(&self, state: &State<Queue>) -> Patience {
+        self.crew
+            .patience(self.deadline, state)
+            .until_cancelled(self.cancel.as_ref())
+    }
+
+    /// The set is behind its deadline, or was cancelled. It cannot go on: what the receiver has is not known.
     fn give_up(&self, what: &'static str) -> Failure {
-        self.crew.give_up(None, ChannelError::Stalled { what })
+        let is_cancelled = self.cancel.as_ref().is_some_and(CancelToken::is_cancelled);
+        let error = match is_cancelled {
+            true => ChannelError::Closed,
+            false => ChannelError::Stalled { what },
+        };
+        self.crew.give_up(None, error)
     }
 }
 
@@ -478,6 +495,15 @@ impl PageTransport for SendSet {
     fn set_deadline(&mut self, deadline: Option<Instant>) {
         self.deadline = deadline;
         self.crew.lock().deadline = deadline;
+    }
+
+    fn set_limiter(&mut self, limiter: &Arc<RateLimiter>) {
+        // Called again it is the limiter that is there already.
+        self.totals.limiter.get_or_init(|| Arc::clone(limiter));
+    }
+
+    fn set_cancel(&mut self, token: &CancelToken) {
+        self.cancel = Some(token.clone());
     }
 
     fn counters(&self) -> TransportCounters {

@@ -16,6 +16,8 @@ use crate::packet::PAGES_PER_PACKET;
 /// the queue is woken when half of it is free; woken for each packet, it took the processor from the
 /// channels each time.
 const DEPTH: usize = 16;
+/// Packets of pages queued in all while a limit on bandwidth holds.
+const LIMITED: usize = 2;
 /// Packets of device state queued per channel: one more than it writes. Their payloads are here.
 const STATES: usize = 2;
 
@@ -82,6 +84,8 @@ pub(super) struct Queue {
     pub(super) deadline: Option<Instant>,
     /// What the owner of the set waits for.
     awaited: Option<Awaited>,
+    /// Packets wait for a limit on bandwidth.
+    pub(super) limited: bool,
 }
 
 /// What the owner of the set may wait for.
@@ -121,6 +125,7 @@ impl Queue {
             finishing: false,
             deadline: None,
             awaited: None,
+            limited: false,
         }
     }
 
@@ -140,6 +145,8 @@ impl Queue {
     /// How many packets are queued, of this channel's own or of any, and how many may be.
     fn filling(&self, channel: Option<usize>) -> (usize, usize) {
         match channel {
+            // Under a limit the channels have packets in hand, and more would only wait longer.
+            None if self.limited => (self.work.len(), LIMITED),
             None => (self.work.len(), self.channels * DEPTH),
             Some(channel) => (self.own.get(channel).map_or(DEPTH, VecDeque::len), DEPTH),
         }

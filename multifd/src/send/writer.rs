@@ -3,12 +3,14 @@
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use migration_stream::io::{ByteSink, Chunk};
 use migration_stream::ram::{BlockId, PageAddress, fetch_for_zero_check, zero_check};
 use migration_stream::unchanged::{ChangedPages, Sent, Unchanged};
-use migration_stream::{GuestRam, MemoryError, PAGE_SIZE, TransportCounters};
+use migration_stream::{
+    GuestRam, MemoryError, PAGE_SIZE, RateLimiter, TransportCounters, Work as Busy,
+};
 use vm_memory::VolatileSlice;
 
 use super::level::{LevelWatch, Pace};
@@ -27,6 +29,8 @@ const PAGE_LEN: usize = 4096;
 pub(super) struct Totals {
     /// What was sent of each page last, if pages are left out by it.
     pub(super) unchanged: OnceLock<Unchanged>,
+    /// Where each packet is paid for before it is written.
+    pub(super) limiter: OnceLock<Arc<RateLimiter>>,
     /// Packets, SYNC packets included: the number of the next packet. The receiver does not rely
     /// on any order of it, and neither do we.
     pub(super) packets: AtomicU64,
@@ -97,6 +101,9 @@ pub(super) struct Writer<'a> {
     data: Vec<VolatileSlice<'a>>,
     /// Copies of pages, in the place of those three while pages are compared.
     changed: ChangedPages,
+    /// Where there is a limit: this thread's part in it, while it has a job.
+    busy: Option<Busy<'a>>,
+    crew: Option<&'a Crew<Queue>>,
 }
 
 impl<'a> Writer<'a> {
@@ -123,6 +130,8 @@ impl<'a> Writer<'a> {
             zero: Vec::with_capacity(PAGES_PER_PACKET),
             data: Vec::with_capacity(PAGES_PER_PACKET),
             changed: ChangedPages::new(),
+            busy: None,
+            crew: None,
         }
     }
 
@@ -132,10 +141,13 @@ impl<'a> Writer<'a> {
         Self { pace, ..self }
     }
 
-    pub(super) fn run(mut self, channel: u8, crew: &Crew<Queue>) -> Result<(), ChannelError> {
+    pub(super) fn run(mut self, channel: u8, crew: &'a Crew<Queue>) -> Result<(), ChannelError> {
         let mut points = 0;
+        self.crew = Some(crew);
         loop {
+            self.busy = None;
             let (job, deadline) = crew.next_job(usize::from(channel), points);
+            self.busy = self.totals.limiter.get().map(|limiter| limiter.work());
             self.sink.set_write_deadline(deadline);
             // A target that wants fewer channels has closed this one when it was introduced; the
             // system would take the first packet all the same.
@@ -164,6 +176,10 @@ impl<'a> Writer<'a> {
                 Job::End => return Ok(()),
             }
         }
+    }
+
+    fn pay(&mut self, bytes: usize) -> Result<(), ChannelError> {
+        pay(&mut self.busy, self.crew, bytes).map(drop)
     }
 
     fn write_pages(&mut self, batch: &Batch) -> Result<(), ChannelError> {
@@ -229,6 +245,7 @@ impl<'a> Writer<'a> {
         .fill(&mut self.header)
         .map_err(|source| ChannelError::Packet { index, source })?;
 
+        let waited = pay(&mut self.busy, self.crew, HEADER_LEN + payload_len)?;
         let mut chunks = [Chunk::Bytes(&[]); 1 + PAGES_PER_PACKET];
         chunks[0] = Chunk::Bytes(&self.header);
         let used = match payload {
@@ -256,7 +273,7 @@ impl<'a> Writer<'a> {
             (&mut self.pace, compressed, &mut self.encoder)
         {
             let pages = self.normal.len() * PAGE_LEN;
-            let level = pace.written(begun..compressed, pages, HEADER_LEN + payload_len);
+            let level = pace.written(begun..compressed, waited, pages, HEADER_LEN + payload_len);
             encoder
                 .change_level(level)
                 .map_err(|source| ChannelError::Compression { index, source })?;
@@ -287,6 +304,7 @@ impl<'a> Writer<'a> {
 
     fn write_device_state(&mut self, state: &DeviceState) -> Result<(), ChannelError> {
         let header = state.header.encode();
+        self.pay(header.len() + state.payload.len())?;
         self.sink
             .write_all(&[Chunk::Bytes(&header), Chunk::Bytes(&state.payload)])
             .map_err(|e| write_failed(&self.peer, self.index, Part::Payload, e))?;
@@ -303,6 +321,7 @@ impl<'a> Writer<'a> {
         PacketHeader::sync(self.totals.packets.fetch_add(1, Ordering::Relaxed))
             .fill(&mut self.header)
             .map_err(|source| ChannelError::Packet { index, source })?;
+        self.pay(HEADER_LEN)?;
         self.sink
             .write_all(&[Chunk::Bytes(&self.header)])
             .map_err(|e| write_failed(&self.peer, index, Part::Header, e))?;
@@ -375,6 +394,29 @@ impl<'a> Writer<'a> {
             }
         }
         Ok(())
+    }
+}
+
+/// Waits until so many bytes may leave, and returns how long that took.
+fn pay(
+    busy: &mut Option<Busy<'_>>,
+    crew: Option<&Crew<Queue>>,
+    bytes: usize,
+) -> Result<Duration, ChannelError> {
+    let (Some(busy), Some(crew)) = (busy, crew) else {
+        return Ok(Duration::ZERO);
+    };
+    let begun = Instant::now();
+    let go_on = || {
+        let mut state = crew.lock();
+        // It is the limit that holds the channel up, not its peer.
+        state.progress += 1;
+        !state.is_over()
+    };
+    if busy.pay(bytes as u64, go_on) {
+        Ok(begun.elapsed())
+    } else {
+        Err(ChannelError::Closed)
     }
 }
 
