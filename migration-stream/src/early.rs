@@ -1,7 +1,8 @@
 //! Device sections that stand before RAM.
 //!
-//! QEMU sends a few devices before RAM, because the destination needs their state to receive RAM
-//! (`early_setup` in `include/migration/vmstate.h`, QEMU 11.1: the first part of virtio-mem). A section
+//! QEMU sends a few devices before the pages of RAM, because the destination needs their state to
+//! receive pages (`early_setup` in `include/migration/vmstate.h`, QEMU 11.1: the first part of
+//! virtio-mem). QEMU 11 sends them before RAM's START section, QEMU 10 behind it. A section
 //! carries no length, and the description that says how long it is comes at the stream's end. A tool
 //! that does not know the device therefore takes the section to end where its footer is followed by the
 //! head of another section, and compares the length with the description when that has come.
@@ -12,6 +13,7 @@
 use bytes::BufMut;
 
 use crate::codec::{IdStr, Reader};
+use crate::command::Command;
 use crate::device_blob::DeviceSection;
 use crate::error::{Cause, DecodeError};
 use crate::ram::{RAM_IDSTR, RAM_VERSION, is_setup_total};
@@ -171,7 +173,14 @@ impl EarlySections {
 /// Looks for the end of the body with which `bytes` begins, of section `id`; there is none before
 /// `from`. Returns the body's length, or else before where there is no end: when more bytes have come
 /// the search goes on there, so that all searches together pass over each byte once.
-pub(crate) fn find_end(bytes: &[u8], id: SectionId, from: usize) -> Result<usize, usize> {
+///
+/// `ram` is RAM's section, once it is announced.
+pub(crate) fn find_end(
+    bytes: &[u8],
+    id: SectionId,
+    ram: Option<SectionId>,
+    from: usize,
+) -> Result<usize, usize> {
     let mut footer = Vec::new();
     encode_footer(id, &mut footer);
     let mut at = from.min(bytes.len());
@@ -187,7 +196,7 @@ pub(crate) fn find_end(bytes: &[u8], id: SectionId, from: usize) -> Result<usize
             at += 1;
             continue;
         }
-        match is_head(rest.get(footer.len()..).unwrap_or_default()) {
+        match is_head(rest.get(footer.len()..).unwrap_or_default(), ram) {
             Ok(true) => return Ok(at),
             Ok(false) => at += 1,
             Err(Truncated) => return Err(at),
@@ -200,22 +209,32 @@ pub(crate) fn find_end(bytes: &[u8], id: SectionId, from: usize) -> Result<usize
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Truncated;
 
-/// Whether the head of a section is at the front of `bytes`, such as follows a device section before
-/// RAM: that of another device, or of RAM with its size record.
-fn is_head(bytes: &[u8]) -> Result<bool, Truncated> {
+/// Whether the front of `bytes` is such as follows a device section before the pages of RAM: the head of
+/// another device, that of RAM with its size record, or once RAM is announced that of its pages or the
+/// command before its last ones.
+fn is_head(bytes: &[u8], ram: Option<SectionId>) -> Result<bool, Truncated> {
     let mut r = Reader::new(bytes, 0);
-    let head = head(&mut r);
-    match head {
+    match head(&mut r, ram) {
         Ok(is_head) => Ok(is_head),
         Err(e) if matches!(e.cause, Cause::Truncated { .. }) => Err(Truncated),
         Err(_) => Ok(false),
     }
 }
 
-fn head(r: &mut Reader<'_>) -> Result<bool, DecodeError> {
+fn head(r: &mut Reader<'_>, ram: Option<SectionId>) -> Result<bool, DecodeError> {
     let kind = match SectionType::from_byte(r.u8()?) {
         Some(SectionType::Start) => Announcement::Start,
         Some(SectionType::Full) => Announcement::Full,
+        Some(SectionType::Part | SectionType::End) => {
+            let id = SectionId(r.be32()?);
+            return Ok(Some(id) == ram);
+        }
+        Some(SectionType::Command) => {
+            let mut switchover = Vec::new();
+            Command::SwitchoverStart.encode(&mut switchover);
+            let payload = switchover.get(1..).unwrap_or_default();
+            return Ok(ram.is_some() && r.take(payload.len())? == payload);
+        }
         _ => return Ok(false),
     };
     let header = SectionHeader::decode(kind, r)?;
@@ -313,18 +332,18 @@ mod tests {
         let body = [0, 0x7e, 0, 0, 0, 0x25, 4, 0, 0x7e, 0x7e, 0, 0, 0, 0x26];
         for next in [ram(), header(Announcement::Full, 0x27, "another", 1)] {
             let bytes = [&body[..], &footer(0x25), &next].concat();
-            assert_eq!(find_end(&bytes, ID, 0), Ok(body.len()));
+            assert_eq!(find_end(&bytes, ID, None, 0), Ok(body.len()));
             // The same, byte by byte, each looked at once.
             let mut from = 0;
             for len in 0..bytes.len() {
-                let found = find_end(&bytes[..len], ID, from);
+                let found = find_end(&bytes[..len], ID, None, from);
                 let Err(next) = found else {
                     panic!("found {found:?} in {len} bytes");
                 };
                 assert!(next >= from && next <= body.len().max(len));
                 from = next;
             }
-            assert_eq!(find_end(&bytes, ID, from), Ok(body.len()));
+            assert_eq!(find_end(&bytes, ID, None, from), Ok(body.len()));
         }
     }
 
@@ -340,7 +359,15 @@ mod tests {
             old_ram,
         ] {
             let bytes = [&footer(0x25)[..], &next, &[0; 300]].concat();
-            assert!(find_end(&bytes, ID, 0).is_err(), "{next:x?}");
+            assert!(find_end(&bytes, ID, None, 0).is_err(), "{next:x?}");
+        }
+        // Pages of RAM and the command before the last of them follow where RAM is announced.
+        for next in [b"\x02\0\0\0\x01", b"\x03\0\0\0\x01", b"\x08\0\x0b\0\0"] {
+            let bytes = [&footer(0x25)[..], next, &[0; 300]].concat();
+            let ram = |id| find_end(&bytes, ID, id, 0);
+            assert_eq!(ram(Some(SectionId(1))), Ok(0));
+            assert!(ram(None).is_err());
+            assert_eq!(ram(Some(SectionId(2))).is_ok(), next[0] == 8);
         }
     }
 

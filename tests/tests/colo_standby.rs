@@ -43,6 +43,9 @@ fn main() -> ExitCode {
             tcg("guest_goes_on_in_a_qemu_that_waits", |q| {
                 killed_between(q, "q35", Accel::Tcg, PLAIN)
             }),
+            tcg("guest_with_virtio_mem_goes_on", |q| {
+                killed_between(q, VIRTIO_MEM, Accel::Tcg, PLAIN)
+            }),
             kvm("guest_goes_on_after_multifd", |q| {
                 killed_between(q, "microvm", Accel::Kvm, CHANNELS)
             }),
@@ -97,12 +100,23 @@ fn disk(dir: &Path, dirty_pages: u32) -> Result<PathBuf> {
     Ok(file)
 }
 
+/// A q35 with a device whose state goes before memory, in checkpoints, too.
+const VIRTIO_MEM: &str = "q35 with virtio-mem";
+
 fn machine(kind: &str, accel: Accel, disk: &Path) -> Machine {
-    Machine::new(kind, MEMORY)
+    let has_virtio_mem = kind == VIRTIO_MEM;
+    let machine = Machine::new(if has_virtio_mem { "q35" } else { kind }, MEMORY)
         .accel(accel)
         .boot(disk)
         .running()
-        .args(["-serial", "stdio"])
+        .args(["-serial", "stdio"]);
+    if !has_virtio_mem {
+        return machine;
+    }
+    let size = format!("{MEMORY}M,maxmem=512M,slots=2");
+    let object = "memory-backend-ram,id=m0,size=64M";
+    let device = "virtio-mem-pci,id=vm0,memdev=m0,requested-size=16M";
+    machine.args(["-m", &size, "-object", object, "-device", device])
 }
 
 /// How many pages the guest dirties in a pass: as many as go at a pace.

@@ -74,6 +74,7 @@ fn parsing_a_device_is_linear_in_its_length_however_it_arrives() {
     let ram = memory(BLOCKS);
     let script = Script::begin()
         .ram(BLOCKS)
+        .ram_end()
         .section(2, "thing", &vec![7; LEN])
         .end(&[("thing", LEN)]);
     for piece in [100, 1400, 64 << 10] {
@@ -95,7 +96,7 @@ fn parsing_a_device_is_linear_in_its_length_however_it_arrives() {
 fn a_body_whose_source_says_nothing_behind_it_is_seen_all_the_same() {
     const LEN: usize = 3000;
     let ram = memory(BLOCKS);
-    let whole = Script::begin().ram(BLOCKS).device(2, "thing", 0);
+    let whole = Script::begin().ram(BLOCKS).ram_end().device(2, "thing", 0);
     // Of the second half too little comes for twice as much as before.
     let (first, second) = ([7; 2000], [8; 1000]);
     let (mut a, b) = channels();
@@ -125,6 +126,7 @@ fn the_rest_of_a_stream_that_is_over_is_looked_at_before_it_is_refused() {
     let ram = memory(BLOCKS);
     let script = Script::begin()
         .ram(BLOCKS)
+        .ram_end()
         .section(2, "thing", &[7; 1100])
         .end(&[("thing", 1100)]);
     let mut vm = Fixed::new(1100);
@@ -136,6 +138,7 @@ fn a_device_that_is_too_long_is_named_with_the_limit() {
     let ram = memory(BLOCKS);
     let script = Script::begin()
         .ram(BLOCKS)
+        .ram_end()
         .section(2, "thing", &vec![7; 200_000]);
     let mut vm = Fixed::new(200_000);
     let error = load(Pieces::new(script, 1000), 100_000, &ram, &mut vm).unwrap_err();

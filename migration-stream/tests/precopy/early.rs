@@ -40,6 +40,22 @@ fn script() -> Script {
         .section(0x25, "vm0/early", FIRST)
         .section(0x27, "vm1/early", SECOND)
         .ram(BLOCKS)
+        .ram_end()
+        .section(40, "thing", &[7; 100])
+        .end(&[
+            ("vm0/early", FIRST.len()),
+            ("vm1/early", 44),
+            ("thing", 100),
+        ])
+}
+
+/// The same as QEMU 10 sends it.
+fn script_of_qemu_10() -> Script {
+    Script::begin()
+        .ram(BLOCKS)
+        .section(0x25, "vm0/early", FIRST)
+        .section(0x27, "vm1/early", SECOND)
+        .ram_end()
         .section(40, "thing", &[7; 100])
         .end(&[
             ("vm0/early", FIRST.len()),
@@ -60,8 +76,10 @@ fn learn(source: impl ByteSource + 'static) -> Result<(EarlySections, Tail), Tar
 
 #[test]
 fn sections_before_ram_are_kept_apart_from_those_behind_it_and_encode_as_they_came() {
-    for piece in [1, 7, 4096] {
-        let (early, tail) = learn(Pieces::new(script(), piece)).unwrap();
+    let scripts = [script(), script_of_qemu_10()];
+    let each = |script: &Script| [1, 7, 4096].map(|piece| (script.clone(), piece));
+    for (script, piece) in scripts.iter().flat_map(each) {
+        let (early, tail) = learn(Pieces::new(script, piece)).unwrap();
         let bodies: Vec<_> = early.sections().map(|s| s.body.to_vec()).collect();
         assert_eq!(bodies, [FIRST, SECOND]);
         assert_eq!(tail.sections().len(), 1);
@@ -77,6 +95,7 @@ fn a_section_before_ram_that_is_not_as_long_as_described_is_refused_by_name() {
     let wrong = Script::begin()
         .section(0x25, "vm0/early", FIRST)
         .ram(BLOCKS)
+        .ram_end()
         .section(40, "thing", &[7; 100])
         .end(&[("vm0/early", FIRST.len() + 1), ("thing", 100)]);
     let error = learn(Pieces::new(wrong, 4096)).unwrap_err();
@@ -135,8 +154,14 @@ impl TargetVm for Known {
 
 #[test]
 fn a_vmm_that_knows_its_devices_sees_those_before_ram_first() {
+    for script in [script(), script_of_qemu_10()] {
+        sees_them_first(&script);
+    }
+}
+
+fn sees_them_first(script: &Script) {
     let ram = memory(BLOCKS);
-    let reader = || StreamReader::new(Pieces::new(script(), 10), b"");
+    let reader = || StreamReader::new(Pieces::new(script.clone(), 10), b"");
     let order = ["vm0/early", "vm1/early", "thing"];
 
     let mut vm = Known::default();
@@ -167,6 +192,7 @@ fn a_source_that_advises_postcopy_and_does_not_begin_it_is_a_precopy_source() {
         let script = Script::begin()
             .command(&Command::PostcopyAdvise(advice))
             .ram(BLOCKS)
+            .ram_end()
             .section(40, "thing", &[7; 100])
             .end(&[("thing", 100)]);
         let (early, tail) = learn(Pieces::new(script, 4096)).unwrap();
@@ -198,7 +224,7 @@ fn paused(script: &Script, at: usize) -> Result<(), TargetError> {
 
 #[test]
 fn a_source_may_pause_between_two_items_and_not_within_one() {
-    let until = Script::begin().ram(BLOCKS);
+    let until = Script::begin().ram(BLOCKS).ram_end();
     let whole = until
         .clone()
         .section(40, "thing", &[7; 100])

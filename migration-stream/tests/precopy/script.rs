@@ -13,8 +13,8 @@ use migration_stream::ram::{
     RAM_VERSION, RamBlock, RamBlockTable, encode_end_of_section, encode_setup_list,
 };
 use migration_stream::section::{
-    Announcement, InstanceId, SectionHeader, SectionId, encode_eof, encode_footer,
-    encode_vm_description,
+    Announcement, Continuation, InstanceId, SectionHeader, SectionId, encode_continuation,
+    encode_eof, encode_footer, encode_vm_description,
 };
 use vm_memory::VolatileSlice;
 
@@ -46,6 +46,13 @@ impl Script {
         let blocks = RamBlockTable::new(blocks.collect()).unwrap();
         section_header(Announcement::Start, 1, "ram", 0, RAM_VERSION).encode(&mut self.0);
         encode_setup_list(&blocks, &mut self.0);
+        encode_end_of_section(&mut self.0);
+        self.footer(1)
+    }
+
+    /// The END section of RAM, in which nothing is left to be sent.
+    pub fn ram_end(mut self) -> Self {
+        encode_continuation(Continuation::End, SectionId(1), &mut self.0);
         encode_end_of_section(&mut self.0);
         self.footer(1)
     }

@@ -13,6 +13,7 @@ mod pages;
 mod sections;
 mod vm;
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -35,7 +36,7 @@ use crate::mapped_ram::MappedArea;
 use crate::opaque_tail::{Tail, TailLimits};
 use crate::postcopy::PostcopyOrder;
 use crate::ram::{BlockId, RAM_IDSTR, RamBlockTable};
-use crate::section::{Announcement, SectionHeader, SectionId};
+use crate::section::{Announcement, Continuation, SectionHeader, SectionId};
 use crate::{PageBarrier, PageStore, StreamReader};
 
 /// What a target expects and bounds.
@@ -57,6 +58,10 @@ pub struct Target {
     bitmap_section: Option<SectionId>,
     bitmaps: BitmapSections,
     keeps_bitmaps: bool,
+    /// RAM's END section has begun: what follows stands behind RAM.
+    is_behind_ram: bool,
+    /// Items that were read to find out whether device sections come before the pages of RAM.
+    pending: VecDeque<(Item, u64)>,
     /// Device sections that came before RAM and that nobody has read yet.
     early: EarlySections,
     /// Areas of a file that were announced before there was memory for them.
@@ -79,8 +84,8 @@ impl Target {
     }
 
     /// A target that does not know the source's memory beforehand: reads the stream as far as the
-    /// list of its blocks, and returns that. Device sections before it are kept
-    /// ([`Target::early_sections`]). The store that [`Target::load`] is given has to have
+    /// list of its blocks and no further than the first pages, and returns the list. Device sections
+    /// before the pages are kept ([`Target::early_sections`]). The store that [`Target::load`] is given has to have
     /// these blocks in this order. How much memory they may take up is the caller's to judge: only
     /// their number is bounded.
     ///
@@ -115,6 +120,8 @@ impl Target {
             bitmap_section: None,
             bitmaps: BitmapSections::new(),
             keeps_bitmaps: false,
+            is_behind_ram: false,
+            pending: VecDeque::new(),
             early: EarlySections::new(),
             mapped: Vec::new(),
             link: Link {
@@ -171,8 +178,15 @@ impl Target {
     /// Synchronises multifd channels as [`DecoderConfig::flush_each_section`] says. For those who
     /// learn the machine type from the stream.
     #[must_use]
-    pub const fn flushing_each_section(mut self) -> Self {
+    pub fn flushing_each_section(mut self) -> Self {
         self.decoder.flush_each_section();
+        // The end of RAM's first section may have been read already.
+        let end = Item::Ram(RamItem::EndOfSection);
+        if let Some(at) = self.pending.iter().position(|(item, _)| *item == end) {
+            let offset = self.pending.get(at).map_or(0, |(_, offset)| *offset);
+            let flush = Item::Ram(RamItem::MultifdFlush);
+            self.pending.insert(at, (flush, offset));
+        }
         self
     }
 
@@ -269,7 +283,10 @@ impl Target {
 
     /// The next item, and where it began.
     fn item(&mut self) -> Result<(Item, u64), TargetError> {
-        self.link.item(|r| self.decoder.next(r))
+        match self.pending.pop_front() {
+            Some(pending) => Ok(pending),
+            None => self.link.item(|r| self.decoder.next(r)),
+        }
     }
 
     /// Everything up to the block list.
@@ -286,13 +303,38 @@ impl Target {
                     self.link.seek(area.end())?;
                     self.mapped.push((block, area));
                 }
-                Item::Ram(RamItem::BlockList(blocks)) => return Ok(blocks),
+                Item::Ram(RamItem::BlockList(blocks)) => {
+                    self.early_behind_blocks()?;
+                    return Ok(blocks);
+                }
                 Item::Section(header) => self.early(header, offset)?,
                 Item::Eof | Item::VmDescription { .. } => {
                     let what = "the blocks of ram";
                     return Err(TargetError::Missing { what, offset });
                 }
                 Item::Header | Item::Footer(_) | Item::Continuation { .. } | Item::Ram(_) => {}
+            }
+        }
+    }
+
+    /// Reads on to the first item that belongs to the pages of RAM.
+    fn early_behind_blocks(&mut self) -> Result<(), TargetError> {
+        loop {
+            let (item, offset) = self.link.item(|r| self.decoder.next(r))?;
+            match item {
+                Item::Section(header)
+                    if header.kind == Announcement::Full
+                        && header.idstr.as_str() != DIRTY_BITMAP_IDSTR =>
+                {
+                    self.early(header, offset)?;
+                }
+                Item::Footer(_) | Item::Ram(RamItem::MultifdFlush | RamItem::EndOfSection) => {
+                    self.pending.push_back((item, offset));
+                }
+                other => {
+                    self.pending.push_back((other, offset));
+                    return Ok(());
+                }
             }
         }
     }
@@ -305,7 +347,8 @@ impl Target {
             return Err(TargetError::BeforeRam { idstr, offset });
         }
         let limit = self.config.max_devices;
-        self.link.early(header, &mut self.early, limit)
+        self.link
+            .early(header, &mut self.early, self.ram_section, limit)
     }
 
     /// Shows the VMM what came before RAM while nobody knew the devices.
@@ -366,7 +409,7 @@ impl Target {
                             self.link.bitmaps(devices, &mut self.bitmaps, None)?;
                         }
                         Devices::Known(vm) => self.link.device(*vm, &header, limit)?,
-                        Devices::Opaque(_) if self.ram_section.is_none() => {
+                        Devices::Opaque(_) if !self.is_behind_ram => {
                             self.early(header, offset)?;
                         }
                         Devices::Opaque(limits) => {
@@ -382,6 +425,7 @@ impl Target {
                     } else if self.ram_section != Some(id) {
                         return Err(TargetError::IterableDevice { id, offset });
                     }
+                    self.is_behind_ram |= kind == Continuation::End && self.ram_section == Some(id);
                 }
                 Item::Ram(item) => self.link.ram(item, pages, &mut self.received)?,
                 // The description follows.

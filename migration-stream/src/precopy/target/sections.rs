@@ -12,7 +12,7 @@ use crate::dirty_bitmap::{BitmapSections, DIRTY_BITMAP_IDSTR, DIRTY_BITMAP_VERSI
 use crate::early::{EarlySections, find_end};
 use crate::opaque_tail::{Fed, OpaqueTail, Tail, TailLimits};
 use crate::precopy::{BoxError, TargetError};
-use crate::section::{Continuation, InstanceId, SectionError, SectionHeader};
+use crate::section::{Continuation, InstanceId, SectionError, SectionHeader, SectionId};
 
 /// How long a device section's next bytes are waited for before the VMM is shown what there is,
 /// the first time.
@@ -132,13 +132,14 @@ impl Link {
         &mut self,
         header: SectionHeader,
         early: &mut EarlySections,
+        ram: Option<SectionId>,
         limit: usize,
     ) -> Result<(), TargetError> {
         let offset = self.reader.offset();
         let limit = limit.saturating_sub(early.body_bytes());
         let mut searched = 0;
         let len = loop {
-            match find_end(self.reader.buffered(), header.id, searched) {
+            match find_end(self.reader.buffered(), header.id, ram, searched) {
                 Ok(len) if len <= limit => break Some(len),
                 Ok(_) => break None,
                 Err(from) => searched = from,
