@@ -554,13 +554,14 @@ impl RunArgs {
     /// Says what an operator of this side should know before it matters.
     fn warn(&self) {
         if self.on_peer_loss == PeerLossArg::TakeOver && !self.heartbeat.is_on() {
-            let warning = "--on-peer-loss take-over without --heartbeat: a peer that was only frozen or \
-                           cut off, and wakes after this side has taken over, is a second guest";
-            tracing::debug!(warning);
-            complain(format!("colo-vmm: warning: {warning}"));
+            complain(format!("colo-vmm: warning: {TAKES_OVER_BLINDLY}"));
         }
     }
 }
+
+/// What an operator should know of a side that takes over without a heartbeat.
+pub(crate) const TAKES_OVER_BLINDLY: &str = "--on-peer-loss take-over without --heartbeat: a peer that was only frozen or cut off, and wakes \
+     after this side has taken over, is a second guest";
 
 /// How long QMP clients have to take their last replies.
 const QMP_FAREWELL: Duration = Duration::from_secs(1);

@@ -10,7 +10,7 @@ use migration_stream::precopy::{
     BoxError, Control, FIRST_DEVICE_SECTION, Progress, SourceEvent, SourceStatus, SourceVm,
 };
 use migration_stream::ram::{BlockId, RamBlock, RamBlockTable};
-use migration_stream::section::{Announcement, InstanceId, SectionHeader};
+use migration_stream::section::{Announcement, InstanceId, SectionHeader, SectionId};
 use migration_stream::{DirtyLog, GuestRamMmap, MemoryError, PAGE_SIZE};
 use vm_memory::{Bytes, MmapRegion, VolatileMemory};
 
@@ -95,6 +95,8 @@ pub struct Guest {
     pub uuid: Option<[u8; 16]>,
     /// Sections that go before the device's.
     pub sections: Vec<u8>,
+    /// How many sections were sent before RAM.
+    pub early: u32,
     /// When this has ended the guest is switched over, whatever is left.
     pub until: Option<std::thread::JoinHandle<()>>,
 }
@@ -113,6 +115,7 @@ impl Guest {
             events: Vec::new(),
             uuid: None,
             sections: Vec::new(),
+            early: 0,
             until: None,
         }
     }
@@ -143,7 +146,7 @@ impl SourceVm for Guest {
         out.extend_from_slice(&self.sections);
         let header = SectionHeader {
             kind: Announcement::Full,
-            id: FIRST_DEVICE_SECTION,
+            id: SectionId(FIRST_DEVICE_SECTION.0 + self.early),
             idstr: IdStr::new("thing").unwrap(),
             instance: InstanceId(3),
             version: 1,

@@ -26,6 +26,8 @@ use qmp_types::MultiFdCompression;
 use self::procedure::Connection;
 use self::remote::Remote;
 use self::start::{Started, start};
+use crate::cli::TAKES_OVER_BLINDLY;
+use crate::outlet::complain;
 use crate::outlet::say;
 use crate::qmp::QmpAddress;
 
@@ -178,6 +180,10 @@ pub fn pair(args: &PairArgs) -> Result<(), Box<dyn Error>> {
             (Remote::connect("secondary", secondary)?, None),
         ),
         (_, _, Some(dir)) => {
+            if takes_over_blindly(&args.run) {
+                // Each side says so in its log.
+                complain(format!("warning: {TAKES_OVER_BLINDLY}"));
+            }
             let secondary = start("secondary", dir, true, &for_secondary(&args.run)?)?;
             let primary = start("primary", dir, false, &args.run)?;
             (primary, secondary)
@@ -193,6 +199,16 @@ pub fn pair(args: &PairArgs) -> Result<(), Box<dyn Error>> {
         first.as_millis()
     ));
     Ok(())
+}
+
+/// Whether sides with these options take over without knowing whether the other one lives.
+fn takes_over_blindly(run: &[String]) -> bool {
+    let takes_over = run.iter().enumerate().any(|(i, word)| {
+        word == "--on-peer-loss=take-over"
+            || word == "--on-peer-loss" && run.get(i + 1).is_some_and(|value| value == "take-over")
+    });
+    let watches = |word: &String| word == "--heartbeat" || word.starts_with("--heartbeat=");
+    takes_over && !run.iter().any(watches)
 }
 
 /// The options of the secondary, whose primary on the same machine has `run`: two cannot serve figures
@@ -365,6 +381,24 @@ mod tests {
         for run in ["--metrics tcp:a:65535", "--metrics nowhere"] {
             let error = options(run).unwrap_err();
             assert!(error.starts_with("--metrics: "), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_pair_that_takes_over_needs_a_heartbeat_to_know_when() {
+        let blindly = |line: &str| {
+            let run: Vec<String> = line.split(' ').map(str::to_owned).collect();
+            takes_over_blindly(&run)
+        };
+        assert!(blindly("--sim --on-peer-loss take-over"));
+        assert!(blindly("--on-peer-loss=take-over --heartbeat-interval 5"));
+        for line in [
+            "--sim",
+            "--on-peer-loss wait",
+            "--on-peer-loss take-over --heartbeat unix:x",
+            "--heartbeat=unix:x --on-peer-loss=take-over",
+        ] {
+            assert!(!blindly(line), "{line}");
         }
     }
 
