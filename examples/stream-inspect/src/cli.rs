@@ -69,7 +69,7 @@ pub struct Cli {
     /// it has sent everything it stands still there, and `cont` has it run on.
     #[arg(long, conflicts_with = "file")]
     without_return_path: bool,
-    /// How long the source may be silent, seconds.
+    /// How long the source may be silent, and how long all its connections may take to come, seconds.
     #[arg(long, value_name = "SECONDS", default_value = "30", value_parser = number::number)]
     timeout: u64,
 }

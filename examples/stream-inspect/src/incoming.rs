@@ -124,6 +124,12 @@ impl SourceOrigin {
 }
 
 impl Origin for SourceOrigin {
+    fn failure(&self) -> Option<ScanError> {
+        let channels = self.channels.as_ref()?;
+        let error = channels.set.barrier().failure()?;
+        Some(IncomingError::Channels(error).into())
+    }
+
     fn command(&mut self, command: &Command) -> Result<(), ScanError> {
         match command {
             Command::OpenReturnPath => self.is_open = true,

@@ -1,13 +1,18 @@
 //! A source that does not open all its connections.
 #![allow(clippy::tests_outside_test_module)] // this whole file is tests
 
+mod streams;
+
 use std::io::Write;
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
+use multifd::packet::{Hello, PacketError};
 use multifd::{Address, ChannelCount, MultifdConfig};
-use stream_inspect::incoming::{ListenConfig, Listening};
+use multifd::{ChannelError, ChannelId};
+use stream_inspect::incoming::{IncomingError, ListenConfig, Listening};
+use stream_inspect::scan::{ScanError, scan};
 
 /// Far longer than anything here takes, and shorter than what multifd waits for by itself.
 const LONG: Duration = Duration::from_secs(10);
@@ -52,5 +57,48 @@ fn channels_are_waited_for_as_long_as_the_timeout_says() {
         error_of(Duration::from_millis(200), false),
         "connections are missing: multifd channel 0 \
          (the source opened 0 multifd channels, this side wants 1)"
+    );
+}
+
+#[test]
+fn a_stream_that_ends_because_a_channel_failed_is_told_by_what_the_channel_met() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("socket");
+    let listening = Listening::open(ListenConfig {
+        at: Address::Unix(path.clone()),
+        multifd: Some(MultifdConfig {
+            channels: ChannelCount::new(1).unwrap(),
+            ..MultifdConfig::default()
+        }),
+        without_return_path: true,
+        timeout: LONG,
+    })
+    .unwrap();
+    let mut main = UnixStream::connect(&path).unwrap();
+    // Until RAM is announced; the rest never comes.
+    main.write_all(&streams::whole()[..200]).unwrap();
+    let mut channel = UnixStream::connect(&path).unwrap();
+    let hello = Hello {
+        uuid: [0; 16],
+        channel: ChannelId::new(0),
+    };
+    channel.write_all(&hello.encode()).unwrap();
+    channel.write_all(b"neither magic nor version").unwrap();
+    let (mut origin, reader) = listening.accept().unwrap();
+    let error = scan(reader, &mut origin, None, &mut |_| ()).unwrap_err();
+    let ScanError::Incoming(IncomingError::Channels(error)) = error else {
+        panic!("{error:?}");
+    };
+    assert_eq!(error.channel, Some(0));
+    let cause = error.source.downcast_ref().unwrap();
+    assert!(
+        matches!(
+            cause,
+            ChannelError::Packet {
+                index: 0,
+                source: PacketError::Magic { .. }
+            }
+        ),
+        "{cause:?}"
     );
 }

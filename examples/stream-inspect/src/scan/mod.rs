@@ -51,7 +51,7 @@ pub fn scan(
     let meter = Meter::new(reader.offset());
     let scan = Scan {
         reader,
-        origin,
+        origin: &mut *origin,
         extract,
         progress,
         told: 0,
@@ -63,7 +63,9 @@ pub fn scan(
         bitmap_section: None,
         bitmap_decoder: DirtyBitmapDecoder::new(),
     };
-    scan.run(StreamDecoder::new(config, None))
+    let found = scan.run(StreamDecoder::new(config, None));
+    // A stream that ended because a channel failed is told by what the channel met.
+    found.map_err(|error| origin.failure().unwrap_or(error))
 }
 
 /// How far RAM is.

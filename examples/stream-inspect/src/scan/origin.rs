@@ -14,6 +14,11 @@ use crate::pages::PageSet;
 
 /// Where a stream comes from, beside its bytes.
 pub trait Origin {
+    /// What went wrong beside the stream before the stream itself failed, if something did.
+    fn failure(&self) -> Option<ScanError> {
+        None
+    }
+
     /// A command has come.
     ///
     /// # Errors
