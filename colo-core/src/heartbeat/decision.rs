@@ -344,6 +344,8 @@ impl Decider {
     /// When a guest has to stand still that runs by a right, or by being heard.
     fn guard(&self, view: &View) -> Option<Instant> {
         match self.state {
+            // An operator who has let this side go on has seen to the other: see `has_run_out`.
+            _ if view.colo == Colo::TookOver => None,
             State::Paired | State::Asking(_) if self.holds() && !self.suspended => {
                 self.until.max(view.hears_until)
             }

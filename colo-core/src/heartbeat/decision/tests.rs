@@ -252,6 +252,22 @@ mod beginning {
 }
 
 #[test]
+fn a_primary_that_an_operator_let_go_on_is_not_woken_while_the_arbiter_is_asked() {
+    let now = Instant::now();
+    let (mut primary, view) = paired(Role::Primary, now);
+    primary.held(Some(now + ms(100)), now);
+    let view = View {
+        colo: Colo::TookOver,
+        hears_until: Some(now + ms(100)),
+        ..view
+    };
+    // The arbiter does not answer, and what the guest ran by is over.
+    let later = now + ms(1000);
+    while primary.next(&view, later).is_some() {}
+    assert!(primary.deadline(&view).is_none_or(|at| at > later));
+}
+
+#[test]
 fn a_right_for_good_before_colo_leaves_nothing_to_be_woken_for() {
     let now = Instant::now();
     let mut primary = Decider::new(Role::Primary, OnHeartbeatLoss::Ask, Some(ms(400)));
