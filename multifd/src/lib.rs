@@ -65,7 +65,7 @@ mod recv;
 mod runs;
 mod send;
 
-pub use address::{Address, AddressError, Listener};
+pub use address::{Address, AddressError, AddressSyntax, KeepAlive, Listener, Route, TcpOptions};
 pub use channel::{RecvChannel, SendChannel};
 #[cfg(feature = "zlib")]
 pub use config::ZlibLevel;

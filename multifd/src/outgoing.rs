@@ -1,15 +1,14 @@
 //! Connecting an outgoing migration: the main channel first, then multifd's.
 
 use std::io;
-use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
+use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
-use std::path::Path;
 use std::time::{Duration, Instant};
 
 use migration_stream::io::{ByteSink, Chunk, FdChannel, deadline_after};
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, sockopt};
+use rustix::net::sockopt;
 
-use crate::address::Address;
+use crate::address::{Address, Route};
 use crate::config::{ChannelId, MultifdConfig};
 use crate::incoming::Role;
 use crate::packet::Hello;
@@ -45,7 +44,10 @@ pub fn connect(
     limit: Duration,
 ) -> Result<Outgoing, ConnectError> {
     let deadline = deadline_after(timeout);
-    let to = Resolved::new(address)?;
+    let to = Route::new(address).map_err(|source| ConnectError::Resolve {
+        address: address.clone(),
+        source,
+    })?;
     let main = open(&to, address, Role::Main, deadline, limit)?;
     let mut channels = Vec::new();
     if let Some(config) = multifd {
@@ -70,49 +72,20 @@ pub fn connect(
     Ok(Outgoing { main, channels })
 }
 
-enum Resolved<'a> {
-    Tcp(Vec<SocketAddr>),
-    Unix(&'a Path),
-}
-
-impl<'a> Resolved<'a> {
-    fn new(address: &'a Address) -> Result<Self, ConnectError> {
-        match address {
-            Address::Unix(path) => Ok(Self::Unix(path)),
-            Address::Tcp { host, port } => (named(host), *port)
-                .to_socket_addrs()
-                .and_then(|found| {
-                    let found: Vec<_> = found.collect();
-                    if found.is_empty() {
-                        return Err(io::Error::new(io::ErrorKind::NotFound, "no address"));
-                    }
-                    Ok(Self::Tcp(found))
-                })
-                .map_err(|source| ConnectError::Resolve {
-                    address: address.clone(),
-                    source,
-                }),
-        }
-    }
-}
-
-/// Nobody's name is this machine's.
-fn named(host: &str) -> &str {
-    if host.is_empty() { "localhost" } else { host }
-}
-
 fn open(
-    to: &Resolved<'_>,
+    to: &Route,
     address: &Address,
     role: Role,
     deadline: Instant,
     limit: Duration,
 ) -> Result<FdChannel, ConnectError> {
-    let connected = match to {
-        Resolved::Tcp(addresses) => connect_tcp(addresses, deadline),
-        Resolved::Unix(path) => connect_unix(path, deadline),
-    };
-    connected
+    to.connect(deadline)
+        .and_then(|fd| {
+            if matches!(address, Address::Tcp { .. }) && is_local(&fd)? {
+                sockopt::set_socket_send_buffer_size(&fd, HELD_LOCALLY)?;
+            }
+            Ok(fd)
+        })
         .and_then(|fd| FdChannel::new(fd, limit))
         .map_err(|source| {
             let address = address.clone();
@@ -136,44 +109,11 @@ fn open(
         })
 }
 
-fn remaining(deadline: Instant) -> io::Result<Duration> {
-    deadline
-        .checked_duration_since(Instant::now())
-        .filter(|left| !left.is_zero())
-        .ok_or_else(|| io::ErrorKind::TimedOut.into())
-}
-
-fn connect_tcp(addresses: &[SocketAddr], deadline: Instant) -> io::Result<OwnedFd> {
-    let mut last = io::Error::from(io::ErrorKind::NotFound);
-    for address in addresses {
-        match TcpStream::connect_timeout(address, remaining(deadline)?) {
-            Ok(stream) => {
-                stream.set_nodelay(true)?;
-                if stream.local_addr()?.ip() == stream.peer_addr()?.ip() {
-                    sockopt::set_socket_send_buffer_size(&stream, HELD_LOCALLY)?;
-                }
-                return Ok(stream.into());
-            }
-            Err(e) => last = e,
-        }
-    }
-    Err(last)
-}
-
-/// Connecting to a unix socket blocks while the listener's backlog is full, as long as a send may
-/// block: that is where the deadline goes.
-fn connect_unix(path: &Path, deadline: Instant) -> io::Result<OwnedFd> {
-    let address = SocketAddrUnix::new(path)?;
-    let socket = rustix::net::socket_with(
-        AddressFamily::UNIX,
-        SocketType::STREAM,
-        SocketFlags::CLOEXEC,
-        None,
-    )?;
-    sockopt::set_socket_timeout(&socket, sockopt::Timeout::Send, Some(remaining(deadline)?))?;
-    rustix::io::retry_on_intr(|| rustix::net::connect(&socket, &address))?;
-    sockopt::set_socket_timeout(&socket, sockopt::Timeout::Send, None)?;
-    Ok(socket)
+/// Whether both ends of a connection are this host's.
+fn is_local(fd: &OwnedFd) -> io::Result<bool> {
+    let ours: SocketAddr = rustix::net::getsockname(fd)?.try_into()?;
+    let theirs: Option<SocketAddr> = rustix::net::getpeername(fd)?.and_then(|a| a.try_into().ok());
+    Ok(theirs.is_some_and(|theirs| theirs.ip() == ours.ip()))
 }
 
 /// Why an outgoing migration could not be connected.

@@ -42,7 +42,7 @@ fn zstd() -> Compression {
 
 fn connections(address: &Address, config: &MultifdConfig) -> (Outgoing, Incoming) {
     let listener = Listener::bind(address).unwrap();
-    let address = listener.local_address().unwrap();
+    let address = listener.address().clone();
     let mut acceptor = Acceptor::new(listener, Some(config), Limits::default()).unwrap();
     thread::scope(|scope| {
         let incoming = scope.spawn(move || acceptor.accept(None).unwrap());

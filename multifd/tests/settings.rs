@@ -47,7 +47,7 @@ fn send_until_it_fails(set: &mut SendSet, main: &mut StreamWriter) -> TransportE
 fn a_source_with_more_channels_and_its_target_both_say_how_many_they_have() {
     let (source, target) = (config(3), config(2));
     let listener = Listener::bind(&"tcp:127.0.0.1:0".parse().unwrap()).unwrap();
-    let address = listener.local_address().unwrap();
+    let address = listener.address().clone();
     let mut acceptor = Acceptor::new(listener, Some(&target), Limits::default()).unwrap();
     let accept = thread::spawn(move || acceptor.accept(None).unwrap_err());
     let mut out = connect(&address, Some(&source), LIMIT, LIMIT).unwrap();

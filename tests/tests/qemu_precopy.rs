@@ -208,7 +208,7 @@ fn receive(source: &mut Qemu, options: &Options<'_>) -> Result<Received> {
         .collect::<std::result::Result<Vec<_>, _>>()?;
     let memory = store::memory(RamBlockTable::new(blocks)?)?;
     let listener = Listener::bind(&"tcp:127.0.0.1:0".parse()?)?;
-    let uri = listener.local_address()?.to_string();
+    let uri = listener.address().to_string();
     let mut acceptor = Acceptor::new(listener, None, incoming::Limits::default())?;
     source.migrate(&uri)?;
     let incoming = acceptor.accept(None)?;

@@ -208,7 +208,7 @@ impl Destination {
             ..DecoderConfig::new(ConfigurationRule::Any)
         };
         let listener = Listener::bind(&"tcp:127.0.0.1:0".parse()?)?;
-        let uri = listener.local_address()?.to_string();
+        let uri = listener.address().to_string();
         let acceptor = Acceptor::new(listener, multifd.as_ref(), Limits::default())?;
         let thread = thread::spawn(move || receive(acceptor, decoder, multifd.as_ref(), memory));
         Ok(Self { uri, thread })

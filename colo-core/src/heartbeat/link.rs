@@ -1,16 +1,14 @@
 //! The heartbeat's connection: made, lost and made again, never waited for.
 
-use std::io::{self, ErrorKind, Read, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
-use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::fs::FileTypeExt;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::io::{self, ErrorKind};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::mpsc::{Receiver, TryRecvError, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use migration_stream::io::{deadline_from, without_write_signals};
-use multifd::Address;
+use migration_stream::io::{deadline_after, deadline_from};
+use multifd::{Address, Listener, Route};
+use rustix::net::{RecvFlags, SendFlags};
 
 use super::beat::BEAT_LEN;
 
@@ -37,114 +35,32 @@ const BEATS: usize = 16;
 /// How long nobody is accepted after the host had no descriptor, or no memory, for a connection.
 const EXHAUSTED_PAUSE: Duration = Duration::from_millis(100);
 
-enum Stream {
-    Tcp(TcpStream),
-    Unix(UnixStream),
-}
+/// A connection, none of whose calls waits.
+struct Stream(OwnedFd);
 
 impl Stream {
-    fn prepare(self) -> io::Result<Self> {
-        match &self {
-            Self::Tcp(s) => {
-                s.set_nodelay(true)?;
-                s.set_nonblocking(true)?;
-            }
-            Self::Unix(s) => s.set_nonblocking(true)?,
-        }
-        Ok(self)
+    fn new(fd: OwnedFd) -> io::Result<Self> {
+        rustix::io::ioctl_fionbio(&fd, true)?;
+        Ok(Self(fd))
     }
 
     fn fd(&self) -> BorrowedFd<'_> {
-        match self {
-            Self::Tcp(s) => s.as_fd(),
-            Self::Unix(s) => s.as_fd(),
-        }
+        self.0.as_fd()
     }
 
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        match self {
-            Self::Tcp(s) => s.read(buffer),
-            Self::Unix(s) => s.read(buffer),
-        }
+        let (read, _) = rustix::net::recv(&self.0, buffer, RecvFlags::empty())?;
+        Ok(read)
     }
 
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        match self {
-            Self::Tcp(s) => s.write(bytes),
-            // The standard library's own writes to unix sockets raised SIGPIPE for long.
-            Self::Unix(s) => without_write_signals(|| s.write(bytes)),
-        }
-    }
-}
-
-enum Listener {
-    Tcp(TcpListener),
-    Unix(UnixListener),
-}
-
-impl Listener {
-    fn bind(address: &Address) -> io::Result<Self> {
-        match address {
-            Address::Tcp { .. } => {
-                let listener = TcpListener::bind(&*resolve(address)?)?;
-                listener.set_nonblocking(true)?;
-                Ok(Self::Tcp(listener))
-            }
-            Address::Unix(path) => {
-                // What a process that was killed has left there.
-                let stale = path
-                    .symlink_metadata()
-                    .is_ok_and(|m| m.file_type().is_socket())
-                    && UnixStream::connect(path).is_err();
-                if stale {
-                    std::fs::remove_file(path)?;
-                }
-                let listener = UnixListener::bind(path)?;
-                listener.set_nonblocking(true)?;
-                Ok(Self::Unix(listener))
-            }
-        }
-    }
-
-    fn accept(&self) -> io::Result<Stream> {
-        match self {
-            Self::Tcp(l) => Stream::Tcp(l.accept()?.0).prepare(),
-            Self::Unix(l) => Stream::Unix(l.accept()?.0).prepare(),
-        }
-    }
-
-    fn fd(&self) -> BorrowedFd<'_> {
-        match self {
-            Self::Tcp(l) => l.as_fd(),
-            Self::Unix(l) => l.as_fd(),
-        }
-    }
-}
-
-fn resolve(address: &Address) -> io::Result<Vec<SocketAddr>> {
-    match address {
-        Address::Tcp { host, port } => {
-            let host = if host.is_empty() { "0.0.0.0" } else { host };
-            Ok((host, *port).to_socket_addrs()?.collect())
-        }
-        Address::Unix(_) => Ok(Vec::new()),
+        Ok(rustix::net::send(&self.0, bytes, SendFlags::NOSIGNAL)?)
     }
 }
 
 fn connect(address: &Address, limit: Duration) -> io::Result<Stream> {
-    match address {
-        Address::Tcp { .. } => {
-            let mut last = ErrorKind::NotFound.into();
-            for address in resolve(address)? {
-                match TcpStream::connect_timeout(&address, limit) {
-                    Ok(stream) => return Stream::Tcp(stream).prepare(),
-                    Err(e) => last = e,
-                }
-            }
-            Err(last)
-        }
-        Address::Unix(path) => Stream::Unix(UnixStream::connect(path)?).prepare(),
-    }
+    let route = Route::new(address)?;
+    Stream::new(route.connect(deadline_after(limit))?)
 }
 
 struct Connection {
@@ -260,7 +176,7 @@ impl Link {
     pub(super) fn fds(&self, now: Instant) -> impl Iterator<Item = BorrowedFd<'_>> {
         let accepts = self.accepts_from(now).is_none();
         let listener = self.listener.iter().filter(move |_| accepts);
-        let listener = listener.map(Listener::fd);
+        let listener = listener.map(AsFd::as_fd);
         listener.chain(self.connections.iter().map(|c| c.stream.fd()))
     }
 
@@ -355,7 +271,7 @@ impl Link {
             let Some(listener) = &self.listener else {
                 return;
             };
-            match listener.accept() {
+            match listener.accept().and_then(Stream::new) {
                 Ok(stream) => {
                     let candidates = self.connections.iter().filter(|c| !c.proven).count();
                     if candidates >= CANDIDATES {

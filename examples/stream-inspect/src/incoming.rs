@@ -55,7 +55,7 @@ impl Listening {
     /// Nobody can listen there.
     pub fn open(config: ListenConfig) -> Result<Self, IncomingError> {
         let listener = Listener::bind(&config.at)?;
-        let address = listener.local_address().map_err(IncomingError::Socket)?;
+        let address = listener.address().clone();
         let limits = Limits {
             complete: config.timeout,
             channel: config.timeout,
@@ -81,10 +81,8 @@ impl Listening {
     /// Its connections do not come.
     pub fn accept(mut self) -> Result<(SourceOrigin, StreamReader), IncomingError> {
         let connected = self.acceptor.accept(None)?;
-        if let Address::Unix(path) = &self.address {
-            // Nobody listens there any more; somebody may have removed it already.
-            let _ = std::fs::remove_file(path);
-        }
+        // Nobody else is let in: the address is free again.
+        drop(self.acceptor);
         let reader = StreamReader::new(connected.main.share(), &connected.prefix);
         let origin = SourceOrigin {
             out: connected.main,

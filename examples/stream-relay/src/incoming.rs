@@ -1,6 +1,6 @@
 //! A guest from a QEMU, or from a file that one wrote.
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -68,7 +68,6 @@ enum Origin {
     Socket {
         acceptor: Box<Acceptor>,
         address: Address,
-        _path: Option<SocketPath>,
     },
     Pipe {
         channel: FdChannel,
@@ -114,11 +113,7 @@ impl Incoming {
         let origin = match &config.from {
             Endpoint::Socket(address) => {
                 let listener = Listener::bind(address)?;
-                let address = listener.local_address().map_err(IncomingError::Listener)?;
-                let path = match &address {
-                    Address::Unix(path) => Some(SocketPath(path.clone())),
-                    Address::Tcp { .. } => None,
-                };
+                let address = listener.address().clone();
                 let limits = Limits {
                     complete: config.timeout,
                     channel: config.timeout,
@@ -129,7 +124,6 @@ impl Incoming {
                 Origin::Socket {
                     acceptor: Box::new(acceptor),
                     address,
-                    _path: path,
                 }
             }
             Endpoint::File { .. } if config.channels.is_some() => {
@@ -186,10 +180,8 @@ impl Incoming {
     /// [`IncomingError`]. The guest runs on at its source then.
     pub fn announced(self, progress: &Arc<Progress>) -> Result<Announced, IncomingError> {
         let Self { config, origin } = self;
-        let (mut acceptor, path) = match origin {
-            Origin::Socket {
-                acceptor, _path, ..
-            } => (acceptor, _path),
+        let mut acceptor = match origin {
+            Origin::Socket { acceptor, .. } => acceptor,
             Origin::Pipe { channel, offset } => {
                 let channel = Counted::new(channel, Arc::clone(progress));
                 let mut reader = StreamReader::new(channel, b"");
@@ -215,7 +207,7 @@ impl Incoming {
         };
         let connected = acceptor.accept(None)?;
         // Nobody else is let in.
-        drop((acceptor, path));
+        drop(acceptor);
         let main = connected.main;
         let reader = StreamReader::new(
             Counted::new(main.share(), Arc::clone(progress)),
@@ -460,16 +452,6 @@ impl Received {
     }
 }
 
-/// A unix socket's name, which goes when nobody listens any more.
-struct SocketPath(PathBuf);
-
-impl Drop for SocketPath {
-    fn drop(&mut self) {
-        // Somebody may have removed it already.
-        let _ = fs::remove_file(&self.0);
-    }
-}
-
 /// Why a guest could not be taken. It runs on at its source.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -477,9 +459,6 @@ pub enum IncomingError {
     /// Nobody can listen there.
     #[error(transparent)]
     Address(#[from] AddressError),
-    /// The listening socket's address cannot be had.
-    #[error("the listening socket's address")]
-    Listener(#[source] io::Error),
     /// The source's connections did not come.
     #[error("connections of the source")]
     Accept(#[from] multifd::incoming::IncomingError),

@@ -1,7 +1,7 @@
 //! Waits for the connections of an incoming migration, without letting any of them be waited for.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Instant;
 
 use migration_stream::io::{ByteSource, FdChannel};
@@ -71,12 +71,9 @@ impl Acceptor {
         limits: Limits,
     ) -> Result<Self, IncomingError> {
         let listener = listener.into();
-        match &listener {
-            Listener::Tcp(l) => l.set_nonblocking(true),
-            Listener::Unix(l) => l.set_nonblocking(true),
-        }
-        .and_then(|()| Ok(rustix::net::listen(&listener, BACKLOG)?))
-        .map_err(IncomingError::Listen)?;
+        listener
+            .set_backlog(BACKLOG)
+            .map_err(IncomingError::Listen)?;
         Ok(Self {
             listener,
             collection: Collection::new(multifd, limits),
@@ -231,8 +228,8 @@ impl Acceptor {
             if self.collection.accepts_from(now).is_some() {
                 return Ok(());
             }
-            match self.accept_one() {
-                Ok(fd) => match prepare(fd, &self.limits) {
+            match self.listener.accept() {
+                Ok(fd) => match FdChannel::new(fd, self.limits.channel) {
                     Ok(channel) => self.collection.accepted(channel, now),
                     Err(e) => self.collection.unusable(e),
                 },
@@ -254,20 +251,6 @@ impl Acceptor {
         }
         Ok(())
     }
-
-    fn accept_one(&self) -> io::Result<OwnedFd> {
-        match &self.listener {
-            Listener::Tcp(listener) => Ok(listener.accept()?.0.into()),
-            Listener::Unix(listener) => Ok(listener.accept()?.0.into()),
-        }
-    }
-}
-
-fn prepare(fd: OwnedFd, limits: &Limits) -> io::Result<FdChannel> {
-    if rustix::net::sockopt::socket_domain(&fd)? != rustix::net::AddressFamily::UNIX {
-        rustix::net::sockopt::set_tcp_nodelay(&fd, true)?;
-    }
-    FdChannel::new(fd, limits.channel)
 }
 
 /// Positions of what is ready, ascending.

@@ -130,7 +130,7 @@ impl Receiver {
     /// Listens.
     pub fn listen(uri: &str, ram: Ram, config: Option<MultifdConfig>) -> Result<Self> {
         let listener = Listener::bind(&uri.parse()?)?;
-        let uri = listener.local_address()?.to_string();
+        let uri = listener.address().to_string();
         let acceptor = Acceptor::new(listener, config.as_ref(), incoming::Limits::default())?;
         let thread = thread::spawn(move || receive(acceptor, ram, config.as_ref()));
         Ok(Self { uri, thread })

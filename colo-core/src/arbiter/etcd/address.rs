@@ -2,7 +2,7 @@
 
 use std::str::FromStr;
 
-use multifd::Address;
+use multifd::{Address, TcpOptions};
 
 /// The endpoints of an etcd, and a key in it: `HOST:PORT[,HOST:PORT...][/KEY]`. `http://` may stand
 /// before an endpoint, and is meant where nothing does; `https://` stands before every one or none.
@@ -112,11 +112,16 @@ fn parse_endpoint(endpoint: &str) -> Result<Address, AddressError> {
 /// Nothing that means something else in a URL.
 fn is_host(address: &Address) -> bool {
     match address {
-        Address::Tcp { host, port } => {
+        Address::Tcp {
+            host,
+            port,
+            options,
+        } => {
             let plain = |c: char| c.is_ascii_alphanumeric() || "-._:".contains(c);
-            *port != 0 && !host.is_empty() && host.chars().all(plain)
+            let takes_options = *options != TcpOptions::default();
+            *port != 0 && !host.is_empty() && host.chars().all(plain) && !takes_options
         }
-        Address::Unix(_) => false,
+        _ => false,
     }
 }
 

@@ -1,5 +1,7 @@
 //! The listening end against floods, turn by turn, with a clock that the test owns.
 
+use std::io::Write;
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 

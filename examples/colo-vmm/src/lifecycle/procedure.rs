@@ -12,6 +12,7 @@ use qmp_types::{
 
 use super::progress::Precopy;
 use super::remote::{Remote, RemoteError};
+use crate::migration::socket_address;
 use crate::outlet::complain;
 
 /// How two sides are connected.
@@ -169,22 +170,20 @@ fn prepare(side: &mut Remote, connection: &Connection) -> Result<(), RemoteError
 /// Where the secondary is to be found: as it was asked for, with the port that it got.
 fn reachable(asked: &Address, info: MigrationInfo) -> MigrationAddress {
     let listening = info.socket_address.unwrap_or_default().into_iter().next();
-    match (asked, listening) {
-        (Address::Tcp { host, .. }, Some(SocketAddress::Inet(inet))) => {
-            let inet = InetSocketAddress::new(host.clone(), inet.port);
-            MigrationAddress::Socket(SocketAddress::Inet(inet))
+    MigrationAddress::Socket(match (socket_address(asked), listening) {
+        (SocketAddress::Inet(asked), Some(SocketAddress::Inet(found))) => {
+            SocketAddress::Inet(InetSocketAddress {
+                port: found.port,
+                to: None,
+                ..asked
+            })
         }
-        _ => migration_address(asked),
-    }
+        (asked, _) => asked,
+    })
 }
 
 fn migration_address(address: &Address) -> MigrationAddress {
-    MigrationAddress::Socket(match address {
-        Address::Tcp { host, port } => {
-            SocketAddress::Inet(InetSocketAddress::new(host.clone(), port.to_string()))
-        }
-        Address::Unix(path) => SocketAddress::unix(path.to_string_lossy()),
-    })
+    MigrationAddress::Socket(socket_address(address))
 }
 
 fn wait_for_checkpoint(
@@ -308,11 +307,10 @@ fn heartbeat(side: &mut Remote) -> Result<Option<ColoHeartbeat>, RemoteError> {
 /// of `host`.
 fn from_outside(address: Address, host: &Address) -> Address {
     match (address, host) {
-        (Address::Tcp { host, port }, Address::Tcp { host: known, .. })
+        (Address::Tcp { host, port, .. }, Address::Tcp { host: known, .. })
             if ["", "0.0.0.0", "::"].contains(&host.as_str()) =>
         {
-            let host = known.clone();
-            Address::Tcp { host, port }
+            Address::tcp(known.clone(), port)
         }
         (address, _) => address,
     }

@@ -7,6 +7,7 @@ use std::os::unix::net::UnixStream;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use multifd::Route;
 use qmp_types::{Client, ClientError, Command, Event, QmpError, ServerMessage};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
@@ -84,9 +85,10 @@ impl Remote {
     }
 
     fn try_connect(name: &'static str, address: &QmpAddress) -> io::Result<Self> {
+        let connected = Route::new(&address.socket())?.connect(Instant::now() + PATIENCE)?;
         let stream: Box<dyn Stream> = match address {
-            QmpAddress::Unix(path) => Box::new(UnixStream::connect(path)?),
-            QmpAddress::Tcp { host, port } => Box::new(TcpStream::connect((host.as_str(), *port))?),
+            QmpAddress::Unix(_) => Box::new(UnixStream::from(connected)),
+            QmpAddress::Tcp { .. } => Box::new(TcpStream::from(connected)),
         };
         let mut remote = Self {
             name,

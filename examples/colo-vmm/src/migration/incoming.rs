@@ -12,10 +12,11 @@ use migration_stream::section::SectionHeader;
 use migration_stream::{GuestRamMmap, PageStore, StreamReader};
 use multifd::incoming::{Acceptor, Incoming, IncomingError, Limits};
 use multifd::{Address, Listener, MultifdConfig, RecvChannel, RecvSet};
-use qmp_types::{MigrationStatus, RunState};
+use qmp_types::{MigrationStatus, RunState, SocketAddress};
 use ram_cache::{FlushPool, Populate};
 use vmstate::{StagedSection, VmState};
 
+use super::address::qmp_addresses;
 use super::{Cancel, MAX_DEVICE_SECTION, Migration, colo, failed};
 use crate::devices::CpuModelState;
 use crate::memory::populated;
@@ -23,7 +24,7 @@ use crate::memory::populated;
 /// What `migrate-incoming` has made before it returns.
 pub(super) struct Prepared {
     acceptor: Acceptor,
-    address: Option<Address>,
+    listening: Vec<SocketAddress>,
     multifd: Option<MultifdConfig>,
     store: Store,
     /// Guest RAM is taken from the system meanwhile.
@@ -39,9 +40,9 @@ enum Store {
 }
 
 impl Prepared {
-    /// Where it listens, with the port that the kernel chose.
-    pub(super) fn listening(&self) -> Option<Address> {
-        self.address.clone()
+    /// All addresses it listens on, with the port that the kernel chose.
+    pub(super) fn listening(&self) -> &[SocketAddress] {
+        &self.listening
     }
 }
 
@@ -64,7 +65,7 @@ pub(super) fn prepare(
         Store::Guest(Arc::clone(memory.ram()))
     };
     let listener = Listener::bind(address)?;
-    let address = listener.local_address().ok();
+    let listening = qmp_addresses(&listener);
     let limits = Limits {
         complete: migration.options.io_limit,
         channel: migration.options.io_limit,
@@ -78,7 +79,7 @@ pub(super) fn prepare(
         .transpose()?;
     Ok(Prepared {
         acceptor,
-        address,
+        listening,
         multifd,
         store,
         populate,

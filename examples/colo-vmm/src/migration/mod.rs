@@ -35,7 +35,8 @@ use qmp_types::{
 };
 use ram_cache::DiscardControl;
 
-pub(crate) use self::address::{qmp_address, socket};
+use self::address::listening_address;
+pub(crate) use self::address::{peer, qmp_addresses, socket_address};
 pub use self::boundary::{Boundaries, Boundary, Halt};
 use self::cancel::Cancel;
 pub(crate) use self::colo::checkpoint_event;
@@ -181,7 +182,7 @@ impl Migration {
         if heartbeat.report().phase != Phase::Alone {
             return Err(QmpError::generic("This VM has not gone on alone"));
         }
-        let renewed = heartbeat.new_pair(socket(address)?);
+        let renewed = heartbeat.new_pair(peer(address)?);
         renewed.map_err(|error| QmpError::generic(error.to_string()))
     }
 
@@ -281,7 +282,7 @@ impl Migration {
             ));
         }
         let (plan, multifd) = self.plan()?;
-        let address = socket(address)?;
+        let address = peer(address)?;
         if let Some(heartbeat) = self.heartbeat().filter(|_| plan.migrate_colo()) {
             let report = heartbeat.report();
             // Where its next secondary is to be heard it cannot know.
@@ -291,7 +292,7 @@ impl Migration {
                 ));
             }
         }
-        let cancel = self.begin(&mut job, None)?;
+        let cancel = self.begin(&mut job, Vec::new())?;
         let this = Arc::clone(self);
         job.thread = Some(spawn("migration", move || {
             outgoing::run(&this, &plan, multifd.as_ref(), &address, &cancel);
@@ -317,11 +318,10 @@ impl Migration {
             IncomingMode::Deferred => {}
         }
         let (plan, multifd) = self.plan()?;
-        let address = socket(address)?;
+        let address = listening_address(address)?;
         let prepared = incoming::prepare(self, &plan, multifd, &address)
-            .map_err(|e| QmpError::generic(format!("migrate-incoming: {e}")))?;
-        let listening = prepared.listening().map(|a| qmp_address(&a));
-        let cancel = self.begin(&mut job, listening)?;
+            .map_err(|e| QmpError::generic(format!("migrate-incoming: {}", chain(&*e))))?;
+        let cancel = self.begin(&mut job, prepared.listening().to_vec())?;
         *mode = IncomingMode::Started;
         let this = Arc::clone(self);
         job.thread = Some(spawn("incoming", move || {
@@ -402,11 +402,7 @@ impl Migration {
         }
     }
 
-    fn begin(
-        &self,
-        job: &mut Job,
-        listening: Option<SocketAddress>,
-    ) -> Result<Arc<Cancel>, QmpError> {
+    fn begin(&self, job: &mut Job, listening: Vec<SocketAddress>) -> Result<Arc<Cancel>, QmpError> {
         if let Some(thread) = job.thread.take() {
             // The status says that it is at its end.
             let _ = thread.join();

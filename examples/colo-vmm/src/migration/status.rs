@@ -31,7 +31,7 @@ struct Inner {
     total: Option<Duration>,
     downtime: Option<Duration>,
     progress: Option<Progress>,
-    listening: Option<SocketAddress>,
+    listening: Vec<SocketAddress>,
 }
 
 impl Status {
@@ -46,7 +46,7 @@ impl Status {
     }
 
     /// A migration begins; what was known of an earlier one is forgotten.
-    pub fn begin(&self, events: bool, listening: Option<SocketAddress>) {
+    pub fn begin(&self, events: bool, listening: Vec<SocketAddress>) {
         *self.lock() = Inner {
             events,
             begun: Some(Instant::now()),
@@ -149,7 +149,7 @@ impl Status {
                 .filter(|percentage| *percentage > 0),
             setup_time: inner.progress.and(inner.setup).map(ms),
             error_desc: inner.error.clone(),
-            socket_address: inner.listening.clone().map(|address| vec![address]),
+            socket_address: Some(inner.listening.clone()).filter(|all| !all.is_empty()),
             ..MigrationInfo::default()
         }
     }

@@ -4,10 +4,12 @@ use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
+use multifd::Address;
+
 /// Where the server listens.
 ///
 /// Spelled as for QEMU's `-qmp`: `unix:PATH` or `tcp:HOST:PORT`, then options. An empty host is any
-/// address of this machine, and `HOST` in brackets is an IPv6 address. A comma in a path is written
+/// address of this machine, of both IP families, and `HOST` in brackets is an IPv6 address. A comma in a path is written
 /// twice.
 ///
 /// The server only listens, and the VM never waits for a client: `server=on` and `wait=off` are
@@ -24,6 +26,16 @@ pub enum QmpAddress {
         /// Port; 0: one that is free.
         port: u16,
     },
+}
+
+impl QmpAddress {
+    /// The socket that it means.
+    pub(crate) fn socket(&self) -> Address {
+        match self {
+            Self::Unix(path) => Address::Unix(path.clone()),
+            Self::Tcp { host, port } => Address::tcp(host.clone(), *port),
+        }
+    }
 }
 
 /// An address that cannot be listened on.

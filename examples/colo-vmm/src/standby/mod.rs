@@ -53,7 +53,9 @@ use colo_core::{
 };
 use multifd::incoming::{Acceptor, IncomingError, Limits};
 use multifd::{Address, AddressError, Listener, MultifdConfig};
-use qmp_types::{ColoExitReason, ColoMode, Event, MigrationStatus, QmpError, RunState};
+use qmp_types::{
+    ColoExitReason, ColoMode, Event, MigrationStatus, QmpError, RunState, SocketAddress,
+};
 use ram_cache::FlushPool;
 use stream_relay::endpoint::Endpoint;
 use stream_relay::guest::Guest;
@@ -62,11 +64,10 @@ pub use self::args::{StandbyArgs, run};
 use self::held::{HeldVm, Untouched};
 pub use self::incoming::TakeError;
 use self::incoming::{Arrived, take};
-use self::restore::SocketPath;
 pub use self::restore::{Destination, RestoreConfig, RestoreError};
 use crate::error_chain::chain;
 use crate::figures::{Decider, Failover, Figures, Observation};
-use crate::migration::{Connections, Status, checkpoint_event, qmp_address};
+use crate::migration::{Connections, Status, checkpoint_event, qmp_addresses};
 use crate::monitor::colo_status;
 use crate::operator::EventBus;
 
@@ -100,8 +101,10 @@ pub struct StandbyConfig {
 pub struct Standby {
     config: StandbyConfig,
     /// Where it listens; taken by the thread that runs it.
-    door: Mutex<Option<Door>>,
+    door: Mutex<Option<Acceptor>>,
     address: Address,
+    /// All addresses that it listens at, in numbers.
+    listening: Vec<SocketAddress>,
     events: Arc<EventBus>,
     status: Status,
     figures: Figures,
@@ -113,11 +116,6 @@ pub struct Standby {
     changed: Condvar,
     /// Readable when the guest is not wanted any more.
     quit: PipeReader,
-}
-
-struct Door {
-    acceptor: Acceptor,
-    _path: SocketPath,
 }
 
 struct Inner {
@@ -167,8 +165,8 @@ impl Standby {
     /// The address cannot be had, or the host has no descriptors.
     pub fn open(config: StandbyConfig) -> Result<Arc<Self>, OpenError> {
         let listener = Listener::bind(&config.incoming)?;
-        let address = listener.local_address()?;
-        let path = SocketPath::of(&address);
+        let address = listener.address().clone();
+        let listening = qmp_addresses(&listener);
         let limits = Limits {
             complete: config.io_limit,
             channel: config.io_limit,
@@ -181,11 +179,9 @@ impl Standby {
         let (quit, open) = io::pipe()?;
         let events = Arc::new(EventBus::new());
         Ok(Arc::new(Self {
-            door: Mutex::new(Some(Door {
-                acceptor,
-                _path: path,
-            })),
+            door: Mutex::new(Some(acceptor)),
             address,
+            listening,
             status: Status::new(Arc::clone(&events), Arc::default()),
             events,
             figures: Figures::default(),
@@ -236,7 +232,7 @@ impl Standby {
     pub fn run(self: &Arc<Self>) -> Ending {
         let mut door = lock(&self.door).take();
         loop {
-            self.status.begin(true, Some(qmp_address(&self.address)));
+            self.status.begin(true, self.listening.clone());
             let held = self
                 .arrive(&mut door)
                 .and_then(|arrived| self.hold(arrived, &mut door));
@@ -298,12 +294,12 @@ impl Standby {
     }
 
     /// A guest that was taken, and not confirmed.
-    fn arrive(&self, door: &mut Option<Door>) -> Result<Arrived, TakeError> {
+    fn arrive(&self, door: &mut Option<Acceptor>) -> Result<Arrived, TakeError> {
         let Some(door) = door else {
             return Err(TakeError::Accept(IncomingError::Cancelled));
         };
         let connected = loop {
-            match door.acceptor.accept(Some(self.quit.as_fd())) {
+            match door.accept(Some(self.quit.as_fd())) {
                 Err(error) if error.is_of_the_source() => {
                     self.status.note_error(chain(&error));
                 }
@@ -327,7 +323,7 @@ impl Standby {
     fn hold(
         self: &Arc<Self>,
         arrived: Arrived,
-        door: &mut Option<Door>,
+        door: &mut Option<Acceptor>,
     ) -> Result<(Guest, Result<Outcome, OutOfStep>), TakeError> {
         let Arrived {
             guest,

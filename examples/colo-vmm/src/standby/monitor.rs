@@ -10,7 +10,7 @@ use qmp_types::{
 use stream_relay::endpoint::Endpoint;
 
 use super::Standby;
-use crate::migration::socket;
+use crate::migration::peer;
 use crate::monitor::{colo_status, version};
 use crate::operator::Operator;
 
@@ -77,6 +77,6 @@ fn endpoint(address: &MigrationAddress) -> Result<Endpoint, QmpError> {
             path: filename.into(),
             offset: *offset,
         }),
-        other => Ok(Endpoint::Socket(socket(other)?)),
+        other => Ok(Endpoint::Socket(peer(other)?)),
     }
 }

@@ -3,7 +3,6 @@
 use std::fmt;
 use std::io;
 use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -195,27 +194,5 @@ impl RestoreError {
     /// Returns whether the fresh QEMU may run the guest all the same.
     pub(super) const fn is_uncertain(&self) -> bool {
         matches!(self, Self::Outgoing(OutgoingError::Unconfirmed(_)))
-    }
-}
-
-/// The name of a unix socket that somebody listens at; it goes with this.
-#[derive(Debug)]
-pub(super) struct SocketPath(Option<PathBuf>);
-
-impl SocketPath {
-    pub(super) fn of(address: &Address) -> Self {
-        Self(match address {
-            Address::Unix(path) => Some(path.clone()),
-            Address::Tcp { .. } => None,
-        })
-    }
-}
-
-impl Drop for SocketPath {
-    fn drop(&mut self) {
-        if let Some(path) = &self.0 {
-            // Somebody may have removed it already.
-            let _ = std::fs::remove_file(path);
-        }
     }
 }
