@@ -8,6 +8,7 @@ use std::ops::Range;
 
 use crate::field::Field;
 use crate::nested::Nested;
+use crate::pointee::Pointee;
 use crate::types::Bits;
 use crate::{LoadError, Location, VmState, Writer};
 
@@ -174,12 +175,12 @@ impl<'a> Reader<'a> {
         self.within(Step::Field(name), |input| input.description(version))
     }
 
-    /// Reads an array of pointers to descriptions. With `present`, only those that it says are
+    /// Reads an array of pointers to descriptions or numbers. With `present`, only those that it says are
     /// NULL have a marker; without, every one has.
     ///
     /// # Errors
     /// `count` is negative or more than `max`, a marker is none; [`VmState::load`]'s.
-    pub fn pointers<T: VmState>(
+    pub fn pointers<T: Pointee>(
         &mut self,
         name: &'static str,
         count: i128,
@@ -203,7 +204,7 @@ impl<'a> Reader<'a> {
                         }
                     }
                 };
-                is_there.then(|| T::load(input, T::VERSION)).transpose()
+                is_there.then(|| T::load_pointee(input)).transpose()
             })
         })
     }

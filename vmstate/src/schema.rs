@@ -6,6 +6,7 @@ use std::any::type_name;
 use crate::field::{Field, FieldType};
 use crate::json::JsonWriter;
 use crate::nested::Nested;
+use crate::pointee::Pointee;
 use crate::spec::FieldSpec;
 use crate::{Reader, VmState};
 
@@ -140,9 +141,9 @@ impl SchemaBuilder {
         self.structures::<T>(spec.into(), since, None, true);
     }
 
-    /// An array of pointers to descriptions.
-    pub fn pointers<T: VmState>(&mut self, spec: impl Into<FieldSpec>, since: u32) {
-        self.structures::<T>(spec.into(), since, None, false);
+    /// An array of pointers to descriptions or numbers.
+    pub fn pointers<T: Pointee>(&mut self, spec: impl Into<FieldSpec>, since: u32) {
+        T::describe_pointees(spec.into(), since, self);
     }
 
     /// A subsection.

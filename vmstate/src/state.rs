@@ -39,7 +39,7 @@ use crate::{Description, LoadError, Reader, SaveError, SchemaBuilder, Writer};
 /// | `len = "count"`, `max = 16` | of a `Vec<T>`: its length is in the earlier field `count`, and is at most `max`. Saving it with another length is an error. `T` is a [`Field`](crate::Field), or with `nested` a [`VmState`] |
 /// | `len = expr`, `max = 16` | the same with a length that is worked out; wide enough that it cannot overflow. A number needs no `max` |
 /// | `bits = count`, `max = 1024` | of [`Bits`](crate::Bits): as `len`, in bits |
-/// | `pointers` | of `[Option<T>; N]`, or of a `Vec<Option<T>>` with `len` and `max`: before each a byte that says whether it is `None`. `T` is a [`VmState`] |
+/// | `pointers` | of `[Option<T>; N]`, or of a `Vec<Option<T>>` with `len` and `max`: before each a byte that says whether it is `None`. `T` is a [`VmState`] or a number |
 /// | `pointers = closure` | the older form, in which only `None` has that byte: `Fn(usize) -> bool` says of an index whether the element is there |
 /// | `queue`, `max = 16` | of a `Vec<T>`: before each a byte 1, behind the last a byte 0. `T` is a [`VmState`] |
 /// | `tree`, `max = 16` | of a `BTreeMap<K, V>`: a count and nodes. `K` is `u64` or a [`VmState`], `V` a [`VmState`] |
@@ -47,7 +47,9 @@ use crate::{Description, LoadError, Reader, SaveError, SchemaBuilder, Writer};
 /// | `skip` | not on the wire |
 ///
 /// Expressions, as such or in a string, see the fields before theirs by name, as references, and
-/// `version: u32`, the one of the stream.
+/// `version: u32`, the one of the stream. Subsections, which come after all fields, are not among
+/// them. A `skip` field is what the state has when it is saved, and its `default` while a stream is
+/// loaded: an `exists` that depends on one wants a default that both sides agree on.
 ///
 /// ```
 /// use vmstate::{VmState, from_bytes, to_bytes};

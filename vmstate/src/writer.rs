@@ -5,6 +5,7 @@ use std::ops::Range;
 
 use crate::field::{Field, FieldType};
 use crate::nested::Nested;
+use crate::pointee::{Entries, Pointee};
 use crate::reader::TreeKey;
 use crate::schema::Schema;
 use crate::spec::FieldSpec;
@@ -124,9 +125,9 @@ impl Writer {
         self.note_inline(spec.into(), "tmp", description, start);
     }
 
-    /// Writes an array of pointers to descriptions: with `markers` each behind a byte that says
+    /// Writes an array of pointers to descriptions or numbers: with `markers` each behind a byte that says
     /// whether it is NULL, without only NULL ones have that byte.
-    pub fn pointers<T: VmState>(
+    pub fn pointers<T: Pointee>(
         &mut self,
         spec: impl Into<FieldSpec>,
         items: &[Option<T>],
@@ -138,21 +139,21 @@ impl Writer {
         if !self.check_count(spec.name(), items.len(), count, max) {
             return;
         }
-        let mut entries = Vec::new();
+        let mut entries = Entries::default();
         for item in items {
             if item.is_none() || markers {
                 self.bytes.push(match item {
                     None => crate::NULL_POINTER,
                     Some(_) => crate::VALID_POINTER,
                 });
-                entries.push(FieldDescription::of_marker(spec));
+                entries.0.push(FieldDescription::of_marker(spec));
             }
             if let Some(item) = item {
-                entries.extend(self.structure(spec, item));
+                item.save_pointee(spec, self, &mut entries);
             }
         }
-        let is_compressed = !markers && self.compresses::<T>(spec);
-        self.note_entries(entries, is_compressed);
+        let is_compressed = !markers && T::is_compressed(spec, self);
+        self.note_entries(entries.0, is_compressed);
     }
 
     /// Writes a list whose elements have a byte 1 before them, and a byte 0 behind the last. Its
@@ -284,7 +285,11 @@ impl Writer {
         self.note_entries(entries, is_compressed);
     }
 
-    fn structure<T: VmState>(&mut self, spec: FieldSpec, item: &T) -> Option<FieldDescription> {
+    pub(crate) fn structure<T: VmState>(
+        &mut self,
+        spec: FieldSpec,
+        item: &T,
+    ) -> Option<FieldDescription> {
         let start = self.bytes.len();
         let description = self.description(item)?;
         let size = self.bytes.len() - start;
@@ -293,7 +298,7 @@ impl Writer {
 
     /// Whether elements that are alike are described once: that is up to the declaration, so that
     /// the description does not depend on what is in the state.
-    fn compresses<T: VmState>(&self, spec: FieldSpec) -> bool {
+    pub(crate) fn compresses<T: VmState>(&self, spec: FieldSpec) -> bool {
         self.open.is_some() && !spec.is_tested() && Schema::of::<T>().compresses()
     }
 

@@ -459,7 +459,7 @@ fn with_earlier(
 ) -> TokenStream {
     let visible = earlier
         .iter()
-        .filter(|member| matches!(member.kind, Kind::Wire(_)))
+        .filter(|member| matches!(member.kind, Kind::Wire(_) | Kind::Skip))
         .map(|member| member.ident);
     let values = visible.clone().map(value);
     let version_name = Ident::new("version", Span::call_site());
