@@ -180,6 +180,60 @@ fn a_request_too_large_is_refused_once_and_the_next_one_is_heard() {
 }
 
 #[test]
+fn a_mistake_is_answered_at_the_byte_that_makes_it_one() {
+    // What QEMU 11.1.3 answers before it has seen any end. (Its limits are larger.)
+    let deep = "[".repeat(129);
+    let many = format!("[{}", "1,".repeat(1 << 15));
+    let long = format!("{{\"execute\":\"{}", "x".repeat(1 << 20));
+    for (input, why) in [
+        (deep.as_str(), "JSON nesting depth limit exceeded"),
+        (&many, "JSON token count limit exceeded"),
+        (&long, "JSON token size limit exceeded"),
+        ("{\"a\" 1", "expecting ':'"),
+        ("{]", "expecting key"),
+        ("[nope,", "invalid keyword 'nope'"),
+        ("[\"\\q\"", "invalid escape sequence in string"),
+        ("{\"a\":1,\"a\":2", "duplicate key"),
+        ("{\"a\": @", "stray '@'"),
+    ] {
+        let mut session = with_oob();
+        let (last, first) = input.as_bytes().split_last().unwrap();
+        session.feed(first);
+        // A word or number is known to have ended by the byte behind it.
+        session.feed(&[*last, b' ']);
+        let refused = output(&mut session);
+        assert!(refused.contains(why), "{why}: {refused}");
+        // However long it goes on, that was the answer; but these two end with their mistake.
+        let ends = input == "{]" || input.ends_with('@');
+        for _ in 0..1000 {
+            session.feed(b"[[[{{{ 1, ");
+        }
+        let more = output(&mut session).lines().count();
+        assert_eq!(more, usize::from(ends), "{why}");
+    }
+}
+
+#[test]
+fn the_next_command_is_heard_behind_a_mistake() {
+    for mistake in [
+        // As QEMU 11.1.3 does.
+        format!("{}{}", "[".repeat(129), "]".repeat(129)),
+        "{\"a\" 1, [ ]}".to_owned(),
+        "{]".to_owned(),
+        "{\"a\" 1, @\n".to_owned(),
+        format!("{}@\n", "[".repeat(200)),
+    ] {
+        let mut session = with_oob();
+        session.feed(mistake.as_bytes());
+        session.feed(b"{\"execute\":\"stop\"}");
+        let refused = output(&mut session);
+        assert_eq!(refused.lines().count(), 1, "{mistake}: {refused}");
+        let request = session.poll_request().map(|request| request.command);
+        assert_eq!(request, Some(Command::Stop), "{mistake}");
+    }
+}
+
+#[test]
 fn garbage_is_not_answered_faster_than_the_client_reads() {
     let mut session = with_oob();
     session.feed(&b"}".repeat(1 << 16));

@@ -54,7 +54,13 @@ pub struct JsonError {
 
 impl fmt::Display for JsonError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}:{}: JSON parse error, ", self.line, self.column)?;
+        // QEMU says of a limit what it is, and of a mistake of grammar where.
+        match &self.kind {
+            JsonErrorKind::TooLarge => return f.write_str("JSON token size limit exceeded"),
+            JsonErrorKind::TooManyTokens => return f.write_str("JSON token count limit exceeded"),
+            JsonErrorKind::TooDeep => return f.write_str("JSON nesting depth limit exceeded"),
+            _ => write!(f, "{}:{}: JSON parse error, ", self.line, self.column)?,
+        }
         match &self.kind {
             JsonErrorKind::ExpectingKey => f.write_str("expecting key"),
             JsonErrorKind::ExpectingColon => f.write_str("expecting ':'"),
@@ -70,9 +76,9 @@ impl fmt::Display for JsonError {
             JsonErrorKind::NumberOutOfRange => f.write_str("number out of range"),
             JsonErrorKind::DuplicateKey => f.write_str("duplicate key"),
             JsonErrorKind::Stray(text) => write!(f, "stray '{text}'"),
-            JsonErrorKind::TooLarge => f.write_str("token size limit exceeded"),
-            JsonErrorKind::TooManyTokens => f.write_str("token count limit exceeded"),
-            JsonErrorKind::TooDeep => f.write_str("nesting depth limit exceeded"),
+            JsonErrorKind::TooLarge | JsonErrorKind::TooManyTokens | JsonErrorKind::TooDeep => {
+                Ok(())
+            }
         }
     }
 }

@@ -140,8 +140,8 @@ pub struct JsonReader {
     /// Open brackets of each kind, also while what they contain is being skipped.
     braces: i64,
     brackets: i64,
-    /// What was wrong first with the value that is being skipped.
-    failed: Option<JsonError>,
+    /// A value had a mistake, which was reported. What is left of it is skipped.
+    skips: bool,
 }
 
 impl JsonReader {
@@ -160,12 +160,16 @@ impl JsonReader {
             tokens: 0,
             braces: 0,
             brackets: 0,
-            failed: None,
+            skips: false,
         }
     }
 
-    /// Takes bytes off the front of `input` until a value has ended, or something that was meant to
-    /// be one; `None` when all bytes have been taken and none has.
+    /// Takes bytes off the front of `input` until a value has ended, or has a mistake; `None` when all
+    /// bytes have been taken and neither has happened.
+    ///
+    /// A mistake is reported at the byte that makes it one, as by QEMU: a client that opens brackets
+    /// for ever is answered at the first that is too many. The rest of the value is skipped without
+    /// another report.
     ///
     /// A number or word outside brackets ends with the byte that follows it.
     pub fn next(&mut self, input: &mut &[u8]) -> Option<Result<Value, JsonError>> {
@@ -195,8 +199,7 @@ impl JsonReader {
             Lexer::String { quote, escaped } => (true, self.in_string(byte, quote, escaped)),
             Lexer::Keyword => {
                 if byte.is_ascii_lowercase() {
-                    self.keep(byte);
-                    (true, None)
+                    (true, self.keep(byte))
                 } else {
                     (false, self.end(Token::Keyword))
                 }
@@ -204,8 +207,7 @@ impl JsonReader {
             Lexer::Number(part) => match part.next(byte) {
                 Ok(part) => {
                     self.lexer = Lexer::Number(part);
-                    self.keep(byte);
-                    (true, None)
+                    (true, self.keep(byte))
                 }
                 Err(true) => (false, self.end(Token::Number)),
                 Err(false) => (true, self.stray(byte, "")),
@@ -242,8 +244,7 @@ impl JsonReader {
             b'a'..=b'z' => self.lexer = Lexer::Keyword,
             _ => return self.stray(byte, ""),
         }
-        self.keep(byte);
-        None
+        self.keep(byte)
     }
 
     fn in_string(
@@ -264,36 +265,38 @@ impl JsonReader {
             quote,
             escaped: !escaped && byte == b'\\',
         };
-        self.keep(byte);
-        None
+        self.keep(byte)
     }
 
     /// Keeps a byte of a token, unless the value has been given up.
-    fn keep(&mut self, byte: u8) {
-        if self.failed.is_some() {
-            return;
+    fn keep(&mut self, byte: u8) -> Option<Result<Value, JsonError>> {
+        if self.skips {
+            return None;
         }
         if self.bytes + self.token.len() >= self.limits.bytes {
-            self.fail(self.token_at, JsonErrorKind::TooLarge);
-        } else {
-            self.token.push(byte);
+            return Some(Err(self.fail(self.token_at, JsonErrorKind::TooLarge)));
         }
+        self.token.push(byte);
+        None
     }
 
-    /// A byte that begins or continues no token: the value is lost.
+    /// A byte that begins or continues no token: the value is lost, and nothing of it is waited for.
     fn stray(&mut self, byte: u8, quote: &str) -> Option<Result<Value, JsonError>> {
-        let mut text = quote.to_owned();
-        if self.failed.is_none() {
-            self.token.push(byte);
-            text.push_str(&String::from_utf8_lossy(&self.token));
+        self.lexer = Lexer::Recovery;
+        if self.skips {
+            self.reset();
+            return None;
         }
+        let mut text = quote.to_owned();
+        self.token.push(byte);
+        text.push_str(&String::from_utf8_lossy(&self.token));
         if let Some((cut, _)) = text.char_indices().nth(STRAY_MAX) {
             text.truncate(cut);
             text.push_str("...");
         }
-        self.fail(self.token_at, JsonErrorKind::Stray(text));
-        self.lexer = Lexer::Recovery;
-        self.give_up()
+        let error = self.fail(self.token_at, JsonErrorKind::Stray(text));
+        self.reset();
+        Some(Err(error))
     }
 
     /// A token has ended.
@@ -306,7 +309,8 @@ impl JsonReader {
             Token::Punctuation(b']') => self.brackets -= 1,
             _ => {}
         }
-        if self.failed.is_none() {
+        let mut result = None;
+        if !self.skips {
             self.bytes += self.token.len().max(1);
             self.tokens += 1;
             let parsed = if self.tokens > self.limits.tokens {
@@ -320,12 +324,15 @@ impl JsonReader {
                     return Some(Ok(value));
                 }
                 Ok(None) => {}
-                Err((at, kind)) => self.fail(at, kind),
+                Err((at, kind)) => result = Some(Err(self.fail(at, kind))),
             }
         }
         let ended =
             self.braces < 0 || self.brackets < 0 || (self.braces == 0 && self.brackets == 0);
-        if ended { self.give_up() } else { None }
+        if ended {
+            self.reset();
+        }
+        result
     }
 
     /// Takes one token; the value when it was the last of it.
@@ -429,22 +436,16 @@ impl JsonReader {
         Ok(None)
     }
 
-    /// Gives the value up, and frees what there is of it. The first mistake is the one reported.
-    fn fail(&mut self, at: Position, kind: JsonErrorKind) {
-        self.failed.get_or_insert(JsonError {
+    /// Gives the value up, and frees what there is of it.
+    fn fail(&mut self, at: Position, kind: JsonErrorKind) -> JsonError {
+        self.skips = true;
+        self.frames = Vec::new();
+        self.token = Vec::new();
+        JsonError {
             line: at.line,
             column: at.column,
             kind,
-        });
-        self.frames = Vec::new();
-        self.token = Vec::new();
-    }
-
-    /// The end of a value that was given up.
-    fn give_up(&mut self) -> Option<Result<Value, JsonError>> {
-        let error = self.failed.take();
-        self.reset();
-        error.map(Err)
+        }
     }
 
     fn reset(&mut self) {
@@ -455,5 +456,6 @@ impl JsonReader {
         self.tokens = 0;
         self.braces = 0;
         self.brackets = 0;
+        self.skips = false;
     }
 }
