@@ -57,6 +57,9 @@ impl Operator for StandbyMonitor {
                 standby.restore_requested()?;
                 done()
             }
+            Command::Migrate(migrate) if migrate.resume => Err(QmpError::generic(
+                "Parameter 'resume' is not supported: there is no postcopy of a guest that is held",
+            )),
             Command::Migrate(migrate) => {
                 standby.restore_elsewhere(endpoint(&migrate.address)?)?;
                 done()
