@@ -117,6 +117,13 @@ impl FdChannel {
         unsafe { libc::shutdown(self.fd.as_raw_fd(), libc::SHUT_RDWR) };
     }
 
+    /// Shuts the receiving direction: whoever reads gets the end of the stream, and the peer can still be
+    /// told why nothing is taken any more.
+    pub fn shutdown_reading(&self) {
+        // SAFETY: shutdown takes no pointers; the descriptor is open as long as `self.fd`.
+        unsafe { libc::shutdown(self.fd.as_raw_fd(), libc::SHUT_RD) };
+    }
+
     fn until(&self, deadline: Option<Instant>) -> Instant {
         deadline.unwrap_or_else(|| deadline_after(self.limit))
     }

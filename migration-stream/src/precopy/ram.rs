@@ -121,6 +121,11 @@ impl<T: PageTransport, D: DirtyLog> RamSender<T, D> {
         self.transport.counters()
     }
 
+    /// See [`PageTransport::failure`].
+    pub(super) fn transport_failure(&self) -> Option<TransportError> {
+        self.transport.failure()
+    }
+
     /// See [`PageTransport::sends_differences`].
     #[must_use]
     pub fn sends_differences(&self) -> bool {

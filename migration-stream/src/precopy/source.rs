@@ -441,15 +441,19 @@ impl<T: PageTransport, D: DirtyLog> Source<T, D> {
         }
     }
 
-    /// What is behind an error of ours, where the destination has said why it gives up.
+    /// What is behind a failure to send: the destination's refusal, or else the first channel that
+    /// failed.
     fn first_cause(&mut self, error: SourceError) -> SourceError {
-        let consequence = matches!(error, SourceError::Stream(_) | SourceError::Transport(_));
-        match &mut self.return_path {
-            Some(return_path) if consequence => match return_path.check_progress() {
-                Err(refused @ SourceError::Refused { .. }) => refused,
-                _ => error,
+        if !matches!(error, SourceError::Stream(_) | SourceError::Transport(_)) {
+            return error;
+        }
+        let heard = self.return_path.as_mut().map(ReturnPathReader::check_progress);
+        match heard {
+            Some(Err(refused @ SourceError::Refused { .. })) => refused,
+            _ => match self.ram.transport_failure() {
+                Some(failure) => SourceError::Transport(failure),
+                None => error,
             },
-            _ => error,
         }
     }
 

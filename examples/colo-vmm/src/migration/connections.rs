@@ -26,12 +26,14 @@ impl Connections {
         self.lock().shut();
     }
 
-    /// As [`Connections::shut`], because one of them is of no use any more. Whoever waits for
-    /// another sees only that it was cut, and finds the reason here.
-    pub fn shut_for(&self, fault: String) {
+    /// Ends the reading of all of them, because one is of no use any more. Whoever reads another sees
+    /// only its end, and finds the reason here. The peer can still be told.
+    pub fn stop_reading_for(&self, fault: String) {
         let mut list = self.lock();
         list.fault.get_or_insert(fault);
-        list.shut();
+        for channel in &list.channels {
+            channel.shutdown_reading();
+        }
     }
 
     /// Why they were cut, if it was for one of them.

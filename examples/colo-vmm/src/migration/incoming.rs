@@ -3,6 +3,7 @@
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use colo_core::driver::{SecondaryLink, run_secondary};
 use colo_core::{ColoStore, IncomingPages, MigrationPlan, Role};
@@ -20,6 +21,10 @@ use super::address::qmp_addresses;
 use super::{Cancel, MAX_DEVICE_SECTION, Migration, colo, failed};
 use crate::devices::CpuModelState;
 use crate::memory::populated;
+
+/// How long a source may pause before the switch-over (`pause-before-switchover`), during which it says
+/// nothing.
+const PAUSE_LIMIT: Duration = Duration::from_secs(3600);
 
 /// What `migrate-incoming` has made before it returns.
 pub(super) struct Prepared {
@@ -122,6 +127,8 @@ fn accept_and_load(
         .iter()
         .for_each(|channel| migration.connections.add(channel));
     migration.options.boundaries.reach("connected");
+    // Those that were turned away before do not matter any more.
+    migration.status.clear_error();
     migration.status.set(MigrationStatus::Active);
     match store {
         Store::Guest(memory) => {
@@ -172,7 +179,7 @@ fn load<S: PageStore + 'static>(
             // The loader of the main stream notices at once when a channel breaks.
             let connections = migration.connections.clone();
             IncomingPages::multifd(RecvSet::start(store, channels, config, move |error| {
-                connections.shut_for(super::chain(error));
+                connections.stop_reading_for(super::chain(error));
             })?)
         }
     };
@@ -185,7 +192,8 @@ fn load<S: PageStore + 'static>(
         max_devices: MAX_DEVICE_SECTION,
     };
     let reader = StreamReader::new(main.share(), &prefix);
-    let return_path = plan.return_path().then(|| Box::new(main.share()) as _);
+    // A source that opens a return path is answered, whatever was set here, as by QEMU.
+    let return_path = Some(Box::new(main.share()) as _);
     let mut staging = Staging {
         migration,
         sections: Vec::new(),
@@ -198,15 +206,22 @@ fn load<S: PageStore + 'static>(
     staging.warn_if_not_compared();
     let sections = staging.sections;
     migration.options.boundaries.reach("stream loaded");
-    migration
+    let installed = migration
         .vm
         .with_machine(|machine| -> Result<(), BoxError> {
             let tree = machine.devices()?;
             let staged = tree.stage(sections)?;
             Ok(tree.reset_then_install(staged)?)
-        })?;
-    Ok((loaded, pages))
+        });
+    match installed {
+        Ok(()) => Ok((loaded, pages)),
+        Err(error) => {
+            loaded.refuse();
+            Err(error)
+        }
+    }
 }
+
 
 /// Device sections, parsed and checked as they arrive; nothing changes before all are there.
 struct Staging<'a> {

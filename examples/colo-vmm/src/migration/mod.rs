@@ -325,8 +325,14 @@ impl Migration {
         *mode = IncomingMode::Started;
         let this = Arc::clone(self);
         job.thread = Some(spawn("incoming", move || {
-            if !incoming::run(&this, &plan, prepared, &cancel) && exit_on_error {
+            if incoming::run(&this, &plan, prepared, &cancel) {
+                return;
+            }
+            if exit_on_error {
                 (this.on_fatal)();
+            } else if this.is_incoming() {
+                // Nothing of the guest has begun: another may be sent.
+                *lock(&this.incoming) = IncomingMode::Deferred;
             }
         })?);
         Ok(())

@@ -217,7 +217,7 @@ impl Target {
         vm: &mut dyn TargetVm,
     ) -> Result<Loaded, TargetError> {
         let mut devices = Devices::Known(vm);
-        self.finish(|target| {
+        self.finish(barrier, |target, barrier| {
             target.load_early(&mut devices)?;
             target.run(&mut Pages { store, barrier }, &mut devices)
         })
@@ -235,7 +235,7 @@ impl Target {
         barrier: &mut dyn PageBarrier,
         limits: TailLimits,
     ) -> Result<(Loaded, Tail), TargetError> {
-        self.finish(|target| {
+        self.finish(barrier, |target, barrier| {
             let mut devices = Devices::Opaque(limits);
             let tail = target.run(&mut Pages { store, barrier }, &mut devices)?;
             let offset = target.link.reader.offset();
@@ -250,9 +250,10 @@ impl Target {
 
     fn finish<R>(
         mut self,
-        load: impl FnOnce(&mut Self) -> Result<R, TargetError>,
+        barrier: &mut dyn PageBarrier,
+        load: impl FnOnce(&mut Self, &mut dyn PageBarrier) -> Result<R, TargetError>,
     ) -> Result<(Loaded, R), TargetError> {
-        match load(&mut self) {
+        match load(&mut self, barrier) {
             Ok(result) => {
                 self.received.bytes = self.link.reader.offset();
                 let Self {
@@ -276,7 +277,12 @@ impl Target {
             }
             Err(error) => {
                 self.link.refuse();
-                Err(error)
+                // A main stream that ended may have been ended because a channel failed.
+                let cause = match &error {
+                    TargetError::Stream { .. } => barrier.failure().map(TargetError::Transport),
+                    _ => None,
+                };
+                Err(cause.unwrap_or(error))
             }
         }
     }
