@@ -17,11 +17,19 @@ fn main() -> ExitCode {
         kvm(
             "guest_is_kept_by_a_source_whose_target_dies_unconfirmed",
             || {
-                for moment in ["device section#1", "stream loaded#1", "to confirm#1"] {
+                for moment in ["stream loaded#1", "to confirm#1"] {
                     dies_at(moment)?;
                 }
                 Ok(())
             },
+        ),
+        kvm(
+            "second_guest_is_taken_after_a_failed_one_and_nothing_is_left_of_the_error",
+            second_attempt,
+        ),
+        kvm(
+            "return_path_that_only_the_source_wants_is_answered",
+            return_path_of_the_source,
         ),
         kvm(
             "guest_of_a_target_that_dies_confirmed_stays_handed_over",
@@ -143,5 +151,61 @@ fn dies_at(moment: &str) -> Result<()> {
     assert_eq!(source.status()?, "running", "{moment}");
     source.wait_lines(5)?;
     check_count(0, &source.output()?)?;
+    Ok(())
+}
+
+/// A guest of another UUID is refused, with `exit-on-error` false; the right one comes afterwards.
+fn second_attempt() -> Result<()> {
+    let guest = ColoVmm::new("colo-vmm").dirty_pages(20);
+    let (one, other) = (
+        "00112233-4455-6677-8899-aabbccddeeff",
+        "00112233-4455-6677-8899-aabbccddee00",
+    );
+    let start = |uuid| guest.clone().args(["--uuid", uuid]);
+    let mut wrong = start(other).named("wrong").start()?;
+    let mut source = start(one).named("source").start()?;
+    let mut target = start(one).named("target").incoming().start()?;
+    let capabilities = ["return-path", "validate-uuid"];
+    for vmm in [&mut wrong, &mut source, &mut target] {
+        PLAIN.prepare(vmm, &capabilities)?;
+    }
+    source.wait_lines(5)?;
+    let uri = target.listen()?;
+    wrong.migrate(&uri)?;
+    let reason = target.wait_failure()?;
+    assert!(reason.contains("uuid"), "{reason}");
+    wrong.wait_failure()?;
+    assert_eq!(wrong.status()?, "running");
+    // The first attempt's thread may not have ended yet.
+    let uri = target.poll("a second migrate-incoming", |target| {
+        Ok(target.listen().ok())
+    })?;
+    source.migrate(&uri)?;
+    source.wait_migration("completed")?;
+    let migration = target.wait_migration("completed")?;
+    assert_eq!(migration["error-desc"], Value::Null, "{migration}");
+    target.wait_lines(5)?;
+    check_count(0, &[source.output()?, target.output()?].concat())?;
+    // The one that failed goes to another target, and says nothing of it any more.
+    let mut another = start(other).named("another").incoming().start()?;
+    PLAIN.prepare(&mut another, &capabilities)?;
+    let uri = another.listen()?;
+    wrong.migrate(&uri)?;
+    let migration = wrong.wait_migration("completed")?;
+    assert_eq!(migration["error-desc"], Value::Null, "{migration}");
+    Ok(())
+}
+
+fn return_path_of_the_source() -> Result<()> {
+    let guest = ColoVmm::new("colo-vmm").dirty_pages(20);
+    let mut source = guest.clone().named("source").start()?;
+    let mut target = guest.named("target").incoming().start()?;
+    PLAIN.prepare(&mut source, &["return-path"])?;
+    source.wait_lines(5)?;
+    let uri = target.listen()?;
+    source.migrate(&uri)?;
+    source.wait_migration("completed")?;
+    target.wait_migration("completed")?;
+    target.wait_lines(5)?;
     Ok(())
 }

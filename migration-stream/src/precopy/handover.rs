@@ -15,6 +15,7 @@
 //! proves nothing about it. Our target confirms first and starts the guest afterwards, and says so:
 //! it answers the PING [`WHO_CONFIRMS`] by the PONG [`CONFIRMS_FIRST`], where QEMU's echoes the value.
 //! If such a target closes the connection in order without having confirmed, it never runs the guest.
+//! A reset proves nothing: it can overtake a confirmation that was lost on the way.
 
 /// The PING that asks who confirms before the guest runs.
 pub(super) const WHO_CONFIRMS: u32 = 0x7275_6e3f;

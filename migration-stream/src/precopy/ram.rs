@@ -7,8 +7,9 @@ use std::time::Instant;
 use super::error::SourceError;
 use super::heat::Heat;
 use super::pending::PendingPages;
-#[cfg(feature = "staged")]
 use crate::StagedRam;
+#[cfg(feature = "staged")]
+use crate::TransportError;
 use crate::codec::IdStr;
 use crate::ram::{RAM_VERSION, encode_end_of_section};
 use crate::section::{self, Announcement, Continuation, InstanceId, SectionHeader, SectionId};

@@ -447,7 +447,10 @@ impl<T: PageTransport, D: DirtyLog> Source<T, D> {
         if !matches!(error, SourceError::Stream(_) | SourceError::Transport(_)) {
             return error;
         }
-        let heard = self.return_path.as_mut().map(ReturnPathReader::check_progress);
+        let heard = self
+            .return_path
+            .as_mut()
+            .map(ReturnPathReader::check_progress);
         match heard {
             Some(Err(refused @ SourceError::Refused { .. })) => refused,
             _ => match self.ram.transport_failure() {

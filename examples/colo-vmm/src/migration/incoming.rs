@@ -202,6 +202,7 @@ fn load<S: PageStore + 'static>(
     let (store, barrier) = pages.parts();
     let loaded = Target::new(config, reader, return_path, store)
         .confirming_before_it_runs()
+        .allowing_pauses_of(PAUSE_LIMIT.max(migration.options.io_limit))
         .load(store, barrier, &mut staging)?;
     staging.warn_if_not_compared();
     let sections = staging.sections;
@@ -221,7 +222,6 @@ fn load<S: PageStore + 'static>(
         }
     }
 }
-
 
 /// Device sections, parsed and checked as they arrive; nothing changes before all are there.
 struct Staging<'a> {

@@ -72,7 +72,7 @@ pub(super) fn take(
             let set = RecvSet::start(store, channels, multifd, move |error| {
                 // Before the main channel is cut for it, to which the two look alike.
                 is_refused.store(!is_loss(error), Ordering::Release);
-                connections.shut_for(chain(error));
+                connections.stop_reading_for(chain(error));
             });
             IncomingPages::multifd(set.map_err(TakeError::Channels)?)
         }
