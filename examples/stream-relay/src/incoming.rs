@@ -502,6 +502,9 @@ pub enum IncomingError {
          other way to it"
     )]
     SharedMemory,
+    /// The guest that had come is not there any more.
+    #[error("the guest that had come is gone")]
+    Gone,
     /// The source would let go of the guest before it is safe.
     #[error(
         "the source has opened no return path, on which it would wait to hear that the guest is \

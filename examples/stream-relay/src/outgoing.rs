@@ -91,19 +91,22 @@ pub fn send(
         config,
         progress,
         devices: || Ok(guest.devices.clone()),
+        may_leave: &|| true,
     };
     departure.run(Still)
 }
 
 /// As [`send`], with a guest that is still arriving: gives away what has landed, and again what has
-/// landed again, until it is all there.
+/// landed again, until it is all there. `may_leave` is asked before the destination is given what it
+/// cannot run the guest without.
 ///
 /// # Errors
-/// As for [`send`]; also when the guest does not arrive.
+/// As for [`send`]; also when the guest does not arrive, or may not leave.
 pub fn forward(
     guest: &Arc<Arrival>,
     config: &OutgoingConfig,
     progress: &Progress,
+    may_leave: &dyn Fn() -> bool,
 ) -> Result<Figures, OutgoingError> {
     progress.begin(Stage::Forwarding);
     let departure = Departure {
@@ -113,6 +116,7 @@ pub fn forward(
         config,
         progress,
         devices: || guest.wait(),
+        may_leave,
     };
     departure.run(LandedLog(Arc::clone(guest)))
 }
@@ -126,6 +130,8 @@ struct Departure<'a, F> {
     progress: &'a Progress,
     /// Waits until nothing lands any more.
     devices: F,
+    /// Whether the guest is still ours to give away.
+    may_leave: &'a dyn Fn() -> bool,
 }
 
 impl<F: Fn() -> Result<Devices, NotComing>> Departure<'_, F> {
@@ -330,6 +336,9 @@ impl<F: Fn() -> Result<Devices, NotComing>> SourceVm for Held<'_, F> {
 
     fn save_devices(&mut self, out: &mut Vec<u8>) -> Result<String, BoxError> {
         let devices = self.devices.as_ref().ok_or(NotComing)?;
+        if !(self.departure.may_leave)() {
+            return Err("the source did not wait to hear of its guest, and may run it on".into());
+        }
         let early = u32::try_from(self.departure.early.len()).unwrap_or(u32::MAX);
         let first = SectionId(FIRST_DEVICE_SECTION.0.saturating_add(early));
         devices.encode(first, out);

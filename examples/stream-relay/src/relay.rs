@@ -128,17 +128,26 @@ fn hand_over(
         announced.configuration.clone(),
         announced.early().clone(),
     ));
+    // Here once all has come, until the destination has it.
+    let here = Mutex::new(None::<Received>);
+    let lock = || here.lock().unwrap_or_else(PoisonError::into_inner);
+    // A source that has gone runs its guest on: nobody else must get it.
+    let may_leave = || match &mut *lock() {
+        Some(received) => !received.is_awaited() || received.source_waits(),
+        None => false,
+    };
     let (received, sent, was_coming) = thread::scope(|scope| {
         let receiving = scope.spawn(|| {
             let ending = Ending(&arrival);
-            let received = announced.receive(progress);
-            if let Ok(received) = &received {
-                arrival.end(Some(received.guest.devices.clone()));
-            }
+            let received = announced.receive(progress).map(|received| {
+                let devices = received.guest.devices.clone();
+                *lock() = Some(received);
+                arrival.end(Some(devices));
+            });
             drop(ending);
             received
         });
-        let sent = outgoing::forward(&arrival, to, progress);
+        let sent = outgoing::forward(&arrival, to, progress, &may_leave);
         // What ends first is the reason why the other does.
         let was_coming = !arrival.has_failed();
         if sent.is_err() && arrival.is_coming() {
@@ -151,6 +160,7 @@ fn hand_over(
             was_coming,
         )
     });
+    let received = received.and_then(|()| lock().take().ok_or(IncomingError::Gone));
     match (received, sent) {
         (Ok(received), Ok(sent)) => {
             let report = Report {

@@ -93,6 +93,37 @@ fn a_source_that_breaks_off_leaves_the_destination_without_guest() {
 }
 
 #[test]
+fn a_source_that_does_not_wait_for_the_answer_keeps_its_guest_and_the_destination_gets_none() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut stream = stream_of(&guest("microvm"));
+    let ram = b"\x01\0\0\0\x01\x03ram";
+    let ram = stream.windows(ram.len()).position(|bytes| bytes == ram);
+    let open_return_path = b"\x08\0\x01\0\0";
+    let ram = ram.unwrap();
+    stream.splice(ram..ram, *open_return_path);
+    let socket = dir.path().join("socket");
+    let config = incoming(&format!("unix:{}", socket.display()), None);
+    let relayed = Incoming::open(config).unwrap();
+    let (destination, to_destination) = listen(None);
+    let mut to = outgoing_to(&to_destination, None);
+    // The source has gone long before its devices are due.
+    to.max_bandwidth = 1 << 20;
+    thread::scope(|scope| {
+        let relaying = pass_on(scope, relayed, to);
+        let mut source = UnixStream::connect(&socket).unwrap();
+        source.write_all(&stream).unwrap();
+        drop(source);
+        assert!(destination.receive(&Arc::default()).is_err());
+        let error = relaying.join().unwrap().unwrap_err();
+        let RelayError::Outgoing(OutgoingError::Stream(SourceError::Vm { source, .. })) = error
+        else {
+            panic!("{error:?}");
+        };
+        assert!(source.to_string().contains("did not wait"), "{source}");
+    });
+}
+
+#[test]
 fn a_source_without_return_path_is_refused_unless_it_was_asked_for() {
     let dir = tempfile::tempdir().unwrap();
     let guest = guest("microvm");
