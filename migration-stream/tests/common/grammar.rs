@@ -39,7 +39,7 @@ impl<'a> Choices<'a> {
         if n <= 256 {
             usize::from(self.byte()) % n.max(1)
         } else {
-            (usize::from(self.byte()) << 8 | usize::from(self.byte())) % n
+            ((usize::from(self.byte()) << 8) | usize::from(self.byte())) % n
         }
     }
 
@@ -139,7 +139,7 @@ fn records(c: &mut Choices<'_>, blocks: &[(&str, u64)]) -> Vec<u8> {
             _ => 1 << c.below(12),
         };
         let go_on = if i > 0 && c.below(4) > 0 { 0x20 } else { 0 };
-        out.extend((page as u64 * PAGE_SIZE | flag | go_on).to_be_bytes());
+        out.extend(((page as u64 * PAGE_SIZE) | flag | go_on).to_be_bytes());
         if go_on == 0 && flag & 0x4a != 0 {
             out.extend(counted(name));
         }
@@ -317,7 +317,7 @@ impl ByteSource for Scripted {
         self.waits += 1;
         let patience = deadline.map(|at| at.saturating_duration_since(Instant::now()));
         let patience = patience.unwrap_or_default();
-        if self.dry == 0 || self.waits % self.dry > 0 || self.waited > LONGEST_STALL {
+        if self.dry == 0 || !self.waits.is_multiple_of(self.dry) || self.waited > LONGEST_STALL {
             return Ok(Readiness::Channel);
         }
         self.waited += patience;
