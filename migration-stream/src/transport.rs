@@ -9,10 +9,14 @@ use crate::mapped_ram::{MappedArea, MappedPages};
 use crate::ram::{BlockId, RamBlockTable, RamError, encode_setup_list};
 use crate::unchanged::WhenToCompare;
 use crate::xbzrle::XbzrleCounters;
-use crate::{PageStore, RateLimiter, StreamWriter};
+use crate::{GuestRam, PageStore, RateLimiter, StreamWriter};
 
 /// How pages leave. One transport serves precopy and every COLO checkpoint after it.
 pub trait PageTransport: Send {
+    /// The memory whose pages this sends. There is no other: whoever sends by this transport takes
+    /// blocks, dirty pages and copies from here.
+    fn ram(&self) -> &Arc<dyn GuestRam>;
+
     /// Sends `pages` pages of `block` from byte `offset` on, in-stream ones through `main`. The
     /// transport may still hold them when this returns; [`PageTransport::sync`] is what lets go.
     ///
@@ -147,6 +151,9 @@ pub trait PagesBeside {
 }
 
 impl<T: PageTransport + ?Sized> PageTransport for Box<T> {
+    fn ram(&self) -> &Arc<dyn GuestRam> {
+        (**self).ram()
+    }
     fn send(
         &mut self,
         main: &mut StreamWriter,

@@ -60,7 +60,6 @@ fn write(
         StreamWriter::to_file(file, offset),
         None,
         RamSetup {
-            ram: Arc::clone(ram) as _,
             log,
             transport: writer,
         },

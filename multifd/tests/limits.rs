@@ -124,7 +124,6 @@ fn migrate(ram: &Arc<GuestRamMmap>, channels: u8, compression: Compression) -> V
         confirm_timeout: PATIENCE,
     };
     let setup = RamSetup {
-        ram,
         log: Clean,
         transport,
     };

@@ -478,7 +478,6 @@ fn send(
         StreamWriter::new(channel),
         Some(return_path),
         RamSetup {
-            ram: Arc::clone(&ram),
             log: NoLog,
             transport: InStream::new(ram, Default::default()),
         },

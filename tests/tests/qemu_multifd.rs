@@ -340,7 +340,6 @@ fn send(
         Some(ReturnPathReader::new(connected.main.share())),
         RamSetup {
             log: SomeAgain(RamBlockTable::clone(ram.blocks())),
-            ram,
             transport,
         },
     )?;

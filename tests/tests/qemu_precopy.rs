@@ -303,11 +303,7 @@ fn send(
         Arc::new(Limits::new(0, Duration::ZERO)),
         out,
         return_path,
-        RamSetup {
-            ram,
-            log,
-            transport,
-        },
+        RamSetup { log, transport },
     )?;
     if options.has("pause-before-switchover") {
         source = source.pausing_before_switchover();

@@ -126,10 +126,24 @@ impl<T, D: DirtyLog> std::fmt::Debug for PrimaryLink<T, D> {
     }
 }
 
-/// Runs the primary until COLO ends.
+/// Runs the primary until COLO ends, in the calling thread.
+///
+/// The VM stands still when this is called: the migration has switched over, and nobody has let
+/// the guest run since. The driver lets it run when the secondary is ready, and stops and resumes it
+/// for every checkpoint; nobody else does meanwhile. It holds the guest's output by `parts.gate` and
+/// starts replication itself.
+///
+/// What ends COLO is reported once by [`Vm::colo_exit`]. With
+/// [`OnPeerLoss::Wait`](crate::OnPeerLoss::Wait) the driver then waits until somebody decides:
+/// [`FailoverHandle::request`](crate::FailoverHandle::request), [`ColoControl::quit`], or
+/// [`FailoverHandle::stop_for_good`](crate::FailoverHandle::stop_for_good), which a heartbeat calls.
+/// When this returns, the failover handle has left COLO and refuses requests; the outcome says
+/// whether the VM runs, which is what a heartbeat has to be told by
+/// [`Heartbeat::colo_ended`](crate::heartbeat::Heartbeat::colo_ended).
 ///
 /// # Errors
-/// [`OutOfStep`] is a mistake of this crate, never the peer's. The VM is left as it was.
+/// [`OutOfStep`] is a mistake of this crate, never the peer's. It was reported by [`Vm::colo_exit`]
+/// as [`Cause::Mistake`](crate::Cause::Mistake). The VM is left as it was.
 pub fn run_primary<T, D, V, R, G>(
     mut link: PrimaryLink<T, D>,
     parts: &mut Parts<V, R, G>,

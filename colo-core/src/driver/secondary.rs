@@ -37,10 +37,22 @@ pub struct SecondaryLink<D> {
 /// on, and keep it for a time slice of some ms.
 const HEAD_START: Duration = Duration::from_micros(200);
 
-/// Runs the secondary until COLO ends. The cache is given back then, its threads joined.
+/// Runs the secondary until COLO ends, in the calling thread. The cache is given back then, its
+/// threads joined.
+///
+/// The VM stands still when this is called: the migration was confirmed
+/// ([`Loaded::confirm`](migration_stream::precopy::Loaded::confirm)), and the guest has not run. The
+/// driver starts the dirty log, has pages belong to checkpoints from then on
+/// ([`IncomingPages::enter_colo`]), and lets the guest run. It stops, resets and resumes the VM for
+/// every checkpoint; nobody else does meanwhile.
+///
+/// What ends COLO, what is waited for then, and what is true when this returns is as for
+/// [`run_primary`](super::run_primary). After [`Outcome::Broken`] the VM must never run, and requests are refused
+/// with [`RequestError::Unfit`](crate::RequestError::Unfit).
 ///
 /// # Errors
-/// [`OutOfStep`] is a mistake of this crate, never the peer's. The VM is left as it was.
+/// [`OutOfStep`] is a mistake of this crate, never the peer's. It was reported by [`Vm::colo_exit`]
+/// as [`Cause::Mistake`](crate::Cause::Mistake). The VM is left as it was.
 pub fn run_secondary<D, V, R, G>(
     link: SecondaryLink<D>,
     parts: &mut Parts<V, R, G>,

@@ -105,3 +105,16 @@ fn copies_of_another_memory_are_refused() {
     let (primary, _secondary) = migrated(0);
     assert_eq!(primary.refused_staging(), LinkError::OtherRam);
 }
+
+/// A transport that sends the guest's own memory would send pages that the guest, which runs by then, has
+/// written since.
+#[test]
+fn a_transport_of_another_memory_than_the_copies_is_refused() {
+    for way in WAYS {
+        let (primary, _secondary) = migrated(How {
+            staged: false,
+            ..way
+        });
+        assert_eq!(primary.refused_transport(), LinkError::OtherRam);
+    }
+}

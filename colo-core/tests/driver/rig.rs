@@ -105,6 +105,8 @@ pub struct How {
     pub cache: CacheKind,
     pub xbzrle: bool,
     pub return_path: bool,
+    /// The transport sends copies where there are any, and not the guest's memory itself.
+    pub staged: bool,
     /// What the guest writes.
     pub seed: u64,
 }
@@ -125,6 +127,7 @@ impl How {
             cache,
             xbzrle: false,
             return_path: true,
+            staged: true,
             seed: 0x5eed,
         }
     }
@@ -175,7 +178,11 @@ fn migrate_away(connections: Vec<FdChannel>, how: How) -> PrimaryEnd {
     let mut guest = Guest::new(how.seed << 2 | 1, &faults, tell);
     guest.run();
     let staged = Arc::new(StagedRam::new(Arc::clone(&guest.ram) as _).unwrap());
-    let ram: Arc<dyn GuestRam> = Arc::clone(&staged) as _;
+    let ram: Arc<dyn GuestRam> = if how.staged {
+        Arc::clone(&staged) as _
+    } else {
+        Arc::clone(&guest.ram) as _
+    };
     let (main, channels) = connections.split_first().unwrap();
     let transport: Box<dyn PageTransport> = match multifd(channels) {
         None => {
@@ -201,7 +208,6 @@ fn migrate_away(connections: Vec<FdChannel>, how: How) -> PrimaryEnd {
         StreamWriter::new(main.share()),
         how.return_path.then(|| ReturnPathReader::new(main.share())),
         RamSetup {
-            ram,
             log: guest.log.clone(),
             transport,
         },
@@ -311,6 +317,12 @@ impl PrimaryEnd {
         let other = StagedRam::new(Arc::clone(&self.guest.ram) as _).unwrap();
         let link = PrimaryLink::new(self.switched).unwrap();
         link.resuming_early(Arc::new(other)).expect_err("no link")
+    }
+
+    /// Why copies that the transport does not send are no good.
+    pub fn refused_transport(self) -> LinkError {
+        let link = PrimaryLink::new(self.switched).unwrap();
+        link.resuming_early(self.staged).expect_err("no link")
     }
 
     /// Runs the driver, with a checkpoint after each `delay`.

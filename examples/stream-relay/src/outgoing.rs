@@ -252,11 +252,7 @@ impl<F: Fn() -> Result<Devices, NotComing>> Departure<'_, F> {
             Arc::new(Limits::new(self.config.max_bandwidth, Duration::ZERO)),
             out,
             return_path,
-            RamSetup {
-                ram: Arc::clone(self.memory) as _,
-                log,
-                transport,
-            },
+            RamSetup { log, transport },
         )?;
         let mut vm = Held {
             departure: self,

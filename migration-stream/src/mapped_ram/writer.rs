@@ -148,6 +148,10 @@ impl FileWriter {
 }
 
 impl PageTransport for FileWriter {
+    fn ram(&self) -> &Arc<dyn GuestRam> {
+        &self.pages.ram
+    }
+
     fn send(
         &mut self,
         _main: &mut StreamWriter,

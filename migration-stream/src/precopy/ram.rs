@@ -22,9 +22,9 @@ const RUN_PAGES: u64 = 128;
 
 /// RAM before it is announced. Announcing consumes it: what comes out can send pages, for precopy
 /// and for any number of checkpoints, but has no way to run the set-up again.
+///
+/// Guest memory is the [transport's](PageTransport::ram): no other can be announced than is sent.
 pub struct RamSetup<T, D> {
-    /// Guest memory.
-    pub ram: Arc<dyn GuestRam>,
     /// Who knows what the guest writes.
     pub log: D,
     /// How pages leave.
@@ -43,7 +43,8 @@ impl<T: PageTransport, D: DirtyLog> RamSetup<T, D> {
         out: &mut StreamWriter,
     ) -> Result<RamSender<T, D>, SourceError> {
         self.log.start()?;
-        let blocks = self.ram.blocks();
+        let ram = Arc::clone(self.transport.ram());
+        let blocks = ram.blocks();
         let pending = if self.log.begins_with_every_page() {
             PendingPages::all(blocks)
         } else {
@@ -59,10 +60,9 @@ impl<T: PageTransport, D: DirtyLog> RamSetup<T, D> {
         }
         .encode(&mut bytes);
         out.write_bytes(&bytes)?;
-        self.transport.announce(out, self.ram.blocks())?;
+        self.transport.announce(out, blocks)?;
         self.transport.sync(out)?;
         let mut sender = RamSender {
-            ram: self.ram,
             log: self.log,
             transport: self.transport,
             section,
@@ -89,7 +89,6 @@ pub struct Budget {
 /// Announced RAM: sends pages, in PART sections while the guest runs and in END sections while it
 /// stands still. Dropping it stops the dirty log and ends the transport.
 pub struct RamSender<T, D: DirtyLog> {
-    ram: Arc<dyn GuestRam>,
     log: D,
     transport: T,
     section: SectionId,
@@ -113,7 +112,7 @@ impl<T: PageTransport, D: DirtyLog> RamSender<T, D> {
     /// Guest memory.
     #[must_use]
     pub fn ram(&self) -> &Arc<dyn GuestRam> {
-        &self.ram
+        self.transport.ram()
     }
 
     /// Bytes on every channel so far, and pages.
@@ -172,7 +171,7 @@ impl<T: PageTransport, D: DirtyLog> RamSender<T, D> {
             return false;
         };
         beside.keep_order();
-        self.ahead = Some(Heat::new(self.ram.blocks()));
+        self.ahead = Some(Heat::new(self.transport.ram().blocks()));
         true
     }
 
@@ -361,10 +360,10 @@ impl<T, D: DirtyLog> Drop for RamSender<T, D> {
     }
 }
 
-impl<T, D> fmt::Debug for RamSetup<T, D> {
+impl<T: PageTransport, D> fmt::Debug for RamSetup<T, D> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("RamSetup")
-            .field("blocks", self.ram.blocks())
+            .field("blocks", self.transport.ram().blocks())
             .finish_non_exhaustive()
     }
 }

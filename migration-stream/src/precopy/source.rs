@@ -329,7 +329,7 @@ impl<T: PageTransport, D: DirtyLog> Source<T, D> {
             if let Some(capability) = setup.transport.capability() {
                 configuration = configuration.with(capability);
             }
-            if setup.ram.blocks().ignores_shared() {
+            if setup.transport.ram().blocks().ignores_shared() {
                 configuration = configuration.with(IGNORE_SHARED);
             }
             configuration.encode(&mut bytes);

@@ -202,6 +202,10 @@ impl InStream {
 }
 
 impl PageTransport for InStream {
+    fn ram(&self) -> &Arc<dyn GuestRam> {
+        &self.ram
+    }
+
     fn send(
         &mut self,
         main: &mut StreamWriter,

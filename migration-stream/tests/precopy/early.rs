@@ -281,7 +281,6 @@ fn a_guest_is_not_stopped_before_the_target_has_taken_what_comes_before_ram() {
             let sender = scope.spawn(|| {
                 let begun = Instant::now();
                 let setup = RamSetup {
-                    ram: Arc::clone(&guest.ram) as _,
                     log: guest.log.clone(),
                     transport: InStream::new(Arc::clone(&guest.ram) as _, ZeroPageDetection::None),
                 };

@@ -92,14 +92,12 @@ pub fn begin_with(
     channel: &FdChannel,
     transport: InStream,
 ) -> Result<Source<InStream, Log>, SourceError> {
-    let ram: Arc<dyn GuestRam> = Arc::clone(&guest.ram) as _;
     Source::start(
         config,
         Arc::new(Limits::new(0, guest.downtime)),
         StreamWriter::new(channel.share()),
         Some(ReturnPathReader::new(channel.share())),
         RamSetup {
-            ram,
             log: guest.log.clone(),
             transport,
         },

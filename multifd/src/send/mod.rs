@@ -440,6 +440,10 @@ impl SendSet {
 }
 
 impl PageTransport for SendSet {
+    fn ram(&self) -> &Arc<dyn GuestRam> {
+        &self.ram
+    }
+
     fn send(
         &mut self,
         main: &mut StreamWriter,

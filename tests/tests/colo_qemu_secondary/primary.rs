@@ -142,11 +142,7 @@ impl Primary {
             Arc::new(Limits::new(0, Duration::from_millis(300))),
             StreamWriter::new(main.share()),
             Some(ReturnPathReader::new(main)),
-            RamSetup {
-                ram,
-                log,
-                transport,
-            },
+            RamSetup { log, transport },
         )?
         .run(&mut vm)
         .completed()?;

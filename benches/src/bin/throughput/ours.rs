@@ -57,7 +57,6 @@ pub fn send(
         StreamWriter::new(connected.main.share()),
         Some(ReturnPathReader::new(connected.main.share())),
         RamSetup {
-            ram,
             log: Clean,
             transport,
         },

@@ -14,7 +14,7 @@ impl<'a> Bytes<'a> {
 
     fn number(&mut self, len: usize) -> Option<u64> {
         let bytes = self.take(len)?;
-        Some(bytes.iter().fold(0, |n, byte| n << 8 | u64::from(*byte)))
+        Some(bytes.iter().fold(0, |n, byte| (n << 8) | u64::from(*byte)))
     }
 }
 

@@ -72,7 +72,6 @@ pub fn primary(data: &[u8]) -> u64 {
         };
     let mut out = StreamWriter::new(sink());
     let setup = RamSetup {
-        ram,
         log: guest.log.clone(),
         transport,
     };

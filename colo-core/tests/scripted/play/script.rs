@@ -292,7 +292,7 @@ impl Script {
 /// A page of one value, sent as zero if it is that.
 fn record(out: &mut Vec<u8>, page: u64, value: u8) {
     let kind = if value == 0 { ZERO } else { PAGE };
-    out.extend((page * 4096 | kind).to_be_bytes());
+    out.extend(((page * 4096) | kind).to_be_bytes());
     out.push(u8::try_from(BLOCK.len()).expect("a short name"));
     out.extend(BLOCK.as_bytes());
     if value == 0 {

@@ -179,7 +179,6 @@ fn begin(
         plan.return_path()
             .then(|| ReturnPathReader::new(main.share())),
         RamSetup {
-            ram,
             log: migration.vm.with_machine(|machine| machine.dirty_log()),
             transport,
         },
