@@ -6,7 +6,7 @@
 use fuzz as _;
 use libfuzzer_sys::fuzz_target;
 
-#[allow(dead_code)] // the other side's half
+#[allow(dead_code, unused_imports)] // the other side's half
 #[path = "../../colo-core/tests/scripted/play/mod.rs"]
 mod play;
 

@@ -62,7 +62,7 @@ pub fn primary(data: &[u8]) -> u64 {
             Some(count) => {
                 let config = MultifdConfig {
                     channels: count,
-                    stall_limit: Duration::from_millis(20),
+                    stall_limit: Duration::from_secs(10),
                     ..MultifdConfig::default()
                 };
                 let closes = Arc::clone(&world);

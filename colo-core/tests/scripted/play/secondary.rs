@@ -161,7 +161,8 @@ fn receive(
 ) -> RecvSet<ColoStore> {
     let config = MultifdConfig {
         channels,
-        stall_limit: Duration::from_millis(20),
+        // Far longer than the driver's deadlines: a busy host is no mistake.
+        stall_limit: Duration::from_secs(10),
         ..MultifdConfig::default()
     };
     let of = |script: &Vec<u8>| {
