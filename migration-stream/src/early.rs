@@ -171,11 +171,12 @@ impl EarlySections {
 }
 
 /// Looks for the end of the body with which `bytes` begins, of section `id`; there is none before
-/// `from`. Returns the body's length, or else before where there is no end: when more bytes have come
-/// the search goes on there, so that all searches together pass over each byte once.
+/// `from`. Returns the body's length. `ram` is RAM's section, once it is announced.
 ///
-/// `ram` is RAM's section, once it is announced.
-pub(crate) fn find_end(
+/// # Errors
+/// The body does not end in `bytes`. The error is where the search goes on when more bytes have come, so
+/// that all searches together pass over each byte once.
+pub fn find_end(
     bytes: &[u8],
     id: SectionId,
     ram: Option<SectionId>,

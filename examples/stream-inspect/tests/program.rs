@@ -1,9 +1,9 @@
 //! The program: where it takes a stream from, what it says of what is none, and how it ends.
 #![allow(clippy::tests_outside_test_module)] // this whole file is tests
 
-use std::fs;
+use std::fs::{self, File};
 use std::io::{self, Write};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 
 use tempfile::TempDir;
@@ -237,11 +237,68 @@ fn a_reader_that_has_gone_ends_the_program_quietly() {
 
 #[test]
 fn a_stream_with_something_behind_it_is_read_to_its_own_end() {
-    let (dir, stream) = directory();
-    let path: PathBuf = dir.path().join("padded");
-    let padded = [stream.as_slice(), &[0; 4096], b"an older stream's rest }"].concat();
-    fs::write(path, padded).unwrap();
-    let expected = said(&program(dir.path(), "stream").output().unwrap());
-    let text = said(&program(dir.path(), "padded").output().unwrap());
-    assert_eq!(blocks(&text), blocks(&expected));
+    let early = [b"\x7e\0\0\0\x09".as_slice(), &[0x7e; 100_000]].concat();
+    for stream in [streams::whole(), streams::with_early(&early)] {
+        let dir = tempfile::tempdir().unwrap();
+        let padded = [stream.as_slice(), &[0; 4096], b"an older stream's rest }"].concat();
+        fs::write(dir.path().join("stream"), &stream).unwrap();
+        fs::write(dir.path().join("padded"), &padded).unwrap();
+        let json = |path: &str| said(&program(dir.path(), path).output().unwrap());
+        let expected = json("stream --json");
+        assert!(expected.contains("device (3)"));
+        assert_eq!(json("padded --json"), expected);
+        // And without any end.
+        let piped = fed(program(dir.path(), "- --json"), &padded);
+        assert_eq!(said(&piped), expected);
+    }
+}
+
+#[test]
+fn a_stream_on_a_block_device_is_read() {
+    let stream = streams::with_early(b"early");
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("disk");
+    fs::write(&path, &stream).unwrap();
+    File::options()
+        .write(true)
+        .open(&path)
+        .unwrap()
+        .set_len(1 << 20)
+        .unwrap();
+    let Some(device) = LoopDevice::over(&path) else {
+        eprintln!("left out: no loop device can be had");
+        return;
+    };
+    let text = said(&program(dir.path(), &device.0).output().unwrap());
+    assert!(text.contains("first") && text.contains("device"), "{text}");
+    // With mapped-ram the length of the device is looked at.
+    fs::write(&path, streams::mapped()).unwrap();
+    drop(device);
+    let Some(device) = LoopDevice::over(&path) else {
+        return;
+    };
+    let error = refused(program(dir.path(), &device.0));
+    assert!(!error.contains("the file has"), "{error}");
+}
+
+/// A block device over a file, as long as this is there.
+struct LoopDevice(String);
+
+impl LoopDevice {
+    fn over(path: &Path) -> Option<Self> {
+        let made = Command::new("losetup")
+            .args(["--find", "--show"])
+            .arg(path)
+            .output()
+            .ok()?;
+        let name = String::from_utf8(made.stdout).ok()?;
+        (made.status.success()).then(|| Self(name.trim().to_owned()))
+    }
+}
+
+impl Drop for LoopDevice {
+    fn drop(&mut self) {
+        let ended = Command::new("losetup").args(["--detach", &self.0]).status();
+        drop(ended);
+    }
 }

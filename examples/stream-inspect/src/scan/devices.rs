@@ -3,47 +3,49 @@
 use std::io;
 use std::time::{Duration, Instant};
 
+use migration_stream::early::find_end;
 use migration_stream::opaque_tail::{Fed, OpaqueTail, Tail, TailLimits};
 use migration_stream::section::{Announcement, SectionHeader, SectionType};
 
-use super::file::description_at_end;
-use super::{Scan, ScanError};
+use super::{Ram, Scan, ScanError};
 use crate::inspection::{Device, Extent, Inspection, Part, Section};
 
 /// Footer: type byte and section id.
 const FOOTER_LEN: usize = 5;
 
 impl Scan<'_> {
-    /// A device section before RAM or in it, as those have whose state the destination needs first.
-    /// Its length stands in the description, which is at the end.
+    /// A device section before RAM, as those have whose state the destination needs first. Nothing says
+    /// how long it is: it ends where its footer is followed by another section. The description at the
+    /// end of the stream is compared with what was found.
     pub(super) fn early(&mut self, header: SectionHeader, offset: u64) -> Result<(), ScanError> {
-        let unknown = |header: &SectionHeader| ScanError::Early {
+        let unknown = || ScanError::Early {
             idstr: header.idstr.clone(),
             offset,
         };
-        if header.kind != Announcement::Full {
-            return Err(unknown(&header));
+        if header.kind != Announcement::Full || self.ram != Ram::Unknown {
+            return Err(unknown());
         }
-        let file = self.origin.file().ok_or_else(|| unknown(&header))?;
-        let description = description_at_end(&**file)?.ok_or_else(|| unknown(&header))?;
-        let len = description
-            .devices
-            .iter()
-            .find(|d| d.idstr == header.idstr && d.instance == header.instance)
-            .and_then(|d| usize::try_from(d.body_len).ok())
-            .filter(|len| *len <= TailLimits::default().len)
-            .ok_or_else(|| unknown(&header))?;
-        let mut body = Vec::new();
-        while body.len() < len {
-            if self.reader.buffered().is_empty() {
-                self.fill()?;
+        let max = TailLimits::default().len;
+        let (mut body, mut from) = (Vec::new(), 0);
+        let len = loop {
+            let have = body.len();
+            body.extend_from_slice(self.reader.buffered());
+            match find_end(&body, header.id, from) {
+                Ok(len) => {
+                    self.reader.consume(len.saturating_sub(have));
+                    break len;
+                }
+                Err(next) if next <= max => from = next,
+                Err(_) => return Err(unknown()),
             }
-            let here = self.reader.buffered();
-            let here = here.get(..len - body.len()).unwrap_or(here);
-            body.extend_from_slice(here);
-            let taken = here.len();
-            self.reader.consume(taken);
-        }
+            // What may belong to the end stays in the buffer.
+            let done = from.saturating_sub(have);
+            self.reader.consume(done);
+            body.truncate(have + done);
+            self.fill()?;
+        };
+        body.truncate(len);
+        self.early.push(header.clone(), body.clone());
         let bytes = self.reader.offset() - offset + FOOTER_LEN as u64;
         self.found.sections.push(Section::Device(Device {
             header,
@@ -63,8 +65,8 @@ impl Scan<'_> {
         header: &SectionHeader,
         begin: u64,
     ) -> Result<Inspection, ScanError> {
-        let mut tail = OpaqueTail::beginning_with(header, TailLimits::default())
-            .after_early(self.found.devices().count());
+        let mut tail =
+            OpaqueTail::beginning_with(header, TailLimits::default()).after_early(self.early.len());
         let mut arrivals = Arrivals::new(self.reader.offset() - begin);
         let mut ending = Vec::new();
         let tail = loop {
@@ -99,6 +101,7 @@ impl Scan<'_> {
                 Err(error) => return Err(error),
             }
         };
+        self.early.check(tail.description())?;
         let mut end = 0;
         for device in tail.sections() {
             let mut head = Vec::new();

@@ -4,6 +4,7 @@ use std::io;
 
 use migration_stream::DecodeError;
 use migration_stream::codec::IdStr;
+use migration_stream::early::EarlyError;
 use migration_stream::opaque_tail::TailError;
 use migration_stream::section::SectionId;
 
@@ -42,6 +43,9 @@ pub enum ScanError {
     /// The device sections cannot be told apart.
     #[error(transparent)]
     Tail(#[from] TailError),
+    /// A section before RAM is not as the description has it.
+    #[error(transparent)]
+    EarlyDescription(#[from] EarlyError),
     /// A section whose length nobody knows.
     #[error(
         "section '{idstr}' at byte {offset:#x} comes before the end of RAM, and nothing says how \

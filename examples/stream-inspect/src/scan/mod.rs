@@ -18,6 +18,7 @@ use migration_stream::decoder::{
     ConfigurationRule, DecoderConfig, Item, MAX_ITEM_LEN, Step, StreamDecoder,
 };
 use migration_stream::dirty_bitmap::{DIRTY_BITMAP_IDSTR, DirtyBitmapDecoder};
+use migration_stream::early::EarlySections;
 use migration_stream::mapped_ram::MappedArea;
 use migration_stream::ram::{BlockId, RAM_IDSTR};
 use migration_stream::section::{Announcement, Continuation, SectionId};
@@ -60,6 +61,7 @@ pub fn scan(
         unique: Vec::new(),
         areas: Vec::new(),
         ram: Ram::Unknown,
+        early: EarlySections::new(),
         bitmap_section: None,
         bitmap_decoder: DirtyBitmapDecoder::new(),
     };
@@ -89,6 +91,8 @@ struct Scan<'a> {
     /// Of blocks whose names have not come.
     areas: Vec<(BlockId, MappedArea)>,
     ram: Ram,
+    /// Device sections before RAM.
+    early: EarlySections,
     /// The section of dirty bitmaps, once it was announced.
     bitmap_section: Option<SectionId>,
     bitmap_decoder: DirtyBitmapDecoder,

@@ -16,6 +16,8 @@ use migration_stream::section::{
 
 /// Its RAM section.
 pub const RAM: SectionId = SectionId(2);
+/// A device section before RAM.
+const EARLY: SectionId = SectionId(9);
 /// Its device section.
 pub const DEVICE: SectionId = SectionId(3);
 
@@ -37,6 +39,30 @@ pub fn whole() -> Vec<u8> {
     Configuration::new(MachineName::new("pc-q35-11.1").unwrap()).encode(&mut out);
     ram(&mut out);
     device("device", "level", &mut out);
+    out
+}
+
+/// The same with a device before RAM, whose body has `early`.
+pub fn with_early(early: &[u8]) -> Vec<u8> {
+    let mut out = Vec::new();
+    header::encode(&mut out);
+    Configuration::new(MachineName::new("pc-q35-11.1").unwrap()).encode(&mut out);
+    section(Announcement::Full, EARLY, "first", 1, &mut out);
+    out.extend(early);
+    encode_footer(EARLY, &mut out);
+    ram(&mut out);
+    section(Announcement::Full, DEVICE, "device", 3, &mut out);
+    out.extend([0, 0, 1, 2]);
+    encode_footer(DEVICE, &mut out);
+    encode_eof(&mut out);
+    let json = serde_json::json!({"page_size": 4096, "devices": [
+        {"name": "first", "instance_id": 0, "vmsd_name": "first", "version": 1,
+            "fields": [{"name": "bytes", "type": "buffer", "size": early.len()}]},
+        {"name": "device", "instance_id": 0, "vmsd_name": "device", "version": 3,
+            "fields": [{"name": "level", "type": "uint32", "size": 4}]}]});
+    let json = json.to_string();
+    encode_vm_description(u32::try_from(json.len()).unwrap(), &mut out);
+    out.extend(json.as_bytes());
     out
 }
 
