@@ -354,6 +354,9 @@ impl StreamDecoder {
             SectionType::Full => self.announce(Announcement::Full, r)?,
             other => self.sections.common(other, r, &at)?,
         };
+        if let Item::Command(Command::PostcopyAdvise(Some(advice))) = &item {
+            self.fields.page_sizes = advice.ram_page_sizes;
+        }
         if item == Item::Eof {
             self.phase = Phase::Description;
         }

@@ -164,7 +164,7 @@ pub enum MemoryError {
     #[error("no ram {0}")]
     NoBlock(BlockId),
     /// The range does not lie in the block.
-    #[error("range {offset:#x}+{len:#x} is outside ram block '{name}' of {used_length:#x} bytes")]
+    #[error("range {offset:#x}+{len:#x} is outside ram block '{name}' of {used_length:#x} bytes", name = crate::Escaped(.name))]
     OutOfBlock {
         /// The block's name.
         name: String,

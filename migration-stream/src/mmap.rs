@@ -194,8 +194,7 @@ pub enum GuestRamMmapError {
     },
     /// A mapping is not as long as its block.
     #[error(
-        "ram block '{name}' of {used_length:#x} bytes was given a mapping of {mapped:#x} bytes"
-    )]
+        "ram block '{name}' of {used_length:#x} bytes was given a mapping of {mapped:#x} bytes", name = crate::Escaped(.name))]
     Length {
         /// The block's name.
         name: String,
@@ -205,7 +204,7 @@ pub enum GuestRamMmapError {
         mapped: u64,
     },
     /// The host did not map memory for a block.
-    #[error("cannot map {used_length:#x} bytes for ram block '{name}'")]
+    #[error("cannot map {used_length:#x} bytes for ram block '{name}'", name = crate::Escaped(.name))]
     Map {
         /// The block's name.
         name: String,

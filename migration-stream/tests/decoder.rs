@@ -192,6 +192,29 @@ fn a_tool_reads_a_stream_with_a_configuration_section_and_without() {
 }
 
 #[test]
+fn a_block_list_has_page_sizes_after_an_advice_that_names_them() {
+    // As QEMU 11.1 sends it with postcopy-ram and RAM in huge pages of 2 MiB.
+    let bytes = [
+        b"QEVM\0\0\0\x03\x07\0\0\0\x0bpc-q35-11.1".as_slice(),
+        b"\x08\0\x03\0\x10\0\0\0\0\0\x20\x10\0\0\0\0\0\0\0\x10\0",
+        b"\x01\0\0\0\x02\x03ram\0\0\0\0\0\0\0\x04",
+        b"\0\0\0\0\x02\x04\0\x04",
+        b"\x03mem\0\0\0\0\x02\0\0\0\0\0\0\0\0\x20\0\0",
+        b"\x0bpc.bios.rom\0\0\0\0\0\x04\0\0",
+        EOS,
+        b"\x7e\0\0\0\x02\0",
+    ]
+    .concat();
+    for piece in [1, 7, 1000] {
+        let mut decoder = StreamDecoder::new(DecoderConfig::new(ConfigurationRule::Any), None);
+        let items = decode_all(&mut decoder, &bytes, piece).unwrap();
+        assert_eq!(items.last(), Some(&Item::Eof));
+        let blocks = decoder.blocks().unwrap();
+        assert_eq!((blocks.len(), blocks.total_bytes()), (2, 0x204_0000));
+    }
+}
+
+#[test]
 fn more_is_asked_for_as_long_as_an_item_is_not_there() {
     let mut r = Reader::new(b"QEVM\0", 0);
     let step = decoder().next(&mut r).unwrap();

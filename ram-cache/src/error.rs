@@ -12,8 +12,7 @@ use crate::bitmap::BitmapError;
 pub enum CacheError {
     /// A block is empty or does not start and end on a page boundary.
     #[error(
-        "ram block '{name}' ({len:#x} bytes at {offset_in_region:#x} of its mapping) is not one or more whole pages"
-    )]
+        "ram block '{name}' ({len:#x} bytes at {offset_in_region:#x} of its mapping) is not one or more whole pages", name = .name.escape_debug())]
     NotWholePages {
         /// The block.
         name: String,
@@ -24,8 +23,7 @@ pub enum CacheError {
     },
     /// A block does not lie in the guest mapping it was given with.
     #[error(
-        "ram block '{name}' ({len:#x} bytes at {offset_in_region:#x}) is outside its mapping of {region_len:#x} bytes"
-    )]
+        "ram block '{name}' ({len:#x} bytes at {offset_in_region:#x}) is outside its mapping of {region_len:#x} bytes", name = .name.escape_debug())]
     OutsideRegion {
         /// The block.
         name: String,
@@ -37,7 +35,7 @@ pub enum CacheError {
         region_len: usize,
     },
     /// Two blocks are the same guest memory.
-    #[error("ram blocks '{first}' and '{second}' overlap in guest memory")]
+    #[error("ram blocks '{first}' and '{second}' overlap in guest memory", first = .first.escape_debug(), second = .second.escape_debug())]
     Overlap {
         /// The block that comes first in the list.
         first: String,
@@ -45,7 +43,7 @@ pub enum CacheError {
         second: String,
     },
     /// The host cannot provide the memory of the copy.
-    #[error("cannot map a cache of {len:#x} bytes for ram block '{name}'")]
+    #[error("cannot map a cache of {len:#x} bytes for ram block '{name}'", name = .name.escape_debug())]
     Map {
         /// The block.
         name: String,
@@ -55,7 +53,7 @@ pub enum CacheError {
         source: MmapRegionError,
     },
     /// The cache cannot be kept out of core dumps.
-    #[error("cannot exclude the cache of ram block '{name}' from core dumps")]
+    #[error("cannot exclude the cache of ram block '{name}' from core dumps", name = .name.escape_debug())]
     CoreDump {
         /// The block.
         name: String,
@@ -63,7 +61,7 @@ pub enum CacheError {
         source: io::Error,
     },
     /// There is no file in memory for a block, or the guest's memory cannot be mapped to it.
-    #[error("cannot make a file of {len:#x} bytes in memory the memory of ram block '{name}'")]
+    #[error("cannot make a file of {len:#x} bytes in memory the memory of ram block '{name}'", name = .name.escape_debug())]
     File {
         /// The block.
         name: String,
@@ -73,7 +71,7 @@ pub enum CacheError {
         source: io::Error,
     },
     /// There is no memory for what is known of a block's pages.
-    #[error("no memory for a table of the {pages} pages of ram block '{name}'")]
+    #[error("no memory for a table of the {pages} pages of ram block '{name}'", name = .name.escape_debug())]
     Table {
         /// The block.
         name: String,
@@ -95,7 +93,7 @@ pub enum CacheError {
         pages: u32,
     },
     /// A page of a checkpoint is whole.
-    #[error("range {offset:#x}+{len:#x} of ram block '{name}' is not whole pages")]
+    #[error("range {offset:#x}+{len:#x} of ram block '{name}' is not whole pages", name = .name.escape_debug())]
     PartOfPage {
         /// The block.
         name: String,
@@ -108,7 +106,7 @@ pub enum CacheError {
     #[error("cannot read /proc/self/pagemap")]
     Pagemap(#[source] io::Error),
     /// Memory cannot be given back, as when it is locked.
-    #[error("cannot drop pages of '{name}'")]
+    #[error("cannot drop pages of '{name}'", name = .name.escape_debug())]
     Discard {
         /// The block, or the memory in which pages wait.
         name: String,
@@ -124,7 +122,7 @@ pub enum CacheError {
         blocks: usize,
     },
     /// The range does not lie in the block.
-    #[error("range {offset:#x}+{len:#x} is outside ram block '{name}' of {block_len:#x} bytes")]
+    #[error("range {offset:#x}+{len:#x} is outside ram block '{name}' of {block_len:#x} bytes", name = .name.escape_debug())]
     OutOfBlock {
         /// The block.
         name: String,
@@ -136,7 +134,7 @@ pub enum CacheError {
         block_len: usize,
     },
     /// The block's dirty bitmap refuses, or there is no memory for it.
-    #[error("dirty bitmap of ram block '{name}'")]
+    #[error("dirty bitmap of ram block '{name}'", name = .name.escape_debug())]
     Bitmap {
         /// The block.
         name: String,

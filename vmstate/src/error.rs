@@ -60,7 +60,7 @@ pub enum LoadError {
         oldest: u32,
     },
     /// A subsection whose name says that it belongs here, but that is not known.
-    #[error("{at}: subsection '{name}' of '{parent}' does not exist")]
+    #[error("{at}: subsection '{name}' of '{parent}' does not exist", name = .name.escape_debug())]
     UnknownSubsection {
         /// Where.
         at: Location,
@@ -122,7 +122,7 @@ pub enum LoadError {
         extra: usize,
     },
     /// No such section is registered.
-    #[error("unknown section or instance '{idstr}' {instance_id}: the two sides' devices differ")]
+    #[error("unknown section or instance '{idstr}' {instance_id}: the two sides' devices differ", idstr = .idstr.escape_debug())]
     UnknownSection {
         /// The section's name.
         idstr: String,

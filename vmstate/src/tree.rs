@@ -560,13 +560,13 @@ impl fmt::Display for DeviceStep {
 #[non_exhaustive]
 pub enum TreeError {
     /// The name cannot be put on the wire.
-    #[error("section name '{idstr}' is not 1 to 255 bytes without nul")]
+    #[error("section name '{idstr}' is not 1 to 255 bytes without nul", idstr = .idstr.escape_debug())]
     Name {
         /// The name refused.
         idstr: String,
     },
     /// There is such a device already.
-    #[error("section '{idstr}' {instance_id} is registered already")]
+    #[error("section '{idstr}' {instance_id} is registered already", idstr = .idstr.escape_debug())]
     Duplicate {
         /// The section's name.
         idstr: String,
@@ -574,7 +574,7 @@ pub enum TreeError {
         instance_id: u32,
     },
     /// A device failed or refused.
-    #[error("device '{idstr}' {instance_id} cannot {step}")]
+    #[error("device '{idstr}' {instance_id} cannot {step}", idstr = .idstr.escape_debug())]
     Device {
         /// The section's name.
         idstr: String,
@@ -587,7 +587,7 @@ pub enum TreeError {
         source: DeviceError,
     },
     /// A device's state contradicts itself.
-    #[error("the state of device '{idstr}' {instance_id} cannot be written")]
+    #[error("the state of device '{idstr}' {instance_id} cannot be written", idstr = .idstr.escape_debug())]
     Save {
         /// The section's name.
         idstr: String,
@@ -597,7 +597,7 @@ pub enum TreeError {
         source: SaveError,
     },
     /// No state came for a device.
-    #[error("section '{idstr}' {instance_id} is missing")]
+    #[error("section '{idstr}' {instance_id} is missing", idstr = .idstr.escape_debug())]
     Missing {
         /// The section's name.
         idstr: String,
@@ -605,7 +605,7 @@ pub enum TreeError {
         instance_id: u32,
     },
     /// State came twice for a device.
-    #[error("section '{idstr}' {instance_id} is there twice")]
+    #[error("section '{idstr}' {instance_id} is there twice", idstr = .idstr.escape_debug())]
     Repeated {
         /// The section's name.
         idstr: String,

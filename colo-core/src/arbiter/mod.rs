@@ -65,7 +65,7 @@ pub struct Grant {
 
 /// Why an arbiter gave no answer.
 #[derive(Debug, thiserror::Error)]
-#[error("{what}")]
+#[error("{what}", what = migration_stream::Escaped(.what))]
 pub struct ArbiterError {
     /// What was attempted.
     pub what: String,

@@ -240,7 +240,7 @@ fn relative(name: &str) -> Result<PathBuf, ExtractError> {
 #[non_exhaustive]
 pub enum ExtractError {
     /// A file could not be made or written.
-    #[error("writing {}", .path.display())]
+    #[error("writing {}", tool_support::Escaped(&.path.to_string_lossy()))]
     File {
         /// Its path.
         path: PathBuf,

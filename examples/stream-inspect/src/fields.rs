@@ -200,7 +200,7 @@ fn dump(bytes: &[u8]) -> String {
 
 /// Why a section cannot be read along its description.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("field '{path}' at byte {offset:#x} of the section: {mismatch}")]
+#[error("field '{path}' at byte {offset:#x} of the section: {mismatch}", path = tool_support::Escaped(.path))]
 pub struct FieldError {
     /// The names of the field and of what it is in, with dots between them.
     pub path: String,
@@ -227,13 +227,13 @@ pub enum Mismatch {
         len: usize,
     },
     /// Something else stands where a subsection is described.
-    #[error("the subsection of this name expected, found '{found}'")]
+    #[error("the subsection of this name expected, found '{found}'", found = tool_support::Escaped(.found))]
     Subsection {
         /// The name that is there, if there is a subsection.
         found: String,
     },
     /// Something else than the marker of a pointer that is null.
-    #[error("marker 30 of a pointer that is null expected, found '{found}'")]
+    #[error("marker 30 of a pointer that is null expected, found '{found}'", found = tool_support::Escaped(.found))]
     Marker {
         /// What is there.
         found: String,

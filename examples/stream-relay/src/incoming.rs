@@ -463,7 +463,7 @@ pub enum IncomingError {
     #[error("connections of the source")]
     Accept(#[from] multifd::incoming::IncomingError),
     /// The file cannot be opened.
-    #[error("opening {}", .path.display())]
+    #[error("opening {}", tool_support::Escaped(&.path.to_string_lossy()))]
     File {
         /// Its path.
         path: PathBuf,

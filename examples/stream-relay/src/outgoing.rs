@@ -377,13 +377,13 @@ pub enum OutgoingError {
     #[error("a file is written from its beginning: no offset")]
     Offset,
     /// There is a file already.
-    #[error("{} is there already", .path.display())]
+    #[error("{} is there already", tool_support::Escaped(&.path.to_string_lossy()))]
     Exists {
         /// Its path.
         path: PathBuf,
     },
     /// The guest could not be written into the file.
-    #[error("writing the guest into {}", .path.display())]
+    #[error("writing the guest into {}", tool_support::Escaped(&.path.to_string_lossy()))]
     FileStream {
         /// Its path.
         path: PathBuf,
@@ -391,7 +391,7 @@ pub enum OutgoingError {
         source: SourceError,
     },
     /// The file cannot be written.
-    #[error("writing {}", .path.display())]
+    #[error("writing {}", tool_support::Escaped(&.path.to_string_lossy()))]
     File {
         /// Its path.
         path: PathBuf,

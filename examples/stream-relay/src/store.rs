@@ -510,13 +510,13 @@ fn data(file: &File, offset: u64, length: u64) -> io::Result<Option<(u64, u64)>>
 #[non_exhaustive]
 pub enum StoreError {
     /// There is something already.
-    #[error("{} is there already and not empty", .path.display())]
+    #[error("{} is there already and not empty", tool_support::Escaped(&.path.to_string_lossy()))]
     Exists {
         /// The store's directory.
         path: PathBuf,
     },
     /// The file system's.
-    #[error("{}", .path.display())]
+    #[error("{}", tool_support::Escaped(&.path.to_string_lossy()))]
     File {
         /// The file or directory.
         path: PathBuf,
@@ -524,13 +524,13 @@ pub enum StoreError {
         source: io::Error,
     },
     /// Something else where a file should be.
-    #[error("{} is not a regular file", .path.display())]
+    #[error("{} is not a regular file", tool_support::Escaped(&.path.to_string_lossy()))]
     NotAFile {
         /// Its path.
         path: PathBuf,
     },
     /// A file is longer than it may be.
-    #[error("{} has {length} bytes, at most {max} expected", .path.display())]
+    #[error("{} has {length} bytes, at most {max} expected", tool_support::Escaped(&.path.to_string_lossy()))]
     TooLong {
         /// Its path.
         path: PathBuf,
@@ -543,7 +543,7 @@ pub enum StoreError {
     #[error(
         "{} has {length} bytes of device state, more than the {max} that are taken: a larger \
          --max-device-state takes it",
-        .path.display()
+        tool_support::Escaped(&.path.to_string_lossy())
     )]
     DeviceState {
         /// Its path.
@@ -554,7 +554,7 @@ pub enum StoreError {
         max: u64,
     },
     /// A file is not as long as the manifest says.
-    #[error("{} has {found} bytes, not {expected}", .path.display())]
+    #[error("{} has {found} bytes, not {expected}", tool_support::Escaped(&.path.to_string_lossy()))]
     Length {
         /// Its path.
         path: PathBuf,
@@ -564,7 +564,7 @@ pub enum StoreError {
         expected: u64,
     },
     /// A file has other contents than were saved.
-    #[error("{} has checksum {found}, not {expected}", .path.display())]
+    #[error("{} has checksum {found}, not {expected}", tool_support::Escaped(&.path.to_string_lossy()), found = tool_support::Escaped(.found), expected = tool_support::Escaped(.expected))]
     Checksum {
         /// Its path.
         path: PathBuf,
@@ -583,7 +583,7 @@ pub enum StoreError {
         found: u32,
     },
     /// The manifest says what cannot be.
-    #[error("'{value}' among the manifest's {field}")]
+    #[error("'{value}' among the manifest's {field}", value = tool_support::Escaped(.value))]
     Field {
         /// Which field.
         field: &'static str,

@@ -39,7 +39,7 @@ pub enum MappedRamError {
     #[error("{0} has no place in the file")]
     NoArea(BlockId),
     /// The file would be longer than a file can be.
-    #[error("block '{name}'")]
+    #[error("block '{name}'", name = crate::Escaped(.name))]
     Layout {
         /// The block that has no room.
         name: String,

@@ -173,7 +173,7 @@ fn words_of(pages: u64) -> Result<usize, BitmapError> {
 #[non_exhaustive]
 pub enum BitmapError {
     /// It is that of a block that this side does not have.
-    #[error("bitmap of an unknown ram block '{name}'")]
+    #[error("bitmap of an unknown ram block '{name}'", name = crate::Escaped(.name))]
     UnknownBlock {
         /// Its name.
         name: String,

@@ -149,13 +149,13 @@ pub enum RequestError {
     #[error("request for pages of the block named last, but none was named")]
     NoBlock,
     /// It names a block that there is not.
-    #[error("request for pages of an unknown ram block '{name}'")]
+    #[error("request for pages of an unknown ram block '{name}'", name = crate::Escaped(.name))]
     UnknownBlock {
         /// Its name.
         name: String,
     },
     /// It names a block that both sides share and none sends.
-    #[error("request for pages of the shared ram block '{name}', which is not migrated")]
+    #[error("request for pages of the shared ram block '{name}', which is not migrated", name = crate::Escaped(.name))]
     IgnoredBlock {
         /// Its name.
         name: String,
@@ -171,8 +171,7 @@ pub enum RequestError {
     /// Pages that do not lie in the block.
     #[error(
         "request for {length:#x} bytes from {start:#x} on, outside ram block '{name}' of \
-         {used_length:#x} bytes"
-    )]
+         {used_length:#x} bytes", name = crate::Escaped(.name))]
     OutOfBlock {
         /// The block's name.
         name: String,

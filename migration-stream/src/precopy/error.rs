@@ -161,7 +161,7 @@ pub enum TargetError {
         offset: u64,
     },
     /// A device section could not be loaded.
-    #[error("device section '{idstr}' instance {instance} at offset {offset:#x}")]
+    #[error("device section '{idstr}' instance {instance} at offset {offset:#x}", idstr = crate::Escaped(.idstr))]
     Device {
         /// Its idstr.
         idstr: String,
@@ -175,7 +175,8 @@ pub enum TargetError {
     /// A device section is longer than [`TargetConfig::max_devices`](super::TargetConfig).
     #[error(
         "device section '{idstr}' instance {instance} at offset {offset:#x} has more than the {max} \
-         bytes accepted"
+         bytes accepted",
+        idstr = crate::Escaped(.idstr)
     )]
     DeviceTooLong {
         /// Its idstr.
@@ -190,7 +191,8 @@ pub enum TargetError {
     /// A section other than a device's stands before RAM.
     #[error(
         "section '{idstr}' at offset {offset:#x} stands before ram and has several parts, whose ends \
-         only its device knows"
+         only its device knows",
+        idstr = crate::Escaped(.idstr)
     )]
     BeforeRam {
         /// Its idstr.
@@ -202,7 +204,8 @@ pub enum TargetError {
     #[error(
         "the end of device section '{idstr}' instance {instance} at offset {offset:#x}, which stands \
          before ram, was not found within {searched} bytes: only the description at the end of the \
-         stream says how long it is"
+         stream says how long it is",
+        idstr = crate::Escaped(.idstr)
     )]
     EarlyEnd {
         /// Its idstr.

@@ -225,15 +225,14 @@ impl RamBlockTable {
 #[non_exhaustive]
 pub enum RamBlockError {
     /// The name cannot be put on the wire.
-    #[error("ram block name '{name}' is not 1 to 255 bytes without nul")]
+    #[error("ram block name '{name}' is not 1 to 255 bytes without nul", name = crate::Escaped(.name))]
     Name {
         /// The name refused.
         name: String,
     },
     /// The length is not a non-zero multiple of the page size.
     #[error(
-        "ram block '{name}': length {used_length:#x} is not a non-zero multiple of the page size"
-    )]
+        "ram block '{name}': length {used_length:#x} is not a non-zero multiple of the page size", name = crate::Escaped(.name))]
     Length {
         /// The block.
         name: String,
@@ -247,7 +246,7 @@ pub enum RamBlockError {
         count: usize,
     },
     /// Two blocks of one name.
-    #[error("ram block '{name}' is there twice")]
+    #[error("ram block '{name}' is there twice", name = crate::Escaped(.name))]
     Duplicate {
         /// The name.
         name: String,

@@ -52,13 +52,13 @@ pub enum RamError {
     #[error("page record continues a block, but none was named on this channel")]
     NothingToContinue,
     /// A block that this side does not have.
-    #[error("unknown ram block '{name}'")]
+    #[error("unknown ram block '{name}'", name = crate::Escaped(.name))]
     UnknownBlock {
         /// Its name.
         name: String,
     },
     /// A page that does not lie in its block.
-    #[error("page at {offset:#x} is outside ram block '{name}' of {used_length:#x} bytes")]
+    #[error("page at {offset:#x} is outside ram block '{name}' of {used_length:#x} bytes", name = crate::Escaped(.name))]
     OutOfBlock {
         /// The block's name.
         name: String,
@@ -90,8 +90,7 @@ pub enum RamError {
     NotSetUp,
     /// The blocks are longer than the total announced before them.
     #[error(
-        "ram block '{name}' of {used_length:#x} bytes, but only {remaining:#x} of the announced total are left"
-    )]
+        "ram block '{name}' of {used_length:#x} bytes, but only {remaining:#x} of the announced total are left", name = crate::Escaped(.name))]
     SetupOverrun {
         /// The block.
         name: String,
@@ -101,7 +100,7 @@ pub enum RamError {
         remaining: u64,
     },
     /// A block has another length on this side.
-    #[error("ram block '{name}' of {received:#x} bytes, expected {local:#x}")]
+    #[error("ram block '{name}' of {received:#x} bytes, expected {local:#x}", name = crate::Escaped(.name))]
     BlockLength {
         /// The block.
         name: String,
@@ -111,7 +110,7 @@ pub enum RamError {
         local: u64,
     },
     /// A block of this side is not in the list.
-    #[error("ram block '{name}' is missing from the block list")]
+    #[error("ram block '{name}' is missing from the block list", name = crate::Escaped(.name))]
     BlockMissing {
         /// The block.
         name: String,
@@ -123,7 +122,7 @@ pub enum RamError {
         received: bool,
     },
     /// A block that both sides share is somewhere else in the guest.
-    #[error("shared ram block '{name}' at {received:#x}, expected at {local:#x}")]
+    #[error("shared ram block '{name}' at {received:#x}, expected at {local:#x}", name = crate::Escaped(.name))]
     Address {
         /// The block.
         name: String,
@@ -133,13 +132,13 @@ pub enum RamError {
         local: u64,
     },
     /// A page of a block that both sides share and none sends.
-    #[error("page of the shared ram block '{name}', which is not migrated")]
+    #[error("page of the shared ram block '{name}', which is not migrated", name = crate::Escaped(.name))]
     IgnoredBlock {
         /// The block.
         name: String,
     },
     /// A block's place in a mapped-ram file is not sound.
-    #[error("ram block '{name}'")]
+    #[error("ram block '{name}'", name = crate::Escaped(.name))]
     MappedRam {
         /// The block.
         name: String,

@@ -4,18 +4,27 @@
 //! be64 total | 0x004  { counted idstr  be64 used length }  until the lengths sum up to the total
 //! ```
 //!
-//! Two capabilities, which the configuration section names, put more into each entry, in this order:
-//! `x-ignore-shared` the block's guest physical address (be64), `mapped-ram` the places of its pages
-//! in the file ([`MappedArea`]). The block page size of postcopy is absent.
+//! Three capabilities put more into each entry, in this order: `postcopy-ram`, which the ADVISE command
+//! announces, the page size of a block that consists of huge pages (be64); `x-ignore-shared` the block's
+//! guest physical address (be64); `mapped-ram` the places of its pages in the file ([`MappedArea`]). The
+//! configuration section names the last two.
+//!
+//! Nothing says which blocks have a page size: a destination of QEMU knows it from its own blocks. It can
+//! be told apart all the same. It is a power of two that ADVISE has named, while a name begins with a
+//! length that is not 0, an address is a multiple of the page size, and a record has a flag.
 
 use bytes::BufMut;
 
 use super::record::{FLAG_MEM_SIZE, FLAGS};
 use super::{BlockId, RamBlock, RamBlockTable, RamError};
+use crate::PAGE_SIZE;
 use crate::codec::{IdStr, Reader, put_counted};
 use crate::configuration::{Configuration, IGNORE_SHARED, MAPPED_RAM};
 use crate::error::DecodeError;
 use crate::mapped_ram::{HEADER_LEN, LayoutError, MappedArea};
+
+/// Eight bytes that begin with a name are this number at least.
+const NAME: u64 = 1 << 56;
 
 /// Which optional fields the entries of a block list have.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -24,6 +33,9 @@ pub struct SetupFields {
     pub address: bool,
     /// The places of the pages in the file (the capability `mapped-ram`).
     pub mapped_ram: bool,
+    /// The page sizes of all blocks, combined by OR, as the ADVISE command has them; 0 without the
+    /// capability `postcopy-ram`. An entry has the page size of its block if that is a huge page.
+    pub page_sizes: u64,
 }
 
 impl SetupFields {
@@ -34,6 +46,7 @@ impl SetupFields {
         Self {
             address: configuration.has(IGNORE_SHARED),
             mapped_ram: configuration.has(MAPPED_RAM),
+            page_sizes: 0,
         }
     }
 }
@@ -83,7 +96,7 @@ pub struct SetupDecoder {
 
 impl SetupDecoder {
     /// The longest entry, bytes.
-    pub const MAX_ENTRY_LEN: usize = 1 + IdStr::MAX_LEN + 8 + 8 + HEADER_LEN;
+    pub const MAX_ENTRY_LEN: usize = 1 + IdStr::MAX_LEN + 8 + 8 + 8 + HEADER_LEN;
 
     /// For the entries after a size record of `total` bytes.
     #[must_use]
@@ -127,6 +140,7 @@ impl SetupDecoder {
         let used_length = r.be64()?;
         let mut block =
             RamBlock::new(name.as_str(), used_length).map_err(|e| at.error(RamError::Block(e)))?;
+        self.pass_page_size(r)?;
         if self.fields.address {
             block = block.at(r.be64()?);
         }
@@ -157,6 +171,32 @@ impl SetupDecoder {
         let block = self.blocks.last();
         let block = block.ok_or_else(|| at.error(RamError::NotSetUp))?;
         Ok(SetupEntry { index, block, area })
+    }
+
+    /// Passes over the page size of a block of huge pages, if one is next. It is of no use here: pages
+    /// of the target's size are what the stream has.
+    fn pass_page_size(&self, r: &mut Reader<'_>) -> Result<(), DecodeError> {
+        if self.fields.page_sizes & !PAGE_SIZE == 0 {
+            return Ok(());
+        }
+        let mut ahead = r.clone();
+        let word = ahead.be64()?;
+        let is_named = word.is_power_of_two()
+            && word > PAGE_SIZE
+            && word < NAME
+            && self.fields.page_sizes & word != 0;
+        if !is_named {
+            return Ok(());
+        }
+        if self.fields.address {
+            // What would be the address of this block if the word is its page size.
+            let address = ahead.clone().be64()?;
+            if address >= NAME || !address.is_multiple_of(PAGE_SIZE) {
+                return Ok(());
+            }
+        }
+        *r = ahead;
+        Ok(())
     }
 
     /// The place of `block`'s pages; `None` for a block that both sides share, which has none.
@@ -277,6 +317,70 @@ mod tests {
         assert_eq!(decoder.finish().unwrap(), blocks);
     }
 
+    /// Entries with what they have behind their lengths, and a record behind the list.
+    fn entries(list: &[(&str, u64, &[u64])]) -> (u64, Vec<u8>) {
+        let mut out = Vec::new();
+        for (name, length, more) in list {
+            put_counted(&mut out, name);
+            out.put_u64(*length);
+            more.iter().for_each(|word| out.put_u64(*word));
+        }
+        out.put_u64(0x10);
+        (list.iter().map(|(_, length, _)| length).sum(), out)
+    }
+
+    const HUGE: u64 = 2 << 20;
+
+    fn read(fields: SetupFields, (total, bytes): (u64, Vec<u8>)) -> RamBlockTable {
+        let mut r = Reader::new(&bytes, 0);
+        let mut decoder = SetupDecoder::new(total, fields);
+        while !decoder.is_complete() {
+            decoder.entry(&mut r).unwrap();
+        }
+        assert_eq!(r.rest(), 0x10u64.to_be_bytes());
+        decoder.finish().unwrap()
+    }
+
+    #[test]
+    fn the_page_sizes_of_huge_pages_are_passed_over() {
+        let fields = SetupFields {
+            page_sizes: HUGE | PAGE_SIZE,
+            ..SetupFields::default()
+        };
+        let list = entries(&[
+            ("pc.ram", 64 << 20, &[HUGE]),
+            ("vga", 0xc2000, &[]),
+            ("more", HUGE, &[HUGE]),
+        ]);
+        let blocks = table(&[("pc.ram", 64 << 20), ("vga", 0xc2000), ("more", HUGE)]);
+        assert_eq!(read(fields, list), blocks);
+    }
+
+    #[test]
+    fn a_page_size_is_told_from_an_address() {
+        let fields = SetupFields {
+            page_sizes: HUGE | PAGE_SIZE,
+            address: true,
+            ..SetupFields::default()
+        };
+        for list in [
+            entries(&[("a", HUGE, &[HUGE, 0]), ("b", HUGE, &[HUGE])]),
+            entries(&[("b", HUGE, &[HUGE]), ("a", HUGE, &[HUGE, HUGE])]),
+        ] {
+            assert_eq!(read(fields, list).len(), 2);
+        }
+        // No size that ADVISE has not named.
+        let (total, bytes) = entries(&[("a", HUGE, &[1 << 30])]);
+        let fields = SetupFields {
+            address: false,
+            ..fields
+        };
+        let mut decoder = SetupDecoder::new(total, fields);
+        let mut r = Reader::new(&bytes, 0);
+        decoder.entry(&mut r).unwrap();
+        assert_eq!(r.rest().len(), 16);
+    }
+
     #[test]
     fn c18_a_total_smaller_than_its_blocks_is_refused_instead_of_wrapping() {
         let entry = b"\x03vga\0\0\0\0\0\0\x20\0";
@@ -351,6 +455,7 @@ mod tests {
         let fields = SetupFields {
             address: true,
             mapped_ram: false,
+            page_sizes: 0,
         };
         let mut r = Reader::new(&out, 0);
         let mut decoder = SetupDecoder::begin(&mut r, fields).unwrap();

@@ -117,13 +117,13 @@ pub enum PacketError {
     #[error("ram block name is longer than 255 bytes")]
     NameLength,
     /// A block that this VM does not have.
-    #[error("no ram block '{name}'")]
+    #[error("no ram block '{name}'", name = migration_stream::Escaped(.name))]
     Block {
         /// Its name.
         name: String,
     },
     /// A block that both sides share, whose pages stay where they are (`x-ignore-shared`).
-    #[error("page of the shared ram block '{name}', which is not migrated")]
+    #[error("page of the shared ram block '{name}', which is not migrated", name = migration_stream::Escaped(.name))]
     IgnoredBlock {
         /// Its name.
         name: String,

@@ -92,7 +92,7 @@ pub enum EtcdError {
         source: Box<EtcdError>,
     },
     /// It refused the request.
-    #[error("refused with status {status}: {message}")]
+    #[error("refused with status {status}: {message}", message = migration_stream::Escaped(.message))]
     Refused {
         /// Of HTTP.
         status: u16,

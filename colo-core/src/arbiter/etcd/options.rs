@@ -72,19 +72,19 @@ pub enum OptionsError {
         limit: u64,
     },
     /// There is no certificate in it.
-    #[error("{origin} has no certificate in pem")]
+    #[error("{origin} has no certificate in pem", origin = migration_stream::Escaped(.origin))]
     NoCertificate {
         /// Where it was looked for.
         origin: String,
     },
     /// There is no key in it, or one that a passphrase is needed for.
-    #[error("{origin} has no key in pem, or an encrypted one")]
+    #[error("{origin} has no key in pem, or an encrypted one", origin = migration_stream::Escaped(.origin))]
     NoKey {
         /// Where it was looked for.
         origin: String,
     },
     /// What is in it cannot be read.
-    #[error("{origin} is damaged")]
+    #[error("{origin} is damaged", origin = migration_stream::Escaped(.origin))]
     Damaged {
         /// What was read.
         origin: String,
@@ -93,7 +93,7 @@ pub enum OptionsError {
         source: Box<dyn Error + Send + Sync>,
     },
     /// A key that cannot be used, or is another certificate's.
-    #[error("the key in {key} is of no use with the certificate in {chain}")]
+    #[error("the key in {key} is of no use with the certificate in {chain}", key = migration_stream::Escaped(.key), chain = migration_stream::Escaped(.chain))]
     Key {
         /// Where the key is from.
         key: String,
@@ -104,7 +104,7 @@ pub enum OptionsError {
         source: Box<dyn Error + Send + Sync>,
     },
     /// A password cannot be one.
-    #[error("{origin} has {what} instead of a password")]
+    #[error("{origin} has {what} instead of a password", origin = migration_stream::Escaped(.origin))]
     Password {
         /// Where it is from.
         origin: String,

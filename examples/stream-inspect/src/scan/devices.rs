@@ -42,7 +42,14 @@ impl Scan<'_> {
             let done = from.saturating_sub(have);
             self.reader.consume(done);
             body.truncate(have + done);
-            self.fill()?;
+            self.fill().map_err(|error| match error {
+                ScanError::Stream { source, .. }
+                    if source.kind() == io::ErrorKind::UnexpectedEof =>
+                {
+                    unknown()
+                }
+                other => other,
+            })?;
         };
         body.truncate(len);
         self.early.push(header.clone(), body.clone());
