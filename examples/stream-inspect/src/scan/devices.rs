@@ -14,7 +14,7 @@ use crate::inspection::{Device, Extent, Inspection, Part, Section};
 const FOOTER_LEN: usize = 5;
 
 impl Scan<'_> {
-    /// A device section before RAM, as those have whose state the destination needs first. Nothing says
+    /// A device section before the end of RAM, as those have whose state the destination needs first. Nothing says
     /// how long it is: it ends where its footer is followed by another section. The description at the
     /// end of the stream is compared with what was found.
     pub(super) fn early(&mut self, header: SectionHeader, offset: u64) -> Result<(), ScanError> {
@@ -22,15 +22,19 @@ impl Scan<'_> {
             idstr: header.idstr.clone(),
             offset,
         };
-        if header.kind != Announcement::Full || self.ram != Ram::Unknown {
+        if header.kind != Announcement::Full {
             return Err(unknown());
         }
+        let ram = match self.ram {
+            Ram::Open(id) => Some(id),
+            Ram::Unknown | Ram::Ended => None,
+        };
         let max = TailLimits::default().len;
         let (mut body, mut from) = (Vec::new(), 0);
         let len = loop {
             let have = body.len();
             body.extend_from_slice(self.reader.buffered());
-            match find_end(&body, header.id, from) {
+            match find_end(&body, header.id, ram, from) {
                 Ok(len) => {
                     self.reader.consume(len.saturating_sub(have));
                     break len;
