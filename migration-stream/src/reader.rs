@@ -6,7 +6,7 @@ use std::{fmt, io};
 
 use vm_memory::VolatileSlice;
 
-use crate::io::{ByteSource, FileChannel, PositionedFile, Readiness};
+use crate::io::{ByteSource, CancelToken, FileChannel, PositionedFile, Readiness};
 
 /// Room for headers, commands and device sections, and for what comes along with a page.
 const CAPACITY: usize = 64 << 10;
@@ -76,6 +76,11 @@ impl StreamReader {
     /// See [`ByteSource::set_read_deadline`].
     pub fn set_deadline(&mut self, deadline: Option<Instant>) {
         self.source.set_read_deadline(deadline);
+    }
+
+    /// Lets `token` end every read that waits.
+    pub fn set_cancel(&mut self, token: &CancelToken) {
+        self.source.set_cancel(token);
     }
 
     /// Marks the first `n` buffered bytes as done with.

@@ -10,7 +10,8 @@ use std::time::{Duration, Instant};
 use migration_stream::configuration::{Configuration, MachineName};
 use migration_stream::io::FdChannel;
 use migration_stream::precopy::{
-    BoxError, Control, Limits, Progress, RamSetup, Source, SourceConfig, SourceVm,
+    BoxError, Control, HandOver, Limits, Progress, RamSetup, Source, SourceConfig, SourceError,
+    SourceStatus, SourceVm,
 };
 use migration_stream::ram::{BlockId, InStream, RamBlock, RamBlockTable, ZeroPageDetection};
 use migration_stream::{
@@ -196,4 +197,102 @@ fn the_limit_is_that_of_the_wire_with_compression() {
     let compression = Compression::Zstd(multifd::ZstdLevel::default());
     // A quarter of each page cannot be compressed.
     check(&migrate(&memory(4 * PAGES, 1024), 4, compression), 24 * MIB);
+}
+
+/// Cancels when the migration has lasted for a while; notes when it was asked.
+struct Canceller {
+    /// Switches over first.
+    switches: bool,
+    since: Instant,
+    asked: Instant,
+    longest: Duration,
+    cancelled: Option<Instant>,
+    resumed: bool,
+}
+
+impl SourceVm for Canceller {
+    fn stop(&mut self) -> Result<(), BoxError> {
+        self.since = Instant::now();
+        Ok(())
+    }
+    fn resume(&mut self) -> Result<(), BoxError> {
+        self.resumed = true;
+        Ok(())
+    }
+    fn save_devices(&mut self, out: &mut Vec<u8>) -> Result<String, BoxError> {
+        out.push(0);
+        Ok(String::new())
+    }
+    fn progress(&mut self, progress: &Progress) -> Control {
+        let now = Instant::now();
+        self.longest = self.longest.max(now - self.asked);
+        self.asked = now;
+        if self.switches && progress.status == SourceStatus::Active {
+            return Control::SwitchOver;
+        }
+        if self.since.elapsed() < Duration::from_millis(300) {
+            return Control::Continue;
+        }
+        self.cancelled.get_or_insert(now);
+        Control::Cancel
+    }
+}
+
+#[test]
+fn a_peer_that_stands_still_delays_neither_progress_nor_a_cancel() {
+    let ram = memory(64 * MIB / PAGE_SIZE, 64);
+    for (channels, switches) in [(0, false), (4, false), (0, true), (4, true)] {
+        let mut peers = Vec::new();
+        let mut connect = || {
+            let (ours, theirs) = UnixStream::pair().unwrap();
+            peers.push(theirs);
+            FdChannel::new(ours, PATIENCE).unwrap()
+        };
+        let main = connect();
+        let ram: Arc<dyn GuestRam> = Arc::clone(&ram) as _;
+        let transport: Box<dyn PageTransport> = match ChannelCount::new(channels) {
+            None => Box::new(InStream::new(
+                Arc::clone(&ram),
+                ZeroPageDetection::default(),
+            )),
+            Some(count) => {
+                let config = MultifdConfig {
+                    channels: count,
+                    ..MultifdConfig::default()
+                };
+                let connected = (0..channels).map(|_| connect().into()).collect();
+                Box::new(SendSet::start(Arc::clone(&ram), connected, &config).unwrap())
+            }
+        };
+        let config = SourceConfig {
+            configuration: None,
+            switchover_start: true,
+            confirm_timeout: PATIENCE,
+        };
+        let setup = RamSetup {
+            log: Clean,
+            transport,
+        };
+        let limits = Arc::new(Limits::new(0, Duration::from_millis(300)));
+        let source = Source::start(config, limits, StreamWriter::new(main), None, setup).unwrap();
+        let now = Instant::now();
+        let mut vm = Canceller {
+            switches,
+            since: now,
+            asked: now,
+            longest: Duration::ZERO,
+            cancelled: None,
+            resumed: false,
+        };
+        let result = source.run(&mut vm);
+        let took = vm.cancelled.unwrap().elapsed();
+        assert!(
+            matches!(result, HandOver::Failed(SourceError::Cancelled)),
+            "{channels} {switches}"
+        );
+        assert_eq!(vm.resumed, switches);
+        // 50 and 100 ms, and what a loaded machine takes.
+        assert!(vm.longest < Duration::from_millis(300), "{:?}", vm.longest);
+        assert!(took < Duration::from_millis(500), "{took:?}");
+    }
 }

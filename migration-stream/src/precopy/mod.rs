@@ -33,6 +33,7 @@ mod source;
 mod switchover_ack;
 mod target;
 mod throttle;
+mod watch;
 
 pub use error::{BoxError, SourceError, TargetError};
 pub use limits::Limits;

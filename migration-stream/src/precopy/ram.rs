@@ -1,7 +1,7 @@
 //! The sending side of the RAM section, from the announcement to every END after it.
 
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use super::error::SourceError;
@@ -71,6 +71,7 @@ impl<T: PageTransport, D: DirtyLog> RamSetup<T, D> {
             uncopied: None,
             unsynced: false,
             ahead: None,
+            live: None,
         };
         sender.close_body(out)?;
         Ok(sender)
@@ -100,6 +101,30 @@ pub struct RamSender<T, D: DirtyLog> {
     unsynced: bool,
     /// What is known of how often pages are written, if they are sent ahead.
     ahead: Option<Heat>,
+    /// Where another thread sees how far this is, if one looks.
+    live: Option<Arc<Live>>,
+}
+
+/// How far a [`RamSender`] is, for another thread to see while it sends.
+#[derive(Debug, Default)]
+pub(super) struct Live(Mutex<Figures>);
+
+/// What is seen.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Figures {
+    pub(super) pending_pages: u64,
+    pub(super) bytes: u64,
+    pub(super) counters: TransportCounters,
+}
+
+impl Live {
+    pub(super) fn get(&self) -> Figures {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn set(&self, figures: Figures) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = figures;
+    }
 }
 
 impl<T: PageTransport, D: DirtyLog> RamSender<T, D> {
@@ -328,6 +353,28 @@ impl<T: PageTransport, D: DirtyLog> RamSender<T, D> {
         out.offset() + self.transport.counters().channel_bytes
     }
 
+    fn figures(&self, out: &StreamWriter) -> Figures {
+        let counters = self.transport.counters();
+        Figures {
+            pending_pages: self.pending.count(),
+            bytes: out.offset() + counters.channel_bytes,
+            counters,
+        }
+    }
+
+    /// Lets another thread see how far this is.
+    pub(super) fn watch(&mut self, out: &StreamWriter) -> Arc<Live> {
+        let live = Arc::new(Live::default());
+        live.set(self.figures(out));
+        self.live = Some(Arc::clone(&live));
+        live
+    }
+
+    /// Nobody looks any more.
+    pub(super) fn unwatch(&mut self) {
+        self.live = None;
+    }
+
     fn send_run(&mut self, out: &mut StreamWriter) -> Result<bool, SourceError> {
         let Some(run) = self.pending.take_run(RUN_PAGES) else {
             return Ok(false);
@@ -335,6 +382,9 @@ impl<T: PageTransport, D: DirtyLog> RamSender<T, D> {
         self.unsynced = true;
         self.transport
             .send(out, run.block, run.first * PAGE_SIZE, run.pages)?;
+        if let Some(live) = &self.live {
+            live.set(self.figures(out));
+        }
         Ok(true)
     }
 

@@ -6,7 +6,7 @@ use std::{fmt, io};
 use super::error::SourceError;
 use super::handover::{Answer, CONFIRMS_FIRST};
 use crate::codec::Reader;
-use crate::io::ByteSource;
+use crate::io::{ByteSource, CancelToken};
 use crate::return_path::ReturnPathMessage as Message;
 
 /// The value of the PING behind device sections before RAM. A destination answers in order: the PONG says
@@ -116,6 +116,11 @@ impl ReturnPathReader {
     /// Whether the destination has read past the device sections before RAM.
     pub(super) const fn has_taken_early_sections(&self) -> bool {
         self.early_taken
+    }
+
+    /// Lets `token` end every wait for a message.
+    pub fn set_cancel(&mut self, token: &CancelToken) {
+        self.source.set_cancel(token);
     }
 
     /// How many SWITCHOVER_ACK messages have come.

@@ -12,10 +12,11 @@ use super::limits::{Bandwidth, Limits};
 use super::ram::{Budget, RamSender, RamSetup};
 use super::return_path::{EARLY_TAKEN, Heard, ReturnPathReader};
 use super::throttle::{Throttle, ThrottleConfig, ThrottleConfigError, Throttling};
+use super::watch::WATCH;
 use crate::command::Command;
 use crate::configuration::{Configuration, IGNORE_SHARED};
 use crate::early::EarlySections;
-use crate::io::{deadline_after, deadline_from};
+use crate::io::{CancelToken, deadline_after, deadline_from};
 use crate::section::{SectionId, SectionType};
 use crate::{DirtyLog, PAGE_SIZE, PageTransport, StreamWriter, TransportCounters, header, section};
 
@@ -53,7 +54,7 @@ pub trait SourceVm {
     /// The VMM's; the migration then fails and the guest runs on.
     fn save_devices(&mut self, out: &mut Vec<u8>) -> Result<String, BoxError>;
 
-    /// Called between steps, at least every 50 ms while the guest runs; and while it is paused
+    /// Called at least every 50 ms, whatever the peer does: between steps, and beside a step that waits; and while it is paused
     /// before the switch-over ([`SourceStatus::PreSwitchover`]), where [`Control::Continue`] goes on
     /// waiting and [`Control::SwitchOver`] ends the pause (`migrate-continue`).
     fn progress(&mut self, progress: &Progress) -> Control;
@@ -140,20 +141,24 @@ pub struct SourceConfig {
 /// A live migration whose stream has begun.
 pub struct Source<T, D: DirtyLog> {
     config: SourceConfig,
-    limits: Arc<Limits>,
-    out: StreamWriter,
+    pub(super) limits: Arc<Limits>,
+    pub(super) out: StreamWriter,
     return_path: Option<ReturnPathReader>,
-    ram: RamSender<T, D>,
+    pub(super) ram: RamSender<T, D>,
     bandwidth: Bandwidth,
-    begun: Instant,
+    pub(super) begun: Instant,
     pass: u64,
     round: Round,
     dirty_pages_rate: u64,
     status: SourceStatus,
     pauses: bool,
     throttling: Option<Throttling>,
-    acks: Option<Acks>,
+    pub(super) acks: Option<Acks>,
     early: Option<Early>,
+    /// Ends every wait for the peer.
+    pub(super) cancel: CancelToken,
+    /// The VMM wants to switch over.
+    pub(super) asked: bool,
 }
 
 /// Device sections were sent before RAM, and the destination has not said that it has taken them.
@@ -165,7 +170,7 @@ struct Early {
 
 /// The acknowledgements that the switch-over waits for.
 #[derive(Debug)]
-struct Acks {
+pub(super) struct Acks {
     expected: u32,
     /// Since when only they are missing.
     waiting: Option<Instant>,
@@ -322,6 +327,15 @@ impl<T: PageTransport, D: DirtyLog> Source<T, D> {
         limiter.lift(false);
         out.set_limiter(limiter);
         setup.transport.set_limiter(limiter);
+        let cancel = match out.cancel_token() {
+            Some(token) => token.clone(),
+            None => CancelToken::new()?,
+        };
+        out.set_cancel(&cancel);
+        setup.transport.set_cancel(&cancel);
+        if let Some(return_path) = &mut return_path {
+            return_path.set_cancel(&cancel);
+        }
         let mut bytes = BytesMut::new();
         header::encode(&mut bytes);
         if let Some(configuration) = &config.configuration {
@@ -367,6 +381,8 @@ impl<T: PageTransport, D: DirtyLog> Source<T, D> {
             throttling: None,
             acks: None,
             early,
+            cancel,
+            asked: false,
         })
     }
 
@@ -411,6 +427,13 @@ impl<T: PageTransport, D: DirtyLog> Source<T, D> {
         Ok(self)
     }
 
+    /// Returns the token that cancels this migration from any thread, as [`Control::Cancel`] does. It is that of the
+    /// stream's writer, if that had one ([`StreamWriter::set_cancel`]).
+    #[must_use]
+    pub const fn cancel_token(&self) -> &CancelToken {
+        &self.cancel
+    }
+
     /// Runs the migration to its end: iterates until what is left fits the downtime limit at the
     /// measured bandwidth, stops the guest, sends the rest, waits for the answer.
     pub fn run(mut self, vm: &mut impl SourceVm) -> HandOver<T, D> {
@@ -430,7 +453,7 @@ impl<T: PageTransport, D: DirtyLog> Source<T, D> {
             return HandOver::Failed(error);
         }
         match self.switch_over(vm) {
-            Ok(last) => match self.hand_over(&last, stopped) {
+            Ok(last) => match self.hand_over(vm, &last, stopped) {
                 HandOver::Failed(error) => HandOver::Failed(resumed(vm, error)),
                 other => other,
             },
@@ -465,12 +488,15 @@ impl<T: PageTransport, D: DirtyLog> Source<T, D> {
             let control = vm.progress(&self.progress());
             self.check_return_path()?;
             match control {
-                Control::SwitchOver if self.is_acknowledged()? => return Ok(()),
-                Control::Continue | Control::SwitchOver => {}
+                Control::SwitchOver => self.asked = true,
+                Control::Continue => {}
                 Control::Cancel => return Err(SourceError::Cancelled),
             }
+            if self.asked && self.is_acknowledged()? {
+                return Ok(());
+            }
             if self.ram.pending_pages() == 0 {
-                self.next_round()?;
+                self.next_round(vm)?;
                 vm.event(SourceEvent::Pass(self.pass));
                 let left = self.ram.pending_pages() * PAGE_SIZE;
                 // Before the first measurement there is nothing to estimate with, but an idle guest
@@ -485,11 +511,11 @@ impl<T: PageTransport, D: DirtyLog> Source<T, D> {
                         return Ok(());
                     }
                     if left == 0 {
-                        std::thread::sleep(PART_TIME);
+                        std::thread::sleep(WATCH);
                     }
                 }
             }
-            self.part()?;
+            self.part(vm)?;
         }
     }
 
@@ -567,8 +593,8 @@ impl<T: PageTransport, D: DirtyLog> Source<T, D> {
     }
 
     /// All that was known to be dirty has been sent: reads the log again.
-    fn next_round(&mut self) -> Result<(), SourceError> {
-        let dirtied = self.ram.sync_dirty()?;
+    fn next_round(&mut self, vm: &mut impl SourceVm) -> Result<(), SourceError> {
+        let dirtied = self.watched(vm, |ram, _| ram.sync_dirty())?;
         if let Some(throttling) = &mut self.throttling {
             throttling.synced(dirtied * PAGE_SIZE, self.ram.bytes(&self.out));
         }
@@ -585,14 +611,14 @@ impl<T: PageTransport, D: DirtyLog> Source<T, D> {
         Ok(())
     }
 
-    fn part(&mut self) -> Result<(), SourceError> {
+    fn part(&mut self, vm: &mut impl SourceVm) -> Result<(), SourceError> {
         let limiter = Arc::clone(self.limits.limiter());
         let (begun, idle) = (Instant::now(), limiter.idle());
         let budget = Budget {
             bytes: u64::MAX,
             until: deadline_from(begun, PART_TIME),
         };
-        self.ram.part(&mut self.out, budget)?;
+        self.watched(vm, |ram, out| ram.part(out, budget))?;
         // The switch-over is not limited: what the limit takes says nothing about it.
         let idle = limiter.idle().saturating_sub(idle);
         self.round.busy += begun.elapsed().saturating_sub(idle);
@@ -620,13 +646,15 @@ impl<T: PageTransport, D: DirtyLog> Source<T, D> {
         if devices.pop() != Some(SectionType::Eof.byte()) {
             return Err(SourceError::DevicesWithoutEnd);
         }
+        let mut start = BytesMut::new();
         if self.config.switchover_start {
-            let mut bytes = BytesMut::new();
-            Command::SwitchoverStart.encode(&mut bytes);
-            self.out.write_bytes(&bytes)?;
+            Command::SwitchoverStart.encode(&mut start);
         }
-        self.ram.end(&mut self.out)?;
-        self.out.write_bytes(&devices)?;
+        self.watched(vm, |ram, out| {
+            out.write_bytes(&start)?;
+            ram.end(out)?;
+            Ok(out.write_bytes(&devices)?)
+        })?;
         self.check_return_path()?;
         // A receiver waits for the description: one that cannot be sent is replaced, not left out.
         let description = if description.is_empty() {
@@ -644,19 +672,32 @@ impl<T: PageTransport, D: DirtyLog> Source<T, D> {
     }
 
     /// Sends `last`, with which the destination can run the guest, and waits for its answer.
-    fn hand_over(mut self, last: &[u8], stopped: Instant) -> HandOver<T, D> {
-        let written = self.out.write_bytes(last).map_err(SourceError::from);
+    fn hand_over(
+        mut self,
+        vm: &mut impl SourceVm,
+        last: &[u8],
+        stopped: Instant,
+    ) -> HandOver<T, D> {
+        let mut return_path = self.return_path.take();
+        let deadline = deadline_after(self.config.confirm_timeout);
+        let mut is_tried = false;
+        let told = self.beside(vm, |_, out| {
+            is_tried = true;
+            let written = out.write_bytes(last).map_err(SourceError::from);
+            let heard = match &mut return_path {
+                None => Heard::nothing(),
+                Some(return_path) => return_path.wait_for_answer(deadline),
+            };
+            Ok((written, heard))
+        });
+        self.return_path = return_path;
+        let (written, heard) = told.unwrap_or_else(|e| (Err(e), Heard::nothing()));
         let offer = match &written {
             Ok(()) => Offer::Made,
+            Err(_) if !is_tried => Offer::Withheld,
             // Nobody runs a guest from a file that was not written to its end.
             Err(_) if self.out.is_file() => Offer::Withheld,
             Err(_) => Offer::Attempted,
-        };
-        let heard = match &mut self.return_path {
-            None => Heard::nothing(),
-            Some(return_path) => {
-                return_path.wait_for_answer(deadline_after(self.config.confirm_timeout))
-            }
         };
         let cause = written
             .err()
