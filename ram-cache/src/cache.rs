@@ -109,7 +109,8 @@ pub trait RamCache: fmt::Debug + Send + Sync {
     /// The host's; the memory stays in use, and nothing else is amiss.
     fn tidy(&self, stopped: GuestStopped<'_>) -> Result<(), CacheError>;
 
-    /// Gives the cache's memory back and allows RAM discard again. Dropping the cache does the same;
+    /// Gives the cache's memory back. RAM discard is allowed again behind a [`MirrorCache`](crate::MirrorCache); a
+    /// [`CowCache`](crate::CowCache) leaves it forbidden for as long as the VM lives. Dropping the cache does the same;
     /// this is the name to read at the place where it must happen, after the receive channels have
     /// been joined.
     fn release(self: Box<Self>);

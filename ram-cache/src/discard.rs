@@ -127,6 +127,14 @@ pub struct DiscardInhibitor {
     control: DiscardControl,
 }
 
+impl DiscardInhibitor {
+    /// Forbids discard for as long as the VM lives: what is behind its memory must never be seen.
+    pub(crate) fn for_good(self) {
+        // One more that nobody gives back.
+        self.control.write().disable += 1;
+    }
+}
+
 impl Drop for DiscardInhibitor {
     fn drop(&mut self) {
         self.control.write().disable -= 1;

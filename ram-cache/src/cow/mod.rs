@@ -54,17 +54,25 @@ use crate::{PAGE_BYTES, PAGE_SIZE};
 /// writes to it costs it a fault and a copy then, once, and the base's page stays: a guest that
 /// goes on to write all of its RAM needs it twice.
 ///
-/// A checkpoint that is never committed leaves the guest as it is, while the base may have got pages of it
-/// behind the guest's own copies. So the copies must not be given back to the host after a failover
-/// either (`MADV_DONTNEED` would show what is behind them) without punching the hole in the file too.
+/// RAM discard stays forbidden, for as long as the VM lives. Memory goes on being a mapping of the base, whose pages
+/// are those of an old checkpoint, or of one that was never committed. A page that is discarded (`MADV_DONTNEED`, by a
+/// balloon or by free page reporting) does not read as zero then: it reads as what is behind it.
 #[derive(Debug)]
 pub struct CowCache {
     memory: Arc<Memory>,
     in_colo: AtomicBool,
     /// A commit is over and the guest has not run since, as far as is known.
     is_fresh: AtomicBool,
-    // Held, not used: discard is forbidden as long as the cache exists.
-    _no_discard: DiscardInhibitor,
+    /// Discard is forbidden as long as the cache exists, and as long as guest memory is a mapping of the base.
+    no_discard: Option<DiscardInhibitor>,
+}
+
+impl Drop for CowCache {
+    fn drop(&mut self) {
+        if let Some(inhibitor) = self.no_discard.take() {
+            inhibitor.for_good();
+        }
+    }
 }
 
 /// What a commit is of: the threads that help with it have it too until it is over.
@@ -88,9 +96,9 @@ impl Memory {
 }
 
 impl CowCache {
-    /// Makes a cache for `blocks`, whose memory it replaces: it is all zero then. Until it is released
-    /// (or dropped) it keeps `inhibitor`, so that no page of the guest is discarded behind its back; if
-    /// it cannot be made, the inhibitor is dropped and discard is as it was before.
+    /// Makes a cache for `blocks`, whose memory it replaces: it is all zero then. It keeps `inhibitor`, so that no
+    /// page of the guest is discarded behind its back, and discard stays forbidden when it is released. If it cannot
+    /// be made, the inhibitor is dropped and discard is as it was before.
     ///
     /// # Errors
     /// A block is empty, not made of whole pages, outside its mapping or on top of another block;
@@ -116,11 +124,11 @@ impl CowCache {
             }),
             in_colo: AtomicBool::new(false),
             is_fresh: AtomicBool::new(false),
-            _no_discard: inhibitor,
+            no_discard: Some(inhibitor),
         })
     }
 
-    /// Gives the memory back and allows RAM discard again; see [`RamCache::release`].
+    /// Gives the memory back that is not the guest's. RAM discard stays forbidden; see [`RamCache::release`].
     pub fn release(self) {
         drop(self);
     }
