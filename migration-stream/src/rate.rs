@@ -22,6 +22,8 @@ pub struct TokenBucket {
     rate: u64,
     /// Bytes times nanoseconds, so that nothing is lost to rounding; a debt if negative.
     balance: i128,
+    /// For how long credit is kept that is not used.
+    burst: Duration,
     at: Instant,
 }
 
@@ -32,8 +34,17 @@ impl TokenBucket {
         Self {
             rate,
             balance: 0,
+            burst: BURST,
             at: now,
         }
+    }
+
+    /// Returns the same account for somebody who comes every `interval`: credit is kept for as long, and for 50 ms at
+    /// least.
+    #[must_use]
+    pub fn used_every(self, interval: Duration) -> Self {
+        let burst = self.burst.max(interval);
+        Self { burst, ..self }
     }
 
     /// Sets the rate from `now` on. A debt stays, in bytes; without a limit there is none.
@@ -87,7 +98,7 @@ impl TokenBucket {
 
     /// The most credit that is kept.
     fn most(&self) -> i128 {
-        let nanos = i128::try_from(BURST.as_nanos()).unwrap_or(i128::MAX);
+        let nanos = i128::try_from(self.burst.as_nanos()).unwrap_or(i128::MAX);
         nanos.saturating_mul(self.rate.into())
     }
 }

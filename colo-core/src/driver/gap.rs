@@ -2,8 +2,9 @@
 
 use std::time::{Duration, Instant};
 
+use migration_stream::io::deadline_from;
 use migration_stream::precopy::{Budget, RamSender};
-use migration_stream::{DirtyLog, PageTransport};
+use migration_stream::{DirtyLog, PAGE_SIZE, PageTransport, TokenBucket};
 
 use super::{ColoControl, StepError};
 
@@ -38,6 +39,8 @@ impl Default for GapConfig {
 pub(super) struct Gap {
     interval: Duration,
     next: Instant,
+    /// What was sent, as it left, against the bandwidth.
+    account: TokenBucket,
 }
 
 impl Gap {
@@ -55,6 +58,7 @@ impl Gap {
         Some(Self {
             interval: config.interval,
             next: Instant::now(),
+            account: TokenBucket::new(config.bandwidth, Instant::now()).used_every(config.interval),
         })
     }
 
@@ -76,24 +80,25 @@ impl Gap {
         if now < self.next {
             return Ok(0);
         }
-        let end = now + self.interval;
+        let end = deadline_from(now, self.interval);
+        self.account.set_rate(now, bandwidth);
+        let credit = self.account.credit(now);
+        if credit < PAGE_SIZE {
+            self.next = end;
+            return Ok(0);
+        }
+        let before = ram.counters().channel_bytes;
         let budget = Budget {
-            bytes: self.round(bandwidth),
+            bytes: credit,
             until: due.map_or(end, |due| due.min(end)),
         };
         ram.set_deadline(deadline);
         let pages = ram.send_ahead(budget)?;
+        // All of it has been written: headers and compression are in it.
+        let sent = ram.counters().channel_bytes.saturating_sub(before);
+        self.account.spend(Instant::now(), sent);
         // The guest has the time between rounds, however long they take.
         self.next = Instant::now().max(end);
         Ok(pages)
-    }
-
-    /// What one round may take, bytes.
-    fn round(&self, bandwidth: u64) -> u64 {
-        if bandwidth == 0 {
-            return u64::MAX;
-        }
-        let bytes = u128::from(bandwidth) * self.interval.as_micros() / 1_000_000;
-        u64::try_from(bytes).unwrap_or(u64::MAX)
     }
 }

@@ -318,7 +318,7 @@ impl<T: PageTransport, D: DirtyLog> Source<T, D> {
         config: SourceConfig,
         limits: Arc<Limits>,
         mut out: StreamWriter,
-        return_path: Option<ReturnPathReader>,
+        mut return_path: Option<ReturnPathReader>,
         mut setup: RamSetup<T, D>,
     ) -> Result<Self, SourceError> {
         let begun = Instant::now();

@@ -30,7 +30,11 @@ impl<T: PageTransport, D: DirtyLog> Source<T, D> {
         result
     }
 
-    fn beside<R: Send>(
+    /// As [`Source::watched`], where a cancel does not undo what the step has done.
+    ///
+    /// # Errors
+    /// Those of `step`; that of starting a thread, before `step` is called.
+    pub(super) fn beside<R: Send>(
         &mut self,
         vm: &mut impl SourceVm,
         step: impl FnOnce(&mut RamSender<T, D>, &mut StreamWriter) -> Result<R, SourceError> + Send,
