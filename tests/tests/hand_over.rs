@@ -2,6 +2,7 @@
 //! nobody runs it where it cannot be known.
 
 use std::process::ExitCode;
+use std::time::Duration;
 
 use serde_json::{Value, json};
 use tests::vmm::{ColoVmm, Connection, Vmm, check_count};
@@ -14,6 +15,10 @@ fn main() -> ExitCode {
         kvm("late_answer_completes_by_channels_too", late_by_channels),
         kvm("target_does_not_run_what_an_operator_let_run_on", cont),
         kvm("unknown_hand_over_is_not_cancelled", cancel),
+        kvm(
+            "guest_whose_migration_was_cancelled_too_late_waits_for_its_operator",
+            cancelled_too_late,
+        ),
         kvm(
             "guest_is_kept_by_a_source_whose_target_dies_unconfirmed",
             || {
@@ -51,9 +56,18 @@ const SHORT: [&str; 2] = ["--peer-timeout", "700"];
 /// A source that hands its guest over, and its target, which was frozen before it could answer or has
 /// the arguments `target`.
 fn pair(connection: Connection, target: &[&str]) -> Result<(Vmm, Vmm)> {
+    pair_of(&SHORT, connection, target)
+}
+
+/// The same with the arguments `source`.
+fn pair_of(source: &[&str], connection: Connection, target: &[&str]) -> Result<(Vmm, Vmm)> {
     // So few that what is left at the switch-over fits into the sockets of a frozen target.
     let guest = ColoVmm::new("colo-vmm").dirty_pages(20);
-    let mut source = guest.clone().args(SHORT).named("source").start()?;
+    let mut source = guest
+        .clone()
+        .args(source.iter().copied())
+        .named("source")
+        .start()?;
     let is_frozen = target.is_empty();
     let mut target = guest
         .args(target.iter().copied())
@@ -140,6 +154,26 @@ fn cancel() -> Result<()> {
     target.thaw()?;
     target.wait_migration("completed")?;
     source.wait_migration("completed")?;
+    Ok(())
+}
+
+/// Cancelled when everything was sent and the answer is waited for.
+fn cancelled_too_late() -> Result<()> {
+    let (mut source, mut target) = pair_of(&["--peer-timeout", "60000"], PLAIN, &[])?;
+    source.wait_migration("device")?;
+    // What is left is sent in far less than that.
+    std::thread::sleep(Duration::from_millis(500));
+    source.qmp.execute("migrate_cancel", Value::Null)?;
+    let migration = source.wait_migration("failing")?;
+    let told = migration["error-desc"].as_str().unwrap_or_default();
+    assert!(told.contains("the outcome is unknown"), "{told}");
+    assert_eq!(source.status()?, "paused");
+    source.qmp.execute("cont", Value::Null)?;
+    assert_eq!(source.status()?, "running");
+    target.thaw()?;
+    target.wait_failure()?;
+    source.wait_lines(5)?;
+    check_count(0, &source.output()?)?;
     Ok(())
 }
 

@@ -8,7 +8,7 @@
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use vm_memory::VolatileSlice;
@@ -45,6 +45,8 @@ pub struct FdChannel {
     cancel: Option<CancelToken>,
     /// What the socket wakes its reader for, bytes (`SO_RCVLOWAT`); the connection's, so shared.
     low_water: Arc<AtomicUsize>,
+    /// This side has ended the receiving direction; the connection's, so shared.
+    was_shut: Arc<AtomicBool>,
 }
 
 /// How guest memory is sent that is not copied.
@@ -91,6 +93,7 @@ impl FdChannel {
             uncopied: None,
             cancel: None,
             low_water: Arc::new(AtomicUsize::new(1)),
+            was_shut: Arc::default(),
         })
     }
 
@@ -107,12 +110,14 @@ impl FdChannel {
             uncopied: None,
             cancel: self.cancel.clone(),
             low_water: Arc::clone(&self.low_water),
+            was_shut: Arc::clone(&self.was_shut),
         }
     }
 
     /// Ends both directions of a socket for every handle; blocked calls return at once. Calling it
     /// on anything but a connected socket does nothing.
     pub fn shutdown(&self) {
+        self.was_shut.store(true, Ordering::Release);
         // SAFETY: shutdown takes no pointers; the descriptor is open as long as `self.fd`.
         unsafe { libc::shutdown(self.fd.as_raw_fd(), libc::SHUT_RDWR) };
     }
@@ -120,6 +125,7 @@ impl FdChannel {
     /// Shuts the receiving direction: whoever reads gets the end of the stream, and the peer can still be
     /// told why nothing is taken any more.
     pub fn shutdown_reading(&self) {
+        self.was_shut.store(true, Ordering::Release);
         // SAFETY: shutdown takes no pointers; the descriptor is open as long as `self.fd`.
         unsafe { libc::shutdown(self.fd.as_raw_fd(), libc::SHUT_RD) };
     }
@@ -427,6 +433,10 @@ impl ByteSource for FdChannel {
                 other => return other,
             }
         }
+    }
+
+    fn was_shut(&self) -> bool {
+        self.was_shut.load(Ordering::Acquire)
     }
 
     fn try_read(&mut self, buf: &mut [u8]) -> io::Result<Option<usize>> {

@@ -162,6 +162,12 @@ pub trait ByteSource: Send {
     /// [`io::ErrorKind::TimedOut`] when the deadline passes; whatever the transport reports.
     fn read_scatter(&mut self, guest: &[VolatileSlice<'_>], buf: &mut [u8]) -> io::Result<usize>;
 
+    /// Returns whether this side has ended the receiving direction. An end of the stream then says nothing
+    /// of the peer.
+    fn was_shut(&self) -> bool {
+        false
+    }
+
     /// What is there now, without waiting: `None` when nothing is.
     ///
     /// # Errors
@@ -243,6 +249,9 @@ impl<T: ByteSink + ?Sized> ByteSink for Box<T> {
 impl<T: ByteSource + ?Sized> ByteSource for Box<T> {
     fn read_scatter(&mut self, guest: &[VolatileSlice<'_>], buf: &mut [u8]) -> io::Result<usize> {
         (**self).read_scatter(guest, buf)
+    }
+    fn was_shut(&self) -> bool {
+        (**self).was_shut()
     }
     fn try_read(&mut self, buf: &mut [u8]) -> io::Result<Option<usize>> {
         (**self).try_read(buf)

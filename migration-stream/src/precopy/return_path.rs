@@ -147,7 +147,7 @@ impl ReturnPathReader {
             // After a wait that ran out the next one goes on with what has come.
             self.partial.truncate(at + read.as_ref().map_or(0, |n| *n));
             if read? == 0 {
-                return Err(SourceError::Unconfirmed);
+                return Err(self.ended());
             }
         }
     }
@@ -168,9 +168,21 @@ impl ReturnPathReader {
                 .truncate(at + read.as_ref().ok().copied().flatten().unwrap_or(0));
             match read? {
                 None => return Ok(None),
-                Some(0) => return Err(SourceError::Unconfirmed),
+                Some(0) => return Err(self.ended()),
                 Some(_) => {}
             }
+        }
+    }
+
+    /// Why nothing more comes: the peer has closed the connection, unless this side has.
+    fn ended(&self) -> SourceError {
+        if self.source.was_shut() {
+            broken(io::Error::new(
+                io::ErrorKind::ConnectionAborted,
+                "the connection was cut on this side",
+            ))
+        } else {
+            SourceError::Unconfirmed
         }
     }
 

@@ -143,3 +143,28 @@ fn a_connection_that_breaks_before_the_last_byte_leaves_the_guest_at_the_source(
     assert!(matches!(outcome, HandOver::Failed(_)), "{outcome:?}");
     assert!(guest.running);
 }
+
+#[test]
+fn a_connection_that_this_side_cut_says_nothing_of_the_target() {
+    let (_, mut guest) = source();
+    let landed = memory(BLOCKS);
+    let (a, b) = channels();
+    let outcome = std::thread::scope(|scope| {
+        let sender = scope.spawn(|| {
+            let ram = Arc::clone(&guest.ram) as _;
+            let transport = InStream::new(ram, ZeroPageDetection::Multifd);
+            begin(&guest, &a, transport).unwrap().run(&mut guest)
+        });
+        let target = target(&b, &landed).confirming_before_it_runs();
+        let loaded = target.load(&*landed, &mut NoMultifd, &mut Devices::default());
+        // An operator's yank while the answer is waited for; the target could have confirmed by now.
+        a.shutdown();
+        let outcome = sender.join().unwrap();
+        drop(loaded);
+        outcome
+    });
+    let unresolved = unknown(outcome);
+    let cause = unresolved.cause();
+    assert!(matches!(cause, SourceError::ReturnPath(_)), "{cause}");
+    assert!(!guest.running);
+}

@@ -15,6 +15,8 @@ const CARRIED_OUT: Duration = Duration::from_secs(5);
 /// What an operator wants of a migration that is on its way.
 pub(super) struct Cancel {
     requested: AtomicBool,
+    /// The process ends.
+    ending: AtomicBool,
     /// The pause before the switch-over is to end.
     pub(super) go_on: AtomicBool,
     /// Wakes who waits for connections: dropped or written, it can be read.
@@ -30,6 +32,7 @@ impl Cancel {
         let (woken, wake) = io::pipe()?;
         Ok(Arc::new(Self {
             requested: AtomicBool::new(false),
+            ending: AtomicBool::new(false),
             go_on: AtomicBool::new(false),
             wake: Mutex::new(Some(wake)),
             unknown: AtomicBool::new(false),
@@ -41,6 +44,15 @@ impl Cancel {
     pub(super) fn request(&self) {
         self.requested.store(true, Ordering::Release);
         drop(lock(&self.wake).take());
+    }
+
+    /// The process ends: nobody decides anything any more.
+    pub(super) fn end(&self) {
+        self.ending.store(true, Ordering::Release);
+    }
+
+    pub(super) fn is_ending(&self) -> bool {
+        self.ending.load(Ordering::Acquire)
     }
 
     pub(super) fn is_requested(&self) -> bool {

@@ -400,6 +400,9 @@ impl Migration {
             colo.quit();
         }
         let cancel = lock(&self.job).cancel.clone();
+        if let Some(cancel) = &cancel {
+            cancel.end();
+        }
         self.give_up(cancel.as_deref());
         if let Some(thread) = thread
             && thread.join().is_err()

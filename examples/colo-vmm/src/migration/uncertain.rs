@@ -51,7 +51,7 @@ pub(super) fn decide<T: PageTransport, D: DirtyLog>(
             cancel.known();
             return resumed_if_failed(vm, outcome);
         };
-        if cancel.is_requested() {
+        if cancel.is_ending() {
             return HandOver::Unknown(unresolved);
         }
         if vm.heartbeat.is_some_and(takes_over) {
