@@ -343,8 +343,11 @@ impl SourceVm for Guest {
         Ok(String::new())
     }
     fn progress(&mut self, progress: &Progress) -> Control {
+        // A step may last longer than progress waits: the guest may stand still by then.
         if progress.pass < 3 {
-            self.write();
+            if self.running {
+                self.write();
+            }
             Control::Continue
         } else {
             Control::SwitchOver

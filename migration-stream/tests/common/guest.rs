@@ -166,7 +166,8 @@ impl SourceVm for Guest {
             return self.paused.pop().unwrap();
         }
         self.passes = progress.pass;
-        if self.writes_left > 0 {
+        // A step may last longer than progress waits: the guest may stand still by then.
+        if self.running && self.writes_left > 0 {
             self.writes_left -= 1;
             // Pages that were written before among them.
             self.write(self.writes_left % 20 * 3);
