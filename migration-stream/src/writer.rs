@@ -88,6 +88,11 @@ impl StreamWriter {
         self.sink.is_file()
     }
 
+    /// See [`ByteSink::taken`].
+    pub(crate) fn taken(&self) -> Option<u64> {
+        self.sink.taken()
+    }
+
     /// Where in the file the next byte goes; the bytes of the stream where it is none.
     #[must_use]
     pub const fn position(&self) -> u64 {

@@ -43,6 +43,8 @@ pub struct FdChannel {
     uncopied: Option<Uncopied>,
     /// Ends what this handle waits for.
     cancel: Option<CancelToken>,
+    /// Bytes that the kernel has taken from this handle by copying.
+    taken: u64,
     /// What the socket wakes its reader for, bytes (`SO_RCVLOWAT`); the connection's, so shared.
     low_water: Arc<AtomicUsize>,
     /// This side has ended the receiving direction; the connection's, so shared.
@@ -92,6 +94,7 @@ impl FdChannel {
             write_deadline: None,
             uncopied: None,
             cancel: None,
+            taken: 0,
             low_water: Arc::new(AtomicUsize::new(1)),
             was_shut: Arc::default(),
         })
@@ -109,6 +112,7 @@ impl FdChannel {
             write_deadline: None,
             uncopied: None,
             cancel: self.cancel.clone(),
+            taken: 0,
             low_water: Arc::clone(&self.low_water),
             was_shut: Arc::clone(&self.was_shut),
         }
@@ -282,6 +286,11 @@ impl ByteSink for FdChannel {
         Ok(())
     }
 
+    fn taken(&self) -> Option<u64> {
+        // What is lent leaves by another way.
+        (!matches!(self.uncopied, Some(Uncopied::Lent(_)))).then_some(self.taken)
+    }
+
     fn enable_zero_copy(&mut self) -> io::Result<()> {
         self.uncopied = Some(Uncopied::Pinned(ZeroCopy::enable(self.fd.as_fd())?));
         Ok(())
@@ -330,6 +339,7 @@ impl FdChannel {
                     Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
                     Ok(n) => {
                         skip(&mut rest, n);
+                        self.taken = self.taken.saturating_add(n as u64);
                         if let (Some(Uncopied::Pinned(zero_copy)), true) =
                             (&mut self.uncopied, flags & libc::MSG_ZEROCOPY != 0)
                         {

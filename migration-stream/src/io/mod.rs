@@ -126,6 +126,12 @@ pub trait ByteSink: Send {
         false
     }
 
+    /// Returns how many bytes have been handed on towards the peer so far, `None` where that is not known. After a
+    /// write that failed it says whether any of it may have left.
+    fn taken(&self) -> Option<u64> {
+        None
+    }
+
     /// Lets the kernel read guest memory when it transmits it, instead of copying it before
     /// [`ByteSink::write_all`] returns. What is sent is what the memory holds then.
     ///
@@ -234,6 +240,9 @@ impl<T: ByteSink + ?Sized> ByteSink for Box<T> {
     }
     fn is_file(&self) -> bool {
         (**self).is_file()
+    }
+    fn taken(&self) -> Option<u64> {
+        (**self).taken()
     }
     fn enable_zero_copy(&mut self) -> io::Result<()> {
         (**self).enable_zero_copy()

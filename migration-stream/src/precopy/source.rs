@@ -680,24 +680,32 @@ impl<T: PageTransport, D: DirtyLog> Source<T, D> {
     ) -> HandOver<T, D> {
         let mut return_path = self.return_path.take();
         let deadline = deadline_after(self.config.confirm_timeout);
-        let mut is_tried = false;
         let told = self.beside(vm, |_, out| {
-            is_tried = true;
+            let before = out.taken();
             let written = out.write_bytes(last).map_err(SourceError::from);
-            let heard = match &mut return_path {
-                None => Heard::nothing(),
-                Some(return_path) => return_path.wait_for_answer(deadline),
+            let offer = match &written {
+                Ok(()) => Offer::Made,
+                // Nobody runs a guest from a file that was not written to its end.
+                Err(_) if out.is_file() => Offer::Withheld,
+                Err(_) if before.is_some() && out.taken() == before => Offer::Withheld,
+                Err(_) => Offer::Attempted,
             };
-            Ok((written, heard))
+            let heard = match &mut return_path {
+                Some(return_path) if offer != Offer::Withheld => {
+                    return_path.wait_for_answer(deadline)
+                }
+                _ => Heard::nothing(),
+            };
+            Ok((offer, written, heard))
         });
         self.return_path = return_path;
-        let (written, heard) = told.unwrap_or_else(|e| (Err(e), Heard::nothing()));
-        let offer = match &written {
-            Ok(()) => Offer::Made,
-            Err(_) if !is_tried => Offer::Withheld,
-            // Nobody runs a guest from a file that was not written to its end.
-            Err(_) if self.out.is_file() => Offer::Withheld,
-            Err(_) => Offer::Attempted,
+        let (offer, written, heard) = match told {
+            // The step was not begun.
+            Err(error) => return HandOver::Failed(error),
+            Ok((Offer::Withheld, Err(error), _)) => {
+                return HandOver::Failed(self.first_cause(error));
+            }
+            Ok(told) => told,
         };
         let cause = written
             .err()

@@ -306,7 +306,9 @@ impl ByteSource for Scripted {
     }
 
     fn try_read(&mut self, buf: &mut [u8]) -> io::Result<Option<usize>> {
-        self.read_scatter(&[], buf).map(Some)
+        // A source that has said everything waits for the answer.
+        let read = self.read_scatter(&[], buf)?;
+        Ok((read > 0 || buf.is_empty()).then_some(read))
     }
 
     fn wait(

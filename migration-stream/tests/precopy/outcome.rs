@@ -2,12 +2,16 @@
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use std::{io, thread};
 
-use migration_stream::io::FdChannel;
-use migration_stream::precopy::{HandOver, Loaded, SourceError, TargetError, Unresolved};
+use migration_stream::StreamWriter;
+use migration_stream::io::{ByteSink, Chunk, FdChannel};
+use migration_stream::precopy::{
+    HandOver, Limits, Loaded, RamSetup, Source, SourceConfig, SourceError, TargetError, Unresolved,
+};
 use migration_stream::ram::{InStream, NoMultifd, ZeroPageDetection};
 
-use crate::common::guest::{Guest, Log, memory};
+use crate::common::guest::{Guest, Log, configuration, memory};
 use crate::rig::{BLOCKS, Devices, LIMIT, begin, channels, source, swallow, target};
 
 type Outcome = HandOver<InStream, Log>;
@@ -20,7 +24,7 @@ fn hand_over(
 ) -> (Outcome, FdChannel) {
     let landed = memory(BLOCKS);
     let (a, b) = channels();
-    let outcome = std::thread::scope(|scope| {
+    let outcome = thread::scope(|scope| {
         let sender = scope.spawn(|| {
             let ram = Arc::clone(&guest.ram) as _;
             let transport = InStream::new(ram, ZeroPageDetection::Multifd);
@@ -121,7 +125,7 @@ fn a_target_does_not_run_a_guest_whose_source_has_given_up() {
 fn a_peer_that_takes_everything_and_answers_nothing_leaves_the_guest_paused() {
     let (_, mut guest) = source();
     let (a, mut b) = channels();
-    let drain = std::thread::spawn(move || swallow(&mut b));
+    let drain = thread::spawn(move || swallow(&mut b));
     let ram = Arc::clone(&guest.ram) as _;
     let transport = InStream::new(ram, ZeroPageDetection::Multifd);
     let outcome = begin(&guest, &a, transport).unwrap().run(&mut guest);
@@ -149,7 +153,7 @@ fn a_connection_that_this_side_cut_says_nothing_of_the_target() {
     let (_, mut guest) = source();
     let landed = memory(BLOCKS);
     let (a, b) = channels();
-    let outcome = std::thread::scope(|scope| {
+    let outcome = thread::scope(|scope| {
         let sender = scope.spawn(|| {
             let ram = Arc::clone(&guest.ram) as _;
             let transport = InStream::new(ram, ZeroPageDetection::Multifd);
@@ -167,4 +171,62 @@ fn a_connection_that_this_side_cut_says_nothing_of_the_target() {
     let cause = unresolved.cause();
     assert!(matches!(cause, SourceError::ReturnPath(_)), "{cause}");
     assert!(!guest.running);
+}
+
+/// A channel that takes everything but the end of the device state.
+struct Withholding {
+    channel: FdChannel,
+    /// It says how much it has taken.
+    counts: bool,
+}
+
+impl ByteSink for Withholding {
+    fn write_all(&mut self, chunks: &[Chunk<'_>]) -> io::Result<()> {
+        // EOF, and the description behind it.
+        if let [Chunk::Bytes([0, 6, ..])] = chunks {
+            return Err(io::ErrorKind::BrokenPipe.into());
+        }
+        self.channel.write_all(chunks)
+    }
+    fn set_write_deadline(&mut self, deadline: Option<Instant>) {
+        self.channel.set_write_deadline(deadline);
+    }
+    fn taken(&self) -> Option<u64> {
+        self.channel.taken().filter(|_| self.counts)
+    }
+}
+
+#[test]
+fn a_last_byte_that_certainly_did_not_leave_keeps_the_guest_at_the_source() {
+    for counts in [true, false] {
+        let (_, mut guest) = source();
+        let (a, mut b) = channels();
+        let drain = thread::spawn(move || swallow(&mut b));
+        let config = SourceConfig {
+            configuration: Some(configuration("test")),
+            switchover_start: true,
+            confirm_timeout: LIMIT,
+        };
+        let channel = a.share();
+        let ram = Arc::clone(&guest.ram) as _;
+        let outcome = Source::start(
+            config,
+            Arc::new(Limits::new(0, guest.downtime)),
+            StreamWriter::new(Withholding { channel, counts }),
+            None,
+            RamSetup {
+                log: guest.log.clone(),
+                transport: InStream::new(ram, ZeroPageDetection::Multifd),
+            },
+        )
+        .unwrap()
+        .run(&mut guest);
+        match outcome {
+            HandOver::Failed(SourceError::Stream(_)) => assert!(counts && guest.running),
+            HandOver::Unknown(_) => assert!(!counts && !guest.running),
+            other => panic!("{other:?}"),
+        }
+        a.shutdown();
+        drain.join().unwrap();
+    }
 }
