@@ -189,7 +189,12 @@ fn survive(side: &mut Vmm) -> Result<Survivor> {
         };
         Ok(is_over.then_some(status))
     })?;
-    if status == "failing" {
+    let told = side.migration()?["error-desc"].as_str().map(str::to_owned);
+    if told.is_some_and(|told| told.contains("the outcome is unknown")) {
+        // The target died with everything in its hands: who sees that it is dead says so.
+        side.qmp.execute("cont", Value::Null)?;
+        side.wait_migration("failed")?;
+    } else if status == "failing" {
         side.qmp.wait_event("COLO_EXIT")?;
         side.qmp.execute("x-colo-lost-heartbeat", Value::Null)?;
         side.wait_migration("completed")?;
