@@ -15,12 +15,12 @@ fn no_bytes_make_a_codec_of_postcopy_break_its_promises() {
         let mut input: Vec<u8> = (0..len)
             .map(|_| next(&mut state).to_le_bytes()[5])
             .collect();
-        if next(&mut state) % 4 == 0 {
+        if next(&mut state).is_multiple_of(4) {
             input.resize(input.len() + 60, 0);
         }
         let choice = usize::from(input[0] % 5);
         // A bitmap that ends as one does.
-        if choice == 0 && next(&mut state) % 2 == 0 && input.len() > 3 {
+        if choice == 0 && next(&mut state).is_multiple_of(2) && input.len() > 3 {
             let words = (usize::from(input[1]) + 1).div_ceil(64);
             input.resize(3 + words * 8, 0xaa);
             input[2] = 0;

@@ -153,7 +153,7 @@ fn records(mut records: PostcopyRecords, bytes: &[u8]) -> Ending {
     let made = rest.chunks(3).filter(|_| form % 2 == 0).flat_map(|chunk| {
         let at = |i: usize| chunk.get(i).copied().unwrap_or_default();
         let flag = flags[usize::from(at(0)) % flags.len()];
-        let word = u64::from(at(1)) * PAGE_SIZE | u64::from(flag);
+        let word = (u64::from(at(1)) * PAGE_SIZE) | u64::from(flag);
         let mut out = word.to_be_bytes().to_vec();
         if matches!(flag, 0x02 | 0x08) {
             let name = ["a", "pc.ram", "b"][usize::from(at(2)) % 3];
