@@ -33,6 +33,10 @@ fn main() -> ExitCode {
             second_attempt,
         ),
         kvm(
+            "source_may_pause_for_longer_than_its_target_waits",
+            long_pause,
+        ),
+        kvm(
             "return_path_that_only_the_source_wants_is_answered",
             return_path_of_the_source,
         ),
@@ -174,6 +178,27 @@ fn cancelled_too_late() -> Result<()> {
     target.wait_failure()?;
     source.wait_lines(5)?;
     check_count(0, &source.output()?)?;
+    Ok(())
+}
+
+fn long_pause() -> Result<()> {
+    let guest = ColoVmm::new("colo-vmm").dirty_pages(20);
+    let mut source = guest.clone().named("source").start()?;
+    let mut target = guest.args(SHORT).named("target").incoming().start()?;
+    PLAIN.prepare(&mut source, &["return-path", "pause-before-switchover"])?;
+    PLAIN.prepare(&mut target, &["return-path"])?;
+    source.wait_lines(5)?;
+    let uri = target.listen()?;
+    source.migrate(&uri)?;
+    source.wait_migration("pre-switchover")?;
+    // Twice as long as the target waits for a silent source.
+    std::thread::sleep(Duration::from_millis(1400));
+    source
+        .qmp
+        .execute("migrate-continue", json!({"state": "pre-switchover"}))?;
+    source.wait_migration("completed")?;
+    target.wait_migration("completed")?;
+    target.wait_lines(5)?;
     Ok(())
 }
 

@@ -15,7 +15,7 @@ use vm_memory::VolatileSlice;
 
 use super::lent::{Lender, is_lendable};
 use super::signal::without_write_signals;
-use super::socket::{option, set_option};
+use super::socket::{keep_alive, option, set_option};
 use super::zero_copy::ZeroCopy;
 use super::{ByteSink, ByteSource, CancelToken, Chunk, Lending, Readiness, deadline_after};
 
@@ -85,8 +85,12 @@ impl FdChannel {
             ret == 0 && stat.st_mode & libc::S_IFMT == libc::S_IFSOCK
         };
         let protocol = option(fd.as_fd(), libc::SOL_SOCKET, libc::SO_PROTOCOL);
+        let is_tcp = protocol.is_ok_and(|protocol| protocol == libc::IPPROTO_TCP);
+        if is_tcp {
+            keep_alive(fd.as_fd(), limit);
+        }
         Ok(Self {
-            confirms_early: protocol.is_ok_and(|protocol| protocol == libc::IPPROTO_TCP),
+            confirms_early: is_tcp,
             fd: Arc::new(fd),
             is_socket,
             limit,

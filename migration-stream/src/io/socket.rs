@@ -3,6 +3,7 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
+use std::time::Duration;
 
 #[allow(clippy::cast_possible_truncation)] // four bytes
 const LEN: libc::socklen_t = size_of::<libc::c_int>() as libc::socklen_t;
@@ -53,3 +54,23 @@ pub(super) fn set_option(
     }
     Ok(())
 }
+
+/// Has TCP ask an idle peer's host whether the connection still is, so that a host which is gone is noticed within some
+/// `limit`, also where a peer may be silent for longer. A connection that asks already is left as it is.
+pub(super) fn keep_alive(socket: BorrowedFd<'_>, limit: Duration) {
+    if !option(socket, libc::SOL_SOCKET, libc::SO_KEEPALIVE).is_ok_and(|on| on == 0) {
+        return;
+    }
+    let seconds = |part: u32| {
+        let seconds = limit.as_secs() / u64::from(part);
+        libc::c_int::try_from(seconds.clamp(1, MOST_SECONDS)).unwrap_or(1)
+    };
+    // A system without an option asks at its own pace.
+    let _ = set_option(socket, libc::IPPROTO_TCP, libc::TCP_KEEPIDLE, seconds(2));
+    let _ = set_option(socket, libc::IPPROTO_TCP, libc::TCP_KEEPINTVL, seconds(4));
+    let _ = set_option(socket, libc::IPPROTO_TCP, libc::TCP_KEEPCNT, 2);
+    let _ = set_option(socket, libc::SOL_SOCKET, libc::SO_KEEPALIVE, 1);
+}
+
+/// What Linux takes for the times of keep-alive, seconds.
+const MOST_SECONDS: u64 = 32_767;

@@ -28,6 +28,9 @@ pub const FIRST_DEVICE_SECTION: SectionId = SectionId(2);
 const PING: u32 = 1;
 /// A PART ends after this long, so that the log, the return path and cancellation are looked at.
 const PART_TIME: Duration = Duration::from_millis(50);
+/// How often a source that pauses before the switch-over sends a PING, so that its target does not take it for
+/// dead.
+const SIGN_OF_LIFE: Duration = Duration::from_millis(100);
 /// How often a stopped guest's VMM is asked whether to go on.
 const PAUSE_POLL: Duration = Duration::from_millis(10);
 
@@ -576,6 +579,7 @@ impl<T: PageTransport, D: DirtyLog> Source<T, D> {
     /// Waits, with the guest stopped, for the VMM.
     fn pause(&mut self, vm: &mut impl SourceVm) -> Result<(), SourceError> {
         self.set_status(SourceStatus::PreSwitchover, vm);
+        let mut said = Instant::now();
         loop {
             match vm.progress(&self.progress()) {
                 Control::Continue => {}
@@ -583,6 +587,12 @@ impl<T: PageTransport, D: DirtyLog> Source<T, D> {
                 Control::Cancel => return Err(SourceError::Cancelled),
             }
             self.check_return_path()?;
+            if self.return_path.is_some() && said.elapsed() >= SIGN_OF_LIFE {
+                let mut bytes = BytesMut::new();
+                Command::Ping(PING).encode(&mut bytes);
+                self.watched(vm, |_, out| Ok(out.write_bytes(&bytes)?))?;
+                said = Instant::now();
+            }
             std::thread::sleep(PAUSE_POLL);
         }
     }

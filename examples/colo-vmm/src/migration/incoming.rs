@@ -3,7 +3,6 @@
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
 
 use colo_core::driver::{SecondaryLink, run_secondary};
 use colo_core::{ColoStore, IncomingPages, MigrationPlan, Role};
@@ -21,10 +20,6 @@ use super::address::qmp_addresses;
 use super::{Cancel, MAX_DEVICE_SECTION, Migration, colo, failed};
 use crate::devices::CpuModelState;
 use crate::memory::populated;
-
-/// How long a source may pause before the switch-over (`pause-before-switchover`), during which it says
-/// nothing.
-const PAUSE_LIMIT: Duration = Duration::from_secs(3600);
 
 /// What `migrate-incoming` has made before it returns.
 pub(super) struct Prepared {
@@ -202,7 +197,6 @@ fn load<S: PageStore + 'static>(
     let (store, barrier) = pages.parts();
     let loaded = Target::new(config, reader, return_path, store)
         .confirming_before_it_runs()
-        .allowing_pauses_of(PAUSE_LIMIT.max(migration.options.io_limit))
         .load(store, barrier, &mut staging)?;
     staging.warn_if_not_compared();
     let sections = staging.sections;
