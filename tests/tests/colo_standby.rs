@@ -170,7 +170,12 @@ impl Held {
     /// Migrates to `uri`, and waits for so many checkpoints.
     fn checkpoints(&mut self, uri: &str, count: usize) -> Result<()> {
         self.primary.migrate(uri)?;
-        self.primary.wait_migration("colo")?;
+        self.primary.wait_migration("colo").map_err(|e| {
+            format!(
+                "{e}; the standby said: {}",
+                self.standby.process.stderr().text()
+            )
+        })?;
         self.standby.wait_migration("colo")?;
         self.standby.wait_checkpoints(count)?;
         Ok(())

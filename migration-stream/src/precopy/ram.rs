@@ -7,14 +7,15 @@ use std::time::Instant;
 use super::error::SourceError;
 use super::heat::Heat;
 use super::pending::PendingPages;
-use crate::StagedRam;
 #[cfg(feature = "staged")]
-use crate::TransportError;
+use crate::StagedRam;
 use crate::codec::IdStr;
 use crate::ram::{RAM_VERSION, encode_end_of_section};
 use crate::section::{self, Announcement, Continuation, InstanceId, SectionHeader, SectionId};
 use crate::unchanged::WhenToCompare;
-use crate::{DirtyLog, GuestRam, PAGE_SIZE, PageTransport, StreamWriter, TransportCounters};
+use crate::{
+    DirtyLog, GuestRam, PAGE_SIZE, PageTransport, StreamWriter, TransportCounters, TransportError,
+};
 
 /// Pages are taken from the bitmap in runs of at most this many: a multifd packet's worth. Budgets
 /// and cancellation are looked at between runs.

@@ -95,6 +95,16 @@ impl Link {
         }
     }
 
+    /// Whether something of the next item is there, or comes within `patience`.
+    pub(super) fn goes_on(&mut self, patience: Duration) -> Result<bool, TargetError> {
+        if !self.reader.buffered().is_empty() {
+            return Ok(true);
+        }
+        self.reader
+            .fill_within(MAX_ITEM_LEN, patience)
+            .map_err(|e| self.broken(e))
+    }
+
     /// Reads more of an item. If nothing of it is there, the source may stand between two items for a
     /// reason.
     fn fill_item(&mut self) -> Result<(), TargetError> {

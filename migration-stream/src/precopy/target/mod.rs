@@ -48,6 +48,9 @@ pub struct TargetConfig {
     pub max_devices: usize,
 }
 
+/// How long a source is waited for behind the announcement of RAM, where QEMU 10 sends its early sections.
+const EARLY_PATIENCE: Duration = Duration::from_millis(200);
+
 /// An incoming migration.
 #[derive(Debug)]
 pub struct Target {
@@ -323,9 +326,17 @@ impl Target {
         }
     }
 
-    /// Reads on to the first item that belongs to the pages of RAM.
+    /// Reads on to the first item that belongs to the pages of RAM, or as far as the source goes on by itself: one
+    /// whose channels are not read yet may say nothing more before they are.
     fn early_behind_blocks(&mut self) -> Result<(), TargetError> {
         loop {
+            let is_behind_start = matches!(
+                self.pending.back(),
+                Some((Item::Footer(_) | Item::Ram(RamItem::EndOfSection), _))
+            );
+            if is_behind_start && !self.link.goes_on(EARLY_PATIENCE)? {
+                return Ok(());
+            }
             let (item, offset) = self.link.item(|r| self.decoder.next(r))?;
             match item {
                 Item::Section(header)
