@@ -20,7 +20,7 @@ const SPREAD: usize = 24;
 /// primary does not know whether it has begun.
 const DECISIVE: [&str; 4] = [
     "primary:devices saved#1",
-    "secondary:device section#3",
+    "secondary:device section#1",
     "secondary:stream loaded#1",
     "secondary:to confirm#1",
 ];

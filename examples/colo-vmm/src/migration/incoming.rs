@@ -259,11 +259,11 @@ impl Staging<'_> {
 impl TargetVm for Staging<'_> {
     fn load_device(&mut self, section: &SectionHeader, body: &[u8]) -> Result<Body, BoxError> {
         let idstr = section.idstr.as_str();
-        if self.sections.len() < 2 {
-            self.migration.options.boundaries.reach("device section");
-        }
         if idstr == CpuModelState::NAME {
             return self.compare(section, body);
+        }
+        if self.sections.len() < 2 {
+            self.migration.options.boundaries.reach("device section");
         }
         let parsed = self.migration.vm.with_machine(|machine| {
             let tree = machine.devices()?;
