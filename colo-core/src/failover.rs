@@ -158,8 +158,8 @@ impl FailoverHandle {
 
     /// Says that this side's VM was stopped and never runs again. A driver ends by itself then, as
     /// by [`ColoControl::quit`](crate::driver::ColoControl::quit), and so does one that begins
-    /// later. Every later request is refused. A [`Heartbeat`](crate::heartbeat::Heartbeat) calls
-    /// this after [`Guest::stop_for_good`](crate::heartbeat::Guest::stop_for_good).
+    /// later. Every later request is refused. A `colo_heartbeat::Heartbeat` calls this when it has
+    /// stopped the guest.
     pub fn stop_for_good(&self) {
         let kick = {
             let mut shared = self.lock();

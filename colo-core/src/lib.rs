@@ -34,22 +34,15 @@
 //! | [`message`] | what the two sides say |
 //! | [`schedule`], [`deadline`] | when a checkpoint is due, and how long the peer may take |
 //! | [`report`] | what a checkpoint cost |
-//! | [`heartbeat`] | whether the peer lives, and what is done when it does not |
-//! | [`arbiter`] | which side may go on |
 //!
-//! | feature | what |
-//! |---|---|
-//! | `etcd` | the arbiter in etcd, over HTTP; off by default |
-//! | `etcd-tls` | that over HTTPS as well; off by default |
+//! Whether the peer lives, and which side may go on, is told by crate `colo-heartbeat`.
 #![forbid(unsafe_code)]
 
-pub mod arbiter;
 mod cause;
 pub mod deadline;
 pub mod driver;
 mod ending;
 mod failover;
-pub mod heartbeat;
 mod machine;
 pub mod message;
 mod pages;

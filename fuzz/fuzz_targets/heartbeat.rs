@@ -1,10 +1,10 @@
 //! One side of a pair: beats in and out of turn, late and damaged ones, processes that come again, an
-//! arbiter that says anything. What must hold is in the script's interpreter, which colo-core's tests
+//! arbiter that says anything. What must hold is in the script's interpreter, which colo-heartbeat's tests
 //! share.
 #![no_main]
 #![allow(missing_docs)] // a target has no API
 
-#[path = "../../colo-core/tests/heartbeat/script.rs"]
+#[path = "../../colo-heartbeat/tests/heartbeat/script.rs"]
 mod script;
 
 use fuzz as _; // its bound on memory

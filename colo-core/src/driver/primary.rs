@@ -138,8 +138,7 @@ impl<T, D: DirtyLog> std::fmt::Debug for PrimaryLink<T, D> {
 /// [`FailoverHandle::request`](crate::FailoverHandle::request), [`ColoControl::quit`], or
 /// [`FailoverHandle::stop_for_good`](crate::FailoverHandle::stop_for_good), which a heartbeat calls.
 /// When this returns, the failover handle has left COLO and refuses requests; the outcome says
-/// whether the VM runs, which is what a heartbeat has to be told by
-/// [`Heartbeat::colo_ended`](crate::heartbeat::Heartbeat::colo_ended).
+/// whether the VM runs, which is what a heartbeat has to be told (`colo_heartbeat::Heartbeat::colo_ended`).
 ///
 /// # Errors
 /// [`OutOfStep`] is a mistake of this crate, never the peer's. It was reported by [`Vm::colo_exit`]

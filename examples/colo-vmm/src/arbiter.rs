@@ -6,10 +6,12 @@ use std::str::FromStr;
 use std::time::{Duration, Instant};
 
 use clap::Args;
-use colo_core::arbiter::etcd::{
+use colo_heartbeat::arbiter::etcd::{
     AddressError, ClientCertificate, Credential, EtcdError, EtcdOptions, OptionsError, User,
 };
-use colo_core::arbiter::{Arbiter, Etcd, EtcdAddress, Gateway, LockFile, Manual, Owner, Register};
+use colo_heartbeat::arbiter::{
+    Arbiter, Etcd, EtcdAddress, Gateway, LockFile, Manual, Owner, Register,
+};
 use uuid::Uuid;
 
 /// Who says which side goes on, and how it is asked.

@@ -4,8 +4,8 @@
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use colo_core::heartbeat::HeartbeatReport;
 use colo_core::{Cause, CheckpointReport};
+use colo_heartbeat::HeartbeatReport;
 use qmp_types::{ColoFigures, ColoMode, LastCheckpoint, MigrationInfo, RunState};
 
 /// Upper bounds of the classes into which pauses are counted. QEMU's are tens of milliseconds, ours

@@ -5,11 +5,10 @@ use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use clap::Args;
-use colo_core::Role;
-use colo_core::arbiter::Owner;
-use colo_core::heartbeat::{
+use colo_heartbeat::arbiter::Owner;
+use colo_heartbeat::{
     Endpoint, Guest, Heartbeat, HeartbeatConfig, HeartbeatReport, OnHeartbeatLoss, PeerState,
-    Phase, Rhythm, StopReason,
+    Phase, Rhythm, Role, StopReason,
 };
 use multifd::Address;
 use qmp_types::ColoHeartbeat;

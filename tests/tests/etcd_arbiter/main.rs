@@ -8,8 +8,8 @@ use std::sync::Barrier;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use colo_core::arbiter::etcd::EtcdOptions;
-use colo_core::arbiter::{Answer, Arbiter, Etcd as Right, Gateway, Owner, Register};
+use colo_heartbeat::arbiter::etcd::EtcdOptions;
+use colo_heartbeat::arbiter::{Answer, Arbiter, Etcd as Right, Gateway, Owner, Register};
 use tests::etcd::Etcd;
 use tests::{PATIENCE, Result, harness};
 

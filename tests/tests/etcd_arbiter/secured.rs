@@ -9,8 +9,10 @@ use std::sync::Barrier;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use colo_core::arbiter::etcd::{ClientCertificate, Credential, EtcdOptions, OptionsError, User};
-use colo_core::arbiter::{Answer, Arbiter, Etcd as Right, Gateway, Register};
+use colo_heartbeat::arbiter::etcd::{
+    ClientCertificate, Credential, EtcdOptions, OptionsError, User,
+};
+use colo_heartbeat::arbiter::{Answer, Arbiter, Etcd as Right, Gateway, Register};
 use libtest_mimic::Trial;
 use tests::certificates::{Authority, Issued};
 use tests::etcd::{Etcd, Guard};

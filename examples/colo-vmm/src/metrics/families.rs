@@ -3,7 +3,7 @@
 use std::fs;
 use std::time::Duration;
 
-use colo_core::heartbeat::{HeartbeatReport, PeerState, Phase};
+use colo_heartbeat::{HeartbeatReport, PeerState, Phase};
 use qmp_types::{ColoMode, MigrationStatus, RunState};
 
 use super::text::{Kind, Label, Text};

@@ -27,7 +27,7 @@ use std::time::Duration;
 
 use colo_core::FailoverHandle;
 use colo_core::driver::ColoControl;
-use colo_core::heartbeat::{Endpoint, Heartbeat, Phase, TakeOverError};
+use colo_heartbeat::{Endpoint, Failover, Heartbeat, Phase, TakeOverError};
 use migration_stream::precopy::{BoxError, Limits};
 use qmp_types::{
     MigrationAddress, MigrationCapability, MigrationStatus, QmpError, RunState, Settings,
@@ -453,7 +453,7 @@ impl Migration {
         let result = match self.heartbeat() {
             Some(heartbeat) if by_arbiter => heartbeat.take_over(),
             Some(heartbeat) => heartbeat.overrule(),
-            None => self.failover.request().map_err(Into::into),
+            None => Failover::request(&self.failover).map_err(TakeOverError::Refused),
         };
         result.map_err(|error| {
             self.figures.operator_asks(false);

@@ -5,8 +5,8 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use colo_core::driver::{PrimaryLink, run_primary};
-use colo_core::heartbeat::{Endpoint, Heartbeat, Phase};
 use colo_core::{MigrationPlan, Outcome, Resume, Role};
+use colo_heartbeat::{Endpoint, Heartbeat, Phase};
 use migration_stream::io::{FdChannel, Lending};
 use migration_stream::precopy::{
     BoxError, Control, HandOver, Progress, RamSetup, ReturnPathReader, Source, SourceConfig,

@@ -9,8 +9,8 @@
 use std::sync::mpsc::Sender;
 use std::time::Duration;
 
-use colo_core::heartbeat::{Heartbeat, OnHeartbeatLoss, PeerState};
 use colo_core::{MigrationPlan, OnPeerLoss};
+use colo_heartbeat::{Heartbeat, OnHeartbeatLoss, PeerState};
 use migration_stream::precopy::{HandOver, SourceError, SourceVm, Unresolved};
 use migration_stream::{DirtyLog, PageTransport};
 use qmp_types::{Event, MigrationStatus, RunState};

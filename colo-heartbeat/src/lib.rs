@@ -1,8 +1,8 @@
 //! The heartbeat of a pair: a connection of its own on which both sides say, every 50 ms, that they
 //! live, and what is done when one of them is not heard any more.
 //!
-//! QEMU has no heartbeat, so the format is this project's ([`beat`]). The parts without I/O are
-//! [`Peer`] (who was heard when), and [`Decider`] (what to do about it); [`Heartbeat`] runs them in
+//! QEMU has no heartbeat, so the format is this project's ([`raw::Beat`]). The parts without I/O are
+//! [`raw::Peer`] (who was heard when), and [`raw::Decider`] (what to do about it); [`Heartbeat`] runs them in
 //! threads of its own, so that neither a checkpoint nor a stopped guest starves them. Time is
 //! monotonic everywhere: setting a host's clock changes nothing.
 //!
@@ -27,45 +27,39 @@
 //! and of the timeout. A *process* that does not run for longer (`SIGSTOP`, a host that sleeps)
 //! cannot stop its guest in that time: when it is let go on, its guest may run until its heartbeat
 //! thread is scheduled, a moment later.
+//!
+//! | module | what |
+//! |---|---|
+//! | [`arbiter`] | which side may run the guest: lock file, etcd, any register |
+//! | [`raw`] | the parts without I/O, for other drivers and tests; not covered by semantic versioning |
+//!
+//! | feature | what |
+//! |---|---|
+//! | `colo-core` | `colo_core::FailoverHandle` as a [`Failover`]; on by default |
+//! | `etcd` | the arbiter in etcd, over HTTP; off by default |
+//! | `etcd-tls` | that over HTTPS as well; off by default |
+#![forbid(unsafe_code)]
 
+pub mod arbiter;
 mod arbitration;
-pub mod beat;
+mod beat;
 mod decision;
 mod driver;
+mod failover;
 mod link;
 mod peer;
-
-use std::fmt;
+mod policy;
+pub mod raw;
 
 pub use arbitration::{HoldError, TakeOverError};
-pub use beat::{BEAT_LEN, Beat, BeatError, Phase};
-pub use decision::{Colo, Decider, Order, Requested, StopReason, View};
+pub use beat::Phase;
+pub use decision::StopReason;
 pub use driver::{Guest, Heartbeat, HeartbeatConfig, HeartbeatReport};
+pub use failover::{ColoEnd, ColoState, Failover, Refusal, Role};
 pub use link::Endpoint;
-pub use peer::{Peer, PeerState, Rhythm, Silence};
+pub use peer::{PeerState, Rhythm};
+pub use policy::OnHeartbeatLoss;
 
-/// What a side does when it has lost its peer.
-///
-/// Both sides of a pair ask, or neither does; at most one takes over. Sides that do not fit refuse
-/// each other's beats.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub enum OnHeartbeatLoss {
-    /// It goes on alone. Where the hosts can lose each other and both live, for a time both guests
-    /// may run: until the other side has noticed too, and stopped.
-    TakeOver,
-    /// It asks the arbiter.
-    Ask,
-    /// It stops its guest for good.
-    #[default]
-    Stop,
-}
-
-impl fmt::Display for OnHeartbeatLoss {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::TakeOver => "take-over",
-            Self::Ask => "ask",
-            Self::Stop => "stop",
-        })
-    }
-}
+#[cfg(all(doctest, feature = "colo-core"))]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -9,7 +9,7 @@ use migration_stream::io::deadline_after;
 use multifd::Address;
 
 use super::decision::{Order, StopReason};
-use crate::RequestError;
+use crate::Refusal;
 use crate::arbiter::{Answer, Arbiter, ArbiterError, Owner};
 
 /// Why a right was not given.
@@ -43,9 +43,12 @@ pub enum TakeOverError {
     /// This side's guest may not run any more.
     #[error("this side's guest was stopped for good: {0}")]
     Stopped(StopReason),
-    /// COLO does not end by request now.
+    /// This side is not in COLO.
+    #[error("VM is not in COLO mode")]
+    Outside,
+    /// COLO did not take the request.
     #[error(transparent)]
-    Request(#[from] RequestError),
+    Refused(Refusal),
     /// The heartbeat has ended.
     #[error("the heartbeat has ended")]
     Ended,
@@ -59,7 +62,8 @@ impl TakeOverError {
             // An error has one owner: the others get its text.
             Self::Unreachable(error) => Self::Unreachable(ArbiterError::new(error.chain())),
             Self::Stopped(reason) => Self::Stopped(*reason),
-            Self::Request(error) => Self::Request(*error),
+            Self::Refused(error) => Self::Refused(Refusal::clone(error)),
+            Self::Outside => Self::Outside,
             Self::Heard => Self::Heard,
             Self::Ended => Self::Ended,
         }

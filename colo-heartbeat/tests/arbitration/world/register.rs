@@ -1,9 +1,8 @@
 //! The register, and the requests of both sides on their way to it and back.
 
-use colo_core::Role;
-use colo_core::arbiter::register::{Entry, Next, Want};
-use colo_core::arbiter::{Answer, ArbiterError, Grant};
-use colo_core::heartbeat::Colo;
+use colo_heartbeat::Role;
+use colo_heartbeat::arbiter::{Answer, ArbiterError, Grant};
+use colo_heartbeat::raw::{Colo, Entry, Next, Want};
 
 use super::World;
 use super::side::{Request, Step, Way};

@@ -29,11 +29,11 @@ use std::time::{Duration, Instant};
 
 use migration_stream::io::deadline_from;
 
-use super::OnHeartbeatLoss;
 use super::beat::Phase;
 use super::peer::PeerState;
+use crate::OnHeartbeatLoss;
+use crate::Role;
 use crate::arbiter::Answer;
-use crate::cause::Role;
 
 /// Why a side has stopped its guest for good.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, thiserror::Error)]

@@ -1,7 +1,6 @@
 //! What must hold after every tick, and what a world has come to.
 
-use colo_core::Role;
-use colo_core::heartbeat::Phase;
+use colo_heartbeat::{Phase, Role};
 
 use super::side::{Side, Way};
 use super::{Budget, ROLES, World};

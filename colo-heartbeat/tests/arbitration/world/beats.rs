@@ -1,7 +1,7 @@
 //! Beats on their way from one side to the other.
 
-use colo_core::Role;
-use colo_core::heartbeat::Colo;
+use colo_heartbeat::Role;
+use colo_heartbeat::raw::Colo;
 
 use super::side::Way;
 use super::time::at;

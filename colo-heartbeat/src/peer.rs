@@ -6,9 +6,9 @@ use std::time::{Duration, Instant};
 
 use migration_stream::io::deadline_from;
 
-use super::OnHeartbeatLoss;
 use super::beat::{BEAT_LEN, Beat, BeatError, Phase};
-use crate::cause::Role;
+use crate::OnHeartbeatLoss;
+use crate::Role;
 
 /// Who beats, and how. [`Rhythm::new`] has the usual values.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -21,9 +21,9 @@ pub struct Rhythm {
     ///
     /// It tells a peer that was started again from the one before, and it is the name under which
     /// this side asks an arbiter ([`Owner`](crate::arbiter::Owner)). A side refuses the beats of a peer
-    /// with its own number ([`BeatError::SameProcess`]): an arbiter could not tell the two apart, and
+    /// with its own number ([`BeatError::SameProcess`](crate::raw::BeatError::SameProcess)): an arbiter could not tell the two apart, and
     /// would let both run. A peer that is started again with the number of the one before is refused
-    /// until its beats have overtaken the old ones ([`BeatError::Sequence`]).
+    /// until its beats have overtaken the old ones ([`BeatError::Sequence`](crate::raw::BeatError::Sequence)).
     pub process: u64,
     /// Between two beats. 50 ms in [`Rhythm::new`].
     pub interval: Duration,

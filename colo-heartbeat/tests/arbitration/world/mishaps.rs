@@ -2,9 +2,8 @@
 
 use std::fmt;
 
-use colo_core::Role;
-use colo_core::arbiter::register::{Next, Want};
-use colo_core::heartbeat::{Colo, Phase, Requested};
+use colo_heartbeat::raw::{Colo, Next, Requested, Want};
+use colo_heartbeat::{Phase, Role};
 
 use super::register::PATIENT;
 use super::side::{Request, Side, Step, Way};

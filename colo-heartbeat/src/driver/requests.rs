@@ -7,12 +7,11 @@ use multifd::Address;
 
 use super::beating::Beating;
 use super::shared::lock;
-use crate::RequestError;
+use crate::Refusal;
 use crate::arbiter::Answer;
-use crate::heartbeat::Colo;
-use crate::heartbeat::arbitration::{News, Request, TakeOverError};
-use crate::heartbeat::decision::{Decider, Order, Requested};
-use crate::heartbeat::link::{Endpoint, Link};
+use crate::arbitration::{News, Request, TakeOverError};
+use crate::decision::{Colo, Decider, Order, Requested};
+use crate::link::{Endpoint, Link};
 
 impl Beating {
     /// Looks at what operators want.
@@ -24,14 +23,16 @@ impl Beating {
                 Request::Ask(reply) => (self.decider.request(&view, now), reply),
                 // What is not to be done is not to be decided either.
                 Request::Overrule(reply) if view.colo == Colo::Outside => {
-                    let _ = reply.send(Err(RequestError::NotInColo.into()));
+                    let _ = reply.send(Err(TakeOverError::Outside));
                     continue;
                 }
                 Request::Overrule(reply) => (self.decider.overrule(), reply),
             };
             // Who asked may have given up waiting.
             let _ = match requested {
-                Requested::Granted => reply.send(self.failover.request().map_err(Into::into)),
+                Requested::Granted => {
+                    reply.send(self.failover.request().map_err(TakeOverError::Refused))
+                }
                 Requested::Stopped(reason) => reply.send(Err(TakeOverError::Stopped(reason))),
                 Requested::Heard => reply.send(Err(TakeOverError::Heard)),
                 Requested::Asked => {
@@ -46,10 +47,10 @@ impl Beating {
     pub(super) fn answer_requests(
         &mut self,
         claimed: Option<Result<(), TakeOverError>>,
-        taken_over: Option<Result<(), RequestError>>,
+        taken_over: Option<Result<(), Refusal>>,
     ) {
         let result = match (claimed, taken_over, self.decider.stop_reason()) {
-            (Some(Ok(())), Some(result), _) => result.map_err(TakeOverError::from),
+            (Some(Ok(())), Some(result), _) => result.map_err(TakeOverError::Refused),
             (Some(result), _, _) => result,
             (None, _, Some(reason)) => Err(TakeOverError::Stopped(reason)),
             (None, _, None) => return,

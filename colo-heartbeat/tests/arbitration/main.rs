@@ -12,7 +12,7 @@ mod world;
 use std::collections::HashMap;
 use std::fmt::Write;
 
-use colo_core::Role;
+use colo_heartbeat::Role;
 
 use crate::world::{Budget, End, Label, World};
 

@@ -1,8 +1,7 @@
 //! What a side decides, and does.
 
-use colo_core::Role;
-use colo_core::arbiter::register::Want;
-use colo_core::heartbeat::{Colo, Order, Phase};
+use colo_heartbeat::raw::{Colo, Order, Want};
+use colo_heartbeat::{Phase, Role};
 
 use super::World;
 use super::register::PATIENT;

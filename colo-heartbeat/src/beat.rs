@@ -19,8 +19,8 @@
 
 use std::time::Duration;
 
-use super::OnHeartbeatLoss;
-use crate::cause::Role;
+use crate::OnHeartbeatLoss;
+use crate::Role;
 
 /// Length of a beat, bytes.
 pub const BEAT_LEN: usize = 64;

@@ -40,13 +40,12 @@ use multifd::Address;
 use self::beating::Beating;
 pub use self::shared::HeartbeatReport;
 use self::shared::{Shared, lock};
-use super::arbitration::{HoldError, News, Question, Reply, Request, TakeOverError, serve};
-use super::decision::{Colo, Decider, PATIENCE, StopReason};
-use super::link::{Endpoint, Link};
-use super::peer::{Peer, PeerState, Rhythm};
-use super::{OnHeartbeatLoss, Phase};
 use crate::arbiter::{Arbiter, ArbiterError};
-use crate::{FailoverHandle, Outcome};
+use crate::arbitration::{HoldError, News, Question, Reply, Request, TakeOverError, serve};
+use crate::decision::{Decider, PATIENCE, StopReason};
+use crate::link::{Endpoint, Link};
+use crate::peer::{Peer, PeerState, Rhythm};
+use crate::{ColoEnd, Failover, OnHeartbeatLoss, Phase};
 
 /// What a heartbeat is told once.
 #[derive(Clone, Debug)]
@@ -61,7 +60,7 @@ pub struct HeartbeatConfig {
 pub trait Guest: Send + Sync {
     /// Stops the guest for good: neither COLO nor an operator may let it run again. Returns when it
     /// stands still. Called at most once, in the heartbeat's thread. A driver of COLO that runs is
-    /// told by the heartbeat itself, and ends with [`Outcome::Quit`].
+    /// told by the heartbeat itself, and ends.
     fn stop_for_good(&self, reason: StopReason);
 
     /// Stops the guest until [`Guest::go_on`] or [`Guest::stop_for_good`]: neither COLO nor an
@@ -88,7 +87,7 @@ impl Heartbeat {
     /// The address cannot be listened on, or there are no threads to be had.
     pub fn start(
         config: HeartbeatConfig,
-        failover: FailoverHandle,
+        failover: impl Failover + 'static,
         arbiter: Box<dyn Arbiter>,
         guest: Arc<dyn Guest>,
     ) -> io::Result<Self> {
@@ -127,7 +126,7 @@ impl Heartbeat {
             decider: Decider::new(rhythm.role, rhythm.on_loss, arbiter.term()),
             link: Link::open(config.endpoint, rhythm.timeout(), now)?,
             shared: Arc::clone(&shared),
-            failover,
+            failover: Box::new(failover),
             guest,
             questions: questions.clone(),
             news,
@@ -228,7 +227,7 @@ impl Heartbeat {
 
     /// An operator believes that the other side is lost, and wants this one to go on alone. Where an
     /// arbiter is asked, it has to give the right first, for which it is waited; otherwise this is
-    /// [`FailoverHandle::request`].
+    /// [`Failover::request`].
     ///
     /// # Errors
     /// Nothing was done. Where the arbiter has refused or could not be asked, COLO goes on.
@@ -264,12 +263,10 @@ impl Heartbeat {
         })
     }
 
-    /// COLO has ended on this side, and this has become of the VM.
-    pub fn colo_ended(&self, outcome: Outcome) {
-        *lock(&self.shared.ended) = Some(match outcome {
-            Outcome::TookOver => Colo::TookOver,
-            Outcome::Quit | Outcome::Broken(_) => Colo::Ended,
-        });
+    /// Says that COLO has ended on this side, and what has become of the guest. Takes the outcome of
+    /// `colo_core`'s drivers as it is.
+    pub fn colo_ended(&self, end: impl Into<ColoEnd>) {
+        *lock(&self.shared.ended) = Some(end.into());
         self.shared.wake();
     }
 

@@ -13,10 +13,11 @@ use rustix::process::setpriority_process;
 
 use super::Guest;
 use super::shared::{Shared, lock};
-use crate::heartbeat::arbitration::{News, Question, Reply};
-use crate::heartbeat::link::{Link, LinkEvent};
-use crate::heartbeat::{Colo, Decider, Peer, Phase, StopReason, View};
-use crate::{ColoMode, FailoverHandle, StatusReason};
+use crate::arbitration::{News, Question, Reply};
+use crate::decision::{Colo, Decider, View};
+use crate::link::{Link, LinkEvent};
+use crate::peer::Peer;
+use crate::{ColoEnd, ColoState, Failover, Phase, StopReason};
 
 /// What the heartbeat's thread has.
 pub(super) struct Beating {
@@ -24,7 +25,7 @@ pub(super) struct Beating {
     pub(super) decider: Decider,
     pub(super) link: Link,
     pub(super) shared: Arc<Shared>,
-    pub(super) failover: FailoverHandle,
+    pub(super) failover: Box<dyn Failover>,
     pub(super) guest: Arc<dyn Guest>,
     pub(super) questions: Sender<Question>,
     pub(super) news: Receiver<News>,
@@ -103,18 +104,18 @@ impl Beating {
     }
 
     pub(super) fn view(&mut self) -> View {
-        let status = self.failover.status();
-        let within = status.mode != ColoMode::None;
+        let state = self.failover.state();
         let ended = *lock(&self.shared.ended);
-        self.entered |= within;
+        self.entered |= state != ColoState::Outside;
         View {
-            colo: match ended {
-                Some(ended) => ended,
-                None if within && status.reason == StatusReason::Error => Colo::Broken,
-                None if within => Colo::Within,
-                // Between the end and the word of what it was.
-                None if self.entered => Colo::Within,
-                None => Colo::Outside,
+            colo: match (ended, state) {
+                (Some(ColoEnd::TookOver), _) => Colo::TookOver,
+                (Some(ColoEnd::Stopped), _) => Colo::Ended,
+                (None, ColoState::Undecided) => Colo::Broken,
+                (None, ColoState::Within) => Colo::Within,
+                // COLO has ended, and `colo_ended` was not called yet.
+                (None, ColoState::Outside) if self.entered => Colo::Within,
+                (None, ColoState::Outside) => Colo::Outside,
             },
             peer: self.peer.state(),
             peer_phase: self.peer.phase(),

@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 use migration_stream::io::without_write_signals;
 
 use crate::arbiter::Answer;
-use crate::heartbeat::arbitration::Request;
-use crate::heartbeat::{Colo, Endpoint, PeerState, Phase, Rhythm, StopReason};
+use crate::arbitration::Request;
+use crate::{ColoEnd, Endpoint, PeerState, Phase, Rhythm, StopReason};
 
 /// What is known of the heartbeat.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -47,7 +47,7 @@ pub(super) struct Shared {
     /// It has survived another pair: its right is never given up as long as its guest runs.
     pub(super) survivor: AtomicBool,
     /// What has become of COLO: see [`Heartbeat::colo_ended`](super::Heartbeat::colo_ended).
-    pub(super) ended: Mutex<Option<Colo>>,
+    pub(super) ended: Mutex<Option<ColoEnd>>,
     /// Wishes that were not looked at yet: see [`Heartbeat::take_over`](super::Heartbeat::take_over).
     pub(super) requests: Mutex<Vec<Request>>,
     pub(super) quit: AtomicBool,

@@ -3,10 +3,9 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
-use colo_core::Role;
-use colo_core::arbiter::Owner;
-use colo_core::arbiter::register::{Entry, Seat, Want};
-use colo_core::heartbeat::{BEAT_LEN, Colo, Decider, OnHeartbeatLoss, Order, Peer, Rhythm, View};
+use colo_heartbeat::arbiter::Owner;
+use colo_heartbeat::raw::{BEAT_LEN, Colo, Decider, Entry, Order, Peer, Seat, View, Want};
+use colo_heartbeat::{OnHeartbeatLoss, Rhythm, Role};
 
 use super::time::at;
 

@@ -4,12 +4,9 @@
 
 use std::time::{Duration, Instant};
 
-use colo_core::Role;
-use colo_core::arbiter::{Answer, ArbiterError, Grant, Owner};
-use colo_core::heartbeat::{
-    BEAT_LEN, Beat, Colo, Decider, OnHeartbeatLoss, Order, Peer, PeerState, Phase, Requested,
-    Rhythm, View,
-};
+use colo_heartbeat::arbiter::{Answer, ArbiterError, Grant, Owner};
+use colo_heartbeat::raw::{BEAT_LEN, Beat, Colo, Decider, Order, Peer, Requested, View};
+use colo_heartbeat::{OnHeartbeatLoss, PeerState, Phase, Rhythm, Role};
 
 const OURS: u64 = 1;
 const SESSION: [u8; 16] = [3; 16];

@@ -5,14 +5,14 @@ use std::time::Instant;
 use migration_stream::io::deadline_after;
 
 use super::beating::Beating;
-use crate::RequestError;
-use crate::heartbeat::arbitration::Question;
-use crate::heartbeat::decision::PATIENCE;
-use crate::heartbeat::{Colo, Order, PeerState};
+use crate::PeerState;
+use crate::Refusal;
+use crate::arbitration::Question;
+use crate::decision::{Colo, Order, PATIENCE};
 
 impl Beating {
     /// Does what is to be done; the result is that of an order to take over.
-    pub(super) fn decide(&mut self, quit: bool) -> Option<Result<(), RequestError>> {
+    pub(super) fn decide(&mut self, quit: bool) -> Option<Result<(), Refusal>> {
         let mut taken_over = None;
         loop {
             let now = Instant::now();
@@ -42,7 +42,7 @@ impl Beating {
                         "the peer is lost: this side goes on alone"
                     );
                     let result = self.failover.request();
-                    if let Err(error) = result {
+                    if let Err(error) = &result {
                         tracing::info!(%error, "failover was asked for already");
                     }
                     taken_over = Some(result);

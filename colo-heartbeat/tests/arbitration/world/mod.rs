@@ -16,9 +16,8 @@ mod register;
 mod side;
 mod time;
 
-use colo_core::Role;
-use colo_core::arbiter::register::{Entry, Want};
-use colo_core::heartbeat::Colo;
+use colo_heartbeat::Role;
+use colo_heartbeat::raw::{Colo, Entry, Want};
 
 use self::mishaps::Happens;
 pub use self::mishaps::{Budget, Label};

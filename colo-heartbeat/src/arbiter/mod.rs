@@ -23,13 +23,13 @@
 //! | [`RegisterArbiter`] | a value on any service that both reach and that can compare and replace |
 //! | `Etcd` | that, in etcd (feature `etcd`; by TLS with `etcd-tls`) |
 //!
-//! [`record`] has the rules, without I/O.
+//! The rules are in [`raw`](crate::raw), without I/O.
 
 #[cfg(feature = "etcd")]
 pub mod etcd;
 mod lock_file;
-pub mod record;
-pub mod register;
+pub(crate) mod record;
+pub(crate) mod register;
 
 use std::fmt;
 use std::time::{Duration, Instant};
@@ -37,8 +37,8 @@ use std::time::{Duration, Instant};
 #[cfg(feature = "etcd")]
 pub use etcd::{Etcd, EtcdAddress, EtcdOptions, Gateway};
 pub use lock_file::LockFile;
-pub use record::{Owner, Record};
-pub use register::{Register, RegisterArbiter};
+pub use record::Owner;
+pub use register::{Content, Register, RegisterArbiter};
 
 /// What an arbiter says.
 #[derive(Debug)]

@@ -1,16 +1,17 @@
 //! The threads, between an arbiter that says what the test says, and a guest that notes what is done
 //! to it. What is decided is tested with [`Decider`].
 
+use std::error::Error;
 use std::path::PathBuf;
-use std::sync::atomic::AtomicUsize;
 use std::sync::mpsc::Receiver;
 
 use multifd::Address;
 
 use super::*;
 use crate::arbiter::{Answer, Grant, Manual, Owner};
-use crate::heartbeat::{BEAT_LEN, Order};
-use crate::{ColoMode, ColoStatus, Role};
+use crate::beat::BEAT_LEN;
+use crate::decision::Order;
+use crate::{ColoState, Refusal, Role};
 
 /// Far beyond what a busy machine needs.
 const LONG: Duration = Duration::from_secs(60);
@@ -68,14 +69,68 @@ impl Guest for Stopped {
     }
 }
 
+/// COLO's failover on this side: what it is told, and what it was asked.
+#[derive(Clone, Default)]
+struct Noted(Arc<Mutex<Failing>>);
+
+#[derive(Default)]
+struct Failing {
+    within: bool,
+    /// How often failover was requested since COLO began.
+    requests: usize,
+    stopped: bool,
+}
+
+impl Noted {
+    fn set_within(&self, within: bool) {
+        let mut failing = lock(&self.0);
+        failing.within = within;
+        failing.requests = 0;
+    }
+
+    fn requests(&self) -> usize {
+        lock(&self.0).requests
+    }
+
+    fn is_stopped(&self) -> bool {
+        lock(&self.0).stopped
+    }
+}
+
+impl Failover for Noted {
+    fn state(&self) -> ColoState {
+        if lock(&self.0).within {
+            ColoState::Within
+        } else {
+            ColoState::Outside
+        }
+    }
+
+    fn request(&self) -> Result<(), Refusal> {
+        let mut failing = lock(&self.0);
+        let refusal = |text: &str| Err(Refusal::from(Box::<dyn Error + Send + Sync>::from(text)));
+        match (failing.within, failing.requests) {
+            (false, _) => refusal("VM is not in COLO mode"),
+            (true, 0) => {
+                failing.requests = 1;
+                Ok(())
+            }
+            (true, _) => refusal("COLO failover is already activated"),
+        }
+    }
+
+    fn stop_for_good(&self) {
+        lock(&self.0).stopped = true;
+    }
+}
+
 /// A side of a pair in COLO, with the ends of its arbiter's channels.
 struct Side {
     /// Dropped first: an arbiter that waits for an answer ends with it.
     answers: Sender<Answer>,
     asked: Receiver<Order>,
     heartbeat: Heartbeat,
-    failover: FailoverHandle,
-    kicks: Arc<AtomicUsize>,
+    failover: Noted,
     guest: Arc<Stopped>,
 }
 
@@ -108,14 +163,13 @@ fn side(role: Role, on_loss: OnHeartbeatLoss, endpoint: Endpoint, arbitrated: bo
         on_loss,
         closed_is_loss: false,
     };
-    let failover = FailoverHandle::new();
+    let failover = Noted::default();
     let guest = Arc::new(Stopped::default());
     let config = HeartbeatConfig { rhythm, endpoint };
     let for_guest = Arc::clone(&guest) as Arc<dyn Guest>;
     Side {
         heartbeat: Heartbeat::start(config, failover.clone(), arbiter, for_guest).unwrap(),
         failover,
-        kicks: Arc::default(),
         guest,
         asked,
         answers,
@@ -123,15 +177,8 @@ fn side(role: Role, on_loss: OnHeartbeatLoss, endpoint: Endpoint, arbitrated: bo
 }
 
 impl Side {
-    fn enter(&self, role: Role) {
-        let kicks = Arc::clone(&self.kicks);
-        self.failover.enter(role, move || {
-            kicks.fetch_add(1, Ordering::Relaxed);
-        });
-    }
-
-    fn kicks(&self) -> usize {
-        self.kicks.load(Ordering::Relaxed)
+    fn enter(&self) {
+        self.failover.set_within(true);
     }
 
     /// What the arbiter is asked next.
@@ -153,7 +200,7 @@ impl Side {
 fn secondary(name: &str, on_loss: OnHeartbeatLoss, arbitrated: bool) -> Side {
     let endpoint = Endpoint::Listen(address(name));
     let side = side(Role::Secondary, on_loss, endpoint, arbitrated);
-    side.enter(Role::Secondary);
+    side.enter();
     side
 }
 
@@ -177,17 +224,12 @@ fn what_an_operator_wants_is_done_when_the_arbiter_has_given_the_right_and_not_b
     thread::scope(|scope| {
         let request = scope.spawn(|| side.heartbeat.take_over());
         assert_eq!(side.asked(), Order::Claim);
-        let before = ColoStatus {
-            mode: ColoMode::Secondary,
-            ..ColoStatus::default()
-        };
-        assert_eq!((side.failover.status(), side.kicks()), (before, 0));
+        assert_eq!(side.failover.requests(), 0);
         side.until("asking", |report| report.phase == Phase::Asking);
         side.answers.send(won(None)).unwrap();
         request.join().unwrap().unwrap();
     });
-    assert_eq!(side.kicks(), 1);
-    assert!(side.failover.take_request());
+    assert_eq!(side.failover.requests(), 1);
     side.until("alone", |report| {
         report.phase == Phase::Alone && report.answer.as_deref() == Some("won")
     });
@@ -216,8 +258,7 @@ fn what_the_arbiter_refuses_or_does_not_answer_is_not_done() {
         });
         assert_eq!(error.to_string(), text);
         side.until("paired", |report| report.phase == Phase::Paired);
-        assert_eq!(side.kicks(), 0);
-        assert!(!side.failover.take_request());
+        assert_eq!(side.failover.requests(), 0);
     }
     assert_eq!(*lock(&side.guest.0), None);
 }
@@ -226,9 +267,9 @@ fn what_the_arbiter_refuses_or_does_not_answer_is_not_done() {
 fn an_operator_who_overrules_the_arbiter_is_obeyed_at_once_and_the_arbiter_is_told() {
     let side = secondary("overruled", OnHeartbeatLoss::Ask, true);
     side.heartbeat.overrule().unwrap();
-    assert!(side.failover.take_request());
-    side.failover.left();
-    side.heartbeat.colo_ended(Outcome::TookOver);
+    assert_eq!(side.failover.requests(), 1);
+    side.failover.set_within(false);
+    side.heartbeat.colo_ended(ColoEnd::TookOver);
     side.until("alone", |report| report.phase == Phase::Alone);
     for _ in 0..2 {
         assert_eq!(side.asked(), Order::Claim);
@@ -257,9 +298,9 @@ fn without_an_arbiter_an_operator_is_obeyed_at_once_and_outside_colo_refused() {
         );
         let outside = side.heartbeat.take_over().unwrap_err();
         assert_eq!(outside.to_string(), "VM is not in COLO mode");
-        side.enter(Role::Secondary);
+        side.enter();
         side.heartbeat.take_over().unwrap();
-        assert!(side.failover.take_request());
+        assert_eq!(side.failover.requests(), 1);
     }
 }
 
@@ -288,7 +329,7 @@ fn a_right_is_held_before_colo_renewed_in_it_and_its_loss_stops_the_guest() {
     side.answers.send(right()).unwrap();
     side.heartbeat.hold(LONG).unwrap();
     assert_eq!(side.asked(), Order::Renew);
-    side.enter(Role::Primary);
+    side.enter();
     for _ in 0..3 {
         assert_eq!(side.asked(), Order::Renew);
         side.answers.send(right()).unwrap();
@@ -297,6 +338,7 @@ fn a_right_is_held_before_colo_renewed_in_it_and_its_loss_stops_the_guest() {
     side.answers.send(Answer::Lost(Owner::new(7))).unwrap();
     side.until("stopped", |report| report.phase == Phase::Stopped);
     assert_eq!(*lock(&side.guest.0), Some(StopReason::Refused));
+    assert!(side.failover.is_stopped());
     for refused in [side.heartbeat.take_over(), side.heartbeat.overrule()] {
         assert_eq!(
             refused.unwrap_err().to_string(),
@@ -313,7 +355,7 @@ fn suspended(name: &str) -> Side {
     side.answers.send(won(Some(until))).unwrap();
     side.heartbeat.hold(LONG).unwrap();
     assert_eq!(side.asked(), Order::Renew);
-    side.enter(Role::Primary);
+    side.enter();
     // The arbiter is asked, and says nothing.
     side.until("suspended", |report| {
         (report.phase, report.stop) == (Phase::Suspended, Some(StopReason::RanOut))
@@ -332,7 +374,7 @@ fn a_guest_whose_right_has_run_out_goes_on_when_the_arbiter_says_that_it_may() {
         side.answers.send(unreachable()).unwrap();
     }
     assert_eq!(*lock(&side.guest.1), ["suspend"]);
-    assert_eq!(side.kicks(), 0);
+    assert_eq!(side.failover.requests(), 0);
     assert_eq!(side.asked(), Order::Claim);
     side.answers.send(won(None)).unwrap();
     side.until("alone", |report| {
@@ -340,7 +382,7 @@ fn a_guest_whose_right_has_run_out_goes_on_when_the_arbiter_says_that_it_may() {
     });
     // It is let run before COLO is told to end with it.
     assert_eq!(*lock(&side.guest.1), ["suspend", "go on"]);
-    assert!(side.failover.take_request());
+    assert_eq!(side.failover.requests(), 1);
     assert_eq!(*lock(&side.guest.0), None);
 }
 
@@ -380,8 +422,8 @@ fn a_thousand_connections_end_no_pair_that_beats() {
     for side in pair {
         side.until("alive", |report| report.peer == PeerState::Alive);
     }
-    listens.enter(Role::Secondary);
-    connects.enter(Role::Primary);
+    listens.enter();
+    connects.enter();
     // A thousand that say nothing, half of a beat, or something else. They stay open, and come while
     // the pair beats.
     let began = Instant::now();
@@ -431,8 +473,8 @@ fn an_arbiter_that_is_silent_holds_no_beat_up_and_a_side_that_ends_says_so() {
         .send(won(Some(Instant::now() + TERM)))
         .unwrap();
     connects.heartbeat.hold(LONG).unwrap();
-    connects.enter(Role::Primary);
-    listens.enter(Role::Secondary);
+    connects.enter();
+    listens.enter();
     // The hold and the renewal that nobody answers.
     for _ in 0..2 {
         assert_eq!(connects.asked(), Order::Renew);
@@ -449,5 +491,5 @@ fn an_arbiter_that_is_silent_holds_no_beat_up_and_a_side_that_ends_says_so() {
     assert_eq!(listens.asked(), Order::Claim);
     listens.answers.send(won(None)).unwrap();
     listens.until("alone", |report| report.phase == Phase::Alone);
-    assert!(listens.failover.take_request());
+    assert_eq!(listens.failover.requests(), 1);
 }
