@@ -69,7 +69,7 @@ fn inspect(c: &mut Criterion) {
     group.bench_function("stream in a file", |b| {
         b.iter(|| {
             let (mut origin, reader) = FileOrigin::open(Arc::clone(&file) as _, 0);
-            let found = scan(reader, &mut origin, None, &mut |_| ()).expect("a stream");
+            let found = scan(reader, &mut origin, 64 << 20, None, &mut |_| ()).expect("a stream");
             assert_eq!(found.blocks[0].unique, PAGES);
         });
     });

@@ -9,6 +9,7 @@
 //! a device's buffer could place such an end there; a VMM knows its devices and reads their
 //! sections with their handlers instead.
 
+mod at_end;
 mod ends;
 
 use std::collections::HashMap;
@@ -25,6 +26,7 @@ use crate::section::{
 };
 use crate::vmdesc::{DescriptionError, DeviceDescription, VmDescription};
 
+pub use self::at_end::tail_at_end;
 use self::ends::{Ends, Next};
 
 /// Type byte and section id.
@@ -169,18 +171,9 @@ impl OpaqueTail {
         while let Some(window) = self.bytes.get(self.searched..self.searched + END_LEN + 1) {
             let json = self.searched + END_LEN;
             self.searched += 1;
-            let &[footer, _, _, _, _, eof, kind, l3, l2, l1, l0, first] = window else {
-                break;
-            };
-            let len = u32::from_be_bytes([l3, l2, l1, l0]);
-            if footer != SectionType::Footer.byte()
-                || eof != SectionType::Eof.byte()
-                || kind != SectionType::VmDescription.byte()
-                || first != b'{'
-                || len > self.limits.description
-            {
+            let Some(len) = end_at(window, self.limits.description) else {
                 continue;
-            }
+            };
             self.false_ends += 1;
             if self.false_ends > self.limits.false_ends {
                 return Err(TailError::FalseEnds {
@@ -223,6 +216,21 @@ impl OpaqueTail {
         })?;
         Ok((sections, description))
     }
+}
+
+/// The length of the description's text whose first byte is the last one of `window`, if a last footer,
+/// EOF and the beginning of a description stand there and the text has no more than `max` bytes.
+fn end_at(window: &[u8], max: u32) -> Option<u32> {
+    let &[footer, _, _, _, _, eof, kind, l3, l2, l1, l0, first] = window else {
+        return None;
+    };
+    let len = u32::from_be_bytes([l3, l2, l1, l0]);
+    let is_end = footer == SectionType::Footer.byte()
+        && eof == SectionType::Eof.byte()
+        && kind == SectionType::VmDescription.byte()
+        && first == b'{'
+        && len <= max;
+    is_end.then_some(len)
 }
 
 /// A complete tail.

@@ -4,9 +4,11 @@
 
 use migration_stream::codec::{IdStr, Reader};
 use migration_stream::device_blob::{DeviceSection, encode_device_blob};
-use migration_stream::opaque_tail::{Fed, OpaqueTail, Tail, TailError, TailLimits};
+use migration_stream::io::PositionedFile;
+use migration_stream::opaque_tail::{Fed, OpaqueTail, Tail, TailError, TailLimits, tail_at_end};
 use migration_stream::section::{
     Announcement, InstanceId, SectionHeader, SectionId, encode_eof, encode_footer,
+    encode_vm_description,
 };
 
 const Q35: &[u8] = include_bytes!("data/q35-11.1.3.tail");
@@ -306,4 +308,66 @@ fn a_later_tail_whose_sections_cannot_be_told_apart_is_refused() {
     });
     let error = tail.followed_by(&blob).unwrap_err();
     assert!(matches!(error, TailError::Body { .. }), "{error}");
+}
+
+/// A file with `before` bytes of something, the tail, and what is `behind` it.
+fn file(before: usize, tail: &[u8], behind: &[u8]) -> std::fs::File {
+    let file = tempfile::tempfile().unwrap();
+    let bytes = [&vec![0x55; before], tail, behind].concat();
+    file.write_at(0, &bytes).unwrap();
+    file
+}
+
+/// The device sections of `bytes` and a description of them that is `padding` bytes longer.
+fn with_description_of(bytes: &[u8], padding: usize) -> Vec<u8> {
+    let (tail, _) = feed(bytes, 1 << 20).unwrap().unwrap();
+    let mut out = Vec::new();
+    tail.encode_sections(SectionId(0), &mut out);
+    let text = tail.description_text().strip_suffix('}').unwrap();
+    let text = format!("{text}{}}}", " ".repeat(padding));
+    encode_vm_description(u32::try_from(text.len()).unwrap(), &mut out);
+    out.extend(text.as_bytes());
+    out
+}
+
+#[test]
+fn a_file_says_at_its_end_how_long_the_tail_in_it_is() {
+    let limits = TailLimits::default();
+    let long = with_description_of(MICROVM, 3 << 20);
+    for tail in [Q35, MICROVM, &long] {
+        for before in [0, 1 << 20] {
+            let found = tail_at_end(&file(before, tail, b""), 0, limits).unwrap();
+            assert_eq!(found, Some(tail.len() as u64));
+        }
+    }
+    // Not of a description that is longer than it may be.
+    let limits = TailLimits {
+        description: 1 << 20,
+        ..limits
+    };
+    assert_eq!(tail_at_end(&file(9, &long, b""), 0, limits).unwrap(), None);
+}
+
+#[test]
+fn a_length_that_is_not_sure_is_none() {
+    let limits = TailLimits::default();
+    let unsure = |tail: &[u8], behind: &[u8], early| {
+        tail_at_end(&file(4096, tail, behind), early, limits).unwrap()
+    };
+    assert_eq!(unsure(b"", b"", 0), None);
+    assert_eq!(unsure(b"}", b"", 0), None);
+    // Something follows, or something is missing.
+    assert_eq!(unsure(MICROVM, &[0; 512], 0), None);
+    assert_eq!(unsure(MICROVM, b"an older stream's rest }", 0), None);
+    assert_eq!(unsure(&MICROVM[..MICROVM.len() - 1], b"", 0), None);
+    let description = MICROVM.len() - 2000;
+    assert_eq!(unsure(&MICROVM[description..], b"", 0), None);
+    // Other sections than those described, or of another length.
+    assert_eq!(unsure(MICROVM, b"", 1000), None);
+    let mut shorter = MICROVM.to_vec();
+    shorter.remove(100);
+    assert_eq!(unsure(&shorter, b"", 0), None);
+    let mut other = MICROVM.to_vec();
+    other[6] ^= 1;
+    assert_eq!(unsure(&other, b"", 0), None);
 }

@@ -170,7 +170,7 @@ fn inspected(stream: &[u8], dir: &Path) -> Result<()> {
     let path = dir.join("inspected");
     fs::write(&path, stream)?;
     let (mut origin, reader) = FileOrigin::open(Arc::new(File::open(&path)?), 0);
-    let found = scan(reader, &mut origin, None, &mut |_| ())?;
+    let found = scan(reader, &mut origin, 64 << 20, None, &mut |_| ())?;
     let mut names: Vec<_> = found.bitmaps.iter().map(|b| b.name.as_str()).collect();
     names.sort_unstable();
     assert_eq!(names, ["frozen", "nightly", "since the last release"]);

@@ -107,7 +107,7 @@ fn to_file(source: &mut Qemu, path: &Path) -> Result<()> {
 fn inspect(path: &Path, extract: Option<&Path>) -> Result<Inspection> {
     let (mut origin, reader) = FileOrigin::open(Arc::new(File::open(path)?), 0);
     let mut extract = extract.map(Extract::into).transpose()?;
-    let found = scan(reader, &mut origin, extract.as_mut(), &mut |_| ())?;
+    let found = scan(reader, &mut origin, 64 << 20, extract.as_mut(), &mut |_| ())?;
     if let Some(extract) = &extract {
         extract.write("desc.json", &state::text(&state::description(&found)?)?)?;
         extract.write("state.json", &state::text(&state::state(&found)?)?)?;
@@ -363,7 +363,7 @@ fn listened_to(qemu: &Binary, channels: bool) -> Result<()> {
     let to = listening.address().to_string();
     let inspector = thread::spawn(move || -> Result<Inspection> {
         let (mut origin, reader) = listening.accept()?;
-        Ok(scan(reader, &mut origin, None, &mut |_| ())?)
+        Ok(scan(reader, &mut origin, 64 << 20, None, &mut |_| ())?)
     });
     source.migrate(&to)?;
     let found = inspector.join().map_err(|_| "the inspector panicked")??;

@@ -175,7 +175,7 @@ fn virtio_mem(qemu: &Binary) -> Result<()> {
     relay(from, Some(&second_uri))?;
     let names = |path: &Path| -> Result<Vec<String>> {
         let (mut origin, reader) = FileOrigin::open(Arc::new(File::open(path)?), 0);
-        let found = scan(reader, &mut origin, None, &mut |_| ())?;
+        let found = scan(reader, &mut origin, 64 << 20, None, &mut |_| ())?;
         let names = found.devices().map(|d| d.header.idstr.as_str().to_owned());
         Ok(names.collect())
     };

@@ -11,6 +11,7 @@ use std::str::FromStr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use clap::builder::RangedU64ValueParser;
 use clap::{Args, Parser, Subcommand};
 use colo_core::driver::GapConfig;
 use colo_core::{Deadlines, OnPeerLoss, Resume};
@@ -72,6 +73,16 @@ enum Command {
 pub(crate) const MEMORY_MIB: RangeInclusive<u64> = 1..=(1 << 28) - 1;
 /// How many vCPUs can be asked for. KVM may allow fewer.
 pub(crate) const VCPUS: RangeInclusive<i64> = 1..=255;
+
+/// Reads the value of `--max-device-state`, MiB.
+pub(crate) fn max_device_state() -> RangedU64ValueParser<u64> {
+    clap::value_parser!(u64).range(1..=1 << 20)
+}
+
+/// Bytes of so many MiB.
+pub(crate) fn mebibytes(count: u64) -> usize {
+    usize::try_from(count).map_or(usize::MAX, |count| count.saturating_mul(1 << 20))
+}
 
 /// What a machine consists of.
 #[derive(Clone, Debug, Args)]
@@ -187,6 +198,9 @@ struct RunArgs {
     /// second, so that fewer are left for the checkpoint; 0 for no limit.
     #[arg(long, value_name = "MIB")]
     gap_bandwidth: Option<u64>,
+    /// How much device state a guest that comes in may have, MiB.
+    #[arg(long, value_name = "MIB", default_value_t = 64, value_parser = max_device_state())]
+    max_device_state: u64,
     /// Take all of guest RAM from the system before the guest runs, or while it is waited for, unless it
     /// is for COLO: it arrives faster then, and takes up as much as it may ever have.
     #[arg(long)]
@@ -358,6 +372,7 @@ impl RunArgs {
             }),
             lends: self.splice_send && !self.no_lending,
             zstd_level: self.zstd_level,
+            max_device_state: mebibytes(self.max_device_state),
             prealloc: self.prealloc,
             boundaries: Arc::new(boundaries),
         })
@@ -717,11 +732,31 @@ mod tests {
             ("run --memory 0", "1..=268435455"),
             ("demo --memory 18446744073709551615", "1..=268435455"),
             ("run --peer-timeout 0", "1..18446744073709551615"),
+            ("run --max-device-state 0", "1..=1048576"),
+            (
+                "standby --incoming unix:x --restore-into unix:y --max-device-state 0",
+                "1..=1048576",
+            ),
         ] {
             let refusal = refusal(line);
             assert!(refusal.contains(range), "{line}: {refusal}");
         }
         assert_eq!(refusal("run --vcpus 255 --memory 4096"), "");
+    }
+
+    #[test]
+    fn the_limit_of_device_state_is_that_of_the_command_line() {
+        for (line, expected) in [
+            ("run", MigrationOptions::default().max_device_state),
+            ("run --max-device-state 3", 3 << 20),
+        ] {
+            let words = ["colo-vmm"].into_iter().chain(line.split(' '));
+            let Command::Run(args) = Cli::try_parse_from(words).unwrap().command else {
+                panic!("{line}");
+            };
+            let options = args.migration_options().unwrap();
+            assert_eq!(options.max_device_state, expected);
+        }
     }
 
     #[test]

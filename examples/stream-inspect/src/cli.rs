@@ -65,6 +65,10 @@ pub struct Cli {
         requires = "multifd"
     )]
     compression: Method,
+    /// How much device state the guest may have, in MiB or with a unit: the graphics memory of a
+    /// virtio-gpu is part of it.
+    #[arg(long, value_name = "MIB", default_value = "512", value_parser = number::mebibytes)]
+    max_device_state: u64,
     /// Take the stream of a source without return path, which cannot be told to keep its guest: when
     /// it has sent everything it stands still there, and `cont` has it run on.
     #[arg(long, conflicts_with = "file")]
@@ -148,7 +152,7 @@ impl Cli {
         })?;
         complain(format_args!("listening on {}", listening.address()));
         let (mut origin, reader) = listening.accept()?;
-        watched(reader, &mut origin, extract, None)
+        self.watched(reader, &mut origin, extract, None)
     }
 
     fn inspect_input(
@@ -162,37 +166,39 @@ impl Cli {
                 let size = file.size()?;
                 let (mut origin, mut reader) = FileOrigin::open(file, offset);
                 find_stream(&mut reader, 0)?;
-                watched(reader, &mut origin, extract, Some(size))
+                self.watched(reader, &mut origin, extract, Some(size))
             }
             Input::Pipe { channel, offset } => {
                 let mut reader = StreamReader::new(channel, b"");
                 find_stream(&mut reader, offset)?;
-                watched(reader, &mut PipeOrigin, extract, None)
+                self.watched(reader, &mut PipeOrigin, extract, None)
             }
         }
     }
-}
 
-/// Reads a stream to its end, of `size` bytes if that is known, and shows on a terminal how far it is.
-fn watched(
-    reader: StreamReader,
-    origin: &mut dyn Origin,
-    extract: Option<&mut Extract>,
-    size: Option<u64>,
-) -> Result<Inspection, Box<dyn Error>> {
-    let bar = match size {
-        Some(size) => ProgressBar::new(size).with_style(ProgressStyle::with_template(
-            "{bar:40} {bytes} of {total_bytes}, {bytes_per_sec}",
-        )?),
-        None => ProgressBar::new_spinner().with_style(ProgressStyle::with_template(
-            "{spinner} {bytes}, {bytes_per_sec}",
-        )?),
-    };
-    let found = scan(reader, origin, extract, &mut |offset| {
-        bar.set_position(offset);
-    });
-    bar.finish_and_clear();
-    Ok(found?)
+    /// Reads a stream to its end, of `size` bytes if that is known, and shows on a terminal how far it is.
+    fn watched(
+        &self,
+        reader: StreamReader,
+        origin: &mut dyn Origin,
+        extract: Option<&mut Extract>,
+        size: Option<u64>,
+    ) -> Result<Inspection, Box<dyn Error>> {
+        let bar = match size {
+            Some(size) => ProgressBar::new(size).with_style(ProgressStyle::with_template(
+                "{bar:40} {bytes} of {total_bytes}, {bytes_per_sec}",
+            )?),
+            None => ProgressBar::new_spinner().with_style(ProgressStyle::with_template(
+                "{spinner} {bytes}, {bytes_per_sec}",
+            )?),
+        };
+        let max_device_state = usize::try_from(self.max_device_state).unwrap_or(usize::MAX);
+        let found = scan(reader, origin, max_device_state, extract, &mut |offset| {
+            bar.set_position(offset);
+        });
+        bar.finish_and_clear();
+        Ok(found?)
+    }
 }
 
 #[cfg(test)]

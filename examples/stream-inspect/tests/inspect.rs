@@ -27,7 +27,7 @@ fn inspect(bytes: &[u8], extract: Option<&Path>) -> Result<Inspection, ScanError
     file.write_at(0, bytes).unwrap();
     let (mut origin, reader): (FileOrigin, StreamReader) = FileOrigin::open(Arc::new(file), 0);
     let mut extract = extract.map(|dir| Extract::into(dir).unwrap());
-    scan(reader, &mut origin, extract.as_mut(), &mut |_| ())
+    scan(reader, &mut origin, 64 << 20, extract.as_mut(), &mut |_| ())
 }
 
 #[test]

@@ -85,7 +85,7 @@ fn a_stream_that_ends_because_a_channel_failed_is_told_by_what_the_channel_met()
     channel.write_all(&hello.encode()).unwrap();
     channel.write_all(b"neither magic nor version").unwrap();
     let (mut origin, reader) = listening.accept().unwrap();
-    let error = scan(reader, &mut origin, None, &mut |_| ()).unwrap_err();
+    let error = scan(reader, &mut origin, 64 << 20, None, &mut |_| ()).unwrap_err();
     let ScanError::Incoming(IncomingError::Channels(error)) = error else {
         panic!("{error:?}");
     };

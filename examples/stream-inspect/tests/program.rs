@@ -110,6 +110,52 @@ fn what_has_to_be_sought_in_says_so_in_a_pipe() {
 }
 
 #[test]
+fn device_state_is_bounded_by_an_option_that_the_error_names() {
+    const BODY: usize = 3 << 20;
+    let dir = tempfile::tempdir().unwrap();
+    let stream = streams::with_device_state(BODY);
+    fs::write(dir.path().join("stream"), &stream).unwrap();
+    // Something behind it, or no way to look at its end: the length is known when it has come.
+    fs::write(dir.path().join("padded"), [&stream[..], &[0; 9]].concat()).unwrap();
+    for limit in ["3", "1M"] {
+        let arguments = |file: &str| format!("{file} --max-device-state {limit}");
+        let option = "bytes that are taken: a larger --max-device-state takes it";
+        for error in [
+            refused(program(dir.path(), &arguments("padded"))),
+            String::from_utf8(fed(program(dir.path(), &arguments("-")), &stream).stderr).unwrap(),
+        ] {
+            assert!(error.contains("more device state than the"), "{error}");
+            assert!(error.contains(option), "{error}");
+        }
+        let error = refused(program(dir.path(), &arguments("stream")));
+        let said = "bytes of device state, more than the";
+        assert!(error.contains(said), "{error}");
+        assert!(error.contains("a larger --max-device-state"), "{error}");
+    }
+    for limit in ["4", "1G"] {
+        for file in ["stream", "padded"] {
+            let arguments = format!("{file} --max-device-state {limit}");
+            let text = said(&program(dir.path(), &arguments).output().unwrap());
+            assert!(text.contains("device"), "{text}");
+        }
+    }
+}
+
+#[test]
+fn a_file_with_too_much_device_state_is_refused_before_its_memory_is_read() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut stream = streams::with_device_state(3 << 20);
+    // Nobody comes as far as the pages, where something is wrong.
+    let page = stream.windows(4096).position(|w| w == [7; 4096]).unwrap();
+    stream[page + 4096..page + 4104].fill(0xff);
+    fs::write(dir.path().join("stream"), &stream).unwrap();
+    let error = refused(program(dir.path(), "stream --max-device-state 1"));
+    assert!(error.contains("--max-device-state"), "{error}");
+    let error = refused(program(dir.path(), "stream"));
+    assert!(!error.contains("--max-device-state"), "{error}");
+}
+
+#[test]
 fn offsets_are_read_in_the_usual_notations() {
     let (dir, stream) = directory();
     let behind = [&[0; 4096], stream.as_slice()].concat();

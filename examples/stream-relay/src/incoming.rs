@@ -11,13 +11,14 @@ use migration_stream::decoder::{ConfigurationRule, DecoderConfig};
 use migration_stream::early::EarlySections;
 use migration_stream::io::{FdChannel, PositionedFile, open_direct};
 use migration_stream::mapped_ram::FileReader;
-use migration_stream::opaque_tail::{TailError, TailLimits};
+use migration_stream::opaque_tail::{TailError, TailLimits, tail_at_end};
 use migration_stream::precopy::{Loaded, Target, TargetConfig, TargetError};
 use migration_stream::ram::NoMultifd;
 use migration_stream::{PageBarrier, StreamReader, TransportError};
 use multifd::incoming::{Acceptor, Limits};
 use multifd::{Address, AddressError, Listener, MultifdConfig, RecvChannel, RecvSet};
 
+use tool_support::device_state::Excess;
 use tool_support::input::{Input, InputError, find_stream};
 
 use crate::counted::Counted;
@@ -186,7 +187,7 @@ impl Incoming {
                 let channel = Counted::new(channel, Arc::clone(progress));
                 let mut reader = StreamReader::new(channel, b"");
                 find_stream(&mut reader, offset)?;
-                return config.announced(reader, None, Pages::Stream, progress);
+                return config.announced(reader, None, None, Pages::Stream, progress);
             }
             Origin::File {
                 file,
@@ -196,13 +197,14 @@ impl Incoming {
                 let counted = |file| -> Arc<dyn PositionedFile> {
                     Arc::new(Counted::new(file, Arc::clone(progress)))
                 };
-                let file = counted(file);
-                let mut reader = StreamReader::from_file(Arc::clone(&file), offset);
+                let stream = counted(Arc::clone(&file));
+                let mut reader = StreamReader::from_file(Arc::clone(&stream), offset);
                 find_stream(&mut reader, 0)?;
-                let pages = FileReader::new(file)
+                let pages = FileReader::new(stream)
                     .with_threads(config.access.threads)
                     .with_pages_from(counted(pages));
-                return config.announced(reader, None, Pages::File(pages), progress);
+                let pages = Pages::File(pages);
+                return config.announced(reader, None, Some(&*file), pages, progress);
             }
         };
         let connected = acceptor.accept(None)?;
@@ -222,7 +224,7 @@ impl Incoming {
                 main: main.share(),
             },
         };
-        config.announced(reader, Some(main), pages, progress)
+        config.announced(reader, Some(main), None, pages, progress)
     }
 }
 
@@ -311,10 +313,30 @@ impl IncomingConfig {
         }
     }
 
+    /// Compares the device state behind RAM with its limit before RAM is read, if the file says already how
+    /// much it is.
+    fn check_device_state(
+        &self,
+        file: &dyn PositionedFile,
+        early: usize,
+    ) -> Result<(), IncomingError> {
+        let max = self.max_device_state;
+        let len = tail_at_end(file, early, limits(max)).map_err(IncomingError::Read)?;
+        match len {
+            Some(len) if len > max as u64 => Err(IncomingError::DeviceState {
+                len: Some(len),
+                max,
+                source: None,
+            }),
+            _ => Ok(()),
+        }
+    }
+
     fn announced(
         &self,
         reader: StreamReader,
         line: Option<FdChannel>,
+        file: Option<&dyn PositionedFile>,
         pages: Pages,
         progress: &Arc<Progress>,
     ) -> Result<Announced, IncomingError> {
@@ -334,6 +356,9 @@ impl IncomingConfig {
         }
         if line.is_some() && !target.has_return_path() && !self.without_return_path {
             return Err(IncomingError::NoReturnPath);
+        }
+        if let Some(file) = file {
+            self.check_device_state(file, target.early_sections().len())?;
         }
         let configuration = target.configuration().cloned();
         let memory = Memory::new(blocks, self.max_memory, Arc::clone(progress))?;
@@ -470,6 +495,9 @@ pub enum IncomingError {
         /// Why.
         source: io::Error,
     },
+    /// The file cannot be read.
+    #[error("reading the end of the file")]
+    Read(#[source] io::Error),
     /// There is no stream in the file or the pipe.
     #[error(transparent)]
     Input(#[from] InputError),
@@ -480,15 +508,14 @@ pub enum IncomingError {
     #[error("the incoming stream")]
     Stream(#[source] TargetError),
     /// The guest has more device state than is taken.
-    #[error(
-        "the guest has more device state than the {max} bytes that are taken: a larger \
-         --max-device-state takes it"
-    )]
+    #[error("{}", Excess { len: *.len, max: *.max as u64 })]
     DeviceState {
+        /// How much, bytes; `None` where it was given up before the end.
+        len: Option<u64>,
         /// The limit, bytes.
         max: usize,
-        /// Where it was exceeded.
-        source: TargetError,
+        /// Where it was exceeded; `None` where a file says it before its stream is read so far.
+        source: Option<TargetError>,
     },
     /// Multifd's channels.
     #[error("the incoming channels")]
@@ -517,7 +544,11 @@ impl From<TargetError> for IncomingError {
     fn from(source: TargetError) -> Self {
         match source {
             TargetError::Tail(TailError::TooLong { max, .. })
-            | TargetError::DeviceTooLong { max, .. } => Self::DeviceState { max, source },
+            | TargetError::DeviceTooLong { max, .. } => Self::DeviceState {
+                len: None,
+                max,
+                source: Some(source),
+            },
             source => Self::Stream(source),
         }
     }

@@ -32,6 +32,7 @@ use migration_stream::{DecodeError, GuestRam, MemoryError, PAGE_SIZE};
 use rustix::fs::SeekFrom;
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
+use tool_support::device_state::Excess;
 use twox_hash::XxHash64;
 use vm_memory::VolatileSlice;
 
@@ -223,17 +224,6 @@ pub fn load(
         });
     }
     let configuration = manifest.configuration()?;
-    let blocks = manifest
-        .blocks
-        .iter()
-        .map(|b| RamBlock::new(b.name.as_str(), b.contents.length))
-        .collect::<Result<Vec<_>, _>>()
-        .and_then(RamBlockTable::new)?;
-    let memory = Memory::new(blocks, max_memory, Arc::clone(progress))?;
-    for ((id, _), block) in memory.blocks().iter().zip(&manifest.blocks) {
-        load_block(&memory, id, &block.contents, &dir.join(ram_name(id)))?;
-    }
-
     let limits = limits(max_device_state);
     let load = |name: &str, contents: &Contents| -> Result<Vec<u8>, StoreError> {
         let path = dir.join(name);
@@ -263,6 +253,17 @@ pub fn load(
             field: "early sections",
             value: sections.to_string(),
         });
+    }
+
+    let blocks = manifest
+        .blocks
+        .iter()
+        .map(|b| RamBlock::new(b.name.as_str(), b.contents.length))
+        .collect::<Result<Vec<_>, _>>()
+        .and_then(RamBlockTable::new)?;
+    let memory = Memory::new(blocks, max_memory, Arc::clone(progress))?;
+    for ((id, _), block) in memory.blocks().iter().zip(&manifest.blocks) {
+        load_block(&memory, id, &block.contents, &dir.join(ram_name(id)))?;
     }
     Ok(Guest {
         memory: Arc::new(memory),
@@ -541,9 +542,9 @@ pub enum StoreError {
     },
     /// There is more device state than is taken.
     #[error(
-        "{} has {length} bytes of device state, more than the {max} that are taken: a larger \
-         --max-device-state takes it",
-        tool_support::Escaped(&.path.to_string_lossy())
+        "{}: {}",
+        tool_support::Escaped(&.path.to_string_lossy()),
+        Excess { len: Some(*.length), max: *.max }
     )]
     DeviceState {
         /// Its path.

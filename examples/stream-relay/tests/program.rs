@@ -147,6 +147,40 @@ fn what_is_no_stream_is_named_with_what_to_do() {
 }
 
 #[test]
+fn a_file_with_too_much_device_state_is_refused_before_its_memory_is_read() {
+    let mut stream = streams::with_device_state(3 << 20);
+    // Nobody comes as far as the pages, where something is wrong.
+    let page = stream.windows(4096).position(|w| w == [7; 4096]).unwrap();
+    stream[page + 4096..page + 4104].fill(0xff);
+    let dir = directory(&stream);
+    let relayed = |more: &str| {
+        let arguments = format!("--incoming file:stream --in-xbzrle --store kept {more}");
+        let output = program(dir.path(), &arguments).output().unwrap();
+        assert_eq!(output.status.code(), Some(1));
+        String::from_utf8(output.stderr).unwrap()
+    };
+    let error = relayed("--max-device-state 1");
+    assert!(
+        error.contains("bytes of device state, more than the 1048576"),
+        "{error}"
+    );
+    assert!(error.contains("a larger --max-device-state"), "{error}");
+    assert!(!relayed("").contains("--max-device-state"));
+}
+
+#[test]
+fn a_store_with_too_much_device_state_is_refused_before_its_memory_is_read() {
+    let dir = directory(&streams::with_device_state(3 << 20));
+    let arguments = "--incoming file:stream --in-xbzrle --store kept";
+    succeeded(&program(dir.path(), arguments).output().unwrap());
+    fs::remove_file(dir.path().join("kept/ram-0")).unwrap();
+    let arguments = "--store kept --outgoing file:out --max-device-state 1";
+    let output = program(dir.path(), arguments).output().unwrap();
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert!(error.contains("a larger --max-device-state"), "{error}");
+}
+
+#[test]
 fn a_stream_with_something_behind_it_is_taken_to_its_own_end() {
     let dir = directory(&[streams::whole().as_slice(), &[0; 4096]].concat());
     let arguments = "--incoming file:stream --in-xbzrle --outgoing file:out";

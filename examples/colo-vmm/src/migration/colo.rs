@@ -33,9 +33,9 @@ pub(super) fn config(migration: &Migration) -> DriverConfig {
         // A primary has nothing to say between two checkpoints.
         deadlines: (migration.options.deadlines).for_checkpoint_delay(migration.checkpoint_delay()),
         on_loss: migration.options.on_peer_loss,
+        max_device_state: migration.options.max_device_state,
         gap: migration.gap(),
         leave_out_unchanged: migration.options.skip_unchanged,
-        ..DriverConfig::default()
     }
 }
 

@@ -7,7 +7,9 @@ use std::sync::atomic::Ordering;
 use colo_core::driver::{SecondaryLink, run_secondary};
 use colo_core::{ColoStore, IncomingPages, MigrationPlan, Role};
 use migration_stream::decoder::{ConfigurationRule, DecoderConfig};
-use migration_stream::precopy::{Body, BoxError, Loaded, Target, TargetConfig, TargetVm};
+use migration_stream::precopy::{
+    Body, BoxError, Loaded, Target, TargetConfig, TargetError, TargetVm,
+};
 use migration_stream::section::SectionHeader;
 use migration_stream::{GuestRamMmap, PageStore, StreamReader};
 use multifd::incoming::{Acceptor, Incoming, IncomingError, Limits};
@@ -17,7 +19,7 @@ use ram_cache::{FlushPool, Populate};
 use vmstate::{StagedSection, VmState};
 
 use super::address::qmp_addresses;
-use super::{Cancel, MAX_DEVICE_SECTION, Migration, colo, failed};
+use super::{Cancel, Migration, colo, failed};
 use crate::devices::CpuModelState;
 use crate::memory::populated;
 
@@ -184,7 +186,7 @@ fn load<S: PageStore + 'static>(
             xbzrle: plan.xbzrle(),
             ..DecoderConfig::new(rule)
         },
-        max_devices: MAX_DEVICE_SECTION,
+        max_devices: migration.options.max_device_state,
     };
     let reader = StreamReader::new(main.share(), &prefix);
     // A source that opens a return path is answered, whatever was set here, as by QEMU.
@@ -197,7 +199,8 @@ fn load<S: PageStore + 'static>(
     let (store, barrier) = pages.parts();
     let loaded = Target::new(config, reader, return_path, store)
         .confirming_before_it_runs()
-        .load(store, barrier, &mut staging)?;
+        .load(store, barrier, &mut staging)
+        .map_err(named)?;
     staging.warn_if_not_compared();
     let sections = staging.sections;
     migration.options.boundaries.reach("stream loaded");
@@ -214,6 +217,16 @@ fn load<S: PageStore + 'static>(
             loaded.refuse();
             Err(error)
         }
+    }
+}
+
+/// The error, with the option that would avoid it, if there is one.
+fn named(error: TargetError) -> BoxError {
+    match error {
+        TargetError::DeviceTooLong { .. } => {
+            format!("{error}: a larger --max-device-state takes it").into()
+        }
+        error => error.into(),
     }
 }
 
@@ -346,4 +359,30 @@ fn enter_colo(
 
 fn to_run(migration: &Migration) -> bool {
     migration.autostart.load(Ordering::Acquire) && migration.global_state.get() == RunState::Running
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_device_that_is_too_long_is_named_with_the_option_that_takes_it() {
+        let error = named(TargetError::DeviceTooLong {
+            idstr: "cpu".to_owned(),
+            instance: 0,
+            offset: 7,
+            max: 1 << 20,
+        });
+        let error = error.to_string();
+        assert!(
+            error.contains("'cpu'") && error.contains("1048576"),
+            "{error}"
+        );
+        assert!(
+            error.ends_with("a larger --max-device-state takes it"),
+            "{error}"
+        );
+        let other = named(TargetError::SourceGone { offset: 7 });
+        assert!(!other.to_string().contains("--max-device-state"));
+    }
 }

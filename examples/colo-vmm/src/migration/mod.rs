@@ -51,9 +51,6 @@ use crate::figures::{Figures, Observation};
 use crate::monitor::colo_status;
 use crate::vm::Vm;
 
-/// Far more than this VMM's devices have.
-const MAX_DEVICE_SECTION: usize = 16 << 20;
-
 /// Whether, and how, this VM was started to be migrated into.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum IncomingMode {

@@ -37,6 +37,9 @@ pub struct MigrationOptions {
     pub lends: bool,
     /// As a source with zstd, between which levels it chooses, whatever `multifd-zstd-level` says.
     pub zstd_level: Option<ZstdRange>,
+    /// How much device state a guest that comes in may have, bytes: each section of a migration, and all
+    /// sections of a checkpoint.
+    pub max_device_state: usize,
     /// Take all of guest RAM from the system while a guest is waited for, unless it is for COLO.
     pub prealloc: bool,
     /// As a primary, whether and when pages are left out that the secondary has already.
@@ -59,6 +62,7 @@ impl Default for MigrationOptions {
             gap: None,
             lends: false,
             zstd_level: None,
+            max_device_state: 64 << 20,
             prealloc: false,
             skip_unchanged: None,
             boundaries: Arc::default(),

@@ -18,7 +18,7 @@ use uuid::Uuid;
 
 use super::monitor::{COMMANDS, StandbyMonitor};
 use super::{Destination, Ending, RestoreConfig, Standby, StandbyConfig};
-use crate::cli::PeerLossArg;
+use crate::cli::{PeerLossArg, max_device_state, mebibytes};
 use crate::event_loop;
 use crate::metrics;
 use crate::monitor;
@@ -98,8 +98,8 @@ pub struct StandbyArgs {
     max_memory: Option<u64>,
     /// How much device state each guest may have, MiB: the graphics memory of a virtio-gpu is part of
     /// it.
-    #[arg(long, value_name = "MIB", default_value_t = 512)]
-    max_device_state: usize,
+    #[arg(long, value_name = "MIB", default_value_t = 512, value_parser = max_device_state())]
+    max_device_state: u64,
     /// How long a primary may say nothing between two parts of its stream before COLO begins, ms: an
     /// operator may let its guest stand still there (pause-before-switchover).
     #[arg(long, value_name = "MS", default_value_t = 600_000)]
@@ -221,7 +221,7 @@ impl StandbyArgs {
             max_memory: self
                 .max_memory
                 .map_or_else(memory_of_this_machine, |mib| mib.saturating_mul(1 << 20)),
-            max_device_state: self.max_device_state.saturating_mul(1 << 20),
+            max_device_state: mebibytes(self.max_device_state),
             deadlines: deadlines.for_checkpoint_delay(delay),
             io_limit,
             pause_limit: Duration::from_millis(self.pause_timeout).max(io_limit),

@@ -4,7 +4,7 @@ use std::io;
 use std::time::{Duration, Instant};
 
 use migration_stream::early::find_end;
-use migration_stream::opaque_tail::{Fed, OpaqueTail, Tail, TailLimits};
+use migration_stream::opaque_tail::{Fed, OpaqueTail, Tail, tail_at_end};
 use migration_stream::section::{Announcement, SectionHeader, SectionType};
 
 use super::{Ram, Scan, ScanError};
@@ -29,7 +29,7 @@ impl Scan<'_> {
             Ram::Open(id) => Some(id),
             Ram::Unknown | Ram::Ended => None,
         };
-        let max = TailLimits::default().len;
+        let max = self.limits.len;
         let (mut body, mut from) = (Vec::new(), 0);
         let len = loop {
             let have = body.len();
@@ -40,7 +40,13 @@ impl Scan<'_> {
                     break len;
                 }
                 Err(next) if next <= max => from = next,
-                Err(_) => return Err(unknown()),
+                Err(_) => {
+                    return Err(ScanError::DeviceState {
+                        len: None,
+                        max,
+                        source: None,
+                    });
+                }
             }
             // What may belong to the end stays in the buffer.
             let done = from.saturating_sub(have);
@@ -69,6 +75,25 @@ impl Scan<'_> {
         Ok(())
     }
 
+    /// Compares the device state behind RAM with its limit before RAM is read, if the file says already how
+    /// much it is.
+    pub(super) fn check_length(&self) -> Result<(), ScanError> {
+        let Some(file) = self.origin.file() else {
+            return Ok(());
+        };
+        let offset = self.reader.offset();
+        let len = tail_at_end(&**file, self.early.len(), self.limits)
+            .map_err(|source| ScanError::Stream { offset, source })?;
+        match len {
+            Some(len) if len > self.limits.len as u64 => Err(ScanError::DeviceState {
+                len: Some(len),
+                max: self.limits.len,
+                source: None,
+            }),
+            _ => Ok(()),
+        }
+    }
+
     /// Device sections, EOF and description, beginning with the body of `header`, which begins at
     /// byte `begin` of the stream.
     pub(super) fn tail(
@@ -77,7 +102,7 @@ impl Scan<'_> {
         begin: u64,
     ) -> Result<Inspection, ScanError> {
         let mut tail =
-            OpaqueTail::beginning_with(header, TailLimits::default()).after_early(self.early.len());
+            OpaqueTail::beginning_with(header, self.limits).after_early(self.early.len());
         let mut arrivals = Arrivals::new(self.reader.offset() - begin);
         let mut ending = Vec::new();
         let tail = loop {

@@ -7,6 +7,7 @@ use migration_stream::codec::IdStr;
 use migration_stream::early::EarlyError;
 use migration_stream::opaque_tail::TailError;
 use migration_stream::section::SectionId;
+use tool_support::device_state::Excess;
 
 use crate::extract::ExtractError;
 use crate::incoming::IncomingError;
@@ -42,7 +43,17 @@ pub enum ScanError {
     NoFile,
     /// The device sections cannot be told apart.
     #[error(transparent)]
-    Tail(#[from] TailError),
+    Tail(TailError),
+    /// The guest has more device state than is taken.
+    #[error("{}", Excess { len: *.len, max: *.max as u64 })]
+    DeviceState {
+        /// How much, bytes; `None` where it was given up before the end.
+        len: Option<u64>,
+        /// The limit, bytes.
+        max: usize,
+        /// Why the last thing that looked like its end was none.
+        source: Option<TailError>,
+    },
     /// A section before RAM is not as the description has it.
     #[error(transparent)]
     EarlyDescription(#[from] EarlyError),
@@ -79,4 +90,17 @@ pub enum ScanError {
     /// What was found cannot be written.
     #[error(transparent)]
     Extract(#[from] ExtractError),
+}
+
+impl From<TailError> for ScanError {
+    fn from(error: TailError) -> Self {
+        match error {
+            TailError::TooLong { max, rejected } => Self::DeviceState {
+                len: None,
+                max,
+                source: rejected.map(|rejected| *rejected),
+            },
+            error => Self::Tail(error),
+        }
+    }
 }

@@ -20,6 +20,7 @@ use migration_stream::decoder::{
 use migration_stream::dirty_bitmap::{DIRTY_BITMAP_IDSTR, DirtyBitmapDecoder};
 use migration_stream::early::EarlySections;
 use migration_stream::mapped_ram::MappedArea;
+use migration_stream::opaque_tail::TailLimits;
 use migration_stream::ram::{BlockId, RAM_IDSTR};
 use migration_stream::section::{Announcement, Continuation, SectionId};
 use migration_stream::{Cause, StreamReader};
@@ -34,14 +35,15 @@ use crate::pages::PageSet;
 /// How often whoever watches is told how far it is, bytes.
 const TOLD_EACH: u64 = 4 << 20;
 
-/// Reads a stream to its end. RAM goes into `extract`, if there is one; `progress` is told the
-/// offset from time to time.
+/// Reads a stream to its end, of which `max_device_state` bytes may be device state. RAM goes into
+/// `extract`, if there is one; `progress` is told the offset from time to time.
 ///
 /// # Errors
 /// [`ScanError`].
 pub fn scan(
     reader: StreamReader,
     origin: &mut dyn Origin,
+    max_device_state: usize,
     extract: Option<&mut Extract>,
     progress: &mut dyn FnMut(u64),
 ) -> Result<Inspection, ScanError> {
@@ -57,10 +59,15 @@ pub fn scan(
         progress,
         told: 0,
         meter,
+        limits: TailLimits {
+            len: max_device_state,
+            ..TailLimits::default()
+        },
         found: Inspection::default(),
         unique: Vec::new(),
         areas: Vec::new(),
         ram: Ram::Unknown,
+        has_pages: false,
         early: EarlySections::new(),
         bitmap_section: None,
         bitmap_decoder: DirtyBitmapDecoder::new(),
@@ -85,12 +92,15 @@ struct Scan<'a> {
     progress: &'a mut dyn FnMut(u64),
     told: u64,
     meter: Meter,
+    limits: TailLimits,
     found: Inspection,
     /// The pages of each block.
     unique: Vec<PageSet>,
-    /// Of blocks whose names have not come.
+    /// Of blocks whose pages have their places in the file and have not been looked at.
     areas: Vec<(BlockId, MappedArea)>,
     ram: Ram,
+    /// What comes before the first page has come.
+    has_pages: bool,
     /// Device sections before RAM.
     early: EarlySections,
     /// The section of dirty bitmaps, once it was announced.
@@ -147,6 +157,7 @@ impl Scan<'_> {
                         return Err(ScanError::Unknown { id, offset });
                     }
                     self.meter.turn(Part::Pages, offset);
+                    self.begin_pages()?;
                     self.found.ram_sections += 1;
                     if kind == Continuation::End {
                         self.ram = Ram::Ended;
@@ -161,6 +172,18 @@ impl Scan<'_> {
                 Step::Item(Item::VmDescription { .. }) => return self.finish(),
             }
         }
+    }
+
+    /// Everything that stands before the pages of RAM has come.
+    fn begin_pages(&mut self) -> Result<(), ScanError> {
+        if std::mem::replace(&mut self.has_pages, true) {
+            return Ok(());
+        }
+        self.check_length()?;
+        for (id, area) in std::mem::take(&mut self.areas) {
+            self.mapped(id, &area)?;
+        }
+        Ok(())
     }
 
     fn finish(mut self) -> Result<Inspection, ScanError> {

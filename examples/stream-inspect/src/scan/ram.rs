@@ -28,7 +28,7 @@ impl Scan<'_> {
                     .seek(end)
                     .map_err(|source| ScanError::Stream { offset, source })?;
                 self.meter.turn(Part::Setup, end);
-                // Which block it is, is known when the list is complete.
+                // Looked at when all that stands before pages has come.
                 self.areas.push((block, area));
             }
             RamItem::Page(page) => {
@@ -94,9 +94,6 @@ impl Scan<'_> {
         self.unique.resize_with(table.len(), PageSet::default);
         if let Some(extract) = &mut self.extract {
             extract.begin(table)?;
-        }
-        for (id, area) in std::mem::take(&mut self.areas) {
-            self.mapped(id, &area)?;
         }
         self.origin
             .announced(self.found.configuration.as_ref(), table)

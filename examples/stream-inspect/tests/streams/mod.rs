@@ -66,6 +66,25 @@ pub fn with_early(early: &[u8]) -> Vec<u8> {
     out
 }
 
+/// [`whole`] with a device body of `len` bytes.
+pub fn with_device_state(len: usize) -> Vec<u8> {
+    let mut out = Vec::new();
+    header::encode(&mut out);
+    Configuration::new(MachineName::new("pc-q35-11.1").unwrap()).encode(&mut out);
+    ram(&mut out);
+    section(Announcement::Full, DEVICE, "device", 3, &mut out);
+    out.resize(out.len() + len, 0);
+    encode_footer(DEVICE, &mut out);
+    encode_eof(&mut out);
+    let json = serde_json::json!({"page_size": 4096, "devices": [{"name": "device", "instance_id": 0,
+        "vmsd_name": "device", "version": 3,
+        "fields": [{"name": "memory", "type": "buffer", "size": len}]}]});
+    let json = json.to_string();
+    encode_vm_description(u32::try_from(json.len()).unwrap(), &mut out);
+    out.extend(json.as_bytes());
+    out
+}
+
 /// The same of a source that sends no configuration section (`send-configuration=off`).
 pub fn without_configuration() -> Vec<u8> {
     let mut out = Vec::new();
