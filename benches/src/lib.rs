@@ -1,11 +1,20 @@
-//! What the benchmarks share: how long they measure, how two sides are connected, memory that is there, what a process uses, where
-//! something was measured, and a drawing of it.
+//! What the benchmarks share.
+//!
+//! - [`link`]: what joins the two sides, and [`way`]: how pages cross
+//! - [`case`](mod@case): a guest and its connection
+//! - [`iperf`]: the rate of a link
+//! - [`usage`]: CPU time and memory of a process
+//! - [`host`], [`report`], [`render`]: where something was measured, the figures, and RESULTS.md
 #![forbid(unsafe_code)]
 
-pub mod chart;
-pub mod connection;
+pub mod case;
 pub mod host;
+pub mod iperf;
+pub mod link;
+pub mod render;
+pub mod report;
 pub mod usage;
+pub mod way;
 
 use std::time::Duration;
 

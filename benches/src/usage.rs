@@ -2,12 +2,9 @@
 
 use std::fs;
 use std::io;
-use std::ops::Range;
 use std::path::Path;
 use std::time::Duration;
 
-use nix::errno::Errno;
-use nix::sched::{CpuSet, sched_setaffinity};
 use nix::time::{clock_getcpuclockid, clock_gettime};
 use nix::unistd::Pid;
 
@@ -82,28 +79,6 @@ pub fn whole_machine() -> io::Result<Duration> {
         ticks += if is_busy { number } else { 0 };
     }
     Ok(Duration::from_millis(ticks * 10))
-}
-
-/// Lets a process run only on some CPUs: the threads it has, and those that they make.
-///
-/// # Errors
-/// There is no such process, or no such CPU.
-pub fn pin(process: u32, cpus: &Range<usize>) -> io::Result<()> {
-    let mut set = CpuSet::new();
-    for cpu in cpus.clone() {
-        set.set(cpu)?;
-    }
-    for thread in fs::read_dir(format!("/proc/{process}/task"))? {
-        let name = thread?.file_name();
-        let thread = name.to_str().and_then(|name| name.parse().ok());
-        let thread = thread.ok_or_else(|| io::Error::other("expected a number in /proc"))?;
-        match sched_setaffinity(Pid::from_raw(thread), &set) {
-            // It has ended meanwhile.
-            Err(Errno::ESRCH) => {}
-            set => set?,
-        }
-    }
-    Ok(())
 }
 
 /// Memory of a process that is resident, bytes.

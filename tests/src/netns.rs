@@ -198,6 +198,20 @@ impl Network {
         Ok(())
     }
 
+    /// Limits what `from` sends to `to` to `mbit` 10^6 bits a second.
+    ///
+    /// # Errors
+    /// The traffic control's.
+    pub fn limit(&self, from: Host, to: Host, mbit: u32) -> Result<()> {
+        // A burst is a segment of 64 KiB at least, and what goes out in a tick of 4 ms.
+        let burst = (u64::from(mbit) * 500).max(1 << 17).to_string();
+        let rate = format!("{mbit}mbit");
+        let mut tc = Command::new("tc");
+        tc.args(["qdisc", "replace", "dev", to.device(), "root", "tbf"]);
+        tc.args(["rate", &rate, "burst", &burst, "latency", "20ms"]);
+        run(&mut self.on(from, &tc), "")
+    }
+
     fn filter(&self, host: Host, commands: &str) -> Result<()> {
         let mut nft = Command::new("nft");
         nft.args(["-f", "-"]);

@@ -257,6 +257,14 @@ impl Machine {
     /// # Errors
     /// It does not come as far as QMP; the error quotes what it said.
     pub fn start(&self, qemu: &Binary) -> Result<Qemu> {
+        self.start_as(qemu, |command| command)
+    }
+
+    /// Starts it by the command that `wrap` makes of its own, to run it on another host, say.
+    ///
+    /// # Errors
+    /// As for [`Machine::start`].
+    pub fn start_as(&self, qemu: &Binary, wrap: impl FnOnce(Command) -> Command) -> Result<Qemu> {
         let dir = tempfile::Builder::new().prefix("qemu-").tempdir()?;
         let socket = dir.path().join("qmp");
         let mut command = Command::new(&qemu.path);
@@ -265,7 +273,8 @@ impl Machine {
         command.arg("-qmp");
         command.arg(format!("unix:{},server=on,wait=off", socket.display()));
         command.args(&self.args);
-        let mut process = Process::spawn(format!("{qemu} ({})", self.machine), &mut command)?;
+        let name = format!("{qemu} ({})", self.machine);
+        let mut process = Process::spawn(name, &mut wrap(command))?;
         let qmp = Qmp::connect(&socket, || {
             if process.is_running()? {
                 Ok(())

@@ -6,7 +6,6 @@
 //! for them or is started for them. The kill comes at a random moment between two checkpoints or
 //! within one.
 
-use std::fmt;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
@@ -14,11 +13,16 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use ::tests::harness::missing_kvm;
+use ::tests::hosts::HEARTBEAT;
 use ::tests::qemu::{self, Accel, Binary, Machine};
-use ::tests::vmm::{ColoVmm, Connection, Pair, Vmm, program};
+use ::tests::vmm::{ColoVmm, Connection, Pair, Side, Vmm, program};
 use ::tests::{PATIENCE, Result};
+use benches::link::{Cable, LinkArgs, Transport};
+use benches::render;
+use benches::report::{Failover, Report};
+use benches::way::name;
 use clap::{Parser, ValueEnum};
-use serde_json::{Value, json};
+use serde_json::json;
 
 /// Measures how long failover takes.
 #[derive(Debug, Parser)]
@@ -29,22 +33,24 @@ struct Arguments {
     /// Hosts that die in each case.
     #[arg(long, default_value_t = 100)]
     runs: usize,
-    /// Between two beats of the heart, ms.
+    #[command(flatten)]
+    link: LinkArgs,
+    /// Milliseconds from one beat of the heart to the next.
     #[arg(long, default_value_t = 50)]
-    interval: u32,
+    beat: u32,
     /// Beats that have to be missing.
     #[arg(long, default_value_t = 3)]
     missed: u32,
-    /// Between two checkpoints, ms.
+    /// Milliseconds from one checkpoint to the next.
     #[arg(long, default_value_t = 100)]
-    delay: u32,
+    every: u32,
     /// Guest memory, MiB.
     #[arg(long, default_value_t = 64)]
     memory: u32,
     /// Pages that the guest dirties in a pass.
     #[arg(long, default_value_t = 256)]
     dirty_pages: u32,
-    /// Write all times here; what the file has of other cases stays.
+    /// Write the figures here.
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
     /// Each case twice, as a check that it runs; without KVM the pairs are simulated.
@@ -67,13 +73,6 @@ enum Case {
     QemuStarted,
 }
 
-impl Case {
-    fn name(self) -> String {
-        let value = self.to_possible_value();
-        value.map_or_else(String::new, |value| value.get_name().to_owned())
-    }
-}
-
 fn main() -> ExitCode {
     match run(&Arguments::parse()) {
         Ok(()) => ExitCode::SUCCESS,
@@ -90,51 +89,40 @@ fn run(arguments: &Arguments) -> Result<()> {
     if let Some(reason) = missing.as_ref().filter(|_| !arguments.smoke) {
         return Err(format!("guests run in KVM here: {reason}").into());
     }
-    let bench = Bench {
-        arguments,
-        accel: missing.map_or(Accel::Kvm, |_| Accel::Tcg),
-    };
-    println!("from SIGKILL to the survivor's first byte, ms, {runs} times each\n");
-    println!("| case | mean | p50 | p99 | max |");
-    println!("|---|---|---|---|---|");
-    let mut measured = Vec::new();
-    for &case in &arguments.case {
-        let mut times = Vec::new();
-        for number in 0..runs {
-            let time = bench.once(case);
-            times.push(time.map_err(|e| format!("{}, run {number}: {e}", case.name()))?);
+    let binaries = qemu::binaries()?;
+    let qemu = binaries.iter().find(|b| b.is_since((11, 0)));
+    let mut report = Report::new(qemu);
+    for cable in arguments.link.lay(arguments.smoke)? {
+        let link = cable.link();
+        let bench = Bench {
+            arguments,
+            accel: missing.as_ref().map_or(Accel::Kvm, |_| Accel::Tcg),
+            qemu,
+            cable,
+        };
+        for &case in &arguments.case {
+            let case_name = name(case);
+            eprintln!("{link} {case_name}");
+            let mut times_ms = Vec::new();
+            for number in 0..runs {
+                let time = bench.once(case);
+                let time = time.map_err(|e| format!("{case_name}, run {number}: {e}"))?;
+                times_ms.push(millis(time));
+            }
+            report.failovers.push(Failover {
+                case: case_name,
+                link,
+                beat_ms: arguments.beat,
+                missed: arguments.missed,
+                interval_ms: arguments.every,
+                times_ms,
+            });
         }
-        let figures = Figures::of(&times);
-        println!("| {} | {figures} |", case.name());
-        measured.push((case, times));
+        if let Some(file) = &arguments.json {
+            report.write(file)?;
+        }
     }
-    match &arguments.json {
-        None => Ok(()),
-        Some(file) => write_json(file, arguments, &measured),
-    }
-}
-
-fn write_json(
-    file: &Path,
-    arguments: &Arguments,
-    measured: &[(Case, Vec<Duration>)],
-) -> Result<()> {
-    let mut all: Value = match fs::read(file) {
-        Ok(bytes) => serde_json::from_slice(&bytes)?,
-        Err(_) => json!({}),
-    };
-    for (case, times) in measured {
-        let ms: Vec<f64> = times.iter().map(|t| millis(*t)).collect();
-        all[case.name()] = json!({
-            "interval_ms": arguments.interval,
-            "missed": arguments.missed,
-            "checkpoint_delay_ms": arguments.delay,
-            "memory_mib": arguments.memory,
-            "dirty_pages": arguments.dirty_pages,
-            "times_ms": ms,
-        });
-    }
-    fs::write(file, format!("{}\n", serde_json::to_string_pretty(&all)?))?;
+    print!("{}", render::tables(&report));
     Ok(())
 }
 
@@ -143,48 +131,11 @@ fn millis(time: Duration) -> f64 {
     (time.as_secs_f64() * 1e5).round() / 1e2
 }
 
-/// What is told of many times, ms.
-#[derive(Clone, Copy, Debug, PartialEq)]
-struct Figures {
-    mean: f64,
-    p50: f64,
-    p99: f64,
-    max: f64,
-}
-
-impl Figures {
-    fn of(times: &[Duration]) -> Self {
-        let mut sorted: Vec<f64> = times.iter().map(|t| millis(*t)).collect();
-        sorted.sort_by(f64::total_cmp);
-        // The smallest that so many of a hundred are not above.
-        let quantile = |q: usize| {
-            let rank = (sorted.len() * q).div_ceil(100).max(1);
-            sorted.get(rank - 1).copied().unwrap_or(f64::NAN)
-        };
-        Self {
-            mean: sorted.iter().sum::<f64>() / sorted.len() as f64,
-            p50: quantile(50),
-            p99: quantile(99),
-            max: quantile(100),
-        }
-    }
-}
-
-impl fmt::Display for Figures {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self {
-            mean,
-            p50,
-            p99,
-            max,
-        } = self;
-        write!(f, "{mean:.1} | {p50:.1} | {p99:.1} | {max:.1}")
-    }
-}
-
 struct Bench<'a> {
     arguments: &'a Arguments,
     accel: Accel,
+    qemu: Option<&'static Binary>,
+    cable: Cable,
 }
 
 impl Bench<'_> {
@@ -201,7 +152,7 @@ impl Bench<'_> {
 
     /// Some moment of the next three checkpoints.
     fn wait(&self) {
-        let most = 3 * u64::from(self.arguments.delay) * 1000;
+        let most = 3 * u64::from(self.arguments.every) * 1000;
         thread::sleep(Duration::from_micros(fastrand::u64(0..=most)));
     }
 
@@ -223,30 +174,44 @@ impl Bench<'_> {
             "file" => format!("file:{}", path("right")),
             other => other.to_owned(),
         };
-        let side = |policy: &str| {
-            self.vmm().args([
-                "--uuid",
-                "8f2a3c1e-0b64-4f4e-9a53-4d1f6f0f7a11",
-                "--heartbeat",
-                &format!("unix:{}", path("beat")),
-                "--heartbeat-interval",
-                &self.arguments.interval.to_string(),
-                "--heartbeat-missed",
-                &self.arguments.missed.to_string(),
-                "--on-heartbeat-loss",
-                policy,
-                "--arbiter",
-                &arbiter,
-            ])
+        let beat = match self.cable.link().transport {
+            Transport::Unix => format!("unix:{}", path("beat")),
+            Transport::Veth => format!("tcp:{}:{HEARTBEAT}", self.cable.address()),
         };
-        let pair = Pair::with_heartbeat(&side(primary), &side(secondary), self.arguments.delay)?;
-        self.kill(pair)
+        let side = |policy: &str| {
+            self.vmm()
+                .heartbeat(&beat, self.arguments.beat, policy)
+                .args(["--heartbeat-missed", &self.arguments.missed.to_string()])
+                .args(["--arbiter", &arbiter])
+        };
+        self.kill(self.in_colo(&side(primary), &side(secondary), true)?)
     }
 
     fn connection(&self) -> Result<Duration> {
         let vmm = self.vmm().args(["--on-peer-loss", "take-over"]);
-        let pair = Pair::in_colo(&vmm, Connection::default(), self.arguments.delay)?;
-        self.kill(pair)
+        self.kill(self.in_colo(&vmm, &vmm, false)?)
+    }
+
+    /// A pair that has taken its first checkpoints.
+    fn in_colo(&self, primary: &ColoVmm, secondary: &ColoVmm, has_heartbeat: bool) -> Result<Pair> {
+        let start = |side, vmm: ColoVmm| vmm.start_as(|command| self.cable.on(side, command));
+        let mut pair = Pair {
+            secondary: start(Side::Secondary, secondary.clone().incoming())?,
+            primary: start(Side::Primary, primary.clone())?,
+        };
+        pair.set_up(Connection::PLAIN, self.arguments.every)?;
+        pair.primary.wait_lines(1)?;
+        if has_heartbeat {
+            pair.wait_heard()?;
+        }
+        let uri = self.cable.uri(pair.secondary.dir(), "migration");
+        let uri = pair.secondary.listen_on(&uri)?;
+        pair.primary.migrate(&uri)?;
+        for side in [&mut pair.primary, &mut pair.secondary] {
+            side.wait_migration("colo")?;
+            side.wait_checkpoints(3)?;
+        }
+        Ok(pair)
     }
 
     fn kill(&self, mut pair: Pair) -> Result<Duration> {
@@ -263,10 +228,8 @@ impl Bench<'_> {
 
     /// A guest of QEMU. Its serial line goes to a file, which is looked at every millisecond.
     fn qemu(&self, start: bool) -> Result<Duration> {
-        let binary = qemu::binaries()?
-            .iter()
-            .find(|b| b.is_since((11, 0)))
-            .ok_or("needs QEMU 11 or newer in COLO_QEMU or on PATH")?;
+        let binary = (self.qemu).ok_or("needs QEMU 11 or newer in COLO_QEMU or on PATH")?;
+        let on = |side| move |command| self.cable.on(side, command);
         let dir = tempfile::tempdir()?;
         let path = |name: &str| dir.path().join(name).display().to_string();
         let machine = Machine::new("pc", self.arguments.memory)
@@ -286,29 +249,31 @@ impl Bench<'_> {
                 ["--restore-command".to_owned(), next.restore_line(binary)?],
             )
         } else {
-            let mut waiting = next.incoming().start(binary)?;
+            let mut waiting = next.incoming().start_as(binary, on(Side::Secondary))?;
             let into = waiting.listen(&format!("unix:{}", path("restore")))?;
             (Some(waiting), ["--restore-into".to_owned(), into])
         };
-        let incoming = format!("unix:{}", path("incoming"));
+        let incoming = self.cable.uri(dir.path(), "incoming");
         let [option, value] = restore;
-        let mut standby = Vmm::standby([
+        let arguments = [
             "--incoming",
             &incoming,
             "--on-peer-loss",
             "take-over",
             &option,
             &value,
-        ])?;
-        let mut primary = with_serial("primary").start(binary)?;
+        ];
+        let mut standby = Vmm::standby_as(arguments, on(Side::Secondary))?;
+        let uri = standby.listens_at()?;
+        let mut primary = with_serial("primary").start_as(binary, on(Side::Primary))?;
         wait_for_output(binary, &dir.path().join("primary"))?;
         primary.qmp.enable(&["return-path", "x-colo"])?;
         primary.qmp.set_parameters(json!({
-            "x-checkpoint-delay": self.arguments.delay,
+            "x-checkpoint-delay": self.arguments.every,
             "max-bandwidth": 0,
             "downtime-limit": 2000,
         }))?;
-        primary.migrate(&incoming)?;
+        primary.migrate(&uri)?;
         primary.wait_migration("colo")?;
         standby.wait_checkpoints(3)?;
         self.wait();
@@ -355,24 +320,5 @@ impl Drop for Stray {
             // It may have ended, which nobody wants to read.
             let _ = Command::new("kill").args(["-KILL", pid.trim()]).output();
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn quantiles_are_measured_times() {
-        let times: Vec<_> = (1..=200).rev().map(Duration::from_millis).collect();
-        let expected = Figures {
-            mean: 100.5,
-            p50: 100.0,
-            p99: 198.0,
-            max: 200.0,
-        };
-        assert_eq!(Figures::of(&times), expected);
-        let one = Figures::of(&[Duration::from_millis(7)]);
-        assert!((one.p99 - 7.0).abs() < 1e-9);
     }
 }

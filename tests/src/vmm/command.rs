@@ -152,13 +152,7 @@ impl ColoVmm {
     /// # Errors
     /// It does not build, or does not come as far as QMP; the error quotes what it said.
     pub fn start(&self) -> Result<Vmm> {
-        let dir = tempfile::Builder::new().prefix("colo-vmm-").tempdir()?;
-        let mut command = self.command(dir.path())?;
-        if self.interactive {
-            let process = Process::spawn_with_input(self.name, &mut command)?;
-            return Vmm::connect(process, dir);
-        }
-        Vmm::start(self.name, command, dir)
+        self.start_as(|command| command)
     }
 
     /// Starts it on a host of `network`.
@@ -166,8 +160,21 @@ impl ColoVmm {
     /// # Errors
     /// As for [`ColoVmm::start`].
     pub fn start_on(&self, network: &Network, host: Host) -> Result<Vmm> {
+        self.start_as(|command| network.on(host, &command))
+    }
+
+    /// Starts it by the command that `wrap` makes of its own.
+    ///
+    /// # Errors
+    /// As for [`ColoVmm::start`].
+    pub fn start_as(&self, wrap: impl FnOnce(Command) -> Command) -> Result<Vmm> {
         let dir = tempfile::Builder::new().prefix("colo-vmm-").tempdir()?;
-        let command = network.on(host, &self.command(dir.path())?);
-        Vmm::start(self.name, command, dir)
+        let mut command = wrap(self.command(dir.path())?);
+        let process = if self.interactive {
+            Process::spawn_with_input(self.name, &mut command)?
+        } else {
+            Process::spawn(self.name, &mut command)?
+        };
+        Vmm::connect(process, dir)
     }
 }

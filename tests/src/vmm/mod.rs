@@ -85,13 +85,24 @@ impl Vmm {
     /// # Errors
     /// It does not come as far as QMP; the error quotes what it said.
     pub fn standby<T: Into<OsString>>(args: impl IntoIterator<Item = T>) -> Result<Self> {
+        Self::standby_as(args, |command| command)
+    }
+
+    /// As [`Vmm::standby`], by the command that `wrap` makes of its own.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn standby_as<T: Into<OsString>>(
+        args: impl IntoIterator<Item = T>,
+        wrap: impl FnOnce(Command) -> Command,
+    ) -> Result<Self> {
         let dir = tempfile::Builder::new().prefix("standby-").tempdir()?;
         let mut command = Command::new(program()?);
         command.arg("standby");
         command.arg("--qmp");
         command.arg(format!("unix:{}", dir.path().join(QMP).display()));
         command.args(args.into_iter().map(Into::into));
-        Self::start("standby", command, dir)
+        Self::start("standby", wrap(command), dir)
     }
 
     /// A directory that lives as long as this process, for its sockets and files.

@@ -7,14 +7,12 @@ use std::time::{Duration, Instant};
 use ::tests::{PATIENCE, Result};
 use migration_stream::configuration::{Configuration, MachineName};
 use migration_stream::decoder::{ConfigurationRule, DecoderConfig};
-use migration_stream::device_blob::{DeviceSection, encode_device_blob};
 use migration_stream::opaque_tail::{Tail, TailLimits};
 use migration_stream::precopy::{
     BoxError, Control, FIRST_DEVICE_SECTION, Limits, Loaded, Progress, RamSetup, ReturnPathReader,
     Source, SourceConfig, SourceVm, Target, TargetConfig, TargetError,
 };
 use migration_stream::ram::{BlockId, InStream, NoMultifd, ZeroPageDetection};
-use migration_stream::section::SectionId;
 use migration_stream::{
     DirtyLog, GuestRam, MemoryError, PageTransport, StreamReader, StreamWriter,
 };
@@ -100,17 +98,8 @@ impl SourceVm for Stopped<'_> {
     }
 
     fn save_devices(&mut self, out: &mut Vec<u8>) -> std::result::Result<String, BoxError> {
-        let sections = self.0.sections().zip(FIRST_DEVICE_SECTION.0..);
-        let renumbered = sections.map(|(section, id)| {
-            let mut header = section.header;
-            header.id = SectionId(id);
-            DeviceSection { header, ..section }
-        });
-        encode_device_blob(renumbered, out);
-        // The tail ends with its description, behind a head of five bytes and the EOF.
-        let behind = self.0.as_bytes().get(out.len() + 5..);
-        let text = String::from_utf8(behind.unwrap_or_default().to_vec())?;
-        Ok(text)
+        self.0.encode_sections(FIRST_DEVICE_SECTION, out);
+        Ok(self.0.description_text().to_owned())
     }
 
     fn progress(&mut self, _: &Progress) -> Control {

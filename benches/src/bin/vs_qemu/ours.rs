@@ -4,12 +4,13 @@ use std::time::Duration;
 
 use ::tests::Result;
 use ::tests::process::Process;
-use ::tests::vmm::{ColoVmm, Vmm};
+use ::tests::vmm::{ColoVmm, Side, Vmm};
+use benches::case::Case;
+use benches::link::Cable;
 use qmp_types::ColoCheckpoint;
 use serde::Deserialize;
 use serde_json::Value;
 
-use crate::case::Case;
 use crate::sample::{Checkpoint, Pair};
 use crate::serial::Line;
 
@@ -18,6 +19,8 @@ use crate::serial::Line;
 pub struct OurPair {
     primary: Vmm,
     secondary: Vmm,
+    /// Where the secondary listens.
+    uri: String,
     checkpoints: Vec<Checkpoint>,
 }
 
@@ -25,34 +28,42 @@ pub struct OurPair {
 const CHECKPOINT: &str = "X_COLO_CHECKPOINT";
 
 impl OurPair {
-    /// Starts both with further `options`, and waits until they are in COLO.
-    pub fn in_colo(case: &Case, options: &[String], simulated: bool) -> Result<(Self, Line)> {
+    /// Starts both with further `options`, and waits until the primary's guest is heard.
+    pub fn start(
+        case: &Case,
+        cable: &Cable,
+        options: &str,
+        is_simulated: bool,
+    ) -> Result<(Self, Line)> {
         let mut vmm = ColoVmm::new("primary")
             .memory(case.memory_mib)
             .dirty_pages(case.dirty_pages)
             .args(["--pass-delay", &case.pass_delay.to_string()])
-            .args(options);
+            .args(options.split_whitespace());
         if case.is_filled {
             vmm = vmm.args(["--fill-ram"]);
         }
-        if simulated {
+        if is_simulated {
             vmm = vmm.simulated();
         }
         let dir = tempfile::Builder::new().prefix("vs-qemu-").tempdir()?;
         // Where it would make a file there is the line.
         let line = Line::listen(&ColoVmm::serial_in(dir.path()))?;
-        let mut secondary = vmm.clone().incoming().start()?;
-        let mut primary = Vmm::start("primary", vmm.command(dir.path())?, dir)?;
+        let mut secondary = vmm
+            .clone()
+            .incoming()
+            .start_as(|command| cable.on(Side::Secondary, command))?;
+        let command = cable.on(Side::Primary, vmm.command(dir.path())?);
+        let mut primary = Vmm::start("primary", command, dir)?;
         line.wait(Duration::ZERO)?;
         for side in [&mut secondary, &mut primary] {
             case.configure(&mut side.qmp)?;
         }
-        let uri = secondary.listen_on(&case.transport.uri(secondary.dir()))?;
-        primary.migrate(&uri)?;
-        primary.wait_migration("colo")?;
+        let uri = secondary.listen_on(&cable.uri(secondary.dir(), "migration"))?;
         let pair = Self {
             primary,
             secondary,
+            uri,
             checkpoints: Vec::new(),
         };
         Ok((pair, line))
@@ -64,7 +75,12 @@ impl Pair for OurPair {
         [&self.primary.process, &self.secondary.process]
     }
 
-    fn is_vcpu(thread: &str) -> bool {
+    fn enter(&mut self) -> Result<()> {
+        self.primary.migrate(&self.uri)?;
+        self.primary.wait_migration("colo").map(drop)
+    }
+
+    fn is_vcpu(&self, thread: &str) -> bool {
         thread.starts_with("vcpu") || thread == "sim-cpu"
     }
 

@@ -9,11 +9,12 @@ use ::tests::Result;
 use ::tests::guest::write_disk;
 use ::tests::process::Process;
 use ::tests::qemu::{Accel, Binary, Machine, Qemu};
-use ::tests::vmm::Vmm;
+use ::tests::vmm::{Side, Vmm};
+use benches::case::Case;
+use benches::link::Cable;
 use colo_vmm::guest::workload;
 use tempfile::TempDir;
 
-use crate::case::Case;
 use crate::sample::{Checkpoint, Pair};
 use crate::serial::Line;
 use crate::trace;
@@ -23,6 +24,8 @@ use crate::trace;
 pub struct QemuPair {
     primary: Qemu,
     secondary: Secondary,
+    /// Where the secondary listens.
+    uri: String,
     /// Of the primary, and of the secondary if that is a QEMU.
     traces: [PathBuf; 2],
     _dir: TempDir,
@@ -43,10 +46,10 @@ impl Secondary {
         }
     }
 
-    fn standby(case: &Case, dir: &Path) -> Result<(Self, String)> {
+    fn standby(case: &Case, cable: &Cable, dir: &Path) -> Result<(Self, String)> {
         // It is restored nowhere.
         let nowhere = format!("file:{}", dir.join("restored").display());
-        let mut arguments = vec!["--incoming".to_owned(), case.transport.uri(dir)];
+        let mut arguments = vec!["--incoming".to_owned(), cable.uri(dir, "migration")];
         arguments.extend(["--restore-into".to_owned(), nowhere]);
         if case.way.channels() > 0 {
             let channels = case.way.channels().to_string();
@@ -54,29 +57,36 @@ impl Secondary {
             let compression = case.way.compression().to_owned();
             arguments.extend(["--multifd-compression".to_owned(), compression]);
         }
-        let mut standby = Vmm::standby(arguments)?;
+        let mut standby = Vmm::standby_as(arguments, |command| cable.on(Side::Secondary, command))?;
         let uri = standby.listens_at()?;
         Ok((Self::Standby(standby), uri))
     }
 }
 
+/// What a pair with a primary of QEMU's is made of.
+#[derive(Clone, Copy, Debug)]
+pub struct Parts<'a> {
+    /// The program.
+    pub binary: &'a Binary,
+    /// Its machine type.
+    pub machine: &'a str,
+    /// How guest code runs.
+    pub accel: Accel,
+    /// Whether a standby of ours holds the checkpoints, in place of a QEMU.
+    pub is_standby: bool,
+}
+
 impl QemuPair {
-    /// Starts both, and waits until they are in COLO. The secondary is a QEMU, or a standby of ours.
-    pub fn in_colo(
-        case: &Case,
-        machine: &str,
-        binary: &Binary,
-        accel: Accel,
-        is_standby: bool,
-    ) -> Result<(Self, Line)> {
+    /// Starts both, and waits until the primary's guest is heard.
+    pub fn start(case: &Case, cable: &Cable, parts: &Parts<'_>) -> Result<(Self, Line)> {
         let dir = tempfile::Builder::new().prefix("vs-qemu-").tempdir()?;
         let line = Line::listen(&dir.path().join("line"))?;
         let disk = dir.path().join("disk");
         write_disk(&disk, &workload(&case.workload())?)?;
         let traces = ["primary", "secondary"].map(|side| dir.path().join(side));
         let side = |serial: OsString, trace: &PathBuf| {
-            Machine::new(machine, case.memory_mib)
-                .accel(accel)
+            Machine::new(parts.machine, case.memory_mib)
+                .accel(parts.accel)
                 .boot(&disk)
                 .args([OsString::from("-serial"), serial])
                 .args(["-msg", "timestamp=on", "-d", trace::EVENTS, "-D"])
@@ -85,24 +95,25 @@ impl QemuPair {
         let mut to_line = OsString::from("file:");
         to_line.push(line.path());
         let [trace, secondary_trace] = &traces;
-        let (secondary, uri) = if is_standby {
-            Secondary::standby(case, dir.path())?
+        let (secondary, uri) = if parts.is_standby {
+            Secondary::standby(case, cable, dir.path())?
         } else {
             let mut secondary = side("null".into(), secondary_trace)
                 .incoming()
-                .start(binary)?;
+                .start_as(parts.binary, |command| cable.on(Side::Secondary, command))?;
             case.configure(&mut secondary.qmp)?;
-            let uri = secondary.listen(&case.transport.uri(secondary.dir()))?;
+            let uri = secondary.listen(&cable.uri(secondary.dir(), "migration"))?;
             (Secondary::Qemu(secondary), uri)
         };
-        let mut primary = side(to_line, trace).running().start(binary)?;
+        let mut primary = side(to_line, trace)
+            .running()
+            .start_as(parts.binary, |command| cable.on(Side::Primary, command))?;
         line.wait(Duration::ZERO)?;
         case.configure(&mut primary.qmp)?;
-        primary.migrate(&uri)?;
-        primary.wait_migration("colo")?;
         let pair = Self {
             primary,
             secondary,
+            uri,
             traces,
             _dir: dir,
         };
@@ -123,7 +134,12 @@ impl Pair for QemuPair {
         [&self.primary.process, self.secondary.process()]
     }
 
-    fn is_vcpu(thread: &str) -> bool {
+    fn enter(&mut self) -> Result<()> {
+        self.primary.migrate(&self.uri)?;
+        self.primary.wait_migration("colo").map(drop)
+    }
+
+    fn is_vcpu(&self, thread: &str) -> bool {
         thread.starts_with("CPU ")
     }
 

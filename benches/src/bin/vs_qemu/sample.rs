@@ -1,11 +1,11 @@
 //! What a measured pair of processes shows, and how it is measured.
 
-use std::ops::Range;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use ::tests::Result;
 use ::tests::process::Process;
+use ::tests::vmm::LINE;
 use benches::usage::{self, CpuTime, Resident};
 
 use crate::serial::{Line, Stalls, now};
@@ -37,7 +37,10 @@ pub trait Pair {
     fn processes(&self) -> [&Process; 2];
 
     /// Whether a thread of this name runs a vCPU.
-    fn is_vcpu(thread: &str) -> bool;
+    fn is_vcpu(&self, thread: &str) -> bool;
+
+    /// Has a pair whose guest runs alone begin, and waits until it is in COLO.
+    fn enter(&mut self) -> Result<()>;
 
     /// Waits for the end of the next checkpoint that nobody has waited for yet.
     fn wait_checkpoint(&mut self) -> Result<()>;
@@ -48,6 +51,9 @@ pub trait Pair {
     /// On the wire for one checkpoint in the mean, after `from`; `None` if too few were taken.
     fn bytes(&mut self, from: Duration) -> Result<Option<f64>>;
 }
+
+/// A pair whose guest runs alone still, and what is heard of it.
+pub type Started = (Box<dyn Pair>, Line);
 
 /// What a run of one pair has shown.
 #[derive(Clone, Debug, Default)]
@@ -70,25 +76,23 @@ pub struct Sample {
 
 /// The first checkpoints are slow: what they touch is touched for the first time.
 const WARM_UP: usize = 2;
+/// After a guest has first been heard.
+const SETTLED: Duration = Duration::from_millis(500);
 /// Less than from one checkpoint to the next.
 const BEHIND: Duration = Duration::from_millis(20);
 
-/// Measures so many checkpoints of a pair that is in COLO.
-pub fn measure<P: Pair>(mut pair: P, line: Line, wanted: usize, is_pinned: bool) -> Result<Sample> {
-    if is_pinned {
-        for (process, half) in pair.processes().into_iter().zip(halves()?) {
-            usage::pin(process.id(), &half)?;
-        }
-    }
+/// Brings a pair into COLO, and measures so many checkpoints.
+pub fn measure((mut pair, line): Started, wanted: usize) -> Result<Sample> {
+    pair.enter()?;
     for _ in 0..WARM_UP {
         pair.wait_checkpoint()?;
     }
     let (begun, all_before) = (Instant::now(), usage::whole_machine()?);
-    let before = cpu_of(&pair)?;
+    let before = cpu_of(&*pair)?;
     for _ in 0..wanted {
         pair.wait_checkpoint()?;
     }
-    let after = cpu_of(&pair)?;
+    let after = cpu_of(&*pair)?;
     let all = usage::whole_machine()?.saturating_sub(all_before);
     let cpu = [0, 1].map(|side: usize| after[side].since(before[side]));
     let others = all.saturating_sub(cpu[0].total + cpu[1].total);
@@ -127,16 +131,36 @@ pub fn measure<P: Pair>(mut pair: P, line: Line, wanted: usize, is_pinned: bool)
     })
 }
 
-/// The machine's CPUs, for two hosts that do not share one.
-fn halves() -> Result<[Range<usize>; 2]> {
-    match thread::available_parallelism()?.get() / 2 {
-        0 => Err("needs two CPUs to give each side its own".into()),
-        half => Ok([0..half, half..2 * half]),
-    }
+fn cpu_of(pair: &dyn Pair) -> Result<[CpuTime; 2]> {
+    let [primary, secondary] = pair.processes();
+    let of = |process: &Process| CpuTime::of(process.id(), |thread| pair.is_vcpu(thread));
+    Ok([of(primary)?, of(secondary)?])
 }
 
-fn cpu_of<P: Pair>(pair: &P) -> Result<[CpuTime; 2]> {
-    let [primary, secondary] = pair.processes();
-    let of = |process: &Process| CpuTime::of(process.id(), P::is_vcpu);
-    Ok([of(primary)?, of(secondary)?])
+/// The guest's progress, passes a second: alone, and then under checkpoints, for `seconds` each.
+pub fn measure_work(
+    (mut pair, line): Started,
+    interval: Duration,
+    seconds: u32,
+) -> Result<[f64; 2]> {
+    let length = Duration::from_secs(seconds.into());
+    let mark = || (Instant::now(), line.bytes());
+    let passes = |(begun, before): (Instant, u64), (ended, after): (Instant, u64)| {
+        (after - before) as f64 / LINE as f64 / (ended - begun).as_secs_f64()
+    };
+    // It has just begun, with pages that it touches for the first time.
+    thread::sleep(SETTLED);
+    let begun = mark();
+    thread::sleep(length);
+    let alone = passes(begun, mark());
+    pair.enter()?;
+    for _ in 0..WARM_UP {
+        pair.wait_checkpoint()?;
+    }
+    let begun = mark();
+    // Whole intervals, so that each has its checkpoint.
+    while begun.0.elapsed() + interval / 2 < length {
+        pair.wait_checkpoint()?;
+    }
+    Ok([alone, passes(begun, mark())])
 }

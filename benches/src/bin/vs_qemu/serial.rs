@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -23,6 +23,8 @@ pub struct Line {
     path: PathBuf,
     /// When something came, since the epoch.
     arrivals: Arc<Mutex<Vec<Duration>>>,
+    /// How much came.
+    bytes: Arc<AtomicU64>,
     is_over: Arc<AtomicBool>,
     thread: Option<JoinHandle<io::Result<()>>>,
 }
@@ -38,12 +40,18 @@ impl Line {
             .custom_flags(libc::O_NONBLOCK)
             .open(path)?;
         let arrivals = Arc::default();
+        let bytes = Arc::default();
         let is_over = Arc::new(AtomicBool::new(false));
-        let (sink, stop) = (Arc::clone(&arrivals), Arc::clone(&is_over));
-        let thread = thread::spawn(move || hear(pipe, &sink, &stop));
+        let (sink, count, stop) = (
+            Arc::clone(&arrivals),
+            Arc::clone(&bytes),
+            Arc::clone(&is_over),
+        );
+        let thread = thread::spawn(move || hear(pipe, &sink, &count, &stop));
         Ok(Self {
             path: path.to_owned(),
             arrivals,
+            bytes,
             is_over,
             thread: Some(thread),
         })
@@ -64,6 +72,11 @@ impl Line {
             thread::sleep(Duration::from_millis(1));
         }
         Ok(())
+    }
+
+    /// How much has come so far.
+    pub fn bytes(&self) -> u64 {
+        self.bytes.load(Ordering::Relaxed)
     }
 
     /// When something came.
@@ -93,12 +106,18 @@ pub fn now() -> Duration {
         .unwrap_or_default()
 }
 
-fn hear(mut pipe: File, arrivals: &Mutex<Vec<Duration>>, is_over: &AtomicBool) -> io::Result<()> {
+fn hear(
+    mut pipe: File,
+    arrivals: &Mutex<Vec<Duration>>,
+    count: &AtomicU64,
+    is_over: &AtomicBool,
+) -> io::Result<()> {
     let mut bytes = vec![0; 1 << 16];
     while !is_over.load(Ordering::Relaxed) {
         match pipe.read(&mut bytes) {
             Ok(0) => {}
-            Ok(_) => {
+            Ok(len) => {
+                count.fetch_add(len as u64, Ordering::Relaxed);
                 let mut arrivals = arrivals.lock().unwrap_or_else(PoisonError::into_inner);
                 arrivals.push(now());
             }
@@ -161,6 +180,7 @@ mod tests {
         let mut guest = File::create(line.path()).unwrap();
         guest.write_all(b"x").unwrap();
         line.wait(before).unwrap();
+        assert_eq!(line.bytes(), 1);
         let arrivals = line.finish().unwrap();
         assert_eq!(arrivals.len(), 1);
         assert!(arrivals[0] >= before);

@@ -1,7 +1,6 @@
-//! How two sides are connected, and how pages cross from one to the other.
+//! How pages cross from one side to the other.
 
 use std::fmt;
-use std::path::Path;
 
 use ::tests::Result;
 use ::tests::qmp::Qmp;
@@ -9,33 +8,6 @@ use clap::ValueEnum;
 use multifd::{ChannelCount, Compression, MultifdConfig, ZstdLevel};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
-
-/// How the two sides are connected.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
-#[serde(rename_all = "kebab-case")]
-pub enum Transport {
-    /// A unix socket.
-    Unix,
-    /// TCP over the loopback interface.
-    Tcp,
-}
-
-impl Transport {
-    /// Where whoever takes a guest in is to listen.
-    #[must_use]
-    pub fn uri(self, dir: &Path) -> String {
-        match self {
-            Self::Unix => format!("unix:{}", dir.join("migration").display()),
-            Self::Tcp => "tcp:127.0.0.1:0".to_owned(),
-        }
-    }
-}
-
-impl fmt::Display for Transport {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        name(*self, f)
-    }
-}
 
 /// How pages cross.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
@@ -114,12 +86,13 @@ impl Way {
 
 impl fmt::Display for Way {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        name(*self, f)
+        f.pad(&name(*self))
     }
 }
 
-/// The name that the command line has for it.
-fn name(value: impl ValueEnum, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+/// The name that the command line has for a value.
+#[must_use]
+pub fn name(value: impl ValueEnum) -> String {
     let name = value.to_possible_value();
-    f.pad(name.as_ref().map_or("", |name| name.get_name()))
+    name.map_or_else(String::new, |name| name.get_name().to_owned())
 }

@@ -4,16 +4,18 @@ use std::fmt;
 
 use ::tests::Result;
 use ::tests::qmp::Qmp;
-use benches::connection::{Transport, Way};
 use colo_vmm::guest::WorkloadConfig;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-/// One guest and connection, the same for everybody who is measured.
+use crate::link::Link;
+use crate::way::Way;
+
+/// One guest and connection, the same for every pair that is measured.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Case {
-    /// How the two sides are connected.
-    pub transport: Transport,
+    /// What joins the two sides.
+    pub link: Link,
     /// How pages cross.
     pub way: Way,
     /// Pages the guest dirties in one pass over them.
@@ -25,13 +27,12 @@ pub struct Case {
     /// Turns of an empty loop between two passes; 0: the guest dirties all the time.
     pub pass_delay: u32,
     /// From one checkpoint to the next, ms.
-    pub delay_ms: u32,
-    /// Whether each side has half of the CPUs for itself.
-    pub is_pinned: bool,
+    pub interval_ms: u32,
 }
 
 impl Case {
     /// The guest.
+    #[must_use]
     pub fn workload(&self) -> WorkloadConfig {
         WorkloadConfig {
             memory_mib: self.memory_mib.into(),
@@ -43,11 +44,14 @@ impl Case {
     }
 
     /// Prepares one side. Only a primary asks for what is set by the last three.
+    ///
+    /// # Errors
+    /// The side refuses it.
     pub fn configure(&self, qmp: &mut Qmp) -> Result<()> {
         qmp.enable(&["return-path", "x-colo", "events"])?;
         self.way.configure(qmp)?;
         qmp.set_parameters(json!({
-            "x-checkpoint-delay": self.delay_ms,
+            "x-checkpoint-delay": self.interval_ms,
             "max-bandwidth": 0,
             "downtime-limit": 2000,
         }))
@@ -56,14 +60,20 @@ impl Case {
 
 impl fmt::Display for Case {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            link,
+            way,
+            dirty_pages,
+            memory_mib,
+            interval_ms,
+            ..
+        } = self;
         write!(
             f,
-            "{} {} {} pages of {} MiB",
-            self.transport, self.way, self.dirty_pages, self.memory_mib
+            "{link} {way}, {dirty_pages} pages of {memory_mib} MiB every {interval_ms} ms"
         )?;
         for (is_so, text) in [
             (!self.is_filled, ", empty"),
-            (self.is_pinned, ", pinned"),
             (self.pass_delay > 0, ", passes delayed"),
         ] {
             if is_so {
