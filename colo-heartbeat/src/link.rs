@@ -59,8 +59,9 @@ impl Stream {
 }
 
 fn connect(address: &Address, limit: Duration) -> io::Result<Stream> {
-    let route = Route::new(address)?;
-    Stream::new(route.connect(deadline_after(limit))?)
+    let deadline = deadline_after(limit);
+    let route = Route::new(address, deadline, None)?;
+    Stream::new(route.connect(deadline, None)?)
 }
 
 struct Connection {

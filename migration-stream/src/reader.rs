@@ -24,6 +24,7 @@ pub struct StreamReader {
     start: usize,
     end: usize,
     offset: u64,
+    cancel: Option<CancelToken>,
 }
 
 impl StreamReader {
@@ -39,6 +40,7 @@ impl StreamReader {
             start: 0,
             end: prefix.len(),
             offset: 0,
+            cancel: None,
         }
     }
 
@@ -81,6 +83,13 @@ impl StreamReader {
     /// Lets `token` end every read that waits.
     pub fn set_cancel(&mut self, token: &CancelToken) {
         self.source.set_cancel(token);
+        self.cancel = Some(token.clone());
+    }
+
+    /// Returns the token that ends the reads, if one was set.
+    #[must_use]
+    pub const fn cancel_token(&self) -> Option<&CancelToken> {
+        self.cancel.as_ref()
     }
 
     /// Marks the first `n` buffered bytes as done with.

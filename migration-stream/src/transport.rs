@@ -271,6 +271,12 @@ pub trait PageBarrier: Send {
     /// As [`PageTransport::set_deadline`].
     fn set_deadline(&mut self, deadline: Option<Instant>);
 
+    /// Lets `token` end every wait for a channel, and the loading of a file. Without channels or a file nothing is
+    /// to be done.
+    fn set_cancel(&mut self, token: &CancelToken) {
+        let _ = token;
+    }
+
     /// Returns the first error of the channels, as [`PageTransport::failure`] does: to be asked when the
     /// main stream could not be read.
     fn failure(&self) -> Option<TransportError> {

@@ -18,7 +18,13 @@
 //! fn source(ram: Arc<dyn GuestRam>) -> Result<(), Box<dyn std::error::Error>> {
 //!     let config = MultifdConfig::default();
 //!     let limit = Duration::from_secs(30);
-//!     let out = outgoing::connect(&"tcp:127.0.0.1:4444".parse()?, Some(&config), limit, limit)?;
+//!     let out = outgoing::connect(
+//!         &"tcp:127.0.0.1:4444".parse()?,
+//!         Some(&config),
+//!         limit,
+//!         limit,
+//!         None,
+//!     )?;
 //!     let mut main = StreamWriter::new(out.main);
 //!     let channels = out.channels.into_iter().map(Into::into).collect();
 //!     let mut pages = SendSet::start(ram, channels, &config)?;

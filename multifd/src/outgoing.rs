@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
-use migration_stream::io::{ByteSink, Chunk, FdChannel, deadline_after};
+use migration_stream::io::{ByteSink, CancelToken, Chunk, FdChannel, deadline_after, is_cancelled};
 use rustix::net::sockopt;
 
 use crate::address::{Address, Route};
@@ -31,8 +31,8 @@ pub struct Outgoing {
 /// `TCP_NODELAY`: a COLO checkpoint is made of small messages that somebody waits for. Those to this host
 /// itself have a bounded send buffer, so that pages are read while the processor's caches still have them.
 ///
-/// All of it takes at most `timeout`, but for the resolution of a host name, which takes what the
-/// system's resolver allows itself. `limit` is how long the channels wait for the peer afterwards
+/// All of it takes at most `timeout`, and ends when `cancel` is cancelled; so do the waits of the
+/// connections afterwards. `limit` is how long the channels wait for the peer afterwards
 /// (see [`FdChannel::new`]).
 ///
 /// # Errors
@@ -42,28 +42,47 @@ pub fn connect(
     multifd: Option<&MultifdConfig>,
     timeout: Duration,
     limit: Duration,
+    cancel: Option<&CancelToken>,
 ) -> Result<Outgoing, ConnectError> {
-    let deadline = deadline_after(timeout);
-    let to = Route::new(address).map_err(|source| ConnectError::Resolve {
-        address: address.clone(),
-        source,
+    let wait = Wait {
+        deadline: deadline_after(timeout),
+        limit,
+        cancel,
+    };
+    let to = Route::new(address, wait.deadline, cancel).map_err(|source| {
+        if is_cancelled(&source) {
+            return ConnectError::Cancelled {
+                address: address.clone(),
+            };
+        }
+        ConnectError::Resolve {
+            address: address.clone(),
+            source,
+        }
     })?;
-    let main = open(&to, address, Role::Main, deadline, limit)?;
+    let main = open(&to, address, Role::Main, wait)?;
     let mut channels = Vec::new();
     if let Some(config) = multifd {
         for id in config.channels.ids() {
-            let mut channel = open(&to, address, Role::Channel(id), deadline, limit)?;
+            let mut channel = open(&to, address, Role::Channel(id), wait)?;
             let hello = Hello {
                 uuid: config.uuid,
                 channel: id,
             }
             .encode();
-            channel.set_write_deadline(Some(deadline));
+            channel.set_write_deadline(Some(wait.deadline));
             channel
                 .write_all(&[Chunk::Bytes(&hello)])
-                .map_err(|source| ConnectError::Hello {
-                    channel: id,
-                    source,
+                .map_err(|source| {
+                    if is_cancelled(&source) {
+                        return ConnectError::Cancelled {
+                            address: address.clone(),
+                        };
+                    }
+                    ConnectError::Hello {
+                        channel: id,
+                        source,
+                    }
                 })?;
             channel.set_write_deadline(None);
             channels.push(channel);
@@ -72,24 +91,38 @@ pub fn connect(
     Ok(Outgoing { main, channels })
 }
 
+/// How long connections are waited for, and how long they wait.
+#[derive(Clone, Copy)]
+struct Wait<'a> {
+    deadline: Instant,
+    limit: Duration,
+    cancel: Option<&'a CancelToken>,
+}
+
 fn open(
     to: &Route,
     address: &Address,
     role: Role,
-    deadline: Instant,
-    limit: Duration,
+    wait: Wait<'_>,
 ) -> Result<FdChannel, ConnectError> {
-    to.connect(deadline)
+    to.connect(wait.deadline, wait.cancel)
         .and_then(|fd| {
             if matches!(address, Address::Tcp { .. }) && is_local(&fd)? {
                 sockopt::set_socket_send_buffer_size(&fd, HELD_LOCALLY)?;
             }
             Ok(fd)
         })
-        .and_then(|fd| FdChannel::new(fd, limit))
+        .and_then(|fd| {
+            let mut channel = FdChannel::new(fd, wait.limit)?;
+            if let Some(token) = wait.cancel {
+                ByteSink::set_cancel(&mut channel, token);
+            }
+            Ok(channel)
+        })
         .map_err(|source| {
             let address = address.clone();
             match source.kind() {
+                _ if is_cancelled(&source) => ConnectError::Cancelled { address },
                 io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound => {
                     ConnectError::Refused {
                         address,
@@ -155,6 +188,12 @@ pub enum ConnectError {
         address: Address,
         /// Which connection.
         role: Role,
+    },
+    /// It was cancelled.
+    #[error("connecting to {address} was cancelled")]
+    Cancelled {
+        /// Where to.
+        address: Address,
     },
     /// Anything else.
     #[error("connecting the {} to {address}", .role.name())]

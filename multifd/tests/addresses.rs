@@ -18,7 +18,8 @@ fn listen(text: &str) -> Listener {
 }
 
 fn connect(address: &Address) -> io::Result<std::os::fd::OwnedFd> {
-    Route::new(address)?.connect(Instant::now() + Duration::from_secs(5))
+    let deadline = Instant::now() + Duration::from_secs(5);
+    Route::new(address, deadline, None)?.connect(deadline, None)
 }
 
 /// Whether a connection waits: what a driver that polls sees.
@@ -100,7 +101,8 @@ fn a_port_that_is_busy_in_one_family_is_busy() {
     let port = v6.local_addr().unwrap().port();
     let address: Address = format!("tcp:localhost:{port}").parse().unwrap();
     // Where the name has no IPv6 address there is nothing to be busy.
-    if Route::new(&format!("tcp:localhost:{port},ipv6=on").parse().unwrap()).is_ok() {
+    let named = format!("tcp:localhost:{port},ipv6=on").parse().unwrap();
+    if Route::new(&named, Instant::now() + Duration::from_secs(5), None).is_ok() {
         let error = Listener::bind(&address).unwrap_err();
         assert!(matches!(error, AddressError::Busy { .. }), "{error}");
     }
@@ -183,11 +185,10 @@ fn a_peer_that_does_not_answer_costs_its_share_of_the_time_and_no_more() {
     let listener = UnixListener::bind(&path).unwrap();
     rustix::net::listen(&listener, 0).unwrap();
     let _full = UnixStream::connect(&path).unwrap();
-    let route = Route::new(&Address::Unix(path)).unwrap();
     let begun = Instant::now();
-    let error = route
-        .connect(Instant::now() + Duration::from_millis(100))
-        .unwrap_err();
+    let deadline = begun + Duration::from_millis(100);
+    let route = Route::new(&Address::Unix(path), deadline, None).unwrap();
+    let error = route.connect(deadline, None).unwrap_err();
     assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
     assert!(begun.elapsed() < Duration::from_secs(2));
 }

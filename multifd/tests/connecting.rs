@@ -6,14 +6,13 @@ mod common;
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
-use std::os::fd::AsFd;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixListener;
 use std::sync::mpsc;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use common::LIMIT;
-use migration_stream::io::ByteSource;
+use migration_stream::io::{ByteSource, CancelToken};
 use multifd::incoming::{Acceptor, Incoming, IncomingError, Limits, Refusal, Role};
 use multifd::outgoing::{ConnectError, connect};
 use multifd::packet::{Hello, PacketError};
@@ -44,7 +43,7 @@ struct Door {
     /// Sources that have failed.
     failed: mpsc::Receiver<IncomingError>,
     refused: mpsc::Receiver<Refusal>,
-    cancel: UnixStream,
+    cancel: CancelToken,
 }
 
 impl Door {
@@ -62,14 +61,15 @@ impl Door {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let port = listener.local_addr().unwrap().port();
         let (tell, refused) = mpsc::channel();
-        let (cancel, cancelled) = UnixStream::pair().unwrap();
+        let cancel = CancelToken::new().unwrap();
+        let cancelled = cancel.clone();
         let mut acceptor = Acceptor::new(listener, multifd.as_ref(), limits)
             .unwrap()
             .on_refused(move |refusal| tell.send(refusal.clone()).unwrap());
         let (fail, failed) = mpsc::channel();
         let result = thread::spawn(move || {
             loop {
-                match acceptor.accept(Some(cancelled.as_fd())) {
+                match acceptor.accept(Some(&cancelled)) {
                     Err(e) if e.is_of_the_source() && !is_last => fail.send(e).unwrap(),
                     other => return other,
                 }
@@ -232,7 +232,7 @@ fn both_ends_of_every_tcp_connection_have_nodelay_and_local_ones_hold_little() {
     let mut acceptor = Acceptor::new(listener, Some(&config), LIMITS).unwrap();
     let out = thread::scope(|scope| {
         let accept = scope.spawn(|| acceptor.accept(None).unwrap());
-        let mut out = connect(&address, Some(&config), LIMIT, LIMIT).unwrap();
+        let mut out = connect(&address, Some(&config), LIMIT, LIMIT, None).unwrap();
         use migration_stream::io::{ByteSink, Chunk};
         out.main.write_all(&[Chunk::Bytes(b"QEVM")]).unwrap();
         let incoming = accept.join().unwrap();
@@ -412,9 +412,9 @@ fn a_limit_without_end_is_none() {
 #[test]
 fn waiting_for_nobody_can_be_cancelled() {
     for knock in [&b""[..], b"QEVM"] {
-        let mut door = Door::open(Some(config(1)), LIMITS);
+        let door = Door::open(Some(config(1)), LIMITS);
         let _somebody = door.knock(knock);
-        door.cancel.write_all(b"x").unwrap();
+        door.cancel.cancel();
         assert!(matches!(
             door.result.join().unwrap(),
             Err(IncomingError::Cancelled)
@@ -432,7 +432,7 @@ fn connecting_where_nobody_listens_is_refused() {
         .unwrap();
     let dir = tempfile::tempdir().unwrap();
     for address in [address, Address::Unix(dir.path().join("nobody"))] {
-        let e = connect(&address, None, LIMIT, LIMIT).unwrap_err();
+        let e = connect(&address, None, LIMIT, LIMIT, None).unwrap_err();
         assert!(
             matches!(
                 &e,
@@ -453,7 +453,7 @@ fn a_listener_that_takes_no_connections_is_busy_in_bounded_time() {
     let listener = UnixListener::bind(&path).unwrap();
     rustix::net::listen(&listener, 1).unwrap();
     let began = Instant::now();
-    let e = connect(&Address::Unix(path), Some(&config(255)), SOON, LIMIT).unwrap_err();
+    let e = connect(&Address::Unix(path), Some(&config(255)), SOON, LIMIT, None).unwrap_err();
     assert!(
         matches!(
             &e,

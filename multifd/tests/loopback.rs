@@ -46,7 +46,7 @@ fn connections(address: &Address, config: &MultifdConfig) -> (Outgoing, Incoming
     let mut acceptor = Acceptor::new(listener, Some(config), Limits::default()).unwrap();
     thread::scope(|scope| {
         let incoming = scope.spawn(move || acceptor.accept(None).unwrap());
-        let mut outgoing = connect(&address, Some(config), LIMIT, LIMIT).unwrap();
+        let mut outgoing = connect(&address, Some(config), LIMIT, LIMIT, None).unwrap();
         migration_stream::io::ByteSink::write_all(
             &mut outgoing.main,
             &[migration_stream::io::Chunk::Bytes(b"QEVM")],

@@ -50,7 +50,7 @@ fn a_source_with_more_channels_and_its_target_both_say_how_many_they_have() {
     let address = listener.address().clone();
     let mut acceptor = Acceptor::new(listener, Some(&target), Limits::default()).unwrap();
     let accept = thread::spawn(move || acceptor.accept(None).unwrap_err());
-    let mut out = connect(&address, Some(&source), LIMIT, LIMIT).unwrap();
+    let mut out = connect(&address, Some(&source), LIMIT, LIMIT, None).unwrap();
     out.main.write_all(&[Chunk::Bytes(b"QEVM")]).unwrap();
     let refused = accept.join().unwrap();
     assert!(matches!(refused, IncomingError::ChannelCount { .. }));
@@ -142,7 +142,7 @@ fn limits_without_end_are_none_from_the_first_connection_to_the_last_thread() {
     let listener = Listener::bind(&at).unwrap();
     let mut acceptor = Acceptor::new(listener, Some(&config), limits).unwrap();
     let accept = thread::spawn(move || acceptor.accept(None).unwrap());
-    let mut out = connect(&at, Some(&config), Duration::MAX, Duration::MAX).unwrap();
+    let mut out = connect(&at, Some(&config), Duration::MAX, Duration::MAX, None).unwrap();
     out.main.write_all(&[Chunk::Bytes(b"QEVM")]).unwrap();
     let incoming = accept.join().unwrap();
     let channels = incoming.channels.into_iter().map(Into::into).collect();

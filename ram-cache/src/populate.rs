@@ -140,6 +140,12 @@ impl Populate {
         self.work.is_over.store(true, Ordering::Relaxed);
     }
 
+    /// Returns whether it has ended, so that [`Populate::join`] does not wait.
+    #[must_use]
+    pub fn has_ended(&self) -> bool {
+        self.threads.iter().all(JoinHandle::is_finished)
+    }
+
     /// Waits until it has ended.
     ///
     /// # Errors

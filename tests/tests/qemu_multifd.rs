@@ -323,7 +323,7 @@ fn send(
     config: &MultifdConfig,
 ) -> Result<(TransportCounters, Option<LevelWatch>)> {
     let address = to.parse()?;
-    let connected = outgoing::connect(&address, Some(config), PATIENCE, PATIENCE)?;
+    let connected = outgoing::connect(&address, Some(config), PATIENCE, PATIENCE, None)?;
     let ram: Arc<dyn GuestRam> = Arc::new(memory);
     let channels = connected.channels.into_iter().map(Into::into).collect();
     let transport = SendSet::start(Arc::clone(&ram), channels, config)?;

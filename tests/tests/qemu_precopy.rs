@@ -273,7 +273,7 @@ fn send(
         (out, None, transport)
     } else {
         let address = destination.listen("tcp:127.0.0.1:0")?.parse()?;
-        let main = outgoing::connect(&address, None, PATIENCE, PATIENCE)?.main;
+        let main = outgoing::connect(&address, None, PATIENCE, PATIENCE, None)?.main;
         let mut transport = InStream::new(Arc::clone(&ram), ZeroPageDetection::default());
         if options.has("xbzrle") {
             transport = transport.with_xbzrle(PageCache::new(PageCache::DEFAULT_SIZE)?);

@@ -143,8 +143,13 @@ impl<F: Fn() -> Result<Devices, NotComing>> Departure<'_, F> {
         match &config.to {
             Endpoint::Socket(address) => {
                 let multifd = config.channels.map(|channels| self.multifd(channels));
-                let connected =
-                    outgoing::connect(address, multifd.as_ref(), config.timeout, config.timeout)?;
+                let connected = outgoing::connect(
+                    address,
+                    multifd.as_ref(),
+                    config.timeout,
+                    config.timeout,
+                    None,
+                )?;
                 let out = StreamWriter::new(connected.main.share());
                 let return_path = Some(ReturnPathReader::new(connected.main));
                 match multifd {

@@ -53,8 +53,8 @@ pub enum MappedRamError {
     /// A thread could not be started.
     #[error("starting a thread that moves pages")]
     Spawn(#[source] io::Error),
-    /// A token ended the wait for the limit on bandwidth.
-    #[error("the wait for the limit on bandwidth was cancelled")]
+    /// A token ended it.
+    #[error("the migration was cancelled")]
     Cancelled,
     /// Memory refused a range.
     #[error(transparent)]

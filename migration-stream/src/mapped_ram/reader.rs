@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use super::error::MappedRamError;
 use super::layout::MappedArea;
-use crate::io::PositionedFile;
+use crate::io::{CancelToken, PositionedFile};
 use crate::ram::{BlockId, RamError};
 use crate::{HeldChannels, PAGE_SIZE, PageBarrier, PageStore, TransportError, prepare_range};
 
@@ -32,6 +32,7 @@ pub struct FileReader {
     /// The same file, for pages.
     pages: Arc<dyn PositionedFile>,
     threads: NonZeroU8,
+    cancel: Option<CancelToken>,
 }
 
 impl FileReader {
@@ -42,6 +43,7 @@ impl FileReader {
             pages: Arc::clone(&file),
             file,
             threads: NonZeroU8::MIN,
+            cancel: None,
         }
     }
 
@@ -79,6 +81,9 @@ impl FileReader {
         let work = Mutex::new(Walk::new(area));
         let move_all = || -> Result<(), MappedRamError> {
             loop {
+                if self.cancel.as_ref().is_some_and(CancelToken::is_cancelled) {
+                    return Err(MappedRamError::Cancelled);
+                }
                 let next = lock(&work).next(self);
                 match next? {
                     Some(Run {
@@ -171,6 +176,10 @@ impl PageBarrier for FileReader {
     }
 
     fn set_deadline(&mut self, _deadline: Option<Instant>) {}
+
+    fn set_cancel(&mut self, token: &CancelToken) {
+        self.cancel = Some(token.clone());
+    }
 }
 
 impl std::fmt::Debug for FileReader {

@@ -223,6 +223,9 @@ pub enum TargetError {
     /// Device sections taken as they are do not end, or not as their description says.
     #[error("device sections")]
     Tail(#[from] crate::opaque_tail::TailError),
+    /// The [token](crate::StreamReader::set_cancel) of the stream's reader ended it.
+    #[error("the migration was cancelled")]
+    Cancelled,
     /// What must be there is not.
     #[error("the stream ended at offset {offset:#x} without {what}")]
     Missing {

@@ -3,6 +3,7 @@
 
 mod bitmaps;
 mod bodies;
+mod cancel;
 #[path = "../common/mod.rs"]
 mod common;
 mod differences;

@@ -17,9 +17,11 @@ use std::{fmt, io};
 
 mod connect;
 mod listener;
+mod lookup;
 mod options;
 mod resolve;
 mod socket_file;
+mod wait;
 
 pub use connect::Route;
 pub use listener::Listener;

@@ -1,13 +1,19 @@
 //! From a host's name to the addresses of the families that may be used, and sockets for them.
 
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::OwnedFd;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use migration_stream::Escaped;
+use migration_stream::io::{CancelToken, deadline_after};
 use rustix::net::{AddressFamily, Protocol, SocketFlags, SocketType, ipproto, sockopt};
 
 use super::TcpOptions;
+use super::lookup::look_up;
+
+/// How long the name of a host to listen on may take to be looked up.
+const LISTEN_LIMIT: Duration = Duration::from_secs(10);
 
 /// Addresses for a listener. An empty host is the wildcard of each family.
 pub(super) fn to_listen(host: &str, options: &TcpOptions) -> io::Result<Vec<SocketAddr>> {
@@ -15,20 +21,23 @@ pub(super) fn to_listen(host: &str, options: &TcpOptions) -> io::Result<Vec<Sock
         IpAddr::V4(Ipv4Addr::UNSPECIFIED),
         IpAddr::V6(Ipv6Addr::UNSPECIFIED),
     ];
-    resolve(host, 0, options, wildcards)
+    let deadline = deadline_after(LISTEN_LIMIT);
+    resolve(host, 0, options, wildcards, deadline, None)
 }
 
-/// Addresses of a peer. An empty host is this machine.
+/// Addresses of a peer, by `deadline`. An empty host is this machine.
 pub(super) fn to_connect(
     host: &str,
     port: u16,
     options: &TcpOptions,
+    deadline: Instant,
+    cancel: Option<&CancelToken>,
 ) -> io::Result<Vec<SocketAddr>> {
     let loopback = [
         IpAddr::V4(Ipv4Addr::LOCALHOST),
         IpAddr::V6(Ipv6Addr::LOCALHOST),
     ];
-    resolve(host, port, options, loopback)
+    resolve(host, port, options, loopback, deadline, cancel)
 }
 
 fn resolve(
@@ -36,6 +45,8 @@ fn resolve(
     port: u16,
     options: &TcpOptions,
     of_nobody: [IpAddr; 2],
+    deadline: Instant,
+    cancel: Option<&CancelToken>,
 ) -> io::Result<Vec<SocketAddr>> {
     let (ipv4, ipv6) = options.families();
     let all: Vec<SocketAddr> = if host.is_empty() {
@@ -45,11 +56,14 @@ fn resolve(
         // The bracketed form knows scopes.
         let numeric = v4.or_else(|_| format!("[{host}]:{port}").parse());
         vec![numeric.map_err(|_| {
-            let what = format!("'{host}' is not a numeric address, which option 'numeric' wants");
+            let what = format!(
+                "'{}' is not a numeric address, which option 'numeric' wants",
+                Escaped(host)
+            );
             io::Error::new(io::ErrorKind::InvalidInput, what)
         })?]
     } else {
-        (host, port).to_socket_addrs()?.collect()
+        look_up(host, port, deadline, cancel)?
     };
     let mut found = Vec::new();
     for address in all {
@@ -64,7 +78,7 @@ fn resolve(
             (false, true) => "IPv6 address",
             _ => "address",
         };
-        let what = format!("'{host}' has no {family}");
+        let what = format!("'{}' has no {family}", Escaped(host));
         return Err(io::Error::new(io::ErrorKind::AddrNotAvailable, what));
     }
     Ok(found)
@@ -139,10 +153,16 @@ mod tests {
 
     #[test]
     fn an_address_of_the_wrong_family_is_named() {
-        let error = to_connect("127.0.0.1", 1, &options(|o| o.ipv6 = Some(true))).unwrap_err();
+        let connected = |host, options| {
+            let late = deadline_after(Duration::from_secs(20));
+            to_connect(host, 1, &options, late, None)
+        };
+        let error = connected("127.0.0.1", options(|o| o.ipv6 = Some(true))).unwrap_err();
         assert_eq!(error.to_string(), "'127.0.0.1' has no IPv6 address");
-        let error = to_connect("localhost", 1, &options(|o| o.numeric = true)).unwrap_err();
+        let error = connected("localhost", options(|o| o.numeric = true)).unwrap_err();
         assert!(error.to_string().contains("'localhost' is not a numeric"));
+        let error = connected("h\x1b[2J", options(|o| o.numeric = true)).unwrap_err();
+        assert!(error.to_string().contains(r"'h\u{1b}[2J' is not a numeric"));
     }
 
     #[test]

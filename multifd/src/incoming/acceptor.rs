@@ -1,10 +1,10 @@
 //! Waits for the connections of an incoming migration, without letting any of them be waited for.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::AsFd;
 use std::time::Instant;
 
-use migration_stream::io::{ByteSource, FdChannel};
+use migration_stream::io::{ByteSource, CancelToken, FdChannel};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 
@@ -89,8 +89,8 @@ impl Acceptor {
         self
     }
 
-    /// Waits for all connections of one migration, or until `cancel` can be read. What else is
-    /// open by then is closed.
+    /// Waits for all connections of one migration, or until `cancel` is cancelled, which ends the waits
+    /// of the connections afterwards too. What else is open by then is closed.
     ///
     /// After an error that [is the source's](IncomingError::is_of_the_source) it can be called again,
     /// for another source.
@@ -98,15 +98,22 @@ impl Acceptor {
     /// # Errors
     /// [`IncomingError`]. It comes at once when a connection of the source closes before all are
     /// there.
-    pub fn accept(&mut self, cancel: Option<BorrowedFd<'_>>) -> Result<Incoming, IncomingError> {
+    pub fn accept(&mut self, cancel: Option<&CancelToken>) -> Result<Incoming, IncomingError> {
         let collected = self.collect(cancel);
         self.tell();
         match collected {
-            Ok((main, channels)) => Ok(Incoming {
-                main,
-                prefix: MAIN_MAGIC,
-                channels,
-            }),
+            Ok((mut main, mut channels)) => {
+                if let Some(token) = cancel {
+                    for channel in channels.iter_mut().chain([&mut main]) {
+                        ByteSource::set_cancel(channel, token);
+                    }
+                }
+                Ok(Incoming {
+                    main,
+                    prefix: MAIN_MAGIC,
+                    channels,
+                })
+            }
             Err(error) => {
                 if !error.is_of_the_source() {
                     self.collection.close();
@@ -118,7 +125,7 @@ impl Acceptor {
 
     fn collect(
         &mut self,
-        cancel: Option<BorrowedFd<'_>>,
+        cancel: Option<&CancelToken>,
     ) -> Result<(FdChannel, Vec<FdChannel>), IncomingError> {
         while !self.collection.is_complete() {
             self.turn(cancel, false)?;
@@ -141,7 +148,7 @@ impl Acceptor {
     /// Waits until something happens, and deals with it; or deals with what has happened.
     fn turn(
         &mut self,
-        cancel: Option<BorrowedFd<'_>>,
+        cancel: Option<&CancelToken>,
         is_complete: bool,
     ) -> Result<(), IncomingError> {
         let now = Instant::now();
@@ -155,7 +162,7 @@ impl Acceptor {
         let ready = self
             .poll(cancel, accepts_from.is_none(), until)
             .map_err(IncomingError::Poll)?;
-        if ready.cancelled {
+        if cancel.is_some_and(CancelToken::is_cancelled) {
             return Err(IncomingError::Cancelled);
         }
         let now = Instant::now();
@@ -177,15 +184,15 @@ impl Acceptor {
 
     fn poll(
         &self,
-        cancel: Option<BorrowedFd<'_>>,
+        cancel: Option<&CancelToken>,
         accepts: bool,
         until: Option<Instant>,
     ) -> io::Result<Ready> {
         let unknown = self.collection.unknown();
         let known = self.collection.known();
         let known_at = 1 + unknown.len();
-        let cancel_at = known_at + known.len();
-        let mut fds = Vec::with_capacity(cancel_at + 1);
+        let known_end = known_at + known.len();
+        let mut fds = Vec::with_capacity(known_end + 1);
         let connecting = if accepts {
             PollFlags::IN
         } else {
@@ -196,7 +203,7 @@ impl Acceptor {
         fds.extend(unknown.map(|channel| PollFd::new(channel, PollFlags::IN)));
         // Those that are known may say more, which is not for us; only their leaving is.
         fds.extend(known.map(|(_, channel)| PollFd::new(channel, PollFlags::RDHUP)));
-        fds.extend(cancel.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
+        fds.extend(cancel.map(|token| PollFd::from_borrowed_fd(token.as_fd(), PollFlags::IN)));
         let timeout = until.map(|until| {
             let left = until.saturating_duration_since(Instant::now());
             Timespec::try_from(left).unwrap_or(Timespec {
@@ -213,11 +220,10 @@ impl Acceptor {
         Ok(Ready {
             connecting: accepts && is_ready(&0),
             speaking: (1..known_at).filter(is_ready).map(|i| i - 1).collect(),
-            left: (known_at..cancel_at)
+            left: (known_at..known_end)
                 .filter(is_ready)
                 .map(|i| i - known_at)
                 .collect(),
-            cancelled: is_ready(&cancel_at),
         })
     }
 
@@ -259,7 +265,6 @@ struct Ready {
     connecting: bool,
     speaking: Vec<usize>,
     left: Vec<usize>,
-    cancelled: bool,
 }
 
 impl std::fmt::Debug for Acceptor {

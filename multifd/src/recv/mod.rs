@@ -17,6 +17,7 @@ use std::fmt;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
+use migration_stream::io::CancelToken;
 use migration_stream::{HeldChannels, PageBarrier, PageStore, TransportError};
 
 use crate::channel::RecvChannel;
@@ -221,6 +222,7 @@ impl<S> RecvSet<S> {
         RecvBarrier {
             crew: Arc::clone(&self.crew),
             deadline: None,
+            cancel: None,
         }
     }
 
@@ -266,11 +268,12 @@ impl<S> fmt::Debug for RecvSet<S> {
 pub struct RecvBarrier {
     crew: Arc<Crew<Rendezvous>>,
     deadline: Option<Instant>,
+    cancel: Option<CancelToken>,
 }
 
 impl PageBarrier for RecvBarrier {
     fn flush(&mut self) -> Result<(), TransportError> {
-        Ok(self.crew.flush(self.deadline)?)
+        Ok(self.crew.flush(self.deadline, self.cancel.as_ref())?)
     }
 
     fn has_channels(&self) -> bool {
@@ -278,12 +281,16 @@ impl PageBarrier for RecvBarrier {
     }
 
     fn hold(&mut self) -> Result<HeldChannels, TransportError> {
-        let held = hold(&self.crew, self.deadline)?;
+        let held = hold(&self.crew, self.deadline, self.cancel.as_ref())?;
         Ok(HeldChannels::until_dropped(held))
     }
 
     fn set_deadline(&mut self, deadline: Option<Instant>) {
         self.deadline = deadline;
+    }
+
+    fn set_cancel(&mut self, token: &CancelToken) {
+        self.cancel = Some(token.clone());
     }
 
     fn failure(&self) -> Option<TransportError> {

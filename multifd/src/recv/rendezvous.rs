@@ -4,6 +4,8 @@ use std::ops::AddAssign;
 use std::sync::Arc;
 use std::time::Instant;
 
+use migration_stream::io::CancelToken;
+
 use crate::crew::Crew;
 use crate::error::{ChannelError, Failure};
 use crate::patience::Patience;
@@ -192,9 +194,13 @@ impl Crew<Rendezvous> {
 impl Crew<Rendezvous> {
     /// Waits until every channel is at its SYNC packet, and lets them all go on. An error is one
     /// for good: the channels are shut.
-    pub(super) fn flush(&self, deadline: Option<Instant>) -> Result<(), Failure> {
+    pub(super) fn flush(
+        &self,
+        deadline: Option<Instant>,
+        cancel: Option<&CancelToken>,
+    ) -> Result<(), Failure> {
         let mut state = self.lock();
-        let mut patience = self.patience(deadline, &state);
+        let mut patience = self.patience(deadline, &state).until_cancelled(cancel);
         state.flushing = true;
         while let Some(late) = state.first_not_at_sync() {
             state.check()?;
@@ -206,6 +212,9 @@ impl Crew<Rendezvous> {
             (state, in_time) = patience.wait(&self.for_owner, state, |s| s.progress);
             if !in_time {
                 drop(state);
+                if cancel.is_some_and(CancelToken::is_cancelled) {
+                    return Err(self.give_up(None, ChannelError::Closed));
+                }
                 let what = "the channel's sync packet";
                 return Err(self.give_up(Some(late), ChannelError::Stalled { what }));
             }
@@ -225,13 +234,17 @@ impl Crew<Rendezvous> {
         deadline: Option<Instant>,
         f: impl FnOnce() -> R,
     ) -> Result<R, Failure> {
-        self.close_between_packets(deadline)?;
+        self.close_between_packets(deadline, None)?;
         let _reopen = Reopen(self);
         Ok(f())
     }
 
     /// From the return on no channel is inside a packet, or begins one, until [`Crew::reopen`].
-    fn close_between_packets(&self, deadline: Option<Instant>) -> Result<(), Failure> {
+    fn close_between_packets(
+        &self,
+        deadline: Option<Instant>,
+        cancel: Option<&CancelToken>,
+    ) -> Result<(), Failure> {
         let stalled = Failure {
             channel: None,
             error: ChannelError::Stalled {
@@ -239,7 +252,7 @@ impl Crew<Rendezvous> {
             },
         };
         let mut state = self.lock();
-        let mut patience = self.patience(deadline, &state);
+        let mut patience = self.patience(deadline, &state).until_cancelled(cancel);
         // Another caller's turn ends first.
         while state.closed {
             let in_time;
@@ -274,8 +287,9 @@ impl Crew<Rendezvous> {
 pub(super) fn hold(
     crew: &Arc<Crew<Rendezvous>>,
     deadline: Option<Instant>,
+    cancel: Option<&CancelToken>,
 ) -> Result<Held, Failure> {
-    crew.close_between_packets(deadline)?;
+    crew.close_between_packets(deadline, cancel)?;
     let held = Held(Arc::clone(crew));
     let state = crew.lock();
     state.check()?;

@@ -104,7 +104,8 @@ impl Primary {
     /// Migrates `guest` to the secondary that listens at `to`, and enters COLO with it.
     pub fn start(guest: &Guest, pages: Pages, to: &str, way: Way) -> Result<Self> {
         let multifd = way.multifd();
-        let connected = outgoing::connect(&to.parse()?, multifd.as_ref(), PATIENCE, PATIENCE)?;
+        let connected =
+            outgoing::connect(&to.parse()?, multifd.as_ref(), PATIENCE, PATIENCE, None)?;
         let main = connected.main;
         let connections: Vec<_> = std::iter::once(&main)
             .chain(&connected.channels)

@@ -1,13 +1,18 @@
 //! Peers that are not there, say nothing or die, and operators who do not wait for them.
 
+use std::io::Write;
 use std::net::{TcpListener, TcpStream};
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::Instant;
 
 use serde_json::{Value, json};
 use tests::Result;
 use tests::vmm::{ColoVmm, Connection, Pair, Vmm};
 
-use crate::{AT_ONCE, COLO, listening, runs_on, says, silent_listener, source};
+use crate::{
+    AT_ONCE, COLO, connect, is_closed, listening, migrates_to, runs_on, says, silent_listener,
+    source, target,
+};
 
 /// A connection, on whose port nobody listens: nobody else is given it as long as both ends live.
 fn connection() -> Result<(TcpStream, TcpListener)> {
@@ -69,13 +74,14 @@ fn on_its_way(connection: Connection) -> Result<Pair> {
 }
 
 /// Cancels a migration, which ends at once.
-fn cancelled(source: &mut Vmm) -> Result<()> {
+fn cancelled(vmm: &mut Vmm) -> Result<()> {
     let since = Instant::now();
-    source.qmp.execute("migrate_cancel", Value::Null)?;
-    source.poll("cancelled migration", |vmm| {
+    vmm.qmp.execute("migrate_cancel", Value::Null)?;
+    vmm.poll("cancelled migration", |vmm| {
         Ok((vmm.migration()?["status"] == "cancelled").then_some(()))
     })?;
-    assert!(since.elapsed() < AT_ONCE);
+    // Half as long as a source has for its connections.
+    assert!(since.elapsed() < AT_ONCE / 2);
     Ok(())
 }
 
@@ -124,4 +130,84 @@ pub fn cancel_silent() -> Result<()> {
         .or_else(|_| vmm.wait_migration("device"))?;
     cancelled(&mut vmm)?;
     runs_on(&mut vmm)
+}
+
+/// A host that drops every SYN, and a unix socket whose backlog is full.
+pub fn cancel_connecting() -> Result<()> {
+    let listener = TcpListener::bind("127.0.0.1:0")?;
+    rustix::net::listen(&listener, 0)?;
+    let _first = TcpStream::connect(listener.local_addr()?)?;
+    let dir = tempfile::tempdir()?;
+    let path = dir.path().join("full");
+    let full = UnixListener::bind(&path)?;
+    rustix::net::listen(&full, 0)?;
+    let _first = UnixStream::connect(&path)?;
+    let mut vmm = source().start()?;
+    for uri in [
+        format!("tcp:{}", listener.local_addr()?),
+        format!("unix:{}", path.display()),
+    ] {
+        vmm.migrate(&uri)?;
+        vmm.wait_migration("setup")?;
+        cancelled(&mut vmm)?;
+        runs_on(&mut vmm)?;
+    }
+    // Nothing is left of it: whoever listens is migrated to.
+    vmm.qmp.enable(COLO)?;
+    let (_target, uri) = listening()?;
+    vmm.migrate(&uri)?;
+    vmm.wait_migration("colo")?;
+    Ok(())
+}
+
+/// A target that waits for a source, for the rest of its connections, or for the rest of its guest.
+pub fn cancel_incoming() -> Result<()> {
+    for multifd in [false, true] {
+        let mut target = target().args(["--peer-timeout", "60000"]).start()?;
+        target.qmp.enable(COLO)?;
+        if multifd {
+            target.qmp.enable(&["multifd"])?;
+        }
+        target.listen()?;
+        cancelled(&mut target)?;
+        let uri = again(&mut target)?;
+        let mut source = connect(&uri)?;
+        source.write_all(b"QEVM")?;
+        if !multifd {
+            target.wait_migration("active")?;
+        }
+        cancelled(&mut target)?;
+        assert!(is_closed(&mut source)?);
+        assert_eq!(target.status()?, "inmigrate");
+        if !multifd {
+            let uri = again(&mut target)?;
+            migrates_to(&mut target, &uri)?;
+        }
+    }
+    Ok(())
+}
+
+/// Listens once more, when the last migration's thread has ended.
+fn again(target: &mut Vmm) -> Result<String> {
+    target.poll("a second migrate-incoming", |target| {
+        Ok(target.listen().ok())
+    })
+}
+
+pub fn quit_incoming() -> Result<()> {
+    for greeting in [&b""[..], b"QEVM"] {
+        let mut target = target().args(["--peer-timeout", "60000"]).start()?;
+        target.qmp.enable(COLO)?;
+        let uri = target.listen()?;
+        let mut source = connect(&uri)?;
+        source.write_all(greeting)?;
+        if !greeting.is_empty() {
+            target.wait_migration("active")?;
+        }
+        let since = Instant::now();
+        target.qmp.execute("quit", Value::Null)?;
+        assert!(target.process.wait()?.success());
+        assert!(since.elapsed() < AT_ONCE);
+    }
+    Ok(())
 }

@@ -18,7 +18,8 @@ use tests::{Result, harness};
 
 use self::channels::{broken_channel, left_early, silent_connection, unexpected_channel};
 use self::lost::{
-    cancel, cancel_silent, killed_source, killed_target, nobody_listens, silent_target,
+    cancel, cancel_connecting, cancel_incoming, cancel_silent, killed_source, killed_target,
+    nobody_listens, quit_incoming, silent_target,
 };
 use self::operator::{
     addresses, busy_port, capabilities, no_memory, parameters, twice, wrong_time,
@@ -44,6 +45,15 @@ fn main() -> ExitCode {
         anywhere("source_runs_on_when_the_target_is_killed", killed_target),
         anywhere("source_runs_on_after_a_cancel", cancel),
         anywhere("cancel_ends_a_wait_for_a_silent_target", cancel_silent),
+        anywhere(
+            "cancel_ends_connecting_to_a_host_that_takes_no_connection",
+            cancel_connecting,
+        ),
+        anywhere(
+            "cancel_ends_a_target_that_waits_and_another_guest_can_come",
+            cancel_incoming,
+        ),
+        anywhere("quit_ends_a_target_that_waits", quit_incoming),
         anywhere("target_can_be_told_again_after_a_busy_port", busy_port),
         anywhere(
             "target_without_memory_for_the_cache_can_be_told_again",

@@ -34,7 +34,7 @@ pub fn send(
     // A VMM gives its guest's memory back when the guest has gone, which is not part of moving it.
     let kept = Arc::clone(&ram);
     let begun = Instant::now();
-    let connected = outgoing::connect(&address, config.as_ref(), PATIENCE, PATIENCE)?;
+    let connected = outgoing::connect(&address, config.as_ref(), PATIENCE, PATIENCE, None)?;
     let transport: Box<dyn PageTransport> = match &config {
         None => Box::new(InStream::new(
             Arc::clone(&ram),

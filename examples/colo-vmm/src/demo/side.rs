@@ -15,6 +15,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use multifd::{Address, Route};
 use qmp_types::{Client, ColoCheckpoint, Command, Event, QmpCapability, QmpError, ServerMessage};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -401,16 +402,19 @@ fn connect(
     stderr: &Path,
 ) -> Result<UnixStream, DemoError> {
     const WAITING_FOR: &str = "QMP socket";
+    let to = Address::Unix(socket.to_owned());
     let deadline = Instant::now() + PATIENCE;
     loop {
         check_interrupt()?;
-        let refused = match UnixStream::connect(socket) {
-            Ok(stream) => return Ok(stream),
+        let soon = Instant::now() + SLICE;
+        let connected = Route::new(&to, soon, None).and_then(|route| route.connect(soon, None));
+        let refused = match connected {
+            Ok(connection) => return Ok(connection.into()),
             Err(error) => error,
         };
         if !matches!(
             refused.kind(),
-            io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused
+            io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused | io::ErrorKind::WouldBlock
         ) {
             let what = format!("connect to {}", socket.display());
             return Err(DemoError::host(what)(refused));

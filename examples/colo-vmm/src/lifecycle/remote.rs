@@ -85,7 +85,9 @@ impl Remote {
     }
 
     fn try_connect(name: &'static str, address: &QmpAddress) -> io::Result<Self> {
-        let connected = Route::new(&address.socket())?.connect(Instant::now() + PATIENCE)?;
+        let deadline = Instant::now() + PATIENCE;
+        let route = Route::new(&address.socket(), deadline, None)?;
+        let connected = route.connect(deadline, None)?;
         let stream: Box<dyn Stream> = match address {
             QmpAddress::Unix(_) => Box::new(UnixStream::from(connected)),
             QmpAddress::Tcp { .. } => Box::new(TcpStream::from(connected)),

@@ -1,10 +1,12 @@
 //! How a migration that is on its way hears of an operator.
 
-use std::io::{self, PipeReader, PipeWriter};
+use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
+
+use migration_stream::io::CancelToken;
 
 use super::lock;
 use super::uncertain::Reply;
@@ -14,36 +16,35 @@ const CARRIED_OUT: Duration = Duration::from_secs(5);
 
 /// What an operator wants of a migration that is on its way.
 pub(super) struct Cancel {
-    requested: AtomicBool,
+    token: CancelToken,
     /// The process ends.
     ending: AtomicBool,
     /// The pause before the switch-over is to end.
     pub(super) go_on: AtomicBool,
-    /// Wakes who waits for connections: dropped or written, it can be read.
-    wake: Mutex<Option<PipeWriter>>,
     /// Whether the destination runs the guest cannot be known: the operator is asked.
     unknown: AtomicBool,
     decisions: Mutex<(Sender<Reply>, Receiver<Reply>)>,
-    pub(super) woken: PipeReader,
 }
 
 impl Cancel {
     pub(super) fn new() -> io::Result<Arc<Self>> {
-        let (woken, wake) = io::pipe()?;
         Ok(Arc::new(Self {
-            requested: AtomicBool::new(false),
+            token: CancelToken::new()?,
             ending: AtomicBool::new(false),
             go_on: AtomicBool::new(false),
-            wake: Mutex::new(Some(wake)),
             unknown: AtomicBool::new(false),
             decisions: Mutex::new(channel()),
-            woken,
         }))
     }
 
+    /// Ends every wait of the migration.
     pub(super) fn request(&self) {
-        self.requested.store(true, Ordering::Release);
-        drop(lock(&self.wake).take());
+        self.token.cancel();
+    }
+
+    /// What ends the waits.
+    pub(super) const fn token(&self) -> &CancelToken {
+        &self.token
     }
 
     /// The process ends: nobody decides anything any more.
@@ -56,7 +57,7 @@ impl Cancel {
     }
 
     pub(super) fn is_requested(&self) -> bool {
-        self.requested.load(Ordering::Acquire)
+        self.token.is_cancelled()
     }
 
     /// Whether the operator has to decide who runs the guest.

@@ -1,8 +1,9 @@
 //! The target: listen, take a guest in, and go on as the COLO secondary.
 
-use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::thread;
+use std::time::Duration;
 
 use colo_core::driver::{SecondaryLink, run_secondary};
 use colo_core::{ColoStore, IncomingPages, MigrationPlan, Role};
@@ -22,6 +23,9 @@ use super::address::qmp_addresses;
 use super::{Cancel, Migration, colo, failed};
 use crate::devices::CpuModelState;
 use crate::memory::populated;
+
+/// How often a cancel is looked for while guest RAM is taken from the system.
+const POPULATE_POLL: Duration = Duration::from_millis(10);
 
 /// What `migrate-incoming` has made before it returns.
 pub(super) struct Prepared {
@@ -99,7 +103,7 @@ pub(super) fn run(
     if let Err(error) = &result {
         failed(migration, cancel, &**error);
     }
-    result.is_ok() || cancel.is_requested()
+    result.is_ok()
 }
 
 fn accept_and_load(
@@ -129,12 +133,20 @@ fn accept_and_load(
     migration.status.set(MigrationStatus::Active);
     match store {
         Store::Guest(memory) => {
-            let (loaded, pages) = load(migration, plan, incoming, multifd.as_ref(), memory)?;
-            populate.map(populated).transpose()?;
+            let (loaded, pages) =
+                load(migration, plan, incoming, multifd.as_ref(), memory, cancel)?;
+            if let Some(populate) = populate {
+                while !populate.has_ended() {
+                    cancel.token().check()?;
+                    thread::sleep(POPULATE_POLL);
+                }
+                populated(populate)?;
+            }
             complete(migration, loaded, pages)
         }
         Store::Colo(store) => {
-            let (loaded, pages) = load(migration, plan, incoming, multifd.as_ref(), *store)?;
+            let (loaded, pages) =
+                load(migration, plan, incoming, multifd.as_ref(), *store, cancel)?;
             enter_colo(migration, loaded, pages)
         }
     }
@@ -148,7 +160,7 @@ fn accept(
     cancel: &Cancel,
 ) -> Result<Incoming, IncomingError> {
     loop {
-        match acceptor.accept(Some(cancel.woken.as_fd())) {
+        match acceptor.accept(Some(cancel.token())) {
             Err(error) if error.is_of_the_source() => {
                 migration.status.note_error(super::chain(&error));
             }
@@ -163,6 +175,7 @@ fn load<S: PageStore + 'static>(
     incoming: Incoming,
     multifd: Option<&MultifdConfig>,
     store: S,
+    cancel: &Cancel,
 ) -> Result<(Loaded, IncomingPages<S>), BoxError> {
     let Incoming {
         main,
@@ -188,7 +201,8 @@ fn load<S: PageStore + 'static>(
         },
         max_devices: migration.options.max_device_state,
     };
-    let reader = StreamReader::new(main.share(), &prefix);
+    let mut reader = StreamReader::new(main.share(), &prefix);
+    reader.set_cancel(cancel.token());
     // A source that opens a return path is answered, whatever was set here, as by QEMU.
     let return_path = Some(Box::new(main.share()) as _);
     let mut staging = Staging {

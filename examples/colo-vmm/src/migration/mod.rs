@@ -2,8 +2,8 @@
 //!
 //! One [`Migration`] belongs to a VM for its life. A command starts a thread for the outgoing or the
 //! incoming side (`outgoing.rs`, `incoming.rs`); with `x-colo` the same thread goes on as the primary
-//! or the secondary (`colo.rs`). Commands never wait for it: they look at `status.rs` or shut the
-//! connections.
+//! or the secondary (`colo.rs`). Commands never wait for it: they look at `status.rs`, cancel its token, or
+//! shut the connections (`yank`).
 
 mod address;
 mod boundary;
@@ -325,7 +325,7 @@ impl Migration {
             if incoming::run(&this, &plan, prepared, &cancel) {
                 return;
             }
-            if exit_on_error {
+            if exit_on_error && !cancel.is_requested() {
                 (this.on_fatal)();
             } else if this.is_incoming() {
                 // Nothing of the guest has begun: another may be sent.
@@ -340,22 +340,24 @@ impl Migration {
     /// # Errors
     /// The destination may run the guest: only an operator can know.
     pub fn cancel(&self) -> Result<(), QmpError> {
-        let cancel = lock(&self.job).cancel.clone();
+        let (cancel, colo) = {
+            let job = lock(&self.job);
+            (job.cancel.clone(), job.colo.is_some())
+        };
         if cancel.as_ref().is_some_and(|cancel| cancel.is_unknown()) {
             return Err(QmpError::generic(
                 "the destination may run the guest: if it is dead, 'cont' lets the guest run on \
                  here; if it runs the guest, 'quit'",
             ));
         }
-        self.give_up(cancel.as_deref());
-        Ok(())
-    }
-
-    fn give_up(&self, cancel: Option<&Cancel>) {
         if let Some(cancel) = cancel {
             cancel.request();
-            self.connections.shut();
+            // COLO's machines see a peer that is lost, as QEMU's do.
+            if colo {
+                self.connections.shut();
+            }
         }
+        Ok(())
     }
 
     /// An operator says that the destination, which did not answer, does not run the guest: lets it
@@ -399,8 +401,8 @@ impl Migration {
         let cancel = lock(&self.job).cancel.clone();
         if let Some(cancel) = &cancel {
             cancel.end();
+            cancel.request();
         }
-        self.give_up(cancel.as_deref());
         if let Some(thread) = thread
             && thread.join().is_err()
         {

@@ -117,7 +117,13 @@ fn begin(
 ) -> Result<(Source<Transport, Log>, Copy), BoxError> {
     let migration = vm.migration;
     let limit = migration.options.io_limit;
-    let connected = outgoing::connect(address, multifd, CONNECT_TIMEOUT.min(limit), limit)?;
+    let connected = outgoing::connect(
+        address,
+        multifd,
+        CONNECT_TIMEOUT.min(limit),
+        limit,
+        Some(vm.cancel.token()),
+    )?;
     migration.options.boundaries.reach("connected");
     migration.connections.add(&connected.main);
     connected
@@ -161,6 +167,7 @@ fn begin(
         )
     };
     let mut out = StreamWriter::new(main.share());
+    out.set_cancel(vm.cancel.token());
     if multifd.is_none() && migration.options.lends {
         // Where there is no way to lend, pages are copied. Over TCP that is quicker for a main stream.
         out.lend_to_local_peer(Lending::UnixSockets);

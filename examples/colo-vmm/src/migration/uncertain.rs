@@ -34,6 +34,10 @@ pub(super) fn decide<T: PageTransport, D: DirtyLog>(
     unresolved: Unresolved<T, D>,
 ) -> HandOver<T, D> {
     let (migration, cancel) = (vm.migration, vm.cancel);
+    if cancel.is_requested() {
+        // Nobody waits for the answer any more: a destination that has not confirmed yet is not to.
+        migration.connections.shut();
+    }
     if let Some(heartbeat) = vm.heartbeat.filter(|heartbeat| is_arbitrated(heartbeat)) {
         // Before the guest runs: the claim is what stops it if the other side has the right.
         heartbeat.keep();

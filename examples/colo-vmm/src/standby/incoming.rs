@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use colo_core::{ColoStore, IncomingPages, StoreError};
 use migration_stream::decoder::{ConfigurationRule, DecoderConfig};
 use migration_stream::dirty_bitmap::BitmapSections;
+use migration_stream::io::CancelToken;
 use migration_stream::machine::MachineVersion;
 use migration_stream::opaque_tail::{TailError, TailLimits};
 use migration_stream::precopy::{Loaded, Target, TargetConfig, TargetError};
@@ -34,6 +35,7 @@ pub(super) fn take(
     config: &StandbyConfig,
     connections: &Connections,
     is_refused: &Arc<AtomicBool>,
+    quit: &CancelToken,
 ) -> Result<Arrived, TakeError> {
     let Incoming {
         main,
@@ -44,7 +46,8 @@ pub(super) fn take(
         decoder: DecoderConfig::new(ConfigurationRule::Any),
         max_devices: config.max_device_state,
     };
-    let reader = StreamReader::new(main.share(), &prefix);
+    let mut reader = StreamReader::new(main.share(), &prefix);
+    reader.set_cancel(quit);
     let return_path = Some(Box::new(main.share()) as _);
     let (mut target, blocks) = Target::from_announcement(target_config, reader, return_path)?;
     if blocks.ignores_shared() {

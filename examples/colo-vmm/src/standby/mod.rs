@@ -40,8 +40,7 @@ mod incoming;
 mod monitor;
 mod restore;
 
-use std::io::{self, PipeReader, PipeWriter};
-use std::os::fd::AsFd;
+use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -51,6 +50,7 @@ use colo_core::{
     Cause, CheckpointReport, ColoExit, Deadlines, ExitReason, FailoverHandle, NoGate,
     NoReplication, OnPeerLoss, OutOfStep, Outcome, Role,
 };
+use migration_stream::io::CancelToken;
 use multifd::incoming::{Acceptor, IncomingError, Limits};
 use multifd::{Address, AddressError, Listener, MultifdConfig};
 use qmp_types::{
@@ -114,8 +114,8 @@ pub struct Standby {
     is_refused: Arc<AtomicBool>,
     inner: Mutex<Inner>,
     changed: Condvar,
-    /// Readable when the guest is not wanted any more.
-    quit: PipeReader,
+    /// Cancelled when the guest is not wanted any more, with `inner` locked.
+    quit: CancelToken,
 }
 
 struct Inner {
@@ -125,8 +125,6 @@ struct Inner {
     retry: Option<Retry>,
     /// Whether one has failed and is waited with.
     has_failed: bool,
-    /// Dropped to wake who waits for connections; `None`: the guest is not wanted any more.
-    open: Option<PipeWriter>,
 }
 
 /// Where a guest is to be restored that was not.
@@ -176,7 +174,7 @@ impl Standby {
         let acceptor = Acceptor::new(listener, config.multifd.as_ref(), limits)?.on_refused(
             move |refusal| tracing::warn!(guest = name, %refusal, "connection refused"),
         );
-        let (quit, open) = io::pipe()?;
+        let quit = CancelToken::new()?;
         let events = Arc::new(EventBus::new());
         Ok(Arc::new(Self {
             door: Mutex::new(Some(acceptor)),
@@ -193,7 +191,6 @@ impl Standby {
                 colo: None,
                 retry: None,
                 has_failed: false,
-                open: Some(open),
             }),
             changed: Condvar::new(),
             quit,
@@ -262,23 +259,23 @@ impl Standby {
     /// The guest is not wanted any more: what is held of it is dropped. Its primary, if it lives,
     /// goes on without a secondary.
     pub fn quit(&self) {
-        let colo = {
-            let mut inner = self.lock();
-            inner.open = None;
-            inner.colo.clone()
-        };
-        match colo {
-            Some(colo) => colo.quit(),
-            None => self.connections.shut(),
+        let inner = self.lock();
+        // First: COLO is not to take the cancel of its connections for a lost primary.
+        if let Some(colo) = &inner.colo {
+            colo.quit();
         }
+        self.quit.cancel();
+        drop(inner);
         self.changed.notify_all();
     }
 
     fn is_unwanted(&self) -> bool {
-        self.lock().open.is_none()
+        self.quit.is_cancelled()
     }
 
     fn unwanted(&self) -> Ending {
+        self.connections.shut();
+        self.connections.clear();
         self.status.set(MigrationStatus::Cancelled);
         Ending::Quit
     }
@@ -299,7 +296,7 @@ impl Standby {
             return Err(TakeError::Accept(IncomingError::Cancelled));
         };
         let connected = loop {
-            match door.accept(Some(self.quit.as_fd())) {
+            match door.accept(Some(&self.quit)) {
                 Err(error) if error.is_of_the_source() => {
                     self.status.note_error(chain(&error));
                 }
@@ -310,12 +307,14 @@ impl Standby {
         for channel in &connected.channels {
             self.connections.add(channel);
         }
-        // Who did not want it may have shut what was there before.
-        if self.is_unwanted() {
-            self.connections.shut();
-        }
         self.status.set(MigrationStatus::Active);
-        take(connected, &self.config, &self.connections, &self.is_refused)
+        take(
+            connected,
+            &self.config,
+            &self.connections,
+            &self.is_refused,
+            &self.quit,
+        )
     }
 
     /// COLO, from its first message to its end. An error leaves the guest to its primary; afterwards
@@ -347,7 +346,7 @@ impl Standby {
             let mut inner = self.lock();
             inner.state = RunState::Paused;
             inner.colo = Some(control.clone());
-            if inner.open.is_none() {
+            if self.is_unwanted() {
                 control.quit();
             }
         }
@@ -485,12 +484,12 @@ impl Standby {
         let mut inner = self
             .changed
             .wait_while(self.lock(), |inner| {
-                inner.open.is_some() && inner.retry.is_none()
+                !self.is_unwanted() && inner.retry.is_none()
             })
             .unwrap_or_else(PoisonError::into_inner);
         inner.has_failed = false;
         let retry = inner.retry.take();
-        retry.filter(|_| inner.open.is_some())
+        retry.filter(|_| !self.is_unwanted())
     }
 
     /// `x-colo-lost-heartbeat`: the primary is dead, and the guest is to go on.

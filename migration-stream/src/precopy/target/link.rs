@@ -9,7 +9,7 @@ use bytes::BytesMut;
 use crate::codec::Reader;
 use crate::command::Command;
 use crate::decoder::{Item, MAX_ITEM_LEN, Step};
-use crate::io::{ByteSink, Chunk};
+use crate::io::{ByteSink, CancelToken, Chunk};
 use crate::postcopy::PostcopyOrder;
 use crate::precopy::TargetError;
 use crate::precopy::handover::{CONFIRMS_FIRST, WHO_CONFIRMS};
@@ -24,6 +24,8 @@ const A_YEAR: Duration = Duration::from_secs(365 * 24 * 3600);
 pub(super) struct Link {
     pub(super) reader: StreamReader,
     pub(super) return_path: Option<Box<dyn ByteSink>>,
+    /// Ends the migration.
+    pub(super) cancel: Option<CancelToken>,
     /// The source has asked for the return path.
     pub(super) open: bool,
     /// The devices that acknowledge the switch-over, and for how many of them it was done.
@@ -37,6 +39,36 @@ pub(super) struct Link {
 }
 
 impl Link {
+    pub(super) fn new(reader: StreamReader, mut return_path: Option<Box<dyn ByteSink>>) -> Self {
+        let cancel = reader.cancel_token().cloned();
+        if let (Some(token), Some(out)) = (&cancel, &mut return_path) {
+            out.set_cancel(token);
+        }
+        Self {
+            reader,
+            return_path,
+            cancel,
+            open: false,
+            acks: None,
+            idle: None,
+            confirms_first: false,
+            postcopy: PostcopyOrder::of_any_source(),
+        }
+    }
+
+    pub(super) fn is_cancelled(&self) -> bool {
+        self.cancel.as_ref().is_some_and(CancelToken::is_cancelled)
+    }
+
+    /// The cause of `error`: that it was cancelled, if it was.
+    pub(super) fn cause(&self, error: TargetError) -> TargetError {
+        if self.is_cancelled() {
+            TargetError::Cancelled
+        } else {
+            error
+        }
+    }
+
     pub(super) fn seek(&mut self, offset: u64) -> Result<(), TargetError> {
         self.reader.seek(offset).map_err(|e| self.broken(e))
     }
@@ -82,6 +114,10 @@ impl Link {
         mut decode: impl FnMut(&mut Reader<'_>) -> Result<Step, DecodeError>,
     ) -> Result<(Item, u64), TargetError> {
         loop {
+            // A source that never lets this side wait is heard no longer either.
+            if self.is_cancelled() {
+                return Err(TargetError::Cancelled);
+            }
             self.acknowledge()?;
             let offset = self.reader.offset();
             let mut r = Reader::new(self.reader.buffered(), offset);

@@ -60,7 +60,8 @@ impl Loaded {
         if self.link.open {
             self.link.check_source()?;
         }
-        self.link.send(&ReturnPathMessage::Shut { status: 0 })
+        let told = self.link.send(&ReturnPathMessage::Shut { status: 0 });
+        told.map_err(|error| self.link.cause(error))
     }
 
     /// As [`Loaded::confirm`], and then [`Loaded::into_checkpoints`], for a COLO secondary: whatever can
@@ -69,9 +70,14 @@ impl Loaded {
     /// # Errors
     /// As for both; the source was not told anything.
     pub fn confirm_into_checkpoints(self) -> Result<CheckpointReceiver, TargetError> {
+        let cancel = self.link.cancel.clone();
         let mut receiver = self.into_checkpoints()?;
-        receiver.confirm()?;
-        Ok(receiver)
+        match receiver.confirm() {
+            Err(_) if cancel.is_some_and(|token| token.is_cancelled()) => {
+                Err(TargetError::Cancelled)
+            }
+            told => told.map(|()| receiver),
+        }
     }
 
     /// Gives the guest back to the source, where it runs on: this side cannot keep it after all.
@@ -97,6 +103,8 @@ impl Loaded {
         let out = self.link.return_path.filter(|_| self.link.open);
         let link = Link {
             return_path: None,
+            // COLO ends by a request to its driver.
+            cancel: None,
             open: false,
             acks: None,
             idle: None,

@@ -34,7 +34,6 @@ use crate::early::EarlySections;
 use crate::io::ByteSink;
 use crate::mapped_ram::MappedArea;
 use crate::opaque_tail::{Tail, TailLimits};
-use crate::postcopy::PostcopyOrder;
 use crate::ram::{BlockId, RAM_IDSTR, RamBlockTable};
 use crate::section::{Announcement, Continuation, SectionHeader, SectionId};
 use crate::{PageBarrier, PageStore, StreamReader};
@@ -76,6 +75,10 @@ pub struct Target {
 impl Target {
     /// A target that fills `store`. The store's blocks are what the source must announce. Messages
     /// of the return path go to `return_path`, once the source has opened it.
+    ///
+    /// The [token of `reader`](StreamReader::set_cancel), if it has one, ends every wait of this migration up to
+    /// [`Loaded::confirm`]: those for the channels and on the return path too. The error is then
+    /// [`TargetError::Cancelled`].
     #[must_use]
     pub fn new(
         config: TargetConfig,
@@ -104,7 +107,7 @@ impl Target {
             Ok(blocks) => Ok((target, blocks)),
             Err(error) => {
                 target.link.refuse();
-                Err(error)
+                Err(target.link.cause(error))
             }
         }
     }
@@ -127,15 +130,7 @@ impl Target {
             pending: VecDeque::new(),
             early: EarlySections::new(),
             mapped: Vec::new(),
-            link: Link {
-                reader,
-                return_path,
-                open: false,
-                acks: None,
-                idle: None,
-                confirms_first: false,
-                postcopy: PostcopyOrder::of_any_source(),
-            },
+            link: Link::new(reader, return_path),
             received: Received::default(),
         }
     }
@@ -256,6 +251,9 @@ impl Target {
         barrier: &mut dyn PageBarrier,
         load: impl FnOnce(&mut Self, &mut dyn PageBarrier) -> Result<R, TargetError>,
     ) -> Result<(Loaded, R), TargetError> {
+        if let Some(token) = &self.link.cancel {
+            barrier.set_cancel(token);
+        }
         match load(&mut self, barrier) {
             Ok(result) => {
                 self.received.bytes = self.link.reader.offset();
@@ -280,6 +278,9 @@ impl Target {
             }
             Err(error) => {
                 self.link.refuse();
+                if self.link.is_cancelled() {
+                    return Err(TargetError::Cancelled);
+                }
                 // A main stream that ended may have been ended because a channel failed.
                 let cause = match &error {
                     TargetError::Stream { .. } => barrier.failure().map(TargetError::Transport),
