@@ -8,8 +8,8 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::num::NonZeroU8;
 use std::path::Path;
-use std::sync::Arc;
-use std::time::Duration;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use common::guest::{Guest, Log, Pages, configuration, memory};
 use migration_stream::decoder::{ConfigurationRule, DecoderConfig};
@@ -278,4 +278,99 @@ fn a_file_that_is_cut_is_refused_by_any_number_of_threads() {
             })
         ));
     }
+}
+
+/// A file that notes when how many bytes are written.
+struct Noting {
+    file: File,
+    writes: Mutex<Vec<(Instant, u64)>>,
+}
+
+impl Noting {
+    fn note(&self, len: usize) {
+        self.writes
+            .lock()
+            .unwrap()
+            .push((Instant::now(), len as u64));
+    }
+}
+
+impl PositionedFile for Noting {
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<usize> {
+        PositionedFile::read_at(&self.file, offset, buf)
+    }
+    fn write_at(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        self.note(bytes.len());
+        PositionedFile::write_at(&self.file, offset, bytes)
+    }
+    fn read_guest(&self, offset: u64, guest: &VolatileSlice<'_>) -> io::Result<()> {
+        self.file.read_guest(offset, guest)
+    }
+    fn write_guest(&self, offset: u64, guest: &VolatileSlice<'_>) -> io::Result<()> {
+        self.note(guest.len());
+        self.file.write_guest(offset, guest)
+    }
+    fn size(&self) -> io::Result<u64> {
+        self.file.size()
+    }
+}
+
+const LIMIT: u64 = 16 << 20;
+
+/// No second writes more than the limit, a tenth and a run, and the limit is used.
+fn the_limit_holds(count: u8) {
+    // A second and a half.
+    const PAGES: u64 = LIMIT / PAGE_SIZE * 3 / 2;
+    let ram = memory(&[("pc.ram", PAGES)]);
+    (0..PAGES).for_each(|page| ram.write(0, page, page + 1));
+    let file = Arc::new(Noting {
+        file: tempfile::tempfile().unwrap(),
+        writes: Mutex::default(),
+    });
+    let shared: Arc<dyn PositionedFile> = Arc::clone(&file) as _;
+    let transport = FileWriter::new(
+        Arc::clone(&ram) as _,
+        Arc::clone(&shared),
+        ZeroPageDetection::Legacy,
+    )
+    .with_threads(threads(count));
+    let log = Log::default();
+    let mut guest = Guest::new(&ram, &log);
+    guest.writes_left = 0;
+    let config = SourceConfig {
+        configuration: Some(configuration("test")),
+        switchover_start: true,
+        confirm_timeout: Duration::from_secs(1),
+    };
+    let limits = Arc::new(Limits::new(LIMIT, Duration::from_millis(300)));
+    let out = StreamWriter::to_file(shared, 0);
+    let setup = RamSetup { log, transport };
+    let source = Source::start(config, limits, out, None, setup).unwrap();
+    source.run(&mut guest).completed().unwrap();
+
+    let mut writes = std::mem::take(&mut *file.writes.lock().unwrap());
+    writes.sort();
+    let total: u64 = writes.iter().map(|w| w.1).sum();
+    assert!(total >= PAGES * PAGE_SIZE, "{total} bytes");
+    for (at, (from, _)) in writes.iter().enumerate() {
+        let second = writes[at..]
+            .iter()
+            .take_while(|w| w.0 < *from + Duration::from_secs(1));
+        let sum: u64 = second.map(|w| w.1).sum();
+        assert!(sum <= LIMIT + LIMIT / 10 + (1 << 20), "{sum} in a second");
+    }
+    let took = writes.last().unwrap().0 - writes[0].0;
+    let ideal = Duration::from_millis(total * 1000 / LIMIT);
+    // Loaded machines are slow; half the limit is no limit that nobody reaches.
+    assert!(took < 2 * ideal, "{took:?} instead of {ideal:?}");
+}
+
+#[test]
+fn the_limit_holds_for_one_thread() {
+    the_limit_holds(1);
+}
+
+#[test]
+fn the_limit_holds_for_many_threads() {
+    the_limit_holds(7);
 }

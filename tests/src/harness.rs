@@ -14,6 +14,7 @@ use libtest_mimic::{Arguments, Completion, Failed, Trial};
 
 use crate::Result;
 use crate::etcd;
+use crate::huge_pages::HugePages;
 use crate::linux::Linux;
 use crate::qemu::{self, Accel, Binary};
 use crate::{disk, netns, scripts};
@@ -173,6 +174,17 @@ pub fn on_each_qemu_with_script(
     each_qemu(name, &(since..NEWEST), |_| Need::Script(script), test)
 }
 
+/// As [`on_each_qemu`], for a test that needs `count` huge pages too, which it is given.
+pub fn on_each_qemu_with_huge_pages(
+    name: &str,
+    since: Version,
+    count: u64,
+    test: impl Fn(&Binary, HugePages) -> Result<()> + Copy + Send + 'static,
+) -> Vec<Trial> {
+    let test = move |binary: &Binary| test(binary, HugePages::reserve(count)?);
+    each_qemu(name, &(since..NEWEST), |_| Need::HugePages(count), test)
+}
+
 /// A trial of the file `script` of QEMU's scripts, which needs no QEMU.
 pub fn on_script(name: &str, script: &'static str, test: fn(&Path) -> Result<()>) -> Trial {
     Trial::ignorable_test(name, move || match scripts::find(script) {
@@ -210,6 +222,8 @@ enum Need {
     Script(&'static str),
     /// Both.
     LinuxAndScript(&'static str),
+    /// So many huge pages.
+    HugePages(u64),
 }
 
 impl Need {
@@ -220,6 +234,7 @@ impl Need {
             Self::Linux => ", Linux",
             Self::Script(_) => ", script",
             Self::LinuxAndScript(_) => ", Linux, script",
+            Self::HugePages(_) => ", huge pages",
         }
     }
 
@@ -231,6 +246,7 @@ impl Need {
             Self::Linux => Linux::find().err(),
             Self::Script(name) => scripts::find(name).err(),
             Self::LinuxAndScript(name) => Linux::find().err().or_else(|| scripts::find(name).err()),
+            Self::HugePages(count) => HugePages::reserve(count).err(),
         }
     }
 }

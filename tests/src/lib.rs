@@ -24,6 +24,7 @@ pub mod gate;
 pub mod guest;
 pub mod harness;
 pub mod hosts;
+pub mod huge_pages;
 pub mod linux;
 pub mod metrics;
 pub mod moments;

@@ -2,6 +2,7 @@
 //! of its output.
 
 use std::process::ExitCode;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use tests::resident::Resident;
@@ -79,6 +80,7 @@ fn main() -> ExitCode {
                 &["return-path"],
             )
         }),
+        kvm("bandwidth_is_no_more_than_the_limit", bandwidth),
         kvm("paused_guest_stays_paused", paused_at_the_source),
         kvm(
             "guest_waits_for_cont_at_a_target_that_was_told_to_stop",
@@ -118,6 +120,37 @@ fn running(guest: &ColoVmm, connection: Connection, capabilities: &[&str]) -> Re
     assert_eq!(pair.secondary.status()?, "running");
     pair.secondary.wait_lines(ENCORE)?;
     seamless(&pair)
+}
+
+/// The limit holds from the first byte to the last, whatever carries the pages.
+fn bandwidth() -> Result<()> {
+    const LIMIT: u64 = 16 << 20;
+    const MEMORY: u32 = 32;
+    let guest = ColoVmm::new("colo-vmm")
+        .dirty_pages(100)
+        .memory(MEMORY)
+        .args(["--fill-ram"]);
+    for connection in [PLAIN, Connection::channels(2)] {
+        let mut pair = Pair::start(&guest, connection, &["return-path"])?;
+        pair.primary
+            .qmp
+            .set_parameters(json!({"max-bandwidth": LIMIT}))?;
+        // Its RAM is full before it says anything.
+        pair.primary.wait_lines(1)?;
+        let since = Instant::now();
+        pair.migrate(connection)?;
+        let migration = pair.primary.wait_migration("completed")?;
+        let took = since.elapsed();
+        let sent = migration["ram"]["transferred"].as_u64();
+        let sent = sent.ok_or("nothing was sent")?;
+        // But for the 2 MiB in which the guest itself and its tables are.
+        assert!(sent >= u64::from(MEMORY - 2) << 20, "{migration}");
+        // A tenth more, and a packet at once.
+        let least = sent.saturating_sub(1 << 20) * 1000 / (LIMIT + LIMIT / 10);
+        assert!(took >= Duration::from_millis(least), "{sent} in {took:?}");
+        seamless(&pair)?;
+    }
+    Ok(())
 }
 
 /// Both sides have all of their memory before they need it.

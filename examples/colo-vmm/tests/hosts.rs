@@ -1,8 +1,8 @@
 //! What a guest sees of time and of the host's CPU, and what two hosts have to have in common. All of it
 //! needs /dev/kvm; without it the tests are ignored and say so, with CI=true they fail.
 //!
-//! A host whose KVM is PVM masks not all of CPUID and offsets no TSC: there the tests look that this is
-//! found out.
+//! A host whose KVM is PVM masks not all of CPUID and offsets no TSC. What a test says of another KVM than
+//! this host's is ignored, with the reason.
 
 use std::error::Error;
 use std::io::Write;
@@ -18,7 +18,7 @@ use colo_vmm::machine::{
 };
 use colo_vmm::memory::Memory;
 use kvm_ioctls::{Cap, Kvm};
-use libtest_mimic::{Arguments, Failed, Trial};
+use libtest_mimic::{Arguments, Completion, Failed, Trial};
 use vm_memory::{Bytes, GuestAddress};
 use vmstate::SavedSection;
 
@@ -209,26 +209,36 @@ fn a_loaded_kvmclock_goes_on_by_the_time_since_it_was_read() -> Outcome {
     Ok(())
 }
 
-fn the_tsc_stands_in_a_pause_or_goes_on() -> Outcome {
-    for clocks in [STANDS, FOLLOWS] {
-        let mut machine = tsc_guest(clocks)?;
-        let before = run_and_read(&mut machine)?;
-        let since = Instant::now();
-        thread::sleep(PAUSE * 2);
-        let slept = since.elapsed();
-        let after = run_and_read(&mut machine)?;
-        let ran = since.elapsed() - slept;
-        let khz = u128::from(tsc_khz(&mut machine)?);
-        let passed = Duration::from_nanos(u64::try_from(
-            u128::from(after.wrapping_sub(before)) * 1_000_000 / khz,
-        )?);
-        // PVM's guests read the host's.
-        if clocks == FOLLOWS || is_pvm() {
-            assert!(passed >= PAUSE, "{passed:?} of {slept:?}");
-        } else {
-            assert!(passed <= ran, "it went on for {passed:?} in {ran:?}");
-        }
-    }
+/// For how long the guest's TSC goes on in a pause, how long the pause is, and how long the guest runs
+/// before and behind it.
+fn tsc_in_a_pause(clocks: ClockPolicy) -> Result<[Duration; 3], Box<dyn Error>> {
+    let mut machine = tsc_guest(clocks)?;
+    let before = run_and_read(&mut machine)?;
+    let since = Instant::now();
+    thread::sleep(PAUSE * 2);
+    let slept = since.elapsed();
+    let after = run_and_read(&mut machine)?;
+    let ran = since.elapsed() - slept;
+    let khz = u128::from(tsc_khz(&mut machine)?);
+    let nanos = u128::from(after.wrapping_sub(before)) * 1_000_000 / khz;
+    Ok([Duration::from_nanos(u64::try_from(nanos)?), slept, ran])
+}
+
+fn the_tsc_goes_on_in_a_pause() -> Outcome {
+    let [passed, slept, _] = tsc_in_a_pause(FOLLOWS)?;
+    assert!(passed >= PAUSE, "{passed:?} of {slept:?}");
+    Ok(())
+}
+
+fn the_tsc_stands_in_a_pause() -> Outcome {
+    let [passed, _, ran] = tsc_in_a_pause(STANDS)?;
+    assert!(passed <= ran, "it went on for {passed:?} in {ran:?}");
+    Ok(())
+}
+
+fn the_tsc_of_a_kvm_without_offsets_goes_on_whatever_is_asked_for() -> Outcome {
+    let [passed, slept, _] = tsc_in_a_pause(STANDS)?;
+    assert!(passed >= PAUSE, "{passed:?} of {slept:?}");
     Ok(())
 }
 
@@ -239,29 +249,42 @@ fn tsc_khz(machine: &mut KvmMachine) -> Result<u32, Box<dyn Error>> {
     Ok(u32::from_be_bytes(body[body.len() - 4..].try_into()?))
 }
 
-fn the_tsc_s_frequency_is_scaled_to_or_refused_with_both_values() -> Outcome {
+/// What a source saves whose TSC runs at this host's frequency and `change` kHz, and that frequency.
+fn at_another_frequency(
+    change: fn(u32) -> u32,
+) -> Result<(Vec<SavedSection>, u32), Box<dyn Error>> {
     let mut source = tsc_guest(STANDS)?;
     let host = tsc_khz(&mut source)?;
-    let saved = source.devices()?.save_all()?;
-    // As good as the same: KVM takes a hundred in a million for none.
-    let mut near = saved.clone();
-    add_to_the_end(section(&mut near, "vcpu-msrs"), 4, i64::from(host) / 10_000);
+    let mut saved = source.devices()?.save_all()?;
+    let change = i64::from(change(host));
+    add_to_the_end(section(&mut saved, "vcpu-msrs"), 4, change);
+    Ok((saved, host))
+}
+
+fn a_tsc_frequency_as_good_as_the_same_is_taken() -> Outcome {
+    // KVM takes a hundred in a million for none.
+    let (near, _) = at_another_frequency(|host| host / 10_000)?;
     let mut machine = target(STANDS)?;
     load(&mut machine, &near)?;
     assert_eq!(machine.devices()?.save_all()?, near, "read back");
     machine.resume()?;
     machine.stop()?;
+    Ok(())
+}
 
-    let mut far = saved.clone();
-    add_to_the_end(section(&mut far, "vcpu-msrs"), 4, i64::from(host) / 5);
+fn another_tsc_frequency_is_scaled_to() -> Outcome {
+    let (far, _) = at_another_frequency(|host| host / 5)?;
+    let mut machine = target(STANDS)?;
+    load(&mut machine, &far)?;
+    assert_eq!(machine.devices()?.save_all()?, far, "read back");
+    Ok(())
+}
+
+fn another_tsc_frequency_is_refused_with_both_values() -> Outcome {
+    let (far, host) = at_another_frequency(|host| host / 5)?;
     let mut machine = target(STANDS)?;
     let before = machine.devices()?.save_all()?;
     let result = load(&mut machine, &far);
-    if Kvm::new()?.check_extension(Cap::TscControl) {
-        result?;
-        assert_eq!(machine.devices()?.save_all()?, far, "read back");
-        return Ok(());
-    }
     let error = told(&*result.err().ok_or("another frequency is taken")?);
     for part in [
         format!("runs at {} kHz", host + host / 5),
@@ -371,70 +394,99 @@ fn a_mask_on_both_sides_makes_them_alike() -> Outcome {
     load(&mut without, &fewer)
 }
 
+/// RDRAND and AVX, of which PVM shows the host's.
+const LEAF_1: &str = "1.0.ecx=0x8fffffff";
+
+fn a_mask_of_leaf_1_makes_both_sides_alike() -> Outcome {
+    let mut masked = with(&[LEAF_1], &[])?;
+    compare(&mut with(&[LEAF_1], &[])?, &mut masked)?;
+    let error = compare(&mut with(&[], &[])?, &mut masked).unwrap_err();
+    assert!(error.contains("leaf 0x1 subleaf 0x0 ecx"), "{error}");
+    Ok(())
+}
+
 fn a_mask_that_kvm_does_not_apply_is_refused() -> Outcome {
-    // RDRAND and AVX, of which PVM shows the host's.
-    let result = with(&["1.0.ecx=0x8fffffff"], &[]);
-    if !is_pvm() {
-        return result.map(drop);
-    }
+    let result = with(&[LEAF_1], &[]);
     let error = result.err().ok_or("the mask is taken")?.to_string();
     assert!(error.contains("does not mask cpuid 0x1.0x0.ecx"), "{error}");
     Ok(())
 }
 
+/// What of a KVM a test is about.
+#[derive(Clone, Copy)]
+enum Need {
+    /// Any.
+    Kvm,
+    /// One that runs guests in hardware: it offsets the TSC and masks all of CPUID.
+    Hardware,
+    /// PVM, which does neither.
+    Pvm,
+    /// One that scales the TSC.
+    Scaling,
+    /// One that does not.
+    NoScaling,
+}
+
+impl Need {
+    /// Why this host's KVM is another one.
+    fn missing(self) -> Option<&'static str> {
+        let scales = || Kvm::new().is_ok_and(|kvm| kvm.check_extension(Cap::TscControl));
+        match self {
+            Self::Hardware if is_pvm() => Some(
+                "needs a KVM that runs guests in hardware: this one is PVM, which offsets no TSC and does not \
+                 mask all of CPUID",
+            ),
+            Self::Pvm if !is_pvm() => Some("needs PVM: this KVM runs guests in hardware"),
+            Self::Scaling if !scales() => Some(
+                "needs a KVM that scales the TSC (KVM_CAP_TSC_CONTROL), which this one does not",
+            ),
+            Self::NoScaling if scales() => Some(
+                "needs a KVM that does not scale the TSC (KVM_CAP_TSC_CONTROL), which this one does",
+            ),
+            _ => None,
+        }
+    }
+}
+
+/// Names a test by its function.
+macro_rules! tests {
+    ($($need:ident $test:ident,)*) => {
+        [$((stringify!($test), Need::$need, $test as fn() -> Outcome)),*]
+    };
+}
+
 fn main() -> ExitCode {
     let arguments = Arguments::from_args();
     let unavailable = kvm_unavailable().map(|error| told(&error));
-    if let Some(why) = &unavailable {
-        eprintln!("tests on kvm are left out: {why}");
-    }
     let required = env::var_os("CI").is_some_and(|ci| ci == "true");
-    type Test = (&'static str, fn() -> Outcome);
-    let tests: [Test; 9] = [
-        (
-            "a_stopped_machine_saves_the_same_whatever_its_clocks_do",
-            a_stopped_machine_saves_the_same_whatever_its_clocks_do,
-        ),
-        (
-            "kvmclock_stands_in_a_pause_or_goes_on",
-            kvmclock_stands_in_a_pause_or_goes_on,
-        ),
-        (
-            "a_loaded_kvmclock_goes_on_by_the_time_since_it_was_read",
-            a_loaded_kvmclock_goes_on_by_the_time_since_it_was_read,
-        ),
-        (
-            "the_tsc_stands_in_a_pause_or_goes_on",
-            the_tsc_stands_in_a_pause_or_goes_on,
-        ),
-        (
-            "the_tsc_s_frequency_is_scaled_to_or_refused_with_both_values",
-            the_tsc_s_frequency_is_scaled_to_or_refused_with_both_values,
-        ),
-        (
-            "a_state_of_before_loads_without_frequency_and_real_time",
-            a_state_of_before_loads_without_frequency_and_real_time,
-        ),
-        (
-            "an_unlike_cpu_is_refused_by_leaf_register_and_bit",
-            an_unlike_cpu_is_refused_by_leaf_register_and_bit,
-        ),
-        (
-            "a_mask_on_both_sides_makes_them_alike",
-            a_mask_on_both_sides_makes_them_alike,
-        ),
-        (
-            "a_mask_that_kvm_does_not_apply_is_refused",
-            a_mask_that_kvm_does_not_apply_is_refused,
-        ),
+    let tests = tests![
+        Kvm a_stopped_machine_saves_the_same_whatever_its_clocks_do,
+        Kvm kvmclock_stands_in_a_pause_or_goes_on,
+        Kvm a_loaded_kvmclock_goes_on_by_the_time_since_it_was_read,
+        Kvm the_tsc_goes_on_in_a_pause,
+        Hardware the_tsc_stands_in_a_pause,
+        Pvm the_tsc_of_a_kvm_without_offsets_goes_on_whatever_is_asked_for,
+        Kvm a_tsc_frequency_as_good_as_the_same_is_taken,
+        Scaling another_tsc_frequency_is_scaled_to,
+        NoScaling another_tsc_frequency_is_refused_with_both_values,
+        Kvm a_state_of_before_loads_without_frequency_and_real_time,
+        Kvm an_unlike_cpu_is_refused_by_leaf_register_and_bit,
+        Kvm a_mask_on_both_sides_makes_them_alike,
+        Hardware a_mask_of_leaf_1_makes_both_sides_alike,
+        Pvm a_mask_that_kvm_does_not_apply_is_refused,
     ];
-    let trials = tests.map(|(name, test)| {
-        let missing = unavailable.clone();
-        Trial::test(name, move || match missing {
-            Some(why) => Err(Failed::from(why)),
-            None => test().map_err(|error| Failed::from(error.to_string())),
+    let trials = tests.map(|(name, need, test)| {
+        let unavailable = unavailable.clone();
+        Trial::ignorable_test(name, move || match (unavailable, need.missing()) {
+            (Some(why), _) if required => Err(Failed::from(why)),
+            (Some(why), _) => Ok(Completion::ignored_with(why)),
+            // No machine has every KVM.
+            (None, Some(why)) => Ok(Completion::ignored_with(why)),
+            (None, None) => match test() {
+                Ok(()) => Ok(Completion::Completed),
+                Err(error) => Err(Failed::from(error.to_string())),
+            },
         })
-        .with_ignored_flag(unavailable.is_some() && !required)
     });
     libtest_mimic::run(&arguments, trials.into_iter().collect()).exit_code()
 }

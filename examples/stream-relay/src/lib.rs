@@ -29,6 +29,7 @@ pub mod guest;
 pub mod incoming;
 pub mod memory;
 pub mod outgoing;
+mod partial;
 pub mod progress;
 pub mod relay;
 pub mod store;

@@ -22,12 +22,12 @@ use migration_stream::{
 };
 use multifd::outgoing::{self, ConnectError};
 use multifd::{Flush, MultifdConfig, SendSet};
-use tempfile::NamedTempFile;
 
 use crate::arrival::{Arrival, LandedLog, NotComing};
 use crate::endpoint::Endpoint;
 use crate::guest::{Devices, Guest, version};
 use crate::memory::Memory;
+use crate::partial::{self, parent};
 use crate::progress::{Figures, Progress, Stage};
 use crate::{Access, Channels};
 
@@ -169,7 +169,8 @@ impl<F: Fn() -> Result<Devices, NotComing>> Departure<'_, F> {
                     source,
                 };
                 let dir = parent(path);
-                let temporary = NamedTempFile::new_in(dir).map_err(failed)?;
+                partial::sweep(path);
+                let temporary = partial::file(path).map_err(failed)?;
                 let file: Arc<dyn PositionedFile> =
                     Arc::new(temporary.as_file().try_clone().map_err(failed)?);
                 let written = match config.mapped_ram {
@@ -289,13 +290,6 @@ impl<F: Fn() -> Result<Devices, NotComing>> Departure<'_, F> {
 }
 
 /// The directory in which `path` lies.
-pub(crate) fn parent(path: &Path) -> &Path {
-    match path.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    }
-}
-
 /// Names in a directory are on disk only when the directory is.
 pub(crate) fn sync_directory(path: &Path) -> io::Result<()> {
     File::open(path)?.sync_all()

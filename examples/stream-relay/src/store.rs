@@ -9,13 +9,13 @@
 //! ```
 //!
 //! It is written under another name beside it, synced, and then renamed: after a crash there is all
-//! of it or none. Who reads it back believes nothing: files must be regular ones of the length that
+//! of it or none. What a killed relay left beside it is removed when the store is written or read again. Who reads it back believes nothing: files must be regular ones of the length that
 //! the manifest says, everything is bounded, and a checksum goes over what is in memory afterwards.
 
-use std::fs::{self, File, OpenOptions, Permissions};
+use std::fs::{self, File, OpenOptions};
 use std::hash::Hasher;
 use std::io::{self, Read, Write};
-use std::os::unix::fs::{FileExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -39,10 +39,12 @@ use vm_memory::VolatileSlice;
 use crate::guest::{Devices, Guest};
 use crate::incoming::limits;
 use crate::memory::{HoldError, Memory};
-use crate::outgoing::{parent, sync_directory};
+use crate::outgoing::sync_directory;
+use crate::partial::{self, PartialDirectory, parent};
 use crate::progress::{Progress, Stage};
 
-const MANIFEST: &str = "manifest.json";
+/// The first file of a store that is being written, and the last of one that is removed.
+pub(crate) const MANIFEST: &str = "manifest.json";
 const DEVICES: &str = "devices";
 const EARLY: &str = "early";
 const BITMAPS: &str = "bitmaps";
@@ -121,13 +123,8 @@ pub fn save(guest: &Guest, dir: &Path, progress: &Progress) -> Result<(), StoreE
     progress.begin(Stage::Storing);
     check_free(dir)?;
     let beside = parent(dir);
-    let name = dir.file_name().unwrap_or_default().to_string_lossy();
-    let partial = tempfile::Builder::new()
-        .prefix(&format!(".{name}."))
-        .suffix(".partial")
-        .permissions(Permissions::from_mode(0o700))
-        .tempdir_in(beside)
-        .map_err(failed(beside))?;
+    partial::sweep(dir);
+    let partial = PartialDirectory::create(dir).map_err(failed(beside))?;
     let at = partial.path();
 
     let mut blocks = Vec::with_capacity(guest.memory.blocks().len());
@@ -187,11 +184,12 @@ pub fn save(guest: &Guest, dir: &Path, progress: &Progress) -> Result<(), StoreE
         bitmaps,
     };
     let text = serde_json::to_vec_pretty(&manifest).map_err(StoreError::Manifest)?;
-    write_synced(&at.join(MANIFEST), &text)?;
+    let mut file = partial.manifest();
+    file.write_all(&text)
+        .and_then(|()| file.sync_all())
+        .map_err(failed(&at.join(MANIFEST)))?;
     sync_directory(at).map_err(failed(at))?;
-    fs::rename(at, dir).map_err(failed(dir))?;
-    // Nothing is left under the old name.
-    let _ = partial.keep();
+    partial.persist(dir).map_err(failed(dir))?;
     sync_directory(beside).map_err(failed(beside))
 }
 
@@ -207,6 +205,7 @@ pub fn load(
     progress: &Arc<Progress>,
 ) -> Result<Guest, StoreError> {
     progress.begin(Stage::Loading);
+    partial::sweep(dir);
     let path = dir.join(MANIFEST);
     let (file, length) = open(&path)?;
     if length > MAX_MANIFEST {
@@ -278,7 +277,7 @@ pub fn load(
 /// # Errors
 /// The file system's.
 pub fn remove(dir: &Path) -> Result<(), StoreError> {
-    fs::remove_dir_all(dir).map_err(failed(dir))?;
+    partial::remove(dir).map_err(failed(dir))?;
     let beside = parent(dir);
     sync_directory(beside).map_err(failed(beside))
 }

@@ -3,9 +3,13 @@
 
 use std::fs;
 use std::io::{self, Write};
-use std::path::Path;
-use std::process::{Command, Output, Stdio};
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
 
+use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
 #[path = "../../stream-inspect/tests/streams/mod.rs"]
@@ -38,6 +42,121 @@ fn written(dir: &Path) -> Vec<u8> {
     assert!(bytes.windows(4096).any(|w| w == [9; 4096]));
     assert!(bytes.windows(7).any(|w| w == b"\x06device"));
     bytes
+}
+
+/// What is being written for `name`, or was.
+fn partials(dir: &Path, name: &str) -> Vec<PathBuf> {
+    let begin = format!(".{name}.");
+    let entries = fs::read_dir(dir).unwrap().map(|entry| entry.unwrap());
+    entries
+        .filter(|entry| entry.file_name().to_string_lossy().starts_with(&begin))
+        .map(|entry| entry.path())
+        .collect()
+}
+
+/// Waits until something is being written for `name`.
+fn wait_for_partial(dir: &Path, name: &str) -> PathBuf {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    loop {
+        if let Some(partial) = partials(dir, name).pop() {
+            return partial;
+        }
+        assert!(Instant::now() < deadline, "nothing is written for {name}");
+        thread::sleep(Duration::from_micros(100));
+    }
+}
+
+fn signal(child: &Child, signal: Signal) {
+    kill_process(Pid::from_child(child), signal).unwrap();
+}
+
+/// A relay that was frozen while it wrote the store `kept`, and the store as far as it is written.
+fn frozen_while_it_stores(dir: &Path) -> (Child, PathBuf) {
+    const ARGUMENTS: &str = "--incoming file:stream --store kept";
+    for mib in [64, 128, 256, 512] {
+        fs::write(dir.join("stream"), streams::of_pages(mib << 8)).unwrap();
+        let mut relay = program(dir, ARGUMENTS).spawn().unwrap();
+        let partial = wait_for_partial(dir, "kept");
+        signal(&relay, Signal::STOP);
+        if partial.exists() {
+            return (relay, partial);
+        }
+        // It was too fast.
+        relay.kill().unwrap();
+        relay.wait().unwrap();
+        fs::remove_dir_all(dir.join("kept")).unwrap();
+    }
+    panic!("no relay was caught while it wrote");
+}
+
+#[test]
+fn what_a_killed_relay_has_left_of_a_store_is_removed_by_the_next_one() {
+    let dir = directory(b"");
+    let (mut frozen, partial) = frozen_while_it_stores(dir.path());
+    // A living relay's is left alone, by who writes and by who reads under that name.
+    fs::write(dir.path().join("small"), streams::of_pages(3)).unwrap();
+    let (write, read) = (
+        "--incoming file:small --store kept",
+        "--store kept --outgoing file:out --remove-store",
+    );
+    for arguments in [write, read] {
+        succeeded(&program(dir.path(), arguments).output().unwrap());
+        assert_eq!(partials(dir.path(), "kept"), [partial.as_path()]);
+    }
+    assert!(partial.join("manifest.json").exists());
+    frozen.kill().unwrap();
+    frozen.wait().unwrap();
+    assert_eq!(partials(dir.path(), "kept"), [partial.as_path()]);
+    // Neither another name's, nor what only looks like one.
+    let others = [
+        ".kept.abc.partial",
+        ".kept.abcdef",
+        ".kept.b.abcdef.partial",
+    ];
+    for other in others {
+        fs::create_dir(dir.path().join(other)).unwrap();
+    }
+    let elsewhere = dir.path().join(".kept.zzzzzz.partial");
+    symlink(dir.path(), &elsewhere).unwrap();
+    succeeded(&program(dir.path(), write).output().unwrap());
+    assert!(!partial.exists());
+    assert_eq!(partials(dir.path(), "kept").len(), others.len() + 1);
+    assert!(dir.path().join("small").exists());
+    // What was killed while it removed has its manifest still, or nothing.
+    let (half, empty) = (
+        dir.path().join(".kept.aaaaaa.partial"),
+        dir.path().join(".kept.bbbbbb.partial"),
+    );
+    fs::create_dir(&half).unwrap();
+    fs::write(half.join("manifest.json"), "{}").unwrap();
+    fs::create_dir(&empty).unwrap();
+    fs::remove_file(dir.path().join("out")).unwrap();
+    succeeded(&program(dir.path(), read).output().unwrap());
+    assert!(!half.exists() && !empty.exists());
+    assert_eq!(partials(dir.path(), "kept").len(), others.len() + 1);
+}
+
+#[test]
+fn what_a_killed_relay_has_left_of_a_file_is_removed_by_the_next_one() {
+    let dir = directory(&streams::whole());
+    let mut waiting = program(dir.path(), FROM_STDIN)
+        .stdin(Stdio::piped())
+        .spawn()
+        .unwrap();
+    // The announcement of RAM, and some of its pages.
+    let stream = streams::whole();
+    let mut stdin = waiting.stdin.take().unwrap();
+    stdin.write_all(&stream[..stream.len() / 2]).unwrap();
+    let partial = wait_for_partial(dir.path(), "out");
+    let arguments = "--incoming file:stream --in-xbzrle --outgoing file:out";
+    succeeded(&program(dir.path(), arguments).output().unwrap());
+    assert_eq!(partials(dir.path(), "out"), [partial.as_path()]);
+    waiting.kill().unwrap();
+    waiting.wait().unwrap();
+    fs::remove_file(dir.path().join("out")).unwrap();
+    succeeded(&program(dir.path(), arguments).output().unwrap());
+    assert_eq!(partials(dir.path(), "out"), [""; 0].map(PathBuf::from));
+    written(dir.path());
 }
 
 const FROM_STDIN: &str = "--incoming - --in-xbzrle --outgoing file:out";

@@ -132,17 +132,47 @@ pub fn mapped() -> Vec<u8> {
     out
 }
 
+/// Length of what stands between the header and the stream of an image of libvirt, bytes.
+const LIBVIRT_DATA: u32 = 0x1_079e;
+
 /// An image as `virsh save` writes it, of this format (0: not compressed).
 pub fn libvirt(format: u32, stream: &[u8]) -> Vec<u8> {
     let mut out = b"LibvirtQemudSave".to_vec();
     let xml = b"<domain type='kvm'>...</domain>\0";
-    for word in [2, 4096 - 92, 1, format, 0] {
+    // As libvirt 9.0 has them: the stream begins where the XML, a cookie and 64 KiB of room end.
+    for word in [2, LIBVIRT_DATA, 1, format, 0x6b2] {
         out.extend(word.to_le_bytes());
     }
     out.resize(92, 0);
     out.extend(xml);
-    out.resize(4096, 0);
+    out.resize(92 + usize::try_from(LIBVIRT_DATA).unwrap(), 0);
     out.extend(stream);
+    out
+}
+
+/// A stream of a guest with so many pages, each with content.
+pub fn of_pages(count: u64) -> Vec<u8> {
+    let blocks = RamBlockTable::new(vec![RamBlock::new("ram", count << 12).unwrap()]).unwrap();
+    let mut out = Vec::new();
+    header::encode(&mut out);
+    Configuration::new(MachineName::new("pc-q35-11.1").unwrap()).encode(&mut out);
+    section(Announcement::Start, RAM, RAM_IDSTR, RAM_VERSION, &mut out);
+    encode_setup_list(&blocks, &mut out);
+    encode_end_of_section(&mut out);
+    encode_footer(RAM, &mut out);
+    encode_continuation(Continuation::End, RAM, &mut out);
+    let mut records = RecordEncoder::new();
+    for page in 0..count {
+        let address = PageAddress {
+            block: BlockId::new(0),
+            offset: page << 12,
+        };
+        records.page(address, &blocks, &mut out).unwrap();
+        out.extend([9; 4096]);
+    }
+    encode_end_of_section(&mut out);
+    encode_footer(RAM, &mut out);
+    device("device", "level", &mut out);
     out
 }
 

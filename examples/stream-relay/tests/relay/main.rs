@@ -5,6 +5,7 @@
 mod failure;
 mod file;
 mod guest;
+mod limits;
 mod rig;
 mod store;
 
