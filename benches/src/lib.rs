@@ -1,13 +1,14 @@
 //! What the benchmarks share.
 //!
-//! - [`link`]: what joins the two sides, and [`way`]: how pages cross
+//! - [`link`]: what joins the two sides, with [`delay`], and [`way`]: how pages cross
 //! - [`case`](mod@case): a guest and its connection
 //! - [`iperf`]: the rate of a link
 //! - [`usage`]: CPU time and memory of a process
 //! - [`host`], [`report`], [`render`]: where something was measured, the figures, and RESULTS.md
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
 pub mod case;
+pub mod delay;
 pub mod host;
 pub mod iperf;
 pub mod link;

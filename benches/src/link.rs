@@ -4,6 +4,7 @@ use std::env;
 use std::fmt;
 use std::path::Path;
 use std::process::Command;
+use std::time::Duration;
 
 use ::tests::Result;
 use ::tests::hosts::host;
@@ -12,6 +13,7 @@ use ::tests::vmm::Side;
 use clap::{Args, ValueEnum};
 use serde::{Deserialize, Serialize};
 
+use crate::delay::{self, Tun};
 use crate::way::name;
 
 /// How the two sides are connected.
@@ -32,18 +34,23 @@ pub struct Link {
     /// Limit in each direction, 10^6 bits a second.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rate_mbit: Option<u32>,
+    /// How long what is sent is under way, in each direction, microseconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub delay_us: Option<u32>,
 }
 
 impl Link {
-    /// A cable without a limit.
+    /// A cable without a limit or delay.
     pub const VETH: Self = Self {
         transport: Transport::Veth,
         rate_mbit: None,
+        delay_us: None,
     };
     /// A unix socket.
     pub const UNIX: Self = Self {
         transport: Transport::Unix,
         rate_mbit: None,
+        delay_us: None,
     };
 }
 
@@ -52,6 +59,9 @@ impl fmt::Display for Link {
         f.write_str(&name(self.transport))?;
         if let Some(rate) = self.rate_mbit {
             write!(f, " {rate} Mbit/s")?;
+        }
+        if let Some(delay) = self.delay_us {
+            write!(f, " {delay} us")?;
         }
         Ok(())
     }
@@ -66,6 +76,9 @@ pub struct LinkArgs {
     /// Limit of a veth link in each direction, Mbit/s.
     #[arg(long, value_name = "MBIT")]
     pub rate: Option<u32>,
+    /// Delay of a veth link in each direction, microseconds. A relay of this process makes it.
+    #[arg(long, value_name = "US")]
+    pub delay: Option<u32>,
 }
 
 impl LinkArgs {
@@ -91,6 +104,7 @@ impl LinkArgs {
         let link = |&transport| match transport {
             Transport::Veth => Link {
                 rate_mbit: self.rate,
+                delay_us: self.delay,
                 ..Link::VETH
             },
             Transport::Unix => Link::UNIX,
@@ -114,7 +128,15 @@ impl Cable {
     pub fn lay(link: Link) -> Result<Self> {
         let network = match link.transport {
             Transport::Unix => None,
-            Transport::Veth => Some(Network::new()?),
+            Transport::Veth => Some(match link.delay_us {
+                None => Network::new()?,
+                Some(delay) => {
+                    let ends = [Tun::new()?, Tun::new()?];
+                    let network = Network::over(ends.each_ref().map(Tun::name))?;
+                    delay::join(ends, Duration::from_micros(delay.into()));
+                    network
+                }
+            }),
         };
         if let (Some(network), Some(rate)) = (&network, link.rate_mbit) {
             network.limit(Host::A, Host::B, rate)?;
@@ -159,13 +181,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_rate_limits_the_veth_link_alone() {
+    fn rate_and_delay_are_those_of_the_veth_link_alone() {
         let arguments = LinkArgs {
             transport: vec![Transport::Veth, Transport::Unix],
             rate: Some(1000),
+            delay: Some(50),
         };
         let links: Vec<_> = arguments.links().iter().map(Link::to_string).collect();
-        assert_eq!(links, ["veth 1000 Mbit/s", "unix"]);
+        assert_eq!(links, ["veth 1000 Mbit/s 50 us", "unix"]);
     }
 
     #[test]

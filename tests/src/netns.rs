@@ -95,20 +95,26 @@ impl Network {
         Self::of(&[Host::A, Host::B, Host::C])
     }
 
-    fn of(hosts: &'static [Host]) -> Result<Self> {
-        static COUNT: AtomicU32 = AtomicU32::new(0);
-        let count = COUNT.fetch_add(1, Ordering::Relaxed);
-        let network = Self {
-            name: format!("colo-{}-{count}", std::process::id()),
-            hosts,
+    /// Two hosts whose ends of the cable are devices of this process's namespace, A's and B's.
+    ///
+    /// # Errors
+    /// See [`missing`], or there are no such devices.
+    pub fn over([a, b]: [&str; 2]) -> Result<Self> {
+        let network = Self::unwired(&[Host::A, Host::B]);
+        let cable = |device, at, to: Host| {
+            let namespace = network.namespace(at);
+            format!("link set {device} netns {namespace} name {}\n", to.device())
         };
-        let mut batch: String = hosts
-            .iter()
-            .map(|host| format!("netns add {}\n", network.namespace(*host)))
-            .collect();
+        let cables = cable(a, Host::A, Host::B) + &cable(b, Host::B, Host::A);
+        network.wired(&cables)
+    }
+
+    fn of(hosts: &'static [Host]) -> Result<Self> {
+        let network = Self::unwired(hosts);
+        let mut cables = String::new();
         for (place, a) in hosts.iter().enumerate() {
             for b in &hosts[place + 1..] {
-                batch += &format!(
+                cables += &format!(
                     "link add {} netns {} type veth peer name {} netns {}\n",
                     b.device(),
                     network.namespace(*a),
@@ -117,11 +123,32 @@ impl Network {
                 );
             }
         }
-        run(Command::new("ip").args(["-batch", "-"]), &batch)?;
-        for host in hosts {
-            network.connect(*host)?;
+        network.wired(&cables)
+    }
+
+    fn unwired(hosts: &'static [Host]) -> Self {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let count = COUNT.fetch_add(1, Ordering::Relaxed);
+        Self {
+            name: format!("colo-{}-{count}", std::process::id()),
+            hosts,
         }
-        Ok(network)
+    }
+
+    /// Makes the namespaces, and lays the cables by commands of `ip`.
+    fn wired(self, cables: &str) -> Result<Self> {
+        let hosts = self.hosts.iter();
+        let namespaces: String = hosts
+            .map(|host| format!("netns add {}\n", self.namespace(*host)))
+            .collect();
+        run(
+            Command::new("ip").args(["-batch", "-"]),
+            &(namespaces + cables),
+        )?;
+        for host in self.hosts {
+            self.connect(*host)?;
+        }
+        Ok(self)
     }
 
     fn connect(&self, host: Host) -> Result<()> {
