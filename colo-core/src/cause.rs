@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use crate::message::{UnexpectedMessage, UnknownMessage};
+use crate::message::Message;
 use crate::step::{PeerLoss, Step};
 
 /// The two sides.
@@ -80,16 +80,24 @@ pub enum Cause {
         /// What was being done.
         during: Step,
     },
-    /// The peer sent another message than its part.
-    #[error(transparent)]
-    UnexpectedMessage(UnexpectedMessage),
-    /// The peer sent something that is no message.
-    #[error(transparent)]
-    UnknownMessage(UnknownMessage),
+    /// The peer sent a message that does not belong where it came.
+    #[error("unexpected colo message {got}, expected {}", .expected.map_or("none", Message::name))]
+    UnexpectedMessage {
+        /// What came.
+        got: Message,
+        /// What should have come; `None` where the peer has nothing to say.
+        expected: Option<Message>,
+    },
+    /// The peer sent a number that is no message.
+    #[error("unknown colo message {number:#x}")]
+    UnknownMessage {
+        /// What was read.
+        number: u32,
+    },
     /// A step failed on this side. The driver has the error itself.
     #[error("failed while {0}")]
     StepFailed(Step),
-    /// The driver made a mistake ([`OutOfStep`](crate::OutOfStep)), which no peer can make it do.
+    /// The driver made a mistake ([`ProtocolMisuse`](crate::ProtocolMisuse)), which no peer can make it do.
     #[error("a mistake of the driver")]
     Mistake,
 }
@@ -147,5 +155,26 @@ impl fmt::Display for Outcome {
             Self::Quit => f.write_str("the vm quits"),
             Self::Broken(cause) => write!(f, "this vm must not run: {cause}"),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_unexpected_message_is_named_beside_the_expected_one() {
+        let cause = |expected| Cause::UnexpectedMessage {
+            got: Message::VmstateLoaded,
+            expected,
+        };
+        assert_eq!(
+            cause(Some(Message::CheckpointReply)).to_string(),
+            "unexpected colo message vmstate-loaded, expected checkpoint-reply"
+        );
+        assert_eq!(
+            cause(None).to_string(),
+            "unexpected colo message vmstate-loaded, expected none"
+        );
     }
 }

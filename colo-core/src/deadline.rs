@@ -63,7 +63,7 @@ impl Timekeeper {
     }
 
     /// Until when the step that begins `now` may go on. `None` for a local step, and for waits that
-    /// are not for the peer ([`Bound::Schedule`], [`Bound::Operator`]).
+    /// are not for the peer: for the next checkpoint, and for an operator's decision.
     ///
     /// To be asked once for each step, in order: the steps that begin and end a checkpoint are
     /// noted.
@@ -93,9 +93,13 @@ impl Timekeeper {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::action::{Action, Event};
+    use crate::machine::{Machine, Script};
     use crate::message::Message;
-    use crate::step::{Action, Event, Wait};
-    use crate::{Machine, OnPeerLoss, Primary, Resume, Script, Secondary};
+    use crate::primary::Primary;
+    use crate::secondary::Secondary;
+    use crate::step::Wait;
+    use crate::{OnPeerLoss, Resume};
 
     const S: Duration = Duration::from_secs(1);
 

@@ -11,9 +11,9 @@
 //! The VM is stopped for the change of disks, as in QEMU. The report comes first: what fails later
 //! changes the outcome, never whether there was one report.
 
+use crate::action::{Action, Event, ProtocolMisuse};
 use crate::cause::{Cause, ColoExit, OnPeerLoss, Outcome, Role};
-use crate::machine::OutOfStep;
-use crate::step::{Action, Event, Step, Wait};
+use crate::step::{Step, Wait};
 
 /// What is to become of the VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -96,9 +96,9 @@ impl Ending {
     }
 
     /// Takes an event; `Ok(true)` if the action is over.
-    pub(crate) fn handle(&mut self, event: Event) -> Result<bool, OutOfStep> {
+    pub(crate) fn handle(&mut self, event: Event) -> Result<bool, ProtocolMisuse> {
         match (self.at, event) {
-            (At::Finished(_), _) => Err(self.out_of_step(event)),
+            (At::Finished(_), _) => Err(self.misuse(event)),
             (At::AwaitDecision, Event::FailoverRequested) => {
                 self.fate = Fate::TakeOver;
                 self.at = self.first_of_fate();
@@ -123,7 +123,7 @@ impl Ending {
                 }
                 Ok(false)
             }
-            (At::AwaitDecision, _) => Err(self.out_of_step(event)),
+            (At::AwaitDecision, _) => Err(self.misuse(event)),
             (_, Event::Done) => {
                 self.at = self.after(true);
                 Ok(true)
@@ -132,7 +132,7 @@ impl Ending {
                 self.at = self.after(false);
                 Ok(true)
             }
-            _ => Err(self.out_of_step(event)),
+            _ => Err(self.misuse(event)),
         }
     }
 
@@ -178,8 +178,8 @@ impl Ending {
         }
     }
 
-    const fn out_of_step(&self, event: Event) -> OutOfStep {
-        OutOfStep {
+    const fn misuse(&self, event: Event) -> ProtocolMisuse {
+        ProtocolMisuse {
             action: self.action(),
             event,
         }

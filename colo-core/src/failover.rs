@@ -1,7 +1,7 @@
-//! The request to go on alone, and what is known about COLO from outside.
+//! Failover of one side: the operator's handle, and the driver's slot.
 //!
 //! ```text
-//!   request()        take_request()        exited(reason)        left()
+//!   request()        take_request()        exited(reason)        leave()
 //! none -> requested -------------> active ---------------> ... -------> none, last-mode is set
 //! ```
 //! A request is stored before the driver is woken and its connections are shut, and the driver asks
@@ -79,7 +79,11 @@ pub enum RequestError {
     Stopped,
 }
 
-/// Where a management layer's request meets the driver of a machine. Clones are the same handle.
+/// An operator's handle on one VM's failover. Clones are the same handle.
+///
+/// The VMM keeps one for the life of its VM. [`ColoControl::new`](crate::driver::ColoControl::new) takes a
+/// clone and enters COLO with it. Nothing that can be called here ends COLO's bookkeeping: that is
+/// the driver's.
 #[derive(Clone, Default)]
 pub struct FailoverHandle {
     shared: Arc<Mutex<Shared>>,
@@ -193,12 +197,34 @@ impl FailoverHandle {
         }
     }
 
-    /// Driver: COLO begins. `kick` is called once for a request, in the requester's thread, after
-    /// the request was stored, and for [`FailoverHandle::stop_for_good`]. It must end whatever the
-    /// driver may be blocked in: shut the connections, wake a wait. Returns the number of this
-    /// session, for [`FailoverHandle::left_session`].
-    pub fn enter(&self, role: Role, kick: impl Fn() + Send + Sync + 'static) -> u64 {
-        let mut shared = self.lock();
+    /// The state is plain values, whole at every moment: a thread that panicked with the lock does
+    /// not spoil it.
+    fn lock(&self) -> MutexGuard<'_, Shared> {
+        self.shared.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The driver's side of a [`FailoverHandle`], from the moment at which COLO begins.
+///
+/// There is one for each session of COLO. It leaves COLO when it is dropped. Once another session has
+/// begun on the same handle, nothing that is called here has an effect.
+pub struct FailoverSlot {
+    handle: FailoverHandle,
+    session: u64,
+}
+
+impl FailoverSlot {
+    /// Enters COLO on `handle`.
+    ///
+    /// `kick` is called once for a request, in the requester's thread, after the request was stored, and
+    /// once for [`FailoverHandle::stop_for_good`]. It must end whatever the driver may be blocked in:
+    /// shut the connections, wake a wait.
+    pub fn enter(
+        handle: &FailoverHandle,
+        role: Role,
+        kick: impl Fn() + Send + Sync + 'static,
+    ) -> Self {
+        let mut shared = handle.lock();
         shared.mode = role.into();
         shared.progress = Progress::None;
         shared.exit = None;
@@ -212,13 +238,24 @@ impl FailoverHandle {
         drop(shared);
         // What the hook owns may use the handle when it is dropped.
         drop(before);
-        session
+        Self {
+            handle: handle.clone(),
+            session,
+        }
     }
 
-    /// Driver: was this side stopped for good? True once in a session.
+    /// The operator's handle.
+    #[must_use]
+    pub const fn handle(&self) -> &FailoverHandle {
+        &self.handle
+    }
+
+    /// Returns whether this side was stopped for good. True once in a session.
     #[must_use]
     pub fn take_stop(&self) -> bool {
-        let mut shared = self.lock();
+        let Some(mut shared) = self.lock() else {
+            return false;
+        };
         let untold = shared.stop == Stop::Untold;
         if untold {
             shared.stop = Stop::Told;
@@ -226,16 +263,20 @@ impl FailoverHandle {
         untold
     }
 
-    /// Driver: this side's VM must never run again. Requests are refused from now on.
+    /// Says that this side's VM must never run again. Requests are refused from now on.
     pub fn unfit(&self) {
-        self.lock().unfit = true;
+        if let Some(mut shared) = self.lock() {
+            shared.unfit = true;
+        }
     }
 
-    /// Driver: has there been a request since COLO began? True once. To be asked when an action has
+    /// Returns whether there was a request since COLO began. True once. To be asked when an action has
     /// ended, before its event is handed to the machine.
     #[must_use]
     pub fn take_request(&self) -> bool {
-        let mut shared = self.lock();
+        let Some(mut shared) = self.lock() else {
+            return false;
+        };
         let requested = shared.progress == Progress::Requested;
         if requested {
             shared.progress = Progress::Active;
@@ -243,42 +284,51 @@ impl FailoverHandle {
         requested
     }
 
-    /// Driver: COLO_EXIT was reported. The mode stays until [`FailoverHandle::left`], since a
-    /// decision may still be waited for.
+    /// Says that COLO_EXIT was reported. The mode stays until [`FailoverSlot::leave`], since a decision
+    /// may still be waited for.
     pub fn exited(&self, reason: ExitReason) {
-        self.lock().exit = Some(reason);
+        if let Some(mut shared) = self.lock() {
+            shared.exit = Some(reason);
+        }
     }
 
-    /// Driver: the machine is at its end, and the hook is let go of.
-    pub fn left(&self) {
-        let session = self.lock().session;
-        self.left_session(session);
-    }
-
-    /// As [`FailoverHandle::left`], without effect if that session is over.
-    pub fn left_session(&self, session: u64) {
-        let kick = {
-            let mut shared = self.lock();
-            if shared.session != session || shared.mode == ColoMode::None {
-                return;
-            }
-            if shared.progress == Progress::Active && !shared.unfit {
-                // Whatever COLO_EXIT said, who goes on was somebody's decision (as in QEMU).
-                shared.exit = Some(ExitReason::Request);
-            }
-            shared.last_mode = shared.mode;
-            shared.mode = ColoMode::None;
-            shared.progress = Progress::None;
-            shared.kick.take()
+    /// Leaves COLO: the machine is at its end. Without effect if this session has left.
+    pub fn leave(&self) {
+        let Some(mut shared) = self.lock() else {
+            return;
         };
+        if shared.progress == Progress::Active && !shared.unfit {
+            // Whatever COLO_EXIT said, who goes on was somebody's decision (as in QEMU).
+            shared.exit = Some(ExitReason::Request);
+        }
+        shared.last_mode = shared.mode;
+        shared.mode = ColoMode::None;
+        shared.progress = Progress::None;
+        let kick = shared.kick.take();
+        drop(shared);
         // What the hook owns may use the handle when it is dropped.
         drop(kick);
     }
 
-    /// The state is plain values, whole at every moment: a thread that panicked with the lock does
-    /// not spoil it.
-    fn lock(&self) -> MutexGuard<'_, Shared> {
-        self.shared.lock().unwrap_or_else(PoisonError::into_inner)
+    /// The handle's state, as long as this session lasts.
+    fn lock(&self) -> Option<MutexGuard<'_, Shared>> {
+        let shared = self.handle.lock();
+        (shared.session == self.session && shared.mode != ColoMode::None).then_some(shared)
+    }
+}
+
+impl Drop for FailoverSlot {
+    fn drop(&mut self) {
+        self.leave();
+    }
+}
+
+impl fmt::Debug for FailoverSlot {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("FailoverSlot")
+            .field("handle", &self.handle)
+            .field("session", &self.session)
+            .finish()
     }
 }
 
@@ -300,14 +350,18 @@ mod tests {
 
     use super::*;
 
+    fn enter(handle: &FailoverHandle, role: Role) -> FailoverSlot {
+        FailoverSlot::enter(handle, role, || {})
+    }
+
     #[test]
     fn a_request_outside_colo_is_refused() {
         let handle = FailoverHandle::new();
         let refused = handle.request().unwrap_err();
         assert_eq!(refused.to_string(), "VM is not in COLO mode");
         assert_eq!(handle.status(), ColoStatus::default());
-        handle.enter(Role::Primary, || {});
-        handle.left();
+        let slot = enter(&handle, Role::Primary);
+        slot.leave();
         assert_eq!(handle.request(), Err(RequestError::NotInColo));
     }
 
@@ -316,13 +370,14 @@ mod tests {
         let handle = FailoverHandle::new();
         let kicks = Arc::new(AtomicUsize::new(0));
         let (seen, in_hook) = (kicks.clone(), handle.clone());
-        handle.enter(Role::Secondary, move || {
-            assert!(in_hook.take_request());
+        let slot = FailoverSlot::enter(&handle, Role::Secondary, move || {
+            assert_eq!(in_hook.status().reason, StatusReason::Processing);
             seen.fetch_add(1, Ordering::Relaxed);
         });
         handle.request().unwrap();
         assert_eq!(kicks.load(Ordering::Relaxed), 1);
-        assert!(!handle.take_request());
+        assert!(slot.take_request());
+        assert!(!slot.take_request());
         let refused = handle.request().unwrap_err();
         assert_eq!(refused.to_string(), "COLO failover is already activated");
     }
@@ -335,10 +390,10 @@ mod tests {
             last_mode,
             reason,
         };
-        handle.enter(Role::Secondary, || {});
+        let slot = enter(&handle, Role::Secondary);
         let in_colo = status(ColoMode::Secondary, ColoMode::None, StatusReason::None);
         assert_eq!(handle.status(), in_colo);
-        handle.exited(ExitReason::Error);
+        slot.exited(ExitReason::Error);
         let undecided = status(ColoMode::Secondary, ColoMode::None, StatusReason::Error);
         assert_eq!(handle.status(), undecided);
         handle.request().unwrap();
@@ -348,8 +403,8 @@ mod tests {
             StatusReason::Processing,
         );
         assert_eq!(handle.status(), under_way);
-        assert!(handle.take_request());
-        handle.left();
+        assert!(slot.take_request());
+        slot.leave();
         let over = status(ColoMode::None, ColoMode::Secondary, StatusReason::Request);
         assert_eq!(handle.status(), over);
     }
@@ -357,28 +412,37 @@ mod tests {
     #[test]
     fn a_session_that_is_over_does_not_end_the_next() {
         let handle = FailoverHandle::new();
-        let first = handle.enter(Role::Secondary, || {});
-        handle.left_session(first);
-        let second = handle.enter(Role::Primary, || {});
-        handle.left_session(first);
-        assert_eq!(handle.status().mode, ColoMode::Primary);
-        handle.left_session(second);
+        let first = enter(&handle, Role::Secondary);
+        let second = enter(&handle, Role::Primary);
+        handle.request().unwrap();
+        handle.stop_for_good();
+        assert!(!first.take_request() && !first.take_stop());
+        first.exited(ExitReason::Error);
+        first.unfit();
+        first.leave();
+        drop(first);
+        let status = handle.status();
+        assert_eq!(status.mode, ColoMode::Primary);
+        assert_eq!(status.reason, StatusReason::Processing);
+        assert!(second.take_request() && second.take_stop());
+        drop(second);
         assert_eq!(handle.status().mode, ColoMode::None);
     }
 
     #[test]
     fn a_side_that_cannot_run_refuses_every_request_and_says_why() {
         let handle = FailoverHandle::new();
-        handle.enter(Role::Secondary, || {});
+        let slot = enter(&handle, Role::Secondary);
         handle.request().unwrap();
-        assert!(handle.take_request());
-        handle.exited(ExitReason::Error);
-        handle.unfit();
-        handle.left();
+        assert!(slot.take_request());
+        slot.exited(ExitReason::Error);
+        slot.unfit();
+        assert_eq!(handle.request(), Err(RequestError::Unfit));
+        slot.leave();
         assert_eq!(handle.request(), Err(RequestError::Unfit));
         // The request has decided nothing.
         assert_eq!(handle.status().reason, StatusReason::Error);
-        handle.enter(Role::Secondary, || {});
+        let _slot = enter(&handle, Role::Secondary);
         handle.request().unwrap();
     }
 
@@ -387,26 +451,26 @@ mod tests {
         let handle = FailoverHandle::new();
         let kicks = Arc::new(AtomicUsize::new(0));
         let seen = kicks.clone();
-        handle.enter(Role::Primary, move || {
+        let slot = FailoverSlot::enter(&handle, Role::Primary, move || {
             seen.fetch_add(1, Ordering::Relaxed);
         });
-        assert!(!handle.take_stop());
+        assert!(!slot.take_stop());
         handle.stop_for_good();
         handle.stop_for_good();
         assert_eq!(kicks.load(Ordering::Relaxed), 1);
-        assert!(handle.take_stop());
-        assert!(!handle.take_stop());
+        assert!(slot.take_stop());
+        assert!(!slot.take_stop());
         let refused = handle.request().unwrap_err();
         assert_eq!(refused, RequestError::Stopped);
-        handle.left();
-        handle.enter(Role::Primary, || {});
-        assert!(handle.take_stop());
+        slot.leave();
+        let slot = enter(&handle, Role::Primary);
+        assert!(slot.take_stop());
     }
 
     #[test]
     fn of_many_requests_at_once_one_is_accepted() {
         let handle = FailoverHandle::new();
-        handle.enter(Role::Primary, || {});
+        let slot = enter(&handle, Role::Primary);
         let accepted = std::thread::scope(|scope| {
             let threads: Vec<_> = (0..8)
                 .map(|_| scope.spawn(|| handle.request().is_ok()))
@@ -417,6 +481,6 @@ mod tests {
                 .sum::<usize>()
         });
         assert_eq!(accepted, 1);
-        assert!(handle.take_request());
+        assert!(slot.take_request());
     }
 }

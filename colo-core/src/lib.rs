@@ -1,71 +1,69 @@
 //! COLO (coarse-grained lock-stepping): a secondary VM that is kept in step with a primary by
 //! checkpoints, and carries the guest on when the primary is lost. Wire-compatible with QEMU 11.1.
 //!
-//! The heart of the crate does no I/O. [`Primary`] and [`Secondary`] say what is to be done next and
-//! are told how it went, so that every order of events can be tried in a test; `tests/interleavings`
-//! tries all of them.
+//! An embedder implements [`Vm`], and runs a driver when a migration has switched over:
 //!
 //! ```
-//! use colo_core::{Action, Event, OnPeerLoss, Outcome, Primary};
+//! use std::error::Error;
+//! use std::time::Duration;
 //!
-//! // A driver is this loop, with real work in place of the closure.
-//! fn drive(mut machine: Primary, mut perform: impl FnMut(Action) -> Event) -> Outcome {
-//!     loop {
-//!         let action = machine.action();
-//!         if let Action::Finish(outcome) = action {
-//!             return outcome;
-//!         }
-//!         let event = perform(action);
-//!         machine.handle(event).expect("an event that belongs to the action");
-//!     }
+//! use colo_core::driver::{ColoControl, DriverConfig, Parts, SecondaryLink, run_secondary};
+//! use colo_core::{FailoverHandle, NoGate, NoReplication, Outcome, Role, Vm};
+//! use migration_stream::DirtyLog;
+//!
+//! fn secondary<V: Vm>(
+//!     vm: V,
+//!     link: SecondaryLink<impl DirtyLog>,
+//!     failover: &FailoverHandle,
+//!     shut_connections: impl Fn() + Send + Sync + 'static,
+//! ) -> Result<Outcome, Box<dyn Error>> {
+//!     let control = ColoControl::new(Role::Secondary, failover.clone(), Duration::ZERO, shut_connections)?;
+//!     let mut parts = Parts { vm, replication: NoReplication, gate: NoGate };
+//!     // Other threads may now call `failover.request()`, and clones of `control`.
+//!     Ok(run_secondary(link, &mut parts, &control, DriverConfig::default())?)
 //! }
-//!
-//! // The operator fails the primary over before the secondary has ever said that it is ready.
-//! let outcome = drive(Primary::new(OnPeerLoss::Wait), |action| match action {
-//!     wait if wait.is_wait() => Event::FailoverRequested,
-//!     _ => Event::Done,
-//! });
-//! assert_eq!(outcome, Outcome::TookOver);
 //! ```
-//! | module | what |
-//! |---|---|
-//! | [`primary`], [`secondary`] | the order of a checkpoint, one side each |
-//! | [`driver`] | the machines over real channels, for an embedder's [`Vm`] |
-//! | [`message`] | what the two sides say |
-//! | [`schedule`], [`deadline`] | when a checkpoint is due, and how long the peer may take |
-//! | [`report`] | what a checkpoint cost |
 //!
-//! Whether the peer lives, and which side may go on, is told by crate `colo-heartbeat`.
+//! | where | what |
+//! |---|---|
+//! | [`Vm`], [`Replication`], [`PacketGate`] | what a VMM implements |
+//! | [`driver`] | both sides over real channels, and [`ColoControl`](driver::ColoControl) for other threads |
+//! | [`FailoverHandle`] | an operator's request and the status |
+//! | [`ColoStore`], [`IncomingPages`] | the secondary's memory |
+//! | [`MigrationPlan`] | which capabilities go together |
+//! | [`raw`] | the state machines without I/O, and the sequence diagrams ([`raw::Primary`], [`raw::Secondary`]); not covered by semantic versioning |
+//!
+//! Crate `colo-heartbeat` finds out whether the peer lives, and decides which side goes on.
 #![forbid(unsafe_code)]
 
+mod action;
 mod cause;
-pub mod deadline;
+mod deadline;
 pub mod driver;
 mod ending;
 mod failover;
 mod machine;
-pub mod message;
+mod message;
 mod pages;
 mod plan;
-pub mod primary;
-pub mod report;
-pub mod schedule;
-pub mod secondary;
+mod primary;
+pub mod raw;
+mod report;
+mod schedule;
+mod secondary;
 mod step;
 mod store;
 mod vm;
 
+pub use action::ProtocolMisuse;
 pub use cause::{Cause, ColoExit, ExitReason, OnPeerLoss, Outcome, Role};
-pub use deadline::{Deadlines, Timekeeper};
+pub use deadline::Deadlines;
 pub use failover::{ColoMode, ColoStatus, FailoverHandle, RequestError, StatusReason};
-pub use machine::{Machine, OutOfStep, Script};
 pub use message::Message;
-pub use pages::{EnterError, IncomingPages};
+pub use pages::IncomingPages;
 pub use plan::{Capabilities, MigrationPlan, PlanError};
-pub use primary::{Primary, Resume};
-pub use report::{CheckpointMeter, CheckpointReport};
-pub use schedule::Schedule;
-pub use secondary::Secondary;
-pub use step::{Action, Bound, Event, Moment, PeerLoss, Step, Wait};
+pub use primary::Resume;
+pub use report::CheckpointReport;
+pub use step::{Moment, PeerLoss, Step, Wait};
 pub use store::{ColoStore, StoreError};
 pub use vm::{NoGate, NoReplication, PacketGate, Replication, Vm, VmError};

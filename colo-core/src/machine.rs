@@ -1,4 +1,4 @@
-//! The engine under [`Primary`](crate::Primary) and [`Secondary`](crate::Secondary): it walks
+//! The engine under [`Primary`](crate::raw::Primary) and [`Secondary`](crate::raw::Secondary): it walks
 //! their scripts, and leaves them for the [end](crate::ending) when something ends COLO.
 //!
 //! A script is the order of the steps when all goes well. What can go wrong is the same everywhere
@@ -8,10 +8,10 @@
 
 use std::fmt;
 
+use crate::action::{Action, Event, ProtocolMisuse};
 use crate::cause::{Cause, OnPeerLoss, Role};
 use crate::ending::Ending;
-use crate::message::{UnexpectedMessage, UnknownMessage};
-use crate::step::{Action, Event, Step, Wait};
+use crate::step::{Step, Wait};
 
 /// The order of one side's steps. Implemented by the scripts of this crate only.
 pub trait Script: Copy + fmt::Debug + sealed::Sealed {
@@ -40,13 +40,14 @@ pub(crate) mod sealed {
 /// One side of COLO, without I/O.
 ///
 /// ```
-/// use colo_core::{Action, Event, OnPeerLoss, Secondary, Step};
+/// use colo_core::raw::{Action, Event, Secondary};
+/// use colo_core::{OnPeerLoss, Step};
 ///
 /// let mut machine = Secondary::new(OnPeerLoss::Wait);
 /// assert_eq!(machine.action(), Action::Perform(Step::HoldOutput));
 /// let next = machine.handle(Event::Done)?;
 /// assert_eq!(next, Some(Action::Perform(Step::StartDirtyLog)));
-/// # Ok::<(), colo_core::OutOfStep>(())
+/// # Ok::<(), colo_core::ProtocolMisuse>(())
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Machine<S> {
@@ -137,9 +138,9 @@ impl<S: Script> Machine<S> {
     /// ([`Event::FailoverRequested`] or [`Event::Quit`] during anything but a wait).
     ///
     /// # Errors
-    /// [`OutOfStep`] if the present action cannot end like that. It is the driver's mistake; the
+    /// [`ProtocolMisuse`] if the present action cannot end like that. It is the driver's mistake; the
     /// machine has not moved.
-    pub fn handle(&mut self, event: Event) -> Result<Option<Action>, OutOfStep> {
+    pub fn handle(&mut self, event: Event) -> Result<Option<Action>, ProtocolMisuse> {
         let at = match &mut self.state {
             State::At(at) => *at,
             State::Ending(ending) => {
@@ -179,7 +180,7 @@ impl<S: Script> Machine<S> {
     }
 }
 
-fn answer(step: Step, event: Event) -> Result<Answer, OutOfStep> {
+fn answer(step: Step, event: Event) -> Result<Answer, ProtocolMisuse> {
     let is_wait = matches!(step, Step::Await(_));
     Ok(match (step, event) {
         (_, Event::Quit) => Answer::Quit,
@@ -188,17 +189,15 @@ fn answer(step: Step, event: Event) -> Result<Answer, OutOfStep> {
         (Step::Await(Wait::Message(expected)), Event::Message(got)) if got == expected => {
             Answer::Done
         }
-        (Step::Await(wait), Event::Message(got)) => {
-            Answer::Failed(Cause::UnexpectedMessage(UnexpectedMessage {
-                got,
-                expected: match wait {
-                    Wait::Message(expected) => Some(expected),
-                    Wait::CheckpointDue | Wait::Decision => None,
-                },
-            }))
-        }
+        (Step::Await(wait), Event::Message(got)) => Answer::Failed(Cause::UnexpectedMessage {
+            got,
+            expected: match wait {
+                Wait::Message(expected) => Some(expected),
+                Wait::CheckpointDue | Wait::Decision => None,
+            },
+        }),
         (Step::Await(_), Event::UnknownMessage(number)) => {
-            Answer::Failed(Cause::UnknownMessage(UnknownMessage { number }))
+            Answer::Failed(Cause::UnknownMessage { number })
         }
         (_, Event::Done) if !is_wait => Answer::Done,
         (_, Event::Failed) if step.may_fail() => Answer::Failed(Cause::StepFailed(step)),
@@ -209,20 +208,10 @@ fn answer(step: Step, event: Event) -> Result<Answer, OutOfStep> {
             Answer::Failed(Cause::DeadlineExpired { during: step })
         }
         _ => {
-            return Err(OutOfStep {
+            return Err(ProtocolMisuse {
                 action: Action::Perform(step),
                 event,
             });
         }
     })
-}
-
-/// The driver handed over an event that the present action cannot end with.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("event {event:?} does not belong to {action}")]
-pub struct OutOfStep {
-    /// The present action.
-    pub action: Action,
-    /// The event.
-    pub event: Event,
 }

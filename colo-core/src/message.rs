@@ -17,6 +17,7 @@ pub const DEVICE_SIZE_LEN: usize = 8;
 /// A COLO message. The numbers are those of the wire.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u32)]
+#[non_exhaustive]
 pub enum Message {
     /// Secondary: its VM runs and it takes checkpoint requests.
     CheckpointReady = 0,
@@ -37,7 +38,7 @@ pub enum Message {
 
 impl Message {
     /// All messages, by number.
-    pub const ALL: [Self; 7] = [
+    pub(crate) const ALL: [Self; 7] = [
         Self::CheckpointReady,
         Self::CheckpointRequest,
         Self::CheckpointReply,
@@ -49,7 +50,7 @@ impl Message {
 
     /// The number on the wire.
     #[must_use]
-    pub const fn number(self) -> u32 {
+    pub(crate) const fn number(self) -> u32 {
         self as u32
     }
 
@@ -62,7 +63,7 @@ impl Message {
     /// Reads a message.
     ///
     /// # Errors
-    /// [`UnknownMessage`] for a number that is none of [`Message::ALL`].
+    /// [`UnknownMessage`] for a number that is no message.
     pub fn decode(bytes: [u8; MESSAGE_LEN]) -> Result<Self, UnknownMessage> {
         let number = u32::from_be_bytes(bytes);
         Self::ALL
@@ -73,7 +74,7 @@ impl Message {
 
     /// The name in QEMU's schema.
     #[must_use]
-    pub const fn name(self) -> &'static str {
+    pub(crate) const fn name(self) -> &'static str {
         match self {
             Self::CheckpointReady => "checkpoint-ready",
             Self::CheckpointRequest => "checkpoint-request",
@@ -98,16 +99,6 @@ impl fmt::Display for Message {
 pub struct UnknownMessage {
     /// What was read.
     pub number: u32,
-}
-
-/// A message that does not belong where it came.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, thiserror::Error)]
-#[error("unexpected colo message {got}, expected {}", .expected.map_or("none", Message::name))]
-pub struct UnexpectedMessage {
-    /// What came.
-    pub got: Message,
-    /// What should have come; `None` where the peer has nothing to say.
-    pub expected: Option<Message>,
 }
 
 /// The start of the device state: [`Message::VmstateSize`] and the size, in one piece so that both
@@ -165,18 +156,6 @@ mod tests {
         assert_eq!(
             encode_vmstate_size(0x7f22),
             [0, 0, 0, 4, 0, 0, 0, 0, 0, 0, 0x7f, 0x22]
-        );
-    }
-
-    #[test]
-    fn an_unexpected_message_is_named_beside_the_expected_one() {
-        let error = UnexpectedMessage {
-            got: Message::VmstateLoaded,
-            expected: Some(Message::CheckpointReply),
-        };
-        assert_eq!(
-            error.to_string(),
-            "unexpected colo message vmstate-loaded, expected checkpoint-reply"
         );
     }
 

@@ -75,18 +75,18 @@ impl<S: PageStore + 'static> IncomingPages<S> {
     }
 }
 
-impl IncomingPages<ColoStore> {
-    /// From here on pages belong to checkpoints (see [`ColoStore::enter_colo`]). `run_secondary`
-    /// calls this; nobody else has to.
-    ///
-    /// # Errors
-    /// A channel is inside a packet and stays there: this is not the end of a migration. Or the
-    /// store's.
-    pub fn enter_colo(&self, deadline: Option<Instant>) -> Result<(), EnterError> {
-        match &self.0 {
-            Kind::Plain(store, _) => Ok(store.enter_colo()?),
-            Kind::Multifd(set, _) => Ok(set.between_packets(deadline, ColoStore::enter_colo)??),
-        }
+/// Has the pages that arrive from here on belong to checkpoints. Returns when every channel has ended the packet that
+/// it is in, by `deadline` at the latest.
+///
+/// # Errors
+/// A channel is inside a packet and stays there: this is not the end of a migration. Or the store's.
+pub fn enter_colo(
+    pages: &IncomingPages<ColoStore>,
+    deadline: Option<Instant>,
+) -> Result<(), EnterError> {
+    match &pages.0 {
+        Kind::Plain(store, _) => Ok(store.enter_colo()?),
+        Kind::Multifd(set, _) => Ok(set.between_packets(deadline, ColoStore::enter_colo)??),
     }
 }
 

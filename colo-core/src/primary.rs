@@ -1,77 +1,4 @@
-//! The primary: its VM is the one the world sees, and its state is copied.
-//!
-//! ```text
-//!   primary                          main channel / return path           secondary
-//!   (precopy is over, both VMs stopped in the same state)
-//!                                  <------------ checkpoint-ready ------  its VM runs
-//!   hold output, start replication
-//!   resume the vm
-//! ,-> wait until a checkpoint is due
-//! |                                -- checkpoint-request -------------->
-//! |                                <------------ checkpoint-reply ------  stops its VM
-//! | stop the vm
-//! | mark what was put out so far
-//! | save devices
-//! |                                -- vmstate-send, RAM ... EOF ------->  into the cache
-//! |                                -- vmstate-size, size, devices ----->  into a buffer
-//! |                                                                       all here, all sound?
-//! |                                <------------ vmstate-received ------  commit begins
-//! | release output                                                        reset, flush, install
-//! |                                <------------ vmstate-loaded --------  commit is over
-//! | resume the vm                                                         resumes its VM
-//! `-- report the checkpoint
-//! ```
-//!
-//! With [`Resume::AfterReceived`] the last steps are in another order: the commit that the secondary
-//! has promised is not waited for.
-//!
-//! ```text
-//! |                                <------------ vmstate-received ------  commit begins
-//! | release output                                                        reset, flush, install
-//! | resume the vm
-//! |                                <------------ vmstate-loaded --------  resumes its VM
-//! `-- report the checkpoint
-//! ```
-//!
-//! With [`Resume::Early`] the VM runs again as soon as its state is safe on this side:
-//!
-//! ```text
-//! ,-> wait until a checkpoint is due
-//! |                                -- checkpoint-request -------------->
-//! |                                <------------ checkpoint-reply ------  stops its VM
-//! | copy ram, the vm runs
-//! | stop the vm
-//! | mark what was put out so far
-//! | save devices
-//! | copy what ram was written since
-//! | resume the vm
-//! |                                -- vmstate-send, RAM ... EOF ------->  into the cache
-//! |                                -- vmstate-size, size, devices ----->  into a buffer
-//! |                                <------------ vmstate-received ------  commit begins
-//! | release output up to the mark
-//! |                                <------------ vmstate-loaded --------  resumes its VM
-//! `-- report the checkpoint
-//! ```
-//!
-//! - The VM stops only when the reply has come: a secondary that does not answer costs no pause.
-//! - Devices are saved before RAM is sent although they travel after it, because saving may still
-//!   write guest memory (a queue that is drained), and those pages belong to this checkpoint.
-//! - Output of the time before the checkpoint is released when the secondary has received all of it
-//!   and not before: then a survivor on either side knows what the world has seen.
-//! - The primary's VM is sound at every moment, so the script can be left after any step.
-//! - *vmstate-received* is a secondary's promise to carry the checkpoint on whatever becomes of the
-//!   primary, so a guest that runs from then on is in no other danger than one that runs from
-//!   *vmstate-loaded* on: a secondary whose commit fails is lost as if it had died a moment later, and
-//!   the primary goes on alone. Its own VM begins to run later than the primary's by its commit.
-//! - With an early resume the guest may be ahead of a checkpoint that comes to nothing. The primary
-//!   goes on with it as it is. What it has put out since the mark is held until the *next*
-//!   checkpoint has been received, so a secondary that goes on from an older one contradicts
-//!   nothing that the world has heard. Without a gate that holds output (as with
-//!   [`NoGate`](crate::NoGate)) the world has heard all of it, with an early resume and without.
-//! - A checkpoint does not begin before the one before it was loaded, early resume or not.
-//! - Pages may be sent [in the gap](Step::is_gap): while the primary waits for a checkpoint to
-//!   become due, and at no other time. Between the last synchronisation of a checkpoint and
-//!   *vmstate-loaded* the secondary's cache is flushed, and holds nothing but that checkpoint.
+//! The primary.
 
 use crate::cause::{OnPeerLoss, Role};
 use crate::machine::{Machine, Script, sealed};
@@ -79,6 +6,81 @@ use crate::message::Message;
 use crate::step::{Step, Wait};
 
 /// The primary's machine.
+///
+/// The primary's VM is the one the world sees, and its state is copied.
+///
+/// ```text
+///   primary                          main channel / return path           secondary
+///   (precopy is over, both VMs stopped in the same state)
+///                                  <------------ checkpoint-ready ------  its VM runs
+///   hold output, start replication
+///   resume the vm
+/// ,-> wait until a checkpoint is due
+/// |                                -- checkpoint-request -------------->
+/// |                                <------------ checkpoint-reply ------  stops its VM
+/// | stop the vm
+/// | mark what was put out so far
+/// | save devices
+/// |                                -- vmstate-send, RAM ... EOF ------->  into the cache
+/// |                                -- vmstate-size, size, devices ----->  into a buffer
+/// |                                                                       all here, all sound?
+/// |                                <------------ vmstate-received ------  commit begins
+/// | release output                                                        reset, flush, install
+/// |                                <------------ vmstate-loaded --------  commit is over
+/// | resume the vm                                                         resumes its VM
+/// `-- report the checkpoint
+/// ```
+///
+/// With [`Resume::AfterReceived`] the last steps are in another order: the commit that the secondary
+/// has promised is not waited for.
+///
+/// ```text
+/// |                                <------------ vmstate-received ------  commit begins
+/// | release output                                                        reset, flush, install
+/// | resume the vm
+/// |                                <------------ vmstate-loaded --------  resumes its VM
+/// `-- report the checkpoint
+/// ```
+///
+/// With [`Resume::Early`] the VM runs again as soon as its state is safe on this side:
+///
+/// ```text
+/// ,-> wait until a checkpoint is due
+/// |                                -- checkpoint-request -------------->
+/// |                                <------------ checkpoint-reply ------  stops its VM
+/// | copy ram, the vm runs
+/// | stop the vm
+/// | mark what was put out so far
+/// | save devices
+/// | copy what ram was written since
+/// | resume the vm
+/// |                                -- vmstate-send, RAM ... EOF ------->  into the cache
+/// |                                -- vmstate-size, size, devices ----->  into a buffer
+/// |                                <------------ vmstate-received ------  commit begins
+/// | release output up to the mark
+/// |                                <------------ vmstate-loaded --------  resumes its VM
+/// `-- report the checkpoint
+/// ```
+///
+/// - The VM stops only when the reply has come: a secondary that does not answer costs no pause.
+/// - Devices are saved before RAM is sent although they travel after it, because saving may still
+///   write guest memory (a queue that is drained), and those pages belong to this checkpoint.
+/// - Output of the time before the checkpoint is released when the secondary has received all of it
+///   and not before: then a survivor on either side knows what the world has seen.
+/// - The primary's VM is sound at every moment, so the script can be left after any step.
+/// - *vmstate-received* is a secondary's promise to carry the checkpoint on whatever becomes of the
+///   primary, so a guest that runs from then on is in no other danger than one that runs from
+///   *vmstate-loaded* on: a secondary whose commit fails is lost as if it had died a moment later, and
+///   the primary goes on alone. Its own VM begins to run later than the primary's by its commit.
+/// - With an early resume the guest may be ahead of a checkpoint that comes to nothing. The primary
+///   goes on with it as it is. What it has put out since the mark is held until the *next*
+///   checkpoint has been received, so a secondary that goes on from an older one contradicts
+///   nothing that the world has heard. Without a gate that holds output (as with
+///   [`NoGate`](crate::NoGate)) the world has heard all of it, with an early resume and without.
+/// - A checkpoint does not begin before the one before it was loaded, early resume or not.
+/// - Pages may be sent between checkpoints: while the primary waits for a checkpoint to
+///   become due, and at no other time. Between the last synchronisation of a checkpoint and
+///   *vmstate-loaded* the secondary's cache is flushed, and holds nothing but that checkpoint.
 pub type Primary = Machine<PrimaryScript>;
 
 /// When the primary's VM runs again in a checkpoint.

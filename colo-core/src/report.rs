@@ -7,6 +7,7 @@ use crate::step::{Step, Wait};
 
 /// One complete checkpoint, as one side saw it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct CheckpointReport {
     /// Counts from 1.
     pub number: u64,
@@ -54,7 +55,7 @@ impl CheckpointReport {
 
 /// Collects the reports of one side's checkpoints.
 #[derive(Clone, Debug, Default)]
-pub struct CheckpointMeter {
+pub(crate) struct CheckpointMeter {
     report: CheckpointReport,
     stopped: Option<Instant>,
     resumed: Option<Instant>,
@@ -67,13 +68,12 @@ pub struct CheckpointMeter {
 
 impl CheckpointMeter {
     /// A meter before the first checkpoint.
-    #[must_use]
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self::default()
     }
 
     /// A step has been carried out.
-    pub fn step(&mut self, step: Step, began: Instant, ended: Instant) {
+    pub(crate) fn step(&mut self, step: Step, began: Instant, ended: Instant) {
         match step {
             Step::StopVm => {
                 self.stopped = Some(began);
@@ -95,46 +95,46 @@ impl CheckpointMeter {
     }
 
     /// The VM was let go, in the step that ends next.
-    pub const fn resumed(&mut self, let_go: Instant) {
+    pub(crate) const fn resumed(&mut self, let_go: Instant) {
         self.resumed = Some(let_go);
     }
 
     /// RAM has crossed.
-    pub const fn ram(&mut self, bytes: u64, dirty_pages: u64) {
+    pub(crate) const fn ram(&mut self, bytes: u64, dirty_pages: u64) {
         self.report.ram_bytes = bytes;
         self.report.dirty_pages = dirty_pages;
     }
 
     /// Pages have crossed ahead of the next checkpoint.
-    pub const fn ahead(&mut self, pages: u64) {
+    pub(crate) const fn ahead(&mut self, pages: u64) {
         self.report.ahead_pages += pages;
     }
 
     /// So many pages were compared, and left out, since COLO began.
-    pub const fn left_out(&mut self, compared: u64, unchanged: u64) {
+    pub(crate) const fn left_out(&mut self, compared: u64, unchanged: u64) {
         self.report.compared_pages = compared.saturating_sub(self.left_out.0);
         self.report.unchanged_pages = unchanged.saturating_sub(self.left_out.1);
         self.left_out = (compared, unchanged);
     }
 
     /// RAM was copied while the VM stood still.
-    pub const fn kept(&mut self, pages: u64) {
+    pub(crate) const fn kept(&mut self, pages: u64) {
         self.report.kept_pages = pages;
     }
 
     /// The cache was flushed.
-    pub const fn flushed(&mut self, pages: u64) {
+    pub(crate) const fn flushed(&mut self, pages: u64) {
         self.report.flushed_pages = pages;
     }
 
     /// Device state has crossed.
-    pub const fn devices(&mut self, bytes: u64) {
+    pub(crate) const fn devices(&mut self, bytes: u64) {
         self.report.device_bytes = bytes;
     }
 
     /// The report of the checkpoint that is complete now; the next begins. What came before the
     /// request (COLO's start, the wait for the checkpoint to become due) is left out.
-    pub fn complete(&mut self) -> CheckpointReport {
+    pub(crate) fn complete(&mut self) -> CheckpointReport {
         let number = self.report.number + 1;
         let mut report = std::mem::take(&mut self.report);
         let began = report

@@ -1,43 +1,4 @@
-//! The secondary: its VM runs the same guest, unseen, and takes the primary's state over at every
-//! checkpoint.
-//!
-//! ```text
-//!   primary                          main channel / return path           secondary
-//!   (precopy is over, both VMs stopped in the same state)
-//!                                                                         hold output
-//!                                                                         start the dirty log
-//!                                                                         start replication
-//!                                                                         resume the vm
-//!   resumes its VM                 <------------ checkpoint-ready ------
-//!                                  -- checkpoint-request -------------->  <----------------.
-//!                                  <------------ checkpoint-reply ------                   |
-//!   stops its VM                                                          stop the vm      |
-//!                                  -- vmstate-send, RAM ... EOF ------->  into the cache   |
-//!                                  -- vmstate-size, size, devices ----->  into a buffer    |
-//!                                                                         check both       |
-//!   releases output                <------------ vmstate-received ------  ---- commit      |
-//!                                                                         reset devices    |
-//!                                                                         flush the cache  |
-//!                                                                         install devices  |
-//!                                                                         replication      |
-//!                                                                         discard output   |
-//!                                                                         ---- committed   |
-//!   resumes its VM                 <------------ vmstate-loaded --------                   |
-//!                                                                         resume the vm    |
-//!                                                                         report  ---------'
-//! ```
-//!
-//! - A checkpoint is all or nothing. Until all of it has arrived and was checked, neither guest RAM
-//!   nor a device has changed: whatever happens, the checkpoint is dropped and the VM goes on from
-//!   its own state.
-//! - *vmstate-received* is the promise to carry this checkpoint on, since the primary lets out the
-//!   output that belongs to it. So the commit begins with the attempt to send it, from which
-//!   nobody can tell whether the primary has read it; and a failover requested in the commit takes
-//!   effect after it. (QEMU calls that a relaunch.)
-//! - A commit that breaks off half way leaves a VM that is neither the old nor the new one. It
-//!   never runs again.
-//! - The reply is sent before the VM stops: the primary need not wait until the secondary's vCPUs
-//!   have stopped, which only the dirty log and the flush need.
+//! The secondary.
 
 use crate::cause::Role;
 use crate::machine::{Machine, Script, sealed};
@@ -45,6 +6,47 @@ use crate::message::Message;
 use crate::step::{Step, Wait};
 
 /// The secondary's machine.
+///
+/// The secondary's VM runs the same guest, unseen, and takes the primary's state over at every
+/// checkpoint.
+///
+/// ```text
+///   primary                          main channel / return path           secondary
+///   (precopy is over, both VMs stopped in the same state)
+///                                                                         hold output
+///                                                                         start the dirty log
+///                                                                         start replication
+///                                                                         resume the vm
+///   resumes its VM                 <------------ checkpoint-ready ------
+///                                  -- checkpoint-request -------------->  <----------------.
+///                                  <------------ checkpoint-reply ------                   |
+///   stops its VM                                                          stop the vm      |
+///                                  -- vmstate-send, RAM ... EOF ------->  into the cache   |
+///                                  -- vmstate-size, size, devices ----->  into a buffer    |
+///                                                                         check both       |
+///   releases output                <------------ vmstate-received ------  ---- commit      |
+///                                                                         reset devices    |
+///                                                                         flush the cache  |
+///                                                                         install devices  |
+///                                                                         replication      |
+///                                                                         discard output   |
+///                                                                         ---- committed   |
+///   resumes its VM                 <------------ vmstate-loaded --------                   |
+///                                                                         resume the vm    |
+///                                                                         report  ---------'
+/// ```
+///
+/// - A checkpoint is all or nothing. Until all of it has arrived and was checked, neither guest RAM
+///   nor a device has changed: whatever happens, the checkpoint is dropped and the VM goes on from
+///   its own state.
+/// - *vmstate-received* is the promise to carry this checkpoint on, since the primary lets out the
+///   output that belongs to it. So the commit begins with the attempt to send it, from which
+///   nobody can tell whether the primary has read it; and a failover requested in the commit takes
+///   effect after it. (QEMU calls that a relaunch.)
+/// - A commit that breaks off half way leaves a VM that is neither the old nor the new one. It
+///   never runs again.
+/// - The reply is sent before the VM stops: the primary need not wait until the secondary's vCPUs
+///   have stopped, which only the dirty log and the flush need.
 pub type Secondary = Machine<SecondaryScript>;
 
 /// The secondary's steps, in order.

@@ -1,48 +1,15 @@
-//! What a machine asks of its driver, and what the driver tells it.
+//! The steps of COLO, and how long each may take.
 
 use std::{fmt, io};
 
-use crate::cause::{ColoExit, Outcome};
 use crate::message::Message;
-
-/// What the driver has to do now.
-///
-/// There is one action at a time, because how it ends decides what comes next. The driver carries
-/// it out and hands the machine the one [`Event`] it ended with.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Action {
-    /// Carry out a step.
-    Perform(Step),
-    /// Tell the world that COLO has ended on this side (QMP event COLO_EXIT). Comes exactly once in
-    /// the life of a machine; answered by [`Event::Done`].
-    EmitExit(ColoExit),
-    /// The machine is at its end and takes no more events.
-    Finish(Outcome),
-}
-
-impl Action {
-    /// Is this a wait, which a request ends (see [`Event::FailoverRequested`])?
-    #[must_use]
-    pub const fn is_wait(&self) -> bool {
-        matches!(self, Self::Perform(Step::Await(_)))
-    }
-}
-
-impl fmt::Display for Action {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Perform(step) => step.fmt(f),
-            Self::EmitExit(exit) => write!(f, "reporting that {exit}"),
-            Self::Finish(outcome) => write!(f, "finished: {outcome}"),
-        }
-    }
-}
 
 /// One step of COLO.
 ///
-/// A step *on the wire* talks to the peer and has a [`Bound`]; any other is local. What was sent
+/// A step *on the wire* talks to the peer and has a deadline; any other is local. What was sent
 /// must be on its way before a step begins that sends nothing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum Step {
     /// Wire: send a message that nothing follows, or [`Message::VmstateSend`].
     Send(Message),
@@ -115,7 +82,7 @@ pub enum Step {
 impl Step {
     /// How long the step may take; `None` for a local one.
     #[must_use]
-    pub const fn bound(self) -> Option<Bound> {
+    pub(crate) const fn bound(self) -> Option<Bound> {
         match self {
             Self::Send(_) | Self::StartDirtyLog => Some(Bound::Message),
             Self::Await(wait) => Some(wait.bound()),
@@ -128,7 +95,7 @@ impl Step {
 
     /// Is this the first step of a checkpoint on its side?
     #[must_use]
-    pub const fn begins_checkpoint(self) -> bool {
+    pub(crate) const fn begins_checkpoint(self) -> bool {
         matches!(
             self,
             Self::Send(Message::CheckpointRequest | Message::CheckpointReply)
@@ -139,13 +106,13 @@ impl Step {
     /// main one, for the checkpoint to come? A secondary takes them into its cache, of which its
     /// guest sees nothing before that checkpoint is complete.
     #[must_use]
-    pub const fn is_gap(self) -> bool {
+    pub(crate) const fn is_background(self) -> bool {
         matches!(self, Self::Await(Wait::CheckpointDue))
     }
 
     /// Can the step fail on its own side? Letting go of something cannot, nor can reporting.
     #[must_use]
-    pub const fn may_fail(self) -> bool {
+    pub(crate) const fn may_fail(self) -> bool {
         !matches!(
             self,
             Self::OpenOutput | Self::ReportCheckpoint | Self::Disconnect
@@ -154,7 +121,7 @@ impl Step {
 
     /// Does the step talk to the peer?
     #[must_use]
-    pub const fn is_on_the_wire(self) -> bool {
+    pub(crate) const fn is_on_the_wire(self) -> bool {
         self.bound().is_some()
     }
 }
@@ -196,6 +163,7 @@ impl fmt::Display for Step {
 
 /// The two ends of a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum Moment {
     /// Nothing of it was done yet.
     Begins,
@@ -214,6 +182,7 @@ impl fmt::Display for Moment {
 
 /// What is waited for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum Wait {
     /// This message.
     Message(Message),
@@ -252,7 +221,7 @@ impl fmt::Display for Wait {
 /// What bounds a step on the wire. [`Timekeeper`](crate::deadline::Timekeeper) makes an instant
 /// of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Bound {
+pub(crate) enum Bound {
     /// The deadline of a message the peer owes at once.
     Message,
     /// The deadline of the whole checkpoint.
@@ -265,40 +234,9 @@ pub enum Bound {
     Operator,
 }
 
-/// What the driver tells a machine.
-///
-/// Every action ends with exactly one event. A local step: [`Event::Done`] or, if it
-/// [may fail](Step::may_fail), [`Event::Failed`].
-/// A step on the wire that is no wait: also [`Event::PeerLost`] or [`Event::DeadlineExpired`]. A
-/// wait: what was waited for, or any event but `Done`. [`Event::FailoverRequested`] and
-/// [`Event::Quit`] may in addition be handed over during any action. They end a wait; during
-/// anything else the machine keeps them in mind and the action still owes its own event.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Event {
-    /// The action has been carried out.
-    Done,
-    /// It failed through no loss of the peer: the VMM's error, or received data that is not sound.
-    Failed,
-    /// A message was received.
-    Message(Message),
-    /// What was received is the number of no message.
-    UnknownMessage(u32),
-    /// A checkpoint is due.
-    CheckpointDue,
-    /// The connection to the peer is broken.
-    PeerLost(PeerLoss),
-    /// The bound of the step has passed.
-    DeadlineExpired,
-    /// This side was told to go on alone (QMP `x-colo-lost-heartbeat`). Always handed over before
-    /// the event an action ended with, so that a connection broken *by* the request is never taken
-    /// for the reason of the end.
-    FailoverRequested,
-    /// The VM ends: it was told to quit or the guest has shut down.
-    Quit,
-}
-
 /// How the peer was lost.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum PeerLoss {
     /// It closed the connection, or its host did because the process is gone.
     Closed,

@@ -13,13 +13,11 @@ use vm_memory::VolatileSlice;
 
 /// A RAM cache as the store of an incoming migration.
 ///
-/// During precopy what arrives is the guest's memory. Once [`ColoStore::enter_colo`] was called it
-/// belongs to a checkpoint, of which a running guest sees nothing before the flush.
-/// [`run_secondary`](crate::driver::run_secondary) calls it, before its guest runs.
-///
-/// Which of the two is one question, asked in the cache. It changes once, at a moment
-/// at which no page is on its way: between the confirmation of the migration and
-/// *checkpoint-ready*, before which the primary sends nothing.
+/// During precopy, received pages are the guest's memory. In COLO they belong to a checkpoint, of which a
+/// running guest sees nothing before the flush. [`run_secondary`](crate::driver::run_secondary) changes
+/// from the one to the other before its guest runs. The change comes once, at a moment at which no page
+/// is on its way: between the confirmation of the migration and *checkpoint-ready*, before which the
+/// primary sends nothing.
 #[derive(Debug)]
 pub struct ColoStore {
     table: RamBlockTable,
@@ -66,22 +64,8 @@ impl ColoStore {
     ///
     /// # Errors
     /// The cache's; the guest must not run then.
-    pub fn enter_colo(&self) -> Result<(), StoreError> {
+    pub(crate) fn enter_colo(&self) -> Result<(), StoreError> {
         Ok(self.cache.enter_colo()?)
-    }
-
-    /// The guest was stopped for a checkpoint, and has written since the last one what `log` knows.
-    /// Pages of the checkpoint may be arriving. Not needed before a flush, but saves it work.
-    ///
-    /// # Errors
-    /// The log could not be read, or the cache's.
-    pub fn guest_stopped(
-        &self,
-        stopped: GuestStopped<'_>,
-        log: &mut dyn DirtyLog,
-    ) -> Result<(), StoreError> {
-        self.note_written(log)?;
-        Ok(self.cache.guest_stopped(stopped)?)
     }
 
     fn note_written(&self, log: &mut dyn DirtyLog) -> Result<(), StoreError> {
@@ -94,37 +78,6 @@ impl ColoStore {
         Ok(result?)
     }
 
-    /// Copies all of the checkpoint into the guest, and back over what the guest itself has written
-    /// since the last one, which `log` knows: what the VMM has written for it since it was stopped, as
-    /// a device's reset does, included.
-    ///
-    /// The channels stay held until the result is dropped: pages that they take in from then on
-    /// belong to the next checkpoint.
-    ///
-    /// Without all of a checkpoint there is nothing to flush:
-    ///
-    /// ```compile_fail,E0061
-    /// # use colo_core::{ColoStore, StoreError};
-    /// # use migration_stream::DirtyLog;
-    /// # use ram_cache::{FlushPool, GuestStopped};
-    /// # fn early(store: &ColoStore, stopped: GuestStopped<'_>, log: &mut dyn DirtyLog, pool: &FlushPool) {
-    /// let flushed = store.flush(stopped, log, pool);
-    /// # }
-    /// ```
-    ///
-    /// # Errors
-    /// The log could not be read, or a page could not be copied. The guest must not run then.
-    pub fn flush(
-        &self,
-        stopped: GuestStopped<'_>,
-        log: &mut dyn DirtyLog,
-        pool: &FlushPool,
-        checkpoint: CheckpointComplete,
-    ) -> Result<(FlushReport, HeldChannels), StoreError> {
-        let held = checkpoint.into_held();
-        Ok((self.commit(stopped, log, pool)?, held))
-    }
-
     fn commit(
         &self,
         stopped: GuestStopped<'_>,
@@ -135,20 +88,66 @@ impl ColoStore {
         Ok(self.cache.commit(stopped, pool)?)
     }
 
-    /// Gives back what the flush has left without use: after it and before the guest runs. Pages of
-    /// the next checkpoint may be arriving.
-    ///
-    /// # Errors
-    /// The cache's; it goes on as before.
-    pub fn tidy(&self, stopped: GuestStopped<'_>) -> Result<(), StoreError> {
-        Ok(self.cache.tidy(stopped)?)
-    }
-
     /// Gives the memory back. A store that threads still write to cannot be released: whoever runs
     /// them owns it, and gives it back when they have been joined.
     pub fn release(self) {
         self.cache.release();
     }
+}
+
+/// The guest was stopped for a checkpoint, and has written since the last one what `log` knows.
+/// Pages of the checkpoint may be arriving. Not needed before a flush, but saves it work.
+///
+/// # Errors
+/// The log could not be read, or the cache's.
+pub fn guest_stopped(
+    store: &ColoStore,
+    stopped: GuestStopped<'_>,
+    log: &mut dyn DirtyLog,
+) -> Result<(), StoreError> {
+    store.note_written(log)?;
+    Ok(store.cache.guest_stopped(stopped)?)
+}
+
+/// Copies all of the checkpoint into the guest, and back over what the guest itself has written
+/// since the last one, which `log` knows: what the VMM has written for it since it was stopped, as
+/// a device's reset does, included.
+///
+/// The channels stay held until the result is dropped: pages that they take in from then on
+/// belong to the next checkpoint.
+///
+/// Without all of a checkpoint there is nothing to flush:
+///
+/// ```compile_fail,E0061
+/// # use colo_core::ColoStore;
+/// # use migration_stream::DirtyLog;
+/// # use ram_cache::{FlushPool, GuestStopped};
+/// # fn early(store: &ColoStore, stopped: GuestStopped<'_>, log: &mut dyn DirtyLog, pool: &FlushPool) {
+/// let flushed = colo_core::raw::flush(store, stopped, log, pool);
+/// # }
+/// ```
+///
+/// # Errors
+/// The log could not be read, or a page could not be copied. The guest must not run then.
+pub fn flush(
+    store: &ColoStore,
+    stopped: GuestStopped<'_>,
+    log: &mut dyn DirtyLog,
+    pool: &FlushPool,
+    checkpoint: CheckpointComplete,
+) -> Result<(FlushReport, HeldChannels), StoreError> {
+    let held = checkpoint.into_held();
+    Ok((store.commit(stopped, log, pool)?, held))
+}
+
+/// Gives memory back that a flush has left without use. To be called after [`flush`] and before the guest
+/// runs. Pages of
+/// the next checkpoint may be arriving.
+///
+/// # Errors
+/// The cache's; it goes on as before.
+pub fn reclaim(store: &ColoStore, stopped: GuestStopped<'_>) -> Result<(), StoreError> {
+    Ok(store.cache.tidy(stopped)?)
 }
 
 impl PageStore for ColoStore {
@@ -239,7 +238,7 @@ mod tests {
         let stopped = GuestStopped::witnessed_by(store);
         let log = &mut Written(written);
         let report = store.commit(stopped, log, &FlushPool::new(threads).unwrap());
-        store.tidy(stopped).unwrap();
+        reclaim(store, stopped).unwrap();
         report.unwrap()
     }
 
@@ -285,7 +284,7 @@ mod tests {
             assert_eq!((guest_byte(&guest, 3), guest_byte(&guest, 5)), (7, 9));
             let stopped = GuestStopped::witnessed_by(&store);
             let log = &mut Written(vec![(0, 1 << 6)]);
-            store.guest_stopped(stopped, log).unwrap();
+            guest_stopped(&store, stopped, log).unwrap();
             // A device's reset writes to the guest as well.
             guest
                 .as_volatile_slice()

@@ -2,9 +2,10 @@
 
 #[cfg(test)]
 mod tests {
+    use colo_core::raw::{Action, Event, Machine, Primary, Script, Secondary};
     use colo_core::{
-        Action, Cause, ColoExit, Event, ExitReason, Machine, Message, OnPeerLoss, Outcome,
-        PeerLoss, Primary, Resume, Role, Script, Secondary, Step, Wait,
+        Cause, ColoExit, ExitReason, Message, OnPeerLoss, Outcome, PeerLoss, Resume, Role, Step,
+        Wait,
     };
 
     const CLOSED: Event = Event::PeerLost(PeerLoss::Closed);

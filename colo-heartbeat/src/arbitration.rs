@@ -9,8 +9,8 @@ use migration_stream::io::deadline_after;
 use multifd::Address;
 
 use super::decision::{Order, StopReason};
-use crate::Refusal;
 use crate::arbiter::{Answer, Arbiter, ArbiterError, Owner};
+use crate::failover::Refusal;
 
 /// Why a right was not given.
 #[derive(Debug, thiserror::Error)]

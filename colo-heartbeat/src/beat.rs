@@ -19,8 +19,8 @@
 
 use std::time::Duration;
 
-use crate::OnHeartbeatLoss;
-use crate::Role;
+use crate::failover::Role;
+use crate::policy::OnHeartbeatLoss;
 
 /// Length of a beat, bytes.
 pub const BEAT_LEN: usize = 64;

@@ -31,9 +31,9 @@ use migration_stream::io::deadline_from;
 
 use super::beat::Phase;
 use super::peer::PeerState;
-use crate::OnHeartbeatLoss;
-use crate::Role;
 use crate::arbiter::Answer;
+use crate::failover::Role;
+use crate::policy::OnHeartbeatLoss;
 
 /// Why a side has stopped its guest for good.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, thiserror::Error)]

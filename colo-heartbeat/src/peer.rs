@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 use migration_stream::io::deadline_from;
 
 use super::beat::{BEAT_LEN, Beat, BeatError, Phase};
-use crate::OnHeartbeatLoss;
-use crate::Role;
+use crate::failover::Role;
+use crate::policy::OnHeartbeatLoss;
 
 /// Who beats, and how. [`Rhythm::new`] has the usual values.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -3,16 +3,17 @@
 use std::fmt;
 use std::io;
 use std::os::fd::BorrowedFd;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use super::wake::Wake;
 use crate::cause::Role;
+use crate::failover::{FailoverHandle, FailoverSlot};
 use crate::message::Message;
+use crate::schedule::Schedule;
 use crate::step::Step;
-use crate::{FailoverHandle, Schedule};
 
 /// A handle on one side's COLO, for the threads that serve the operator, the packet comparer, the
 /// VM's own end. Clones are the same handle.
@@ -23,14 +24,12 @@ pub struct ColoControl {
 
 struct Inner {
     role: Role,
-    failover: FailoverHandle,
+    failover: FailoverSlot,
     schedule: Mutex<Schedule>,
     quit: AtomicBool,
     gap: Mutex<GapCap>,
     /// Wakes a wait that is not for the peer.
     wake: Wake,
-    /// Which of the failover handle's sessions this is.
-    session: AtomicU64,
     disconnect: Box<dyn Fn() + Send + Sync>,
 }
 
@@ -66,24 +65,27 @@ impl ColoControl {
         delay: Duration,
         disconnect: impl Fn() + Send + Sync + 'static,
     ) -> io::Result<Self> {
-        let inner = Arc::new(Inner {
-            role,
-            failover,
-            schedule: Mutex::new(Schedule::new(delay, Instant::now())),
-            quit: AtomicBool::new(false),
-            gap: Mutex::default(),
-            wake: Wake::new()?,
-            session: AtomicU64::new(0),
-            disconnect: Box::new(disconnect),
-        });
-        let weak = Arc::downgrade(&inner);
-        let session = inner.failover.enter(role, move || {
-            if let Some(inner) = weak.upgrade() {
-                (inner.disconnect)();
-                inner.wake.wake();
+        let wake = Wake::new()?;
+        let inner = Arc::new_cyclic(|weak: &Weak<Inner>| {
+            let weak = Weak::clone(weak);
+            // A request before this control is whole wakes nobody: the driver looks for requests when it
+            // begins.
+            let kick = move || {
+                if let Some(inner) = weak.upgrade() {
+                    (inner.disconnect)();
+                    inner.wake.wake();
+                }
+            };
+            Inner {
+                role,
+                failover: FailoverSlot::enter(&failover, role, kick),
+                schedule: Mutex::new(Schedule::new(delay, Instant::now())),
+                quit: AtomicBool::new(false),
+                gap: Mutex::default(),
+                wake,
+                disconnect: Box::new(disconnect),
             }
         });
-        inner.session.store(session, Ordering::Relaxed);
         Ok(Self { inner })
     }
 
@@ -93,9 +95,14 @@ impl ColoControl {
         self.inner.role
     }
 
-    /// The failover request and status.
+    /// The operator's handle, which this control has entered COLO with.
     #[must_use]
     pub fn failover(&self) -> &FailoverHandle {
+        self.inner.failover.handle()
+    }
+
+    /// The driver's side of it.
+    pub(super) fn slot(&self) -> &FailoverSlot {
         &self.inner.failover
     }
 
@@ -158,11 +165,6 @@ impl ColoControl {
         self.inner.failover.take_stop() || quit
     }
 
-    /// The driver has ended.
-    pub(super) fn left(&self) {
-        self.inner.left();
-    }
-
     /// When the next checkpoint is due.
     pub(super) fn next_due(&self) -> Option<Instant> {
         self.schedule().next_due()
@@ -209,20 +211,6 @@ impl ColoControl {
             .schedule
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl Inner {
-    fn left(&self) {
-        let session = self.session.load(Ordering::Relaxed);
-        self.failover.left_session(session);
-    }
-}
-
-impl Drop for Inner {
-    /// A driver that has ended has left already; one that never ran cannot take a request.
-    fn drop(&mut self) {
-        self.left();
     }
 }
 

@@ -27,13 +27,13 @@ pub use primary::{LinkError, PrimaryLink, run_primary};
 pub use secondary::{SecondaryLink, run_secondary};
 
 use self::session::Session;
-use crate::machine::OutOfStep;
-use crate::step::{Action, Event, Moment, PeerLoss, Step, Wait};
+use crate::action::{Action, Event, ProtocolMisuse};
+use crate::deadline::Timekeeper;
+use crate::machine::{Machine, Script};
+use crate::report::CheckpointMeter;
+use crate::step::{Moment, PeerLoss, Step, Wait};
 use crate::store::StoreError;
-use crate::{
-    CheckpointMeter, Deadlines, Machine, Message, OnPeerLoss, Outcome, PacketGate, Replication,
-    Script, Timekeeper, Vm, VmError,
-};
+use crate::{Deadlines, Message, OnPeerLoss, Outcome, PacketGate, Replication, Vm, VmError};
 
 /// What a driver is told once.
 #[derive(Clone, Copy, Debug, Default)]
@@ -146,17 +146,32 @@ fn transport_kind(error: &TransportError) -> Option<io::ErrorKind> {
     None
 }
 
+/// How a step came back to the driver.
+enum Performed {
+    /// It is over.
+    Ended(Event),
+    /// A wait was woken, for a request or for a new schedule. It begins again unless a request has
+    /// ended it.
+    Woken,
+}
+
+impl From<Event> for Performed {
+    fn from(event: Event) -> Self {
+        Self::Ended(event)
+    }
+}
+
 /// What one side does with its connections.
 trait Wire<V: Vm, R, G> {
-    /// Carries out a step that only this side has, or that talks to the peer. A wait gives its own
-    /// event.
+    /// Carries out a step that only this side has, or that talks to the peer. A wait that is over gives
+    /// its own event.
     fn perform(
         &mut self,
         step: Step,
         deadline: Option<Instant>,
         parts: &mut Parts<V, R, G>,
         meter: &mut CheckpointMeter,
-    ) -> Result<Event, StepError>;
+    ) -> Result<Performed, StepError>;
 
     /// The VM is about to be let run, if it does not run already.
     fn before_resume(&mut self, _vm: &V) {}
@@ -172,7 +187,7 @@ fn run<S, V, R, G>(
     parts: &mut Parts<V, R, G>,
     control: &ColoControl,
     config: DriverConfig,
-) -> Result<Outcome, OutOfStep>
+) -> Result<Outcome, ProtocolMisuse>
 where
     S: Script,
     V: Vm,
@@ -196,62 +211,62 @@ where
             }
         };
         if machine.is_broken() {
-            control.failover().unfit();
+            control.slot().unfit();
         }
-        let event = match action {
+        let performed = match action {
             Action::Finish(outcome) => return Ok(outcome),
             Action::EmitExit(exit) => {
                 session.exit(&mut parts.vm, &exit);
-                Event::Done
+                Event::Done.into()
             }
             Action::Perform(step) => {
                 let began = Instant::now();
                 let deadline = time.begin(step, began);
                 control.step_begins(step, began);
                 parts.vm.at(step, Moment::Begins);
-                let event = perform(step, deadline, wire, parts, control, &mut meter)
+                let performed = perform(step, deadline, wire, parts, control, &mut meter)
                     .unwrap_or_else(|error| {
                         let event = error.event(step);
                         let error: &dyn std::error::Error = &error;
                         tracing::warn!(role = %control.role(), %step, error, ?event, "colo step failed");
-                        event
+                        event.into()
                     });
                 let ended = Instant::now();
                 meter.step(step, began, ended);
                 control.step_ended(step, ended);
                 parts.vm.at(step, Moment::Ended);
-                event
+                performed
             }
         };
-        next = deliver(&mut machine, event, control);
+        next = deliver(&mut machine, performed, control);
     }
 }
 
-/// Hands requests over first, then the event the action ended with, unless a request has ended it.
+/// Hands requests over first, then the event the action ended with, unless a request has ended it. A
+/// wait that was only woken goes on.
 fn deliver<S: Script>(
     machine: &mut Machine<S>,
-    event: Event,
+    performed: Performed,
     control: &ColoControl,
-) -> Result<Action, OutOfStep> {
+) -> Result<Action, ProtocolMisuse> {
     if let Some(next) = take_requests(machine, control)? {
         return Ok(next);
     }
-    if event == Event::FailoverRequested {
-        // A wait was woken for something else, a new schedule: it is begun again.
-        return Ok(machine.action());
+    match performed {
+        Performed::Woken => Ok(machine.action()),
+        Performed::Ended(event) => Ok(machine.handle(event)?.unwrap_or_else(|| machine.action())),
     }
-    Ok(machine.handle(event)?.unwrap_or_else(|| machine.action()))
 }
 
 /// Hands over what was asked for; the next action if that has ended the present one.
 fn take_requests<S: Script>(
     machine: &mut Machine<S>,
     control: &ColoControl,
-) -> Result<Option<Action>, OutOfStep> {
+) -> Result<Option<Action>, ProtocolMisuse> {
     let requests = [
         control.take_quit().then_some(Event::Quit),
         control
-            .failover()
+            .slot()
             .take_request()
             .then_some(Event::FailoverRequested),
     ];
@@ -271,7 +286,7 @@ fn perform<V, R, G>(
     parts: &mut Parts<V, R, G>,
     control: &ColoControl,
     meter: &mut CheckpointMeter,
-) -> Result<Event, StepError>
+) -> Result<Performed, StepError>
 where
     V: Vm,
     R: Replication,
@@ -301,9 +316,9 @@ where
         _ => return wire.perform(step, deadline, parts, meter),
     }
     Ok(match step {
-        // Its own event is the request, which is delivered first.
-        Step::Await(_) => Event::FailoverRequested,
-        _ => Event::Done,
+        // A decision is a request, which is looked for next.
+        Step::Await(_) => Performed::Woken,
+        _ => Event::Done.into(),
     })
 }
 

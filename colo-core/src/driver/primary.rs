@@ -10,11 +10,13 @@ use migration_stream::unchanged::WhenToCompare;
 use migration_stream::{DirtyLog, PAGE_SIZE, PageTransport, StagedRam, StreamWriter};
 
 use super::gap::Gap;
-use super::{ColoControl, DriverConfig, Parts, StepError, Wire, message_event, run};
-use crate::machine::OutOfStep;
+use super::{ColoControl, DriverConfig, Parts, Performed, StepError, Wire, message_event, run};
+use crate::action::{Event, ProtocolMisuse};
 use crate::message::{MESSAGE_LEN, encode_vmstate_size};
-use crate::step::{Event, Step};
-use crate::{CheckpointMeter, Outcome, PacketGate, Primary, Replication, Resume, Vm, VmError};
+use crate::primary::Primary;
+use crate::report::CheckpointMeter;
+use crate::step::Step;
+use crate::{Outcome, PacketGate, Replication, Resume, Vm, VmError};
 
 /// The primary's end of the connection: what a migration leaves behind when it has switched over.
 pub struct PrimaryLink<T, D: DirtyLog> {
@@ -141,14 +143,14 @@ impl<T, D: DirtyLog> std::fmt::Debug for PrimaryLink<T, D> {
 /// whether the VM runs, which is what a heartbeat has to be told (`colo_heartbeat::Heartbeat::colo_ended`).
 ///
 /// # Errors
-/// [`OutOfStep`] is a mistake of this crate, never the peer's. It was reported by [`Vm::colo_exit`]
+/// [`ProtocolMisuse`] is a mistake of this crate, never the peer's. It was reported by [`Vm::colo_exit`]
 /// as [`Cause::Mistake`](crate::Cause::Mistake). The VM is left as it was.
 pub fn run_primary<T, D, V, R, G>(
     mut link: PrimaryLink<T, D>,
     parts: &mut Parts<V, R, G>,
     control: &ColoControl,
     config: DriverConfig,
-) -> Result<Outcome, OutOfStep>
+) -> Result<Outcome, ProtocolMisuse>
 where
     T: PageTransport,
     D: DirtyLog,
@@ -212,8 +214,8 @@ impl<T: PageTransport, D: DirtyLog, V: Vm, R, G> Wire<V, R, G> for PrimaryWire<'
         deadline: Option<Instant>,
         parts: &mut Parts<V, R, G>,
         meter: &mut CheckpointMeter,
-    ) -> Result<Event, StepError> {
-        if step.is_gap() {
+    ) -> Result<Performed, StepError> {
+        if step.is_background() {
             return self.wait_until_due(meter);
         }
         let PrimaryLink {
@@ -230,7 +232,7 @@ impl<T: PageTransport, D: DirtyLog, V: Vm, R, G> Wire<V, R, G> for PrimaryWire<'
             }
             Step::Await(_) => {
                 replies.set_read_deadline(deadline);
-                return read_message(&mut **replies);
+                return Ok(read_message(&mut **replies)?.into());
             }
             Step::SaveDevices => {
                 self.devices.clear();
@@ -261,9 +263,9 @@ impl<T: PageTransport, D: DirtyLog, V: Vm, R, G> Wire<V, R, G> for PrimaryWire<'
                 meter.devices(self.devices.len() as u64);
             }
             // The others are not the primary's.
-            _ => return Ok(Event::Failed),
+            _ => return Ok(Event::Failed.into()),
         }
-        Ok(Event::Done)
+        Ok(Event::Done.into())
     }
 
     fn disconnect(&mut self) {
@@ -274,12 +276,12 @@ impl<T: PageTransport, D: DirtyLog, V: Vm, R, G> Wire<V, R, G> for PrimaryWire<'
 impl<T: PageTransport, D: DirtyLog> PrimaryWire<'_, T, D> {
     /// Waits for the schedule, and notices meanwhile what the peer does: it may go away, and it has
     /// nothing to say. Pages are sent ahead.
-    fn wait_until_due(&mut self, meter: &mut CheckpointMeter) -> Result<Event, StepError> {
+    fn wait_until_due(&mut self, meter: &mut CheckpointMeter) -> Result<Performed, StepError> {
         let PrimaryLink { replies, ram, .. } = &mut self.link;
         loop {
             let due = self.control.next_due();
             if due.is_some_and(|due| due <= Instant::now()) {
-                return Ok(Event::CheckpointDue);
+                return Ok(Event::CheckpointDue.into());
             }
             let wake = match &self.gap {
                 None => due,
@@ -296,13 +298,11 @@ impl<T: PageTransport, D: DirtyLog> PrimaryWire<'_, T, D> {
                 Readiness::Channel => {
                     // Bytes are there, or the end: a read does not block.
                     replies.set_read_deadline(Some(Instant::now()));
-                    return read_message(&mut **replies);
+                    return Ok(read_message(&mut **replies)?.into());
                 }
                 Readiness::Other => {
-                    // A request, which is looked for before this event is; or a new schedule, and
-                    // the wait is begun again.
                     self.control.drain()?;
-                    return Ok(Event::FailoverRequested);
+                    return Ok(Performed::Woken);
                 }
             }
         }

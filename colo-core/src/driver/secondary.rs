@@ -9,13 +9,15 @@ use migration_stream::{DirtyLog, HeldChannels};
 use multifd::RecvCounters;
 use ram_cache::{FlushPool, GuestStopped};
 
-use super::{ColoControl, DriverConfig, Parts, StepError, Wire, message_event, run};
-use crate::machine::OutOfStep;
+use super::{ColoControl, DriverConfig, Parts, Performed, StepError, Wire, message_event, run};
+use crate::action::{Event, ProtocolMisuse};
 use crate::message::{DEVICE_SIZE_LEN, MESSAGE_LEN, Message, decode_device_size};
-use crate::pages::{EnterError, IncomingPages};
-use crate::step::{Event, Step, Wait};
-use crate::store::{ColoStore, StoreError};
-use crate::{CheckpointMeter, Outcome, PacketGate, Replication, Secondary, Vm, VmError};
+use crate::pages::{EnterError, IncomingPages, enter_colo};
+use crate::report::CheckpointMeter;
+use crate::secondary::Secondary;
+use crate::step::{Step, Wait};
+use crate::store::{self, ColoStore, StoreError};
+use crate::{Outcome, PacketGate, Replication, Vm, VmError};
 
 /// The secondary's end of the connection, and its memory: what an incoming migration leaves behind
 /// when it was confirmed.
@@ -42,8 +44,8 @@ const HEAD_START: Duration = Duration::from_micros(200);
 ///
 /// The VM stands still when this is called: the migration was confirmed
 /// ([`Loaded::confirm`](migration_stream::precopy::Loaded::confirm)), and the guest has not run. The
-/// driver starts the dirty log, has pages belong to checkpoints from then on
-/// ([`IncomingPages::enter_colo`]), and lets the guest run. It stops, resets and resumes the VM for
+/// driver starts the dirty log, has pages belong to checkpoints from then on,
+/// and lets the guest run. It stops, resets and resumes the VM for
 /// every checkpoint; nobody else does meanwhile.
 ///
 /// What ends COLO, what is waited for then, and what is true when this returns is as for
@@ -51,14 +53,14 @@ const HEAD_START: Duration = Duration::from_micros(200);
 /// with [`RequestError::Unfit`](crate::RequestError::Unfit).
 ///
 /// # Errors
-/// [`OutOfStep`] is a mistake of this crate, never the peer's. It was reported by [`Vm::colo_exit`]
+/// [`ProtocolMisuse`] is a mistake of this crate, never the peer's. It was reported by [`Vm::colo_exit`]
 /// as [`Cause::Mistake`](crate::Cause::Mistake). The VM is left as it was.
 pub fn run_secondary<D, V, R, G>(
     link: SecondaryLink<D>,
     parts: &mut Parts<V, R, G>,
     control: &ColoControl,
     config: DriverConfig,
-) -> Result<Outcome, OutOfStep>
+) -> Result<Outcome, ProtocolMisuse>
 where
     D: DirtyLog,
     V: Vm,
@@ -124,7 +126,7 @@ impl<D: DirtyLog, V: Vm, R, G> Wire<V, R, G> for SecondaryWire<'_, D, V::Staged,
         deadline: Option<Instant>,
         parts: &mut Parts<V, R, G>,
         meter: &mut CheckpointMeter,
-    ) -> Result<Event, StepError> {
+    ) -> Result<Performed, StepError> {
         let SecondaryLink {
             receiver,
             pages,
@@ -137,7 +139,7 @@ impl<D: DirtyLog, V: Vm, R, G> Wire<V, R, G> for SecondaryWire<'_, D, V::Staged,
         match step {
             Step::StartDirtyLog => {
                 log.start().map_err(StoreError::Log)?;
-                pages.enter_colo(deadline).map_err(|error| match error {
+                enter_colo(pages, deadline).map_err(|error| match error {
                     EnterError::Transport(error) => TargetError::Transport(error).into(),
                     EnterError::Store(error) => StepError::from(error),
                 })?;
@@ -156,11 +158,11 @@ impl<D: DirtyLog, V: Vm, R, G> Wire<V, R, G> for SecondaryWire<'_, D, V::Staged,
                 if wait == Wait::Message(Message::VmstateSend) {
                     // The VM was stopped just now, and the primary is stopping its own.
                     let stopped = GuestStopped::witnessed_by(&parts.vm);
-                    pages.store().guest_stopped(stopped, log)?;
+                    store::guest_stopped(pages.store(), stopped, log)?;
                 }
                 let mut bytes = [0; MESSAGE_LEN];
                 receiver.reader().read_exact(&mut bytes)?;
-                return Ok(message_event(bytes));
+                return Ok(message_event(bytes).into());
             }
             Step::ReceiveRam => {
                 let (store, barrier) = pages.parts();
@@ -200,7 +202,7 @@ impl<D: DirtyLog, V: Vm, R, G> Wire<V, R, G> for SecondaryWire<'_, D, V::Staged,
                     .ok_or_else(|| out_of_order("ram was", "received"))?;
                 // The machine stopped the VM before.
                 let stopped = GuestStopped::witnessed_by(&parts.vm);
-                let (report, held) = pages.store().flush(stopped, log, pool, complete)?;
+                let (report, held) = store::flush(pages.store(), stopped, log, pool, complete)?;
                 self.loading = Some(held);
                 tracing::trace!(
                     pages = report.pages,
@@ -218,9 +220,9 @@ impl<D: DirtyLog, V: Vm, R, G> Wire<V, R, G> for SecondaryWire<'_, D, V::Staged,
                 parts.vm.install_devices(reset)?;
             }
             // The others are not the secondary's.
-            _ => return Ok(Event::Failed),
+            _ => return Ok(Event::Failed.into()),
         }
-        Ok(Event::Done)
+        Ok(Event::Done.into())
     }
 
     /// The primary does not wait for this any more.
@@ -229,7 +231,7 @@ impl<D: DirtyLog, V: Vm, R, G> Wire<V, R, G> for SecondaryWire<'_, D, V::Staged,
             return;
         }
         let stopped = GuestStopped::witnessed_by(vm);
-        if let Err(error) = self.link.pages.store().tidy(stopped) {
+        if let Err(error) = store::reclaim(self.link.pages.store(), stopped) {
             let error: &dyn std::error::Error = &error;
             tracing::warn!(error, "the ram cache keeps memory that it does not need");
         }

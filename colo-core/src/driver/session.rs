@@ -22,7 +22,7 @@ impl<'a> Session<'a> {
     pub(super) fn exit<V: Vm>(&mut self, vm: &mut V, exit: &ColoExit) {
         self.exited = true;
         // First, so that whoever hears of the end and asks for the status finds it there.
-        self.control.failover().exited(exit.reason());
+        self.control.slot().exited(exit.reason());
         vm.colo_exit(exit);
     }
 
@@ -44,6 +44,6 @@ impl Drop for Session<'_> {
         if !self.exited {
             self.control.disconnect();
         }
-        self.control.left();
+        self.control.slot().leave();
     }
 }

@@ -9,9 +9,10 @@ use migration_stream::TransportError;
 
 use super::*;
 use crate::cause::ExitReason;
+use crate::secondary::Secondary;
 use crate::{
     CheckpointReport, ColoExit, ColoMode, FailoverHandle, NoGate, NoReplication, RequestError,
-    Role, Secondary, StatusReason,
+    Role, StatusReason,
 };
 
 /// A VM that only counts, and panics where it is told to.
@@ -64,8 +65,8 @@ impl<F: FnMut(Step) -> Result<Event, StepError>, R, G> Wire<Counting, R, G> for 
         _: Option<Instant>,
         _: &mut Parts<Counting, R, G>,
         _: &mut CheckpointMeter,
-    ) -> Result<Event, StepError> {
-        (self.ends)(step)
+    ) -> Result<Performed, StepError> {
+        (self.ends)(step).map(Performed::from)
     }
     fn disconnect(&mut self) {
         self.disconnects.fetch_add(1, Ordering::Relaxed);
@@ -73,7 +74,7 @@ impl<F: FnMut(Step) -> Result<Event, StepError>, R, G> Wire<Counting, R, G> for 
 }
 
 struct Run {
-    outcome: std::thread::Result<Result<Outcome, OutOfStep>>,
+    outcome: std::thread::Result<Result<Outcome, ProtocolMisuse>>,
     exits: Vec<ColoExit>,
     disconnects: usize,
     failover: FailoverHandle,

@@ -1,7 +1,7 @@
 //! A primary that lies: the cause is named, and the secondary's VM is as it was.
 
 use colo_core::driver::DriverConfig;
-use colo_core::message::{DEVICE_SIZE_LEN, UnexpectedMessage, UnknownMessage};
+use colo_core::raw::DEVICE_SIZE_LEN;
 use colo_core::{Cause, ExitReason, Message, OnPeerLoss, Step};
 use multifd::packet::{HEADER_LEN, Method, PacketFlags, PacketHeader};
 
@@ -26,10 +26,10 @@ fn refused(channels: u8, lie: impl FnOnce(&mut HandPrimary) -> Vec<u8>, cause: C
 }
 
 fn unexpected(got: Message, expected: Message) -> Cause {
-    Cause::UnexpectedMessage(UnexpectedMessage {
+    Cause::UnexpectedMessage {
         got,
         expected: Some(expected),
-    })
+    }
 }
 
 fn refused_ram(ram: &[u8]) {
@@ -47,7 +47,7 @@ fn end_section(record: u64, rest: &[u8]) -> Vec<u8> {
 
 #[test]
 fn an_unknown_message() {
-    let cause = Cause::UnknownMessage(UnknownMessage { number: 7 });
+    let cause = Cause::UnknownMessage { number: 7 };
     for channels in [0, 2] {
         refused(channels, |_| vec![0, 0, 0, 7], cause);
     }
@@ -236,6 +236,8 @@ fn pages_behind_the_last_sync_of_a_channel_reach_no_checkpoint_and_no_guest_that
             Err(exit) => assert_eq!(exit.cause, Cause::StepFailed(Step::ReceiveRam)),
             Ok(state) => {
                 assert_eq!(state, primary.state());
+                // Its guest runs from that checkpoint.
+                secondary.until(|told| matches!(told, Told::Checkpoint(_)).then_some(()));
                 primary.die();
                 secondary.exit();
             }

@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use colo_core::driver::DriverConfig;
-use colo_core::message::DEVICE_SIZE_LEN;
+use colo_core::raw::DEVICE_SIZE_LEN;
 use colo_core::{Cause, Deadlines, ExitReason, Message, PeerLoss, Step, Wait};
 
 use crate::rig::{LIMIT, SHORT, Wire, impatient, migrated, patient};

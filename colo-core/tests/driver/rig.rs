@@ -10,10 +10,10 @@ use colo_core::driver::{
     ColoControl, DriverConfig, LinkError, Parts, PrimaryLink, SecondaryLink, run_primary,
     run_secondary,
 };
-use colo_core::message::{MESSAGE_LEN, encode_vmstate_size};
+use colo_core::raw::{DEFAULT_MIN_GAP, MESSAGE_LEN, encode_vmstate_size};
 use colo_core::{
     Cause, CheckpointReport, ColoExit, ColoStore, Deadlines, ExitReason, FailoverHandle,
-    IncomingPages, Message, OnPeerLoss, Outcome, Resume, Role, Vm as _, schedule::DEFAULT_MIN_GAP,
+    IncomingPages, Message, OnPeerLoss, Outcome, Resume, Role, Vm as _,
 };
 use migration_stream::decoder::{ConfigurationRule, DecoderConfig};
 use migration_stream::io::{ByteSink, ByteSource, Chunk, FdChannel};

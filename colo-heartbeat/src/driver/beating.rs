@@ -14,10 +14,12 @@ use rustix::process::setpriority_process;
 use super::Guest;
 use super::shared::{Shared, lock};
 use crate::arbitration::{News, Question, Reply};
+use crate::beat::Phase;
+use crate::decision::StopReason;
 use crate::decision::{Colo, Decider, View};
+use crate::failover::{ColoEnd, ColoState, Failover};
 use crate::link::{Link, LinkEvent};
 use crate::peer::Peer;
-use crate::{ColoEnd, ColoState, Failover, Phase, StopReason};
 
 /// What the heartbeat's thread has.
 pub(super) struct Beating {

@@ -42,10 +42,12 @@ pub use self::shared::HeartbeatReport;
 use self::shared::{Shared, lock};
 use crate::arbiter::{Arbiter, ArbiterError};
 use crate::arbitration::{HoldError, News, Question, Reply, Request, TakeOverError, serve};
+use crate::beat::Phase;
 use crate::decision::{Decider, PATIENCE, StopReason};
+use crate::failover::{ColoEnd, Failover};
 use crate::link::{Endpoint, Link};
 use crate::peer::{Peer, PeerState, Rhythm};
-use crate::{ColoEnd, Failover, OnHeartbeatLoss, Phase};
+use crate::policy::OnHeartbeatLoss;
 
 /// What a heartbeat is told once.
 #[derive(Clone, Debug)]

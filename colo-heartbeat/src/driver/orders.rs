@@ -5,10 +5,10 @@ use std::time::Instant;
 use migration_stream::io::deadline_after;
 
 use super::beating::Beating;
-use crate::PeerState;
-use crate::Refusal;
 use crate::arbitration::Question;
 use crate::decision::{Colo, Order, PATIENCE};
+use crate::failover::Refusal;
+use crate::peer::PeerState;
 
 impl Beating {
     /// Does what is to be done; the result is that of an order to take over.

@@ -7,10 +7,10 @@ use multifd::Address;
 
 use super::beating::Beating;
 use super::shared::lock;
-use crate::Refusal;
 use crate::arbiter::Answer;
 use crate::arbitration::{News, Request, TakeOverError};
 use crate::decision::{Colo, Decider, Order, Requested};
+use crate::failover::Refusal;
 use crate::link::{Endpoint, Link};
 
 impl Beating {

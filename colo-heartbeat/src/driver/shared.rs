@@ -9,7 +9,11 @@ use migration_stream::io::without_write_signals;
 
 use crate::arbiter::Answer;
 use crate::arbitration::Request;
-use crate::{ColoEnd, Endpoint, PeerState, Phase, Rhythm, StopReason};
+use crate::beat::Phase;
+use crate::decision::StopReason;
+use crate::failover::ColoEnd;
+use crate::link::Endpoint;
+use crate::peer::{PeerState, Rhythm};
 
 /// What is known of the heartbeat.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -11,7 +11,7 @@ use super::*;
 use crate::arbiter::{Answer, Grant, Manual, Owner};
 use crate::beat::BEAT_LEN;
 use crate::decision::Order;
-use crate::{ColoState, Refusal, Role};
+use crate::failover::{ColoState, Refusal, Role};
 
 /// Far beyond what a busy machine needs.
 const LONG: Duration = Duration::from_secs(60);

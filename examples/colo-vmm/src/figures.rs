@@ -92,7 +92,7 @@ pub(crate) const fn cause_name(cause: &Cause) -> &'static str {
         Cause::Quit => "quit",
         Cause::PeerLost { .. } => "peer-lost",
         Cause::DeadlineExpired { .. } => "deadline",
-        Cause::UnexpectedMessage(_) | Cause::UnknownMessage(_) => "protocol",
+        Cause::UnexpectedMessage { .. } | Cause::UnknownMessage { .. } => "protocol",
         Cause::StepFailed(_) => "step-failed",
         _ => "other",
     }
@@ -230,11 +230,10 @@ mod tests {
     fn a_pause_belongs_to_the_class_of_its_bound() {
         let figures = Figures::default();
         for us in [0, 1000, 1001, 2500, 1_000_000, 1_000_001] {
-            figures.note(&CheckpointReport {
-                pause: Duration::from_micros(us),
-                dirty_pages: 3,
-                ..CheckpointReport::default()
-            });
+            let mut report = CheckpointReport::default();
+            report.pause = Duration::from_micros(us);
+            report.dirty_pages = 3;
+            figures.note(&report);
         }
         let totals = figures.totals();
         assert_eq!(totals.pauses, [2, 2, 0, 0, 0, 0, 0, 0, 0, 1]);

@@ -1,6 +1,7 @@
 //! One of the two sides by its role, which their types tell apart.
 
-use colo_core::{Action, Event, Role};
+use colo_core::Role;
+use colo_core::raw::{Action, Event};
 
 use super::World;
 use super::side::Request;

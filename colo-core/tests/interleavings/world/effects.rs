@@ -1,6 +1,7 @@
 //! What a transition does to the world: the actions of both sides, requests, and death.
 
-use colo_core::{Action, Cause, ExitReason, Message, Role, Step, Wait};
+use colo_core::raw::Action;
+use colo_core::{Cause, ExitReason, Message, Role, Step, Wait};
 
 use super::side::{Request, Side};
 use super::transition::Way;

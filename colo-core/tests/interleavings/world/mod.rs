@@ -16,9 +16,8 @@ mod setting;
 mod side;
 mod transition;
 
-use colo_core::primary::PrimaryScript;
-use colo_core::secondary::SecondaryScript;
-use colo_core::{Message, Primary, Secondary};
+use colo_core::Message;
+use colo_core::raw::{Primary, PrimaryScript, Secondary, SecondaryScript};
 
 use self::by_role::other;
 pub use self::guarantees::Quiet;

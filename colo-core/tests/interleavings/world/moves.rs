@@ -1,6 +1,7 @@
 //! Every transition of a state: what the sides, their guests and the environment can do next.
 
-use colo_core::{Action, Event, PeerLoss, Role, Step, Wait};
+use colo_core::raw::{Action, Event};
+use colo_core::{PeerLoss, Role, Step, Wait};
 
 use super::setting::{Ahead, Budget};
 use super::side::Request;
@@ -33,8 +34,7 @@ impl World {
         let is_open = match (self.ahead, self.primary.machine.action()) {
             (Ahead::Never, _) => false,
             (Ahead::Always, _) => true,
-            (_, Action::Perform(step)) => step.is_gap(),
-            _ => false,
+            (_, action) => action.is_background(),
         };
         for half in [0, 1] {
             let runs = self.primary.alive && self.primary.vm_runs;
@@ -131,19 +131,19 @@ impl World {
             Action::Finish(_) => return,
             Action::Perform(step) => step,
         };
-        if step.is_on_the_wire() && self.is_cut_off(role) && step != Step::Await(Wait::Decision) {
+        if action.is_on_the_wire() && self.is_cut_off(role) && step != Step::Await(Wait::Decision) {
             let lost = Event::PeerLost(PeerLoss::Closed);
             add(By::System, Way::Not, lost, free);
             add(By::System, Way::Part, lost, free);
         }
-        let timed = step.is_on_the_wire()
+        let timed = action.is_on_the_wire()
             && !matches!(step, Step::Await(Wait::CheckpointDue | Wait::Decision));
         if timed && self.budget.may(|budget| budget.deadlines) {
             let pay: fn(&mut Budget) = |budget| budget.spend(|budget| &mut budget.deadlines);
             add(By::Environment, Way::Not, Event::DeadlineExpired, pay);
             add(By::Environment, Way::Part, Event::DeadlineExpired, pay);
         }
-        if self.budget.may(|budget| budget.failures) && step.may_fail() && !action.is_wait() {
+        if self.budget.may(|budget| budget.failures) && action.may_fail() && !action.is_wait() {
             let pay: fn(&mut Budget) = |budget| budget.spend(|budget| &mut budget.failures);
             add(By::Environment, Way::Not, Event::Failed, pay);
             add(By::Environment, Way::Part, Event::Failed, pay);
@@ -185,7 +185,7 @@ impl World {
                 out.push(Transition::happens(By::System, Some(role), "reads", wrong));
             }
             // What is sent into a broken link may vanish without an error.
-            _ if !step.is_on_the_wire() || self.is_connected(role) => {
+            _ if !action.is_on_the_wire() || self.is_connected(role) => {
                 add(By::System, Way::Whole, Event::Done, free);
             }
             _ => {}

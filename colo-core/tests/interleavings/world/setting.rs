@@ -7,7 +7,7 @@ use colo_core::{OnPeerLoss, Resume};
 pub enum Ahead {
     /// No.
     Never,
-    /// When [`Step::is_gap`] says so, each half on a channel of its own.
+    /// When `Action::is_background` says so, each half on a channel of its own.
     InGap,
     /// The same, on whichever channel is free.
     InGapUnordered,

@@ -1,6 +1,7 @@
 //! One side: its machine, what it has done so far, and what can be seen of it.
 
-use colo_core::{Action, Machine, OnPeerLoss, Outcome, Script, Step, Wait};
+use colo_core::raw::{Action, Machine, Script};
+use colo_core::{OnPeerLoss, Outcome, Step, Wait};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Request {

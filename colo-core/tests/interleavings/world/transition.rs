@@ -2,7 +2,8 @@
 
 use std::fmt;
 
-use colo_core::{Action, Event, Role};
+use colo_core::Role;
+use colo_core::raw::{Action, Event};
 
 use super::World;
 

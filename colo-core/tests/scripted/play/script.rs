@@ -1,7 +1,7 @@
 //! Scripts out of bytes.
 
 use colo_core::Message;
-use colo_core::message::encode_vmstate_size;
+use colo_core::raw::encode_vmstate_size;
 use multifd::packet::{HEADER_LEN, Method, PacketFlags, PacketHeader};
 
 /// Bytes that are used up; zeroes where there are no more.

@@ -48,7 +48,7 @@ use std::time::Duration;
 use colo_core::driver::{ColoControl, DriverConfig, Parts, SecondaryLink, run_secondary};
 use colo_core::{
     Cause, CheckpointReport, ColoExit, Deadlines, ExitReason, FailoverHandle, NoGate,
-    NoReplication, OnPeerLoss, OutOfStep, Outcome, Role,
+    NoReplication, OnPeerLoss, Outcome, ProtocolMisuse, Role,
 };
 use migration_stream::io::CancelToken;
 use multifd::incoming::{Acceptor, IncomingError, Limits};
@@ -323,7 +323,7 @@ impl Standby {
         self: &Arc<Self>,
         arrived: Arrived,
         door: &mut Option<Acceptor>,
-    ) -> Result<(Guest, Result<Outcome, OutOfStep>), TakeError> {
+    ) -> Result<(Guest, Result<Outcome, ProtocolMisuse>), TakeError> {
         let Arrived {
             guest,
             loaded,
