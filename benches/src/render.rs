@@ -262,17 +262,17 @@ fn guest_work(all: &[GuestWork]) -> String {
     let mut text = format!(
         "## The guest's own work\n\n\
          Passes a second of a guest over {} pages, alone and under checkpoints, in the median of {} \
-         rounds, over {} by {}.\n\n\
-         | interval | pair | alone | protected | slowdown |\n|---|---|---|---|---|\n",
+         rounds.\n\n\
+         | link | interval | pair | alone | protected | slowdown |\n|---|---|---|---|---|---|\n",
         first.case.dirty_pages,
         first.alone.len(),
-        first.case.link,
-        first.case.way,
     );
     for row in all {
         let _ = writeln!(
             text,
-            "| {} ms | {} | {:.0} | {:.0} | {:.0} % |",
+            "| {} {} | {} ms | {} | {:.0} | {:.0} | {:.0} % |",
+            row.case.link,
+            row.case.way,
             row.case.interval_ms,
             row.pair,
             median(row.alone.iter().copied()),
