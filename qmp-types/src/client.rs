@@ -22,6 +22,7 @@ use crate::error::QmpError;
 use crate::event::{Event, Timestamp};
 use crate::json::{self, JsonError, JsonReader, Limits};
 use crate::status::VersionInfo;
+use crate::text::escaped;
 
 /// What a server says first (`QMP`).
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -97,7 +98,7 @@ pub enum ClientError {
     #[error("the server sent something that is not json")]
     Json(#[from] JsonError),
     /// It is JSON, but neither greeting, reply nor event.
-    #[error("the server sent neither greeting, reply nor event: {message}")]
+    #[error("the server sent neither greeting, reply nor event: {}", escaped(.message))]
     NotQmp {
         /// The beginning of it.
         message: String,

@@ -331,7 +331,7 @@ impl Command {
             Self::MigrateSetParameters(changes) => Some(json!(changes)),
             Self::XSetColoGapBandwidth { bandwidth } => Some(json!({ "bandwidth": bandwidth })),
             Self::Yank { instances } => Some(json!({ "instances": instances })),
-            Self::XSetColoHeartbeat { address } => Some(json!({ "uri": address.to_string() })),
+            Self::XSetColoHeartbeat { address } => Some(json!({ "uri": address.uri() })),
             Self::QueryVersion
             | Self::QueryCommands
             | Self::QueryStatus
@@ -357,7 +357,7 @@ impl Command {
 /// `channels`, which are there since QEMU 8.2.
 fn address(address: &MigrationAddress) -> Value {
     if address.has_uri() {
-        return json!({ "uri": address.to_string() });
+        return json!({ "uri": address.uri() });
     }
     json!({ "channels": [MigrationChannel {
         channel_type: MigrationChannelType::Main,

@@ -8,6 +8,8 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::text::escaped;
+
 qapi_enum! {
     /// The class of an error (`QapiErrorClass`).
     pub enum ErrorClass {
@@ -53,12 +55,13 @@ pub fn returns<T: Serialize>(value: &T) -> CommandResult {
 }
 
 impl QmpError {
-    /// An error of a class.
+    /// An error of a class. What `desc` repeats of a client's input is escaped, as all that could do harm on
+    /// a terminal.
     #[must_use]
     pub fn new(class: ErrorClass, desc: impl Into<String>) -> Self {
         Self {
             class,
-            desc: desc.into(),
+            desc: escaped(&desc.into()).into_owned(),
         }
     }
 
@@ -193,7 +196,8 @@ impl QmpError {
 
 impl fmt::Display for QmpError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}: {}", self.class, self.desc)
+        // It may have come from a server.
+        write!(f, "{}: {}", self.class, escaped(&self.desc))
     }
 }
 

@@ -73,6 +73,7 @@ pub mod parameters;
 pub mod session;
 pub mod settings;
 pub mod status;
+mod text;
 pub mod yank;
 
 pub use address::{InetSocketAddress, MigrationAddress, SocketAddress};

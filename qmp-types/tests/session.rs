@@ -306,3 +306,59 @@ proptest! {
         }
     }
 }
+
+/// What clears a terminal, begins another line, and turns text around.
+const HOSTILE: &str = "\x1b[2J\r\n\u{202e}";
+const SHOWN: &str = r"\u{1b}[2J\r\n\u{202e}";
+
+#[test]
+fn what_an_error_repeats_of_a_clients_input_is_escaped() {
+    let name = serde_json::to_string(HOSTILE).unwrap();
+    let capability = format!(r#"{{"capability":{name},"state":true}}"#);
+    for message in [
+        format!(r#"{{"execute":{name}}}"#),
+        format!(r#"{{"execute":"stop",{name}:1}}"#),
+        format!(r#"{{"execute":"stop","arguments":{{{name}:1}}}}"#),
+        format!(r#"{{"execute":"migrate","arguments":{{"uri":{name}}}}}"#),
+        format!(r#"{{"execute":"migrate-set-parameters","arguments":{{{name}:1}}}}"#),
+        format!(
+            r#"{{"execute":"migrate-set-capabilities","arguments":{{"capabilities":[{capability}]}}}}"#
+        ),
+    ] {
+        let mut session = with_oob();
+        session.feed(message.as_bytes());
+        let said = output(&mut session);
+        let said: serde_json::Value = serde_json::from_str(said.trim_end()).unwrap();
+        let desc = said["error"]["desc"].as_str().unwrap();
+        assert!(desc.contains(SHOWN), "{message}: {desc:?}");
+        assert!(!desc.contains(char::is_control), "{message}: {desc:?}");
+    }
+    // Of what is no JSON too.
+    let mut session = with_oob();
+    session.feed(b"\x1b]0;x\x07{\"execute\":\"stop\"}");
+    for said in output(&mut session).lines() {
+        let said: serde_json::Value = serde_json::from_str(said).unwrap();
+        let desc = said["error"]["desc"].as_str().unwrap_or_default();
+        assert!(!desc.contains(char::is_control), "{desc:?}");
+    }
+}
+
+#[test]
+fn what_a_server_says_is_shown_escaped() {
+    let text = serde_json::to_string(HOSTILE).unwrap();
+    let mut client = qmp_types::Client::new();
+    let error = format!(r#"{{"error":{{"class":"GenericError","desc":{text}}},"id":1}}"#);
+    client.feed(error.as_bytes());
+    match client.poll() {
+        Some(Ok(ServerMessage::Error { error, .. })) => {
+            assert_eq!(error.to_string(), format!("GenericError: {SHOWN}"));
+        }
+        other => panic!("{other:?}"),
+    }
+    client.feed(format!(r#"{{"x":{text}}}"#).as_bytes());
+    let shown = client.poll().unwrap().unwrap_err().to_string();
+    assert!(
+        !shown.contains(|c: char| c.is_control() || c == '\u{202e}'),
+        "{shown:?}"
+    );
+}

@@ -15,6 +15,7 @@ use clap::builder::RangedU64ValueParser;
 use clap::{Args, Parser, Subcommand};
 use colo_core::driver::GapConfig;
 use colo_core::{Deadlines, OnPeerLoss, Resume};
+use migration_stream::Escaped;
 use migration_stream::unchanged::WhenToCompare;
 use multifd::ZstdRange;
 use qmp_types::{MigrationAddress, RunState, SessionConfig};
@@ -421,7 +422,7 @@ impl FromStr for GuestArg {
                 None => Ok(Self::Flat(rest.into(), FLAT_ADDRESS)),
                 Some((file, address)) => number(address)
                     .map(|address| Self::Flat(file.into(), address))
-                    .ok_or_else(|| format!("'{address}' is not an address")),
+                    .ok_or_else(|| format!("'{}' is not an address", Escaped(address))),
             },
             _ => Err(
                 "expected workload, answers, boot:FILE, flat:FILE[@ADDRESS] or kernel:FILE".into(),

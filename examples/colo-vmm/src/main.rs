@@ -4,10 +4,10 @@ use std::io::IsTerminal;
 use std::process::ExitCode;
 use std::sync::Mutex;
 
-use clap::Parser;
 use colo_vmm::cli::Cli;
 use colo_vmm::error_chain::chain;
 use colo_vmm::outlet::{Outlet, complain};
+use tool_support::arguments;
 use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::fmt;
 use tracing_subscriber::layer::SubscriberExt;
@@ -23,7 +23,7 @@ fn main() -> ExitCode {
         .with(log)
         .with(wanted())
         .init();
-    Cli::parse().run().unwrap_or_else(|error| {
+    arguments::parse::<Cli>().run().unwrap_or_else(|error| {
         complain(format!("colo-vmm: {}", chain(&*error)));
         ExitCode::FAILURE
     })

@@ -2,12 +2,11 @@
 
 use std::process::ExitCode;
 
-use clap::Parser;
 use stream_inspect::cli::Cli;
 use tool_support::output::{Output, end};
 
 fn main() -> ExitCode {
-    let done = Cli::parse().run(&mut Output::standard());
+    let done = tool_support::arguments::parse::<Cli>().run(&mut Output::standard());
     end(
         "stream-inspect",
         ExitCode::FAILURE,

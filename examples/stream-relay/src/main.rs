@@ -5,7 +5,6 @@ use std::process::ExitCode;
 use std::thread;
 use std::time::Duration;
 
-use clap::Parser;
 use stream_relay::cli::Cli;
 use stream_relay::relay::RelayError;
 use tool_support::output::{complain, end};
@@ -14,7 +13,7 @@ use tool_support::output::{complain, end};
 const POLL: Duration = Duration::from_millis(100);
 
 fn main() -> ExitCode {
-    let done = Cli::parse().run();
+    let done = tool_support::arguments::parse::<Cli>().run();
     if let Err(error) = &done {
         wait_with_the_source(&**error);
     }

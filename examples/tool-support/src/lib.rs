@@ -2,6 +2,7 @@
 //!
 //! | module | what |
 //! |---|---|
+//! | [`arguments`] | the command line, whose mistakes are told in plain text |
 //! | [`output`] | standard output and standard error whose reader may have gone |
 //! | [`errors`] | an error and its causes as one line of plain text |
 //! | [`number`] | numbers and sizes on a command line |
@@ -10,6 +11,7 @@
 #![forbid(unsafe_code)]
 #![deny(clippy::print_stdout, clippy::print_stderr)]
 
+pub mod arguments;
 pub mod device_state;
 pub mod errors;
 pub mod input;

@@ -2,11 +2,10 @@
 
 use std::process::ExitCode;
 
-use clap::Parser;
 use tool_support::output::{Output, end};
 use vmstate_check::cli::{Cli, UNUSABLE};
 
 fn main() -> ExitCode {
-    let verdict = Cli::parse().run(&mut Output::standard());
+    let verdict = tool_support::arguments::parse::<Cli>().run(&mut Output::standard());
     end("vmstate-check", UNUSABLE.into(), verdict)
 }

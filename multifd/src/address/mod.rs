@@ -15,6 +15,8 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::{fmt, io};
 
+use migration_stream::Escaped;
+
 mod connect;
 mod listener;
 mod lookup;
@@ -115,6 +117,7 @@ impl FromStr for Address {
     }
 }
 
+/// In QEMU's spelling. What could do harm on a terminal or in a log is [escaped](Escaped).
 impl fmt::Display for Address {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -122,13 +125,13 @@ impl fmt::Display for Address {
                 host,
                 port,
                 options,
-            } if host.contains(':') => write!(f, "tcp:[{host}]:{port}{options}"),
+            } if host.contains(':') => write!(f, "tcp:[{}]:{port}{options}", Escaped(host)),
             Self::Tcp {
                 host,
                 port,
                 options,
-            } => write!(f, "tcp:{host}:{port}{options}"),
-            Self::Unix(path) => write!(f, "unix:{}", path.display()),
+            } => write!(f, "tcp:{}:{port}{options}", Escaped(host)),
+            Self::Unix(path) => write!(f, "unix:{}", Escaped(&path.to_string_lossy())),
             Self::Abstract(name) => {
                 let name = name.trim_ascii_end();
                 let end = name
@@ -146,7 +149,7 @@ impl fmt::Display for Address {
 #[non_exhaustive]
 pub enum AddressError {
     /// Not an address of a transport that takes several connections.
-    #[error("'{address}' is no address: {problem}")]
+    #[error("'{}' is no address: {problem}", Escaped(.address))]
     Syntax {
         /// What was given.
         address: String,
@@ -258,6 +261,42 @@ mod tests {
         ] {
             let error = text.parse::<Address>().unwrap_err().to_string();
             assert_eq!(error, format!("'{text}' is no address: {problem}"));
+        }
+    }
+
+    #[test]
+    fn hostile_text_in_an_address_is_escaped() {
+        let hostile = "\x1b[2J\r\n\u{202e}";
+        let shown = r"\u{1b}[2J\r\n\u{202e}";
+        for text in [
+            format!("tcp:{hostile}:1"),
+            format!("tcp:[::{hostile}]:1"),
+            format!("unix:/run/{hostile}"),
+        ] {
+            let address: Address = text.parse().unwrap();
+            assert_eq!(address.to_string(), text.replace(hostile, shown));
+        }
+        let named = Address::abstract_unix(hostile, true).unwrap().to_string();
+        assert!(!named.contains(char::is_control), "{named}");
+        for text in [
+            format!("{hostile}:1"),
+            format!("tcp:h:{hostile}"),
+            format!("tcp:{hostile}::1:9"),
+            format!("tcp:h:1,{hostile}"),
+            format!("tcp:h:1,ipv4={hostile}"),
+            format!("tcp:h:1,to={hostile}"),
+            format!("tcp:h:1,keep-alive-{hostile}=1"),
+        ] {
+            let error = text.parse::<Address>().unwrap_err();
+            let AddressError::Syntax { problem, .. } = &error else {
+                panic!("{error}");
+            };
+            for said in [error.to_string(), problem.to_string()] {
+                assert!(
+                    !said.contains(|c: char| c.is_control() || c == '\u{202e}'),
+                    "{said:?}"
+                );
+            }
         }
     }
 

@@ -3,6 +3,8 @@
 use std::fmt;
 use std::str::FromStr;
 
+use migration_stream::Escaped;
+
 use super::Address;
 
 /// What may be used for a TCP address, and how. The default leaves everything to the system.
@@ -92,25 +94,25 @@ pub enum AddressSyntax {
     #[error("']:PORT' is missing after '['")]
     Bracket,
     /// An IPv6 address without brackets.
-    #[error("an IPv6 address wants brackets: [{host}]")]
+    #[error("an IPv6 address wants brackets: [{}]", Escaped(.host))]
     NoBrackets {
         /// The address.
         host: String,
     },
     /// The port is no number, or too large.
-    #[error("'{port}' is not a port, a number from 0 to 65535")]
+    #[error("'{}' is not a port, a number from 0 to 65535", Escaped(.port))]
     Port {
         /// What stands there.
         port: String,
     },
     /// There is no such option.
-    #[error("option '{option}' is unknown")]
+    #[error("option '{}' is unknown", Escaped(.option))]
     UnknownOption {
         /// Its name.
         option: String,
     },
     /// An option has a value that it cannot have.
-    #[error("option '{option}' is {expected}, not '{value}'")]
+    #[error("option '{}' is {expected}, not '{}'", Escaped(.option), Escaped(.value))]
     Value {
         /// Its name.
         option: String,
@@ -120,7 +122,7 @@ pub enum AddressSyntax {
         value: String,
     },
     /// A setting of keep-alive, which is not on.
-    #[error("option '{option}' needs keep-alive=on")]
+    #[error("option '{}' needs keep-alive=on", Escaped(.option))]
     KeepAliveOff {
         /// Its name.
         option: String,

@@ -6,6 +6,7 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 use crate::error::QmpError;
+use crate::text::escaped;
 
 /// An internet address, not resolved yet (`InetSocketAddress`).
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -140,9 +141,10 @@ fn number<T: FromStr>(name: &str, value: &str) -> Result<T, QmpError> {
         .map_err(|_| QmpError::expects(name, "a number"))
 }
 
-impl fmt::Display for InetSocketAddress {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.authority())?;
+impl InetSocketAddress {
+    /// Returns the address as it is written to a server.
+    pub(super) fn spelled(&self) -> String {
+        let mut text = self.authority();
         for (name, value) in [
             ("numeric", self.numeric),
             ("ipv4", self.ipv4),
@@ -151,7 +153,7 @@ impl fmt::Display for InetSocketAddress {
             ("mptcp", self.mptcp),
         ] {
             if let Some(on) = value {
-                write!(f, ",{name}={}", if on { "on" } else { "off" })?;
+                text.push_str(&format!(",{name}={}", if on { "on" } else { "off" }));
             }
         }
         for (name, value) in [
@@ -161,9 +163,16 @@ impl fmt::Display for InetSocketAddress {
             ("keep-alive-interval", self.keep_alive_interval),
         ] {
             if let Some(number) = value {
-                write!(f, ",{name}={number}")?;
+                text.push_str(&format!(",{name}={number}"));
             }
         }
-        Ok(())
+        text
+    }
+}
+
+/// As it is written. What could do harm on a terminal is escaped.
+impl fmt::Display for InetSocketAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&escaped(&self.spelled()))
     }
 }

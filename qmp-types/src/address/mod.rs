@@ -18,6 +18,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::error::QmpError;
+use crate::text::escaped;
 use crate::visit::{FromQapi, Members, Place};
 
 mod inet;
@@ -142,11 +143,10 @@ pub enum MigrationAddress {
 }
 
 impl MigrationAddress {
-    /// Whether the URI that `Display` writes means this address. A path with a comma, for example,
-    /// has no URI.
+    /// Whether there is a URI for this address. A path with a comma, for example, has none.
     #[must_use]
     pub fn has_uri(&self) -> bool {
-        self.to_string().parse().as_ref() == Ok(self)
+        self.uri().parse().as_ref() == Ok(self)
     }
 }
 
@@ -231,26 +231,34 @@ fn size(text: &str) -> Result<u64, QmpError> {
         .ok_or_else(too_large)
 }
 
-impl fmt::Display for MigrationAddress {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+impl MigrationAddress {
+    /// Returns the address as a URI, as it is written to a server.
+    pub(crate) fn uri(&self) -> String {
         match self {
-            Self::Socket(SocketAddress::Inet(inet)) => write!(f, "tcp:{inet}"),
-            Self::Socket(SocketAddress::Unix { path, .. }) => write!(f, "unix:{path}"),
-            Self::Socket(SocketAddress::Vsock { cid, port }) => write!(f, "vsock:{cid}:{port}"),
-            Self::Socket(SocketAddress::Fd { str }) => write!(f, "fd:{str}"),
+            Self::Socket(SocketAddress::Inet(inet)) => format!("tcp:{}", inet.spelled()),
+            Self::Socket(SocketAddress::Unix { path, .. }) => format!("unix:{path}"),
+            Self::Socket(SocketAddress::Vsock { cid, port }) => format!("vsock:{cid}:{port}"),
+            Self::Socket(SocketAddress::Fd { str }) => format!("fd:{str}"),
             Self::Exec { args } => match args.as_slice() {
                 [shell, option, command] if shell == "/bin/sh" && option == "-c" => {
-                    write!(f, "exec:{command}")
+                    format!("exec:{command}")
                 }
-                _ => write!(f, "exec:{}", args.join(" ")),
+                _ => format!("exec:{}", args.join(" ")),
             },
-            Self::Rdma(inet) => write!(f, "rdma:{inet}"),
+            Self::Rdma(inet) => format!("rdma:{}", inet.spelled()),
             Self::File {
                 filename,
                 offset: 0,
-            } => write!(f, "file:{filename}"),
-            Self::File { filename, offset } => write!(f, "file:{filename}{OFFSET_OPTION}{offset}"),
+            } => format!("file:{filename}"),
+            Self::File { filename, offset } => format!("file:{filename}{OFFSET_OPTION}{offset}"),
         }
+    }
+}
+
+/// As a URI. What could do harm on a terminal is escaped.
+impl fmt::Display for MigrationAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&escaped(&self.uri()))
     }
 }
 

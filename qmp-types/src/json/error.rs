@@ -4,6 +4,7 @@ use std::fmt;
 
 #[cfg(doc)]
 use super::Limits;
+use crate::text::escaped;
 
 /// What is wrong with a piece of input.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -67,15 +68,15 @@ impl fmt::Display for JsonError {
             JsonErrorKind::ExpectingValue => f.write_str("expecting value"),
             JsonErrorKind::ExpectingMemberOrEnd => f.write_str("expected ',' or '}'"),
             JsonErrorKind::ExpectingElementOrEnd => f.write_str("expected ',' or ']'"),
-            JsonErrorKind::InvalidKeyword(word) => write!(f, "invalid keyword '{word}'"),
+            JsonErrorKind::InvalidKeyword(word) => write!(f, "invalid keyword '{}'", escaped(word)),
             JsonErrorKind::InvalidEscape => f.write_str("invalid escape sequence in string"),
             JsonErrorKind::NotUnicode(text) => {
-                write!(f, "{text} is not a valid Unicode character")
+                write!(f, "{} is not a valid Unicode character", escaped(text))
             }
             JsonErrorKind::InvalidUtf8 => f.write_str("invalid UTF-8 sequence in string"),
             JsonErrorKind::NumberOutOfRange => f.write_str("number out of range"),
             JsonErrorKind::DuplicateKey => f.write_str("duplicate key"),
-            JsonErrorKind::Stray(text) => write!(f, "stray '{text}'"),
+            JsonErrorKind::Stray(text) => write!(f, "stray '{}'", escaped(text)),
             JsonErrorKind::TooLarge | JsonErrorKind::TooManyTokens | JsonErrorKind::TooDeep => {
                 Ok(())
             }

@@ -250,7 +250,7 @@ fn beside(address: &str) -> Result<String, String> {
             },
         },
     };
-    Ok(next.to_string())
+    Ok(next.spelled())
 }
 
 /// Has a side go on alone.

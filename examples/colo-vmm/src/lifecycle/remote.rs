@@ -7,6 +7,7 @@ use std::os::unix::net::UnixStream;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use migration_stream::Escaped;
 use multifd::Route;
 use qmp_types::{Client, ClientError, Command, Event, QmpError, ServerMessage};
 use serde::de::DeserializeOwned;
@@ -286,7 +287,7 @@ pub enum RemoteError {
         source: serde_json::Error,
     },
     /// It has refused.
-    #[error("the {name} refuses {command}: {}", .error.desc)]
+    #[error("the {name} refuses {command}: {}", Escaped(&.error.desc))]
     Refused {
         /// Which side.
         name: &'static str,

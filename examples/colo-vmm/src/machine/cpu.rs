@@ -4,6 +4,7 @@ use std::fmt;
 use std::str::FromStr;
 
 use super::ClockPolicy;
+use migration_stream::Escaped;
 
 /// What a machine's vCPUs are to be like, and what is said of them to another side.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -112,7 +113,7 @@ impl FromStr for CpuMask {
         let register = Register::ALL
             .into_iter()
             .find(|register| register.name() == name)
-            .ok_or_else(|| format!("'{name}' is not eax, ebx, ecx or edx"))?;
+            .ok_or_else(|| format!("'{}' is not eax, ebx, ecx or edx", Escaped(name)))?;
         Ok(Self::Cpuid {
             at: CpuidRegister {
                 leaf: number32(leaf)?,
@@ -130,7 +131,7 @@ fn number32(text: &str) -> Result<u32, String> {
         Some(digits) => u32::from_str_radix(digits, 16),
         None => text.parse(),
     };
-    number.map_err(|_| format!("'{text}' is not a number of 32 bits"))
+    number.map_err(|_| format!("'{}' is not a number of 32 bits", Escaped(text)))
 }
 
 #[cfg(test)]

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Mutex;
 
+use migration_stream::Escaped;
 use rustix::process::{Signal, getpid, kill_process};
 
 use super::lock;
@@ -32,7 +33,10 @@ impl FromStr for Boundary {
                 name: name.to_owned(),
                 occurrence,
             }),
-            _ => Err(format!("'{occurrence}' is not the number of an occurrence")),
+            _ => Err(format!(
+                "'{}' is not the number of an occurrence",
+                Escaped(occurrence)
+            )),
         }
     }
 }
@@ -98,7 +102,7 @@ impl Boundaries {
         if let Some(halt) = self.halt.as_ref().filter(|halt| is_here(&halt.at))
             && let Err(error) = wait(&halt.fifo)
         {
-            tracing::error!(%error, fifo = %halt.fifo.display(), "cannot be waited for");
+            tracing::error!(%error, fifo = ?halt.fifo, "cannot be waited for");
         }
         if self.last.as_ref().is_some_and(is_here) {
             // It is the process's own.

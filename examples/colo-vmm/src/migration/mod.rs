@@ -28,6 +28,7 @@ use std::time::Duration;
 use colo_core::FailoverHandle;
 use colo_core::driver::ColoControl;
 use colo_heartbeat::{Endpoint, Failover, Heartbeat, Phase, TakeOverError};
+use migration_stream::Escaped;
 use migration_stream::precopy::{BoxError, Limits};
 use qmp_types::{
     MigrationAddress, MigrationCapability, MigrationStatus, QmpError, RunState, Settings,
@@ -194,7 +195,7 @@ impl Migration {
         }
         self.status.fail(
             MigrationStatus::Failed,
-            format!("the guest was stopped for good: {reason}"),
+            format!("the guest was stopped for good: {}", Escaped(reason)),
         );
         let reason = reason.to_owned();
         self.vm

@@ -4,6 +4,7 @@ use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
+use migration_stream::Escaped;
 use multifd::Address;
 
 /// Where the server listens.
@@ -43,7 +44,7 @@ impl QmpAddress {
 #[non_exhaustive]
 pub enum QmpAddressError {
     /// It begins like none that is known.
-    #[error("'{address}' is neither unix:PATH nor tcp:HOST:PORT")]
+    #[error("'{}' is neither unix:PATH nor tcp:HOST:PORT", Escaped(.address))]
     Kind {
         /// All of it.
         address: String,
@@ -52,25 +53,25 @@ pub enum QmpAddressError {
     #[error("unix: lacks the path of the socket")]
     NoPath,
     /// What follows `tcp:` has no port, or an IPv6 address without brackets.
-    #[error("'{authority}' is not HOST:PORT")]
+    #[error("'{}' is not HOST:PORT", Escaped(.authority))]
     Authority {
         /// What there is.
         authority: String,
     },
     /// The port is not one.
-    #[error("'{port}' is not a port number, 0 to 65535")]
+    #[error("'{}' is not a port number, 0 to 65535", Escaped(.port))]
     Port {
         /// What there is.
         port: String,
     },
     /// There is no such option here.
-    #[error("option '{option}' is unknown, expected server=on or wait=off")]
+    #[error("option '{}' is unknown, expected server=on or wait=off", Escaped(.option))]
     UnknownOption {
         /// All of it.
         option: String,
     },
     /// The option is known, and something else is wanted of it.
-    #[error("option '{option}' is not supported, only {supported}")]
+    #[error("option '{}' is not supported, only {supported}", Escaped(.option))]
     Unsupported {
         /// All of it.
         option: String,
@@ -154,16 +155,22 @@ fn check_option(option: String) -> Result<(), QmpAddressError> {
     Ok(())
 }
 
+impl QmpAddress {
+    /// Returns the address as it is written, to be read again.
+    #[must_use]
+    pub fn spelled(&self) -> String {
+        match self {
+            Self::Unix(path) => format!("unix:{}", path.to_string_lossy().replace(',', ",,")),
+            Self::Tcp { host, port } if host.contains(':') => format!("tcp:[{host}]:{port}"),
+            Self::Tcp { host, port } => format!("tcp:{host}:{port}"),
+        }
+    }
+}
+
+/// As it is written, but for what could do harm on a terminal, which is escaped.
 impl fmt::Display for QmpAddress {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Unix(path) => {
-                let path = path.display().to_string();
-                write!(f, "unix:{}", path.replace(',', ",,"))
-            }
-            Self::Tcp { host, port } if host.contains(':') => write!(f, "tcp:[{host}]:{port}"),
-            Self::Tcp { host, port } => write!(f, "tcp:{host}:{port}"),
-        }
+        Escaped(&self.spelled()).fmt(f)
     }
 }
 

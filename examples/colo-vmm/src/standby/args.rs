@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use clap::Args;
 use colo_core::{Deadlines, OnPeerLoss};
+use migration_stream::Escaped;
 use multifd::{Address, ChannelCount, Compression, MultifdConfig, ZlibLevel, ZstdLevel};
 use qmp_types::SessionConfig;
 use stream_relay::Channels;
@@ -150,13 +151,13 @@ impl FromStr for GuestSpec {
         for pair in s.split(',') {
             let (key, value) = pair
                 .split_once('=')
-                .ok_or_else(|| format!("'{pair}' is not KEY=VALUE"))?;
+                .ok_or_else(|| format!("'{}' is not KEY=VALUE", Escaped(pair)))?;
             let is_new = match key {
                 "name" => name.replace(value.to_owned()).is_none(),
                 "incoming" => incoming.replace(parse(value)?).is_none(),
                 "qmp" => qmp.replace(parse(value)?).is_none(),
                 "restore-into" => restore_into.replace(parse(value)?).is_none(),
-                _ => return Err(format!("a guest has no '{key}'")),
+                _ => return Err(format!("a guest has no '{}'", Escaped(key))),
             };
             if !is_new {
                 return Err(format!("'{key}' is there twice"));
@@ -280,7 +281,7 @@ pub fn run(args: &StandbyArgs) -> Result<ExitCode, Box<dyn Error>> {
     for (standby, _) in &guests {
         say(format!(
             "{}: listening on {}",
-            standby.name(),
+            Escaped(standby.name()),
             standby.address()
         ));
         let (standby, ended) = (Arc::clone(standby), ended.clone());
@@ -310,7 +311,7 @@ pub fn run(args: &StandbyArgs) -> Result<ExitCode, Box<dyn Error>> {
     // A thread that panicked sends nothing, and its guest is lost.
     let mut sound = 0;
     for (name, ending) in &endings {
-        say(format!("{name}: {ending}"));
+        say(format!("{}: {ending}", Escaped(&name)));
         match ending {
             Ending::Restored | Ending::Quit => sound += 1,
             Ending::Lost => {}

@@ -7,6 +7,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use migration_stream::Escaped;
 use migration_stream::ram::ZeroPageDetection;
 use multifd::Address;
 use multifd::outgoing::ConnectError;
@@ -61,15 +62,18 @@ impl RestoreConfig {
                     .prefix("colo-standby-")
                     .tempdir()
                     .map_err(RestoreError::Directory)?;
-                let address = Address::Unix(dir.path().join("incoming"));
-                let line = line.replace(PLACE, &address.to_string());
-                tracing::info!(guest = name, command = %line, "starting a QEMU");
+                let path = dir.path().join("incoming");
+                // Not as it is shown to people.
+                let uri = format!("unix:{}", path.display());
+                let address = Address::Unix(path);
+                let line = line.replace(PLACE, &uri);
+                tracing::info!(guest = name, command = %Escaped(&line), "starting a QEMU");
                 let mut shell = Command::new("/bin/sh");
                 unblock_signals(&mut shell);
                 let child = shell
                     .args(["-c", &line])
                     .env("COLO_GUEST", name)
-                    .env("COLO_INCOMING", address.to_string())
+                    .env("COLO_INCOMING", uri)
                     .stdin(Stdio::null())
                     // What ends this process at its terminal does not end the guest.
                     .process_group(0)
@@ -123,7 +127,7 @@ impl fmt::Display for Destination {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Waiting(endpoint) => endpoint.fmt(f),
-            Self::Started(line) => write!(f, "'{line}'"),
+            Self::Started(line) => write!(f, "'{}'", Escaped(line)),
         }
     }
 }
