@@ -105,7 +105,7 @@ pub enum Cause {
 impl Cause {
     /// The reason that belongs to it.
     #[must_use]
-    pub const fn reason(self) -> ExitReason {
+    pub(crate) const fn reason(self) -> ExitReason {
         match self {
             Self::FailoverRequested | Self::Quit => ExitReason::Request,
             _ => ExitReason::Error,

@@ -4,25 +4,16 @@ use std::time::{Duration, Instant};
 
 use crate::step::{Bound, Step};
 
-/// The limits of a side's patience. A limit that passes ends COLO on that side with a
+/// How long the peer may take. A limit that passes ends COLO on this side with a
 /// [`Cause::DeadlineExpired`](crate::Cause::DeadlineExpired) that says what was waited for.
 ///
 /// A peer whose process has died is noticed at once, by its closed connection. The limits are for
 /// the peer that says nothing: its host lost power, a cable was pulled, its process is stopped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Deadlines {
-    /// For sending a message, and for one the peer owes at once. Default 5 s: two scheduling delays
-    /// of an overloaded host and a few lost segments, and still less than most clients of the guest
-    /// wait before they give up.
-    pub message: Duration,
-    /// For a whole checkpoint, from the request until the VM runs again, and for everything that
-    /// moves RAM. Default 30 s: 3 GiB of dirty pages on a 1 Gbit/s link, with which a guest is down
-    /// longer than COLO is any use for.
-    pub checkpoint: Duration,
-    /// How long the secondary waits for the next request. Default 60 s, three times QEMU's default
-    /// of `x-checkpoint-delay`, since a primary says nothing between checkpoints. See
-    /// [`Deadlines::for_checkpoint_delay`].
-    pub idle: Duration,
+    message: Duration,
+    checkpoint: Duration,
+    idle: Duration,
 }
 
 impl Default for Deadlines {
@@ -36,12 +27,55 @@ impl Default for Deadlines {
 }
 
 impl Deadlines {
-    /// The same, with patience for a primary that takes a checkpoint every `delay`: the secondary
-    /// waits at least three times as long.
+    /// Returns deadlines that limit every wait for the peer to `limit`.
+    #[must_use]
+    pub const fn all(limit: Duration) -> Self {
+        Self {
+            message: limit,
+            checkpoint: limit,
+            idle: limit,
+        }
+    }
+
+    /// Limits the sending of a message, and the wait for one that the peer owes at once. The default
+    /// is 5 s: two scheduling delays of an overloaded host and a few lost segments, and still less than
+    /// most clients of the guest wait before they give up.
+    #[must_use]
+    pub const fn message(mut self, limit: Duration) -> Self {
+        self.message = limit;
+        self
+    }
+
+    /// Limits a whole checkpoint, from the request until the VM runs again, and everything that moves
+    /// RAM. The default is 30 s: 3 GiB of dirty pages on a 1 Gbit/s link, with which a guest is down
+    /// longer than COLO is any use for.
+    #[must_use]
+    pub const fn checkpoint(mut self, limit: Duration) -> Self {
+        self.checkpoint = limit;
+        self
+    }
+
+    /// Limits a secondary's wait for the next checkpoint request; a primary does not look at it. The
+    /// default is 60 s, three times QEMU's default of `x-checkpoint-delay`. A primary says nothing
+    /// between checkpoints, so the limit has to be longer than its delay: see
+    /// [`Deadlines::for_checkpoint_delay`].
+    #[must_use]
+    pub const fn idle(mut self, limit: Duration) -> Self {
+        self.idle = limit;
+        self
+    }
+
+    /// Raises the limit for the next request to three times `delay`, if it is lower: for a primary
+    /// that takes a checkpoint every `delay`.
     #[must_use]
     pub fn for_checkpoint_delay(mut self, delay: Duration) -> Self {
         self.idle = self.idle.max(delay.saturating_mul(3));
         self
+    }
+
+    /// How long a channel may block outside a checkpoint.
+    pub(crate) const fn of_message(&self) -> Duration {
+        self.message
     }
 }
 
@@ -153,7 +187,7 @@ mod tests {
 
     #[test]
     fn no_wait_for_the_peer_is_without_a_deadline() {
-        for resume in [Resume::AfterLoaded, Resume::AfterReceived, Resume::Early] {
+        for resume in [Resume::OnLoaded, Resume::OnReceived, Resume::OnLocalCopy] {
             every_wire_step_has_a_deadline(
                 Primary::resuming(resume, OnPeerLoss::Wait),
                 &[Step::Await(Wait::CheckpointDue)],

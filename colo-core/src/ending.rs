@@ -29,7 +29,7 @@ enum At {
     Disconnect,
     EmitExit,
     AwaitDecision,
-    StopVm,
+    PauseVm,
     StopReplication,
     OpenOutput,
     ResumeVm,
@@ -85,7 +85,7 @@ impl Ending {
             At::Disconnect => Step::Disconnect,
             At::EmitExit => return Action::EmitExit(self.exit),
             At::AwaitDecision => Step::Await(Wait::Decision),
-            At::StopVm => Step::StopVm,
+            At::PauseVm => Step::PauseVm,
             At::StopReplication => Step::StopReplication {
                 failover: matches!(self.fate, Fate::TakeOver),
             },
@@ -128,7 +128,7 @@ impl Ending {
                 self.at = self.after(true);
                 Ok(true)
             }
-            (At::StopVm | At::StopReplication | At::ResumeVm, Event::Failed) => {
+            (At::PauseVm | At::StopReplication | At::ResumeVm, Event::Failed) => {
                 self.at = self.after(false);
                 Ok(true)
             }
@@ -148,7 +148,7 @@ impl Ending {
     const fn first_of_fate(&self) -> At {
         match self.fate {
             Fate::Undecided => At::AwaitDecision,
-            Fate::TakeOver | Fate::Quit if self.vm_runs => At::StopVm,
+            Fate::TakeOver | Fate::Quit if self.vm_runs => At::PauseVm,
             Fate::TakeOver | Fate::Quit | Fate::Broken => At::StopReplication,
         }
     }
@@ -159,8 +159,8 @@ impl Ending {
         match (self.at, self.fate) {
             (At::Disconnect, _) => At::EmitExit,
             (At::EmitExit | At::AwaitDecision, _) => self.first_of_fate(),
-            (At::StopVm, Fate::TakeOver) if !done => broken(Step::StopVm),
-            (At::StopVm, _) => {
+            (At::PauseVm, Fate::TakeOver) if !done => broken(Step::PauseVm),
+            (At::PauseVm, _) => {
                 self.vm_runs = !done;
                 At::StopReplication
             }
@@ -243,7 +243,7 @@ mod tests {
                     role: Role::Primary,
                     cause: Cause::FailoverRequested
                 }),
-                Action::Perform(Step::StopVm),
+                Action::Perform(Step::PauseVm),
                 Action::Perform(Step::StopReplication { failover: true }),
                 Action::Perform(Step::OpenOutput),
                 Action::Perform(Step::ResumeVm),

@@ -7,7 +7,7 @@
 //! use std::error::Error;
 //! use std::time::Duration;
 //!
-//! use colo_core::driver::{ColoControl, DriverConfig, Parts, SecondaryLink, run_secondary};
+//! use colo_core::driver::{ColoControl, DriverConfig, Hooks, SecondaryLink, run_secondary};
 //! use colo_core::{FailoverHandle, NoGate, NoReplication, Outcome, Role, Vm};
 //! use migration_stream::DirtyLog;
 //!
@@ -18,9 +18,9 @@
 //!     shut_connections: impl Fn() + Send + Sync + 'static,
 //! ) -> Result<Outcome, Box<dyn Error>> {
 //!     let control = ColoControl::new(Role::Secondary, failover.clone(), Duration::ZERO, shut_connections)?;
-//!     let mut parts = Parts { vm, replication: NoReplication, gate: NoGate };
+//!     let mut hooks = Hooks { vm, replication: NoReplication, gate: NoGate };
 //!     // Other threads may now call `failover.request()`, and clones of `control`.
-//!     Ok(run_secondary(link, &mut parts, &control, DriverConfig::default())?)
+//!     Ok(run_secondary(link, &mut hooks, &control, DriverConfig::default())?)
 //! }
 //! ```
 //!
@@ -64,6 +64,10 @@ pub use pages::IncomingPages;
 pub use plan::{Capabilities, MigrationPlan, PlanError};
 pub use primary::Resume;
 pub use report::CheckpointReport;
-pub use step::{Moment, PeerLoss, Step, Wait};
+pub use step::{PeerLoss, Step, StepPhase, Wait};
 pub use store::{ColoStore, StoreError};
 pub use vm::{NoGate, NoReplication, PacketGate, Replication, Vm, VmError};
+
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -151,7 +151,7 @@ impl<S: Script> Machine<S> {
         let step = at.step();
         match answer(step, event)? {
             Answer::Done => match step {
-                Step::StopVm => self.vm_runs = false,
+                Step::PauseVm => self.vm_runs = false,
                 Step::ResumeVm => self.vm_runs = true,
                 _ => {}
             },

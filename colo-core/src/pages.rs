@@ -35,7 +35,7 @@ impl<S: PageStore + 'static> IncomingPages<S> {
 
     /// The store.
     #[must_use]
-    pub fn store(&self) -> &S {
+    pub(crate) fn store(&self) -> &S {
         match &self.0 {
             Kind::Plain(store, _) => store,
             Kind::Multifd(set, _) => set.store(),
@@ -44,7 +44,7 @@ impl<S: PageStore + 'static> IncomingPages<S> {
 
     /// Returns what came on channels so far; nothing without any.
     #[must_use]
-    pub fn counters(&self) -> RecvCounters {
+    pub(crate) fn counters(&self) -> RecvCounters {
         match &self.0 {
             Kind::Plain(..) => RecvCounters::default(),
             Kind::Multifd(set, _) => set.counters(),

@@ -31,7 +31,7 @@ use crate::step::{Step, Wait};
 /// `-- report the checkpoint
 /// ```
 ///
-/// With [`Resume::AfterReceived`] the last steps are in another order: the commit that the secondary
+/// With [`Resume::OnReceived`] the last steps are in another order: the commit that the secondary
 /// has promised is not waited for.
 ///
 /// ```text
@@ -42,7 +42,7 @@ use crate::step::{Step, Wait};
 /// `-- report the checkpoint
 /// ```
 ///
-/// With [`Resume::Early`] the VM runs again as soon as its state is safe on this side:
+/// With [`Resume::OnLocalCopy`] the VM runs again as soon as its state is safe on this side:
 ///
 /// ```text
 /// ,-> wait until a checkpoint is due
@@ -72,12 +72,12 @@ use crate::step::{Step, Wait};
 ///   primary, so a guest that runs from then on is in no other danger than one that runs from
 ///   *vmstate-loaded* on: a secondary whose commit fails is lost as if it had died a moment later, and
 ///   the primary goes on alone. Its own VM begins to run later than the primary's by its commit.
-/// - With an early resume the guest may be ahead of a checkpoint that comes to nothing. The primary
+/// - With local-copy resume the guest may be ahead of a checkpoint that comes to nothing. The primary
 ///   goes on with it as it is. What it has put out since the mark is held until the *next*
 ///   checkpoint has been received, so a secondary that goes on from an older one contradicts
 ///   nothing that the world has heard. Without a gate that holds output (as with
-///   [`NoGate`](crate::NoGate)) the world has heard all of it, with an early resume and without.
-/// - A checkpoint does not begin before the one before it was loaded, early resume or not.
+///   [`NoGate`](crate::NoGate)) the world has heard all of it, with local-copy resume and without.
+/// - A checkpoint does not begin before the one before it was loaded, whenever the VM resumes.
 /// - Pages may be sent between checkpoints: while the primary waits for a checkpoint to
 ///   become due, and at no other time. Between the last synchronisation of a checkpoint and
 ///   *vmstate-loaded* the secondary's cache is flushed, and holds nothing but that checkpoint.
@@ -88,11 +88,11 @@ pub type Primary = Machine<PrimaryScript>;
 pub enum Resume {
     /// When the secondary has loaded the checkpoint, as in QEMU.
     #[default]
-    AfterLoaded,
+    OnLoaded,
     /// When the secondary has received the checkpoint: while it loads it.
-    AfterReceived,
+    OnReceived,
     /// When its state was copied on this side.
-    Early,
+    OnLocalCopy,
 }
 
 impl Primary {
@@ -125,12 +125,12 @@ enum At {
     SendRequest,
     AwaitReply,
     CopyRam,
-    StopVm,
+    PauseVm,
     CutOutput,
     CheckReplication,
     CheckpointReplication,
     SaveDevices,
-    KeepRam,
+    FreezeRam,
     SendVmstate,
     SendRam,
     SendDevices,
@@ -150,25 +150,25 @@ impl At {
             (Self::Start | Self::Report, _) => Self::AwaitCheckpoint,
             (Self::AwaitCheckpoint, _) => Self::SendRequest,
             (Self::SendRequest, _) => Self::AwaitReply,
-            (Self::AwaitReply, Resume::Early) => Self::CopyRam,
-            (Self::AwaitReply | Self::CopyRam, _) => Self::StopVm,
-            (Self::StopVm, _) => Self::CutOutput,
+            (Self::AwaitReply, Resume::OnLocalCopy) => Self::CopyRam,
+            (Self::AwaitReply | Self::CopyRam, _) => Self::PauseVm,
+            (Self::PauseVm, _) => Self::CutOutput,
             (Self::CutOutput, _) => Self::CheckReplication,
             (Self::CheckReplication, _) => Self::CheckpointReplication,
             (Self::CheckpointReplication, _) => Self::SaveDevices,
-            (Self::SaveDevices, Resume::Early) => Self::KeepRam,
-            (Self::SaveDevices, _) | (Self::Resume, Resume::Early) => Self::SendVmstate,
+            (Self::SaveDevices, Resume::OnLocalCopy) => Self::FreezeRam,
+            (Self::SaveDevices, _) | (Self::Resume, Resume::OnLocalCopy) => Self::SendVmstate,
             (Self::SendVmstate, _) => Self::SendRam,
             (Self::SendRam, _) => Self::SendDevices,
             (Self::SendDevices, _) => Self::AwaitReceived,
             (Self::AwaitReceived, _) => Self::ReleaseOutput,
-            (Self::ReleaseOutput, Resume::AfterLoaded | Resume::Early)
-            | (Self::Resume, Resume::AfterReceived) => Self::AwaitLoaded,
-            (Self::AwaitLoaded, Resume::AfterLoaded)
-            | (Self::ReleaseOutput, Resume::AfterReceived)
-            | (Self::KeepRam, _) => Self::Resume,
-            (Self::AwaitLoaded, Resume::AfterReceived | Resume::Early)
-            | (Self::Resume, Resume::AfterLoaded) => Self::Report,
+            (Self::ReleaseOutput, Resume::OnLoaded | Resume::OnLocalCopy)
+            | (Self::Resume, Resume::OnReceived) => Self::AwaitLoaded,
+            (Self::AwaitLoaded, Resume::OnLoaded)
+            | (Self::ReleaseOutput, Resume::OnReceived)
+            | (Self::FreezeRam, _) => Self::Resume,
+            (Self::AwaitLoaded, Resume::OnReceived | Resume::OnLocalCopy)
+            | (Self::Resume, Resume::OnLoaded) => Self::Report,
         }
     }
 }
@@ -180,7 +180,7 @@ impl Script for PrimaryScript {
 
     const FIRST: Self = Self {
         at: At::AwaitReady,
-        resume: Resume::AfterLoaded,
+        resume: Resume::OnLoaded,
     };
 
     fn step(self) -> Step {
@@ -193,12 +193,12 @@ impl Script for PrimaryScript {
             At::SendRequest => Step::Send(Message::CheckpointRequest),
             At::AwaitReply => Step::Await(Wait::Message(Message::CheckpointReply)),
             At::CopyRam => Step::CopyRam,
-            At::StopVm => Step::StopVm,
+            At::PauseVm => Step::PauseVm,
             At::CutOutput => Step::CutOutput,
             At::CheckReplication => Step::CheckReplication,
             At::CheckpointReplication => Step::CheckpointReplication,
             At::SaveDevices => Step::SaveDevices,
-            At::KeepRam => Step::KeepRam,
+            At::FreezeRam => Step::FreezeRam,
             At::SendVmstate => Step::Send(Message::VmstateSend),
             At::SendRam => Step::SendRam,
             At::SendDevices => Step::SendDevices,

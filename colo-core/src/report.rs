@@ -11,12 +11,12 @@ use crate::step::{Step, Wait};
 pub struct CheckpointReport {
     /// Counts from 1.
     pub number: u64,
-    /// How long this side's guest did not run: from the beginning of [`Step::StopVm`] until the VM
+    /// How long this side's guest did not run: from the beginning of [`Step::PauseVm`] until the VM
     /// was let go in [`Step::ResumeVm`].
     pub pause: Duration,
     /// Primary: how long the checkpoint's RAM and device state took to leave.
     pub transfer: Duration,
-    /// Primary: from the beginning of [`Step::StopVm`] until the secondary had loaded the checkpoint.
+    /// Primary: from the beginning of [`Step::PauseVm`] until the secondary had loaded the checkpoint.
     /// The pause ends there, or before with another [`Resume`](crate::Resume).
     pub until_loaded: Duration,
     /// The steps in order, each with the time it took.
@@ -25,32 +25,22 @@ pub struct CheckpointReport {
     /// received since the checkpoint before.
     pub ram_bytes: u64,
     /// Pages of the checkpoint, zero pages included. On the secondary those that were received on
-    /// all channels since the checkpoint before, sent ahead or not. On the primary those that the
+    /// all channels since the checkpoint before, by background transfer or in it. On the primary those that the
     /// dirty log named, of which `unchanged_pages` did not cross.
     pub dirty_pages: u64,
-    /// Primary: pages sent since the checkpoint before, ahead of this one.
-    pub ahead_pages: u64,
-    /// Primary: dirty pages since the checkpoint before, those to be sent ahead included, that were
+    /// Primary: pages sent by background transfer since the checkpoint before.
+    pub background_pages: u64,
+    /// Primary: dirty pages since the checkpoint before, those of the background transfer included, that were
     /// compared with what was sent of them last.
     pub compared_pages: u64,
     /// Primary: dirty pages, in the same time, that did not cross because the secondary has their content.
     pub unchanged_pages: u64,
-    /// Primary: dirty pages that were copied while the VM stood still, if it resumes early.
-    pub kept_pages: u64,
+    /// Primary: dirty pages that were copied while the VM was paused, with local-copy resume.
+    pub frozen_pages: u64,
     /// Secondary: pages copied into the guest, those its own guest had dirtied included.
     pub flushed_pages: u64,
     /// Bytes of device state.
     pub device_bytes: u64,
-}
-
-impl CheckpointReport {
-    /// How long a step took; `None` if it is not one of this side's.
-    #[must_use]
-    pub fn time_of(&self, step: Step) -> Option<Duration> {
-        self.steps
-            .iter()
-            .find_map(|&(taken, time)| (taken == step).then_some(time))
-    }
 }
 
 /// Collects the reports of one side's checkpoints.
@@ -63,7 +53,7 @@ pub(crate) struct CheckpointMeter {
     captured: Option<Instant>,
     sending: Option<Instant>,
     /// Pages that were compared, and left out, until the checkpoint before.
-    left_out: (u64, u64),
+    elided: (u64, u64),
 }
 
 impl CheckpointMeter {
@@ -75,7 +65,7 @@ impl CheckpointMeter {
     /// A step has been carried out.
     pub(crate) fn step(&mut self, step: Step, began: Instant, ended: Instant) {
         match step {
-            Step::StopVm => {
+            Step::PauseVm => {
                 self.stopped = Some(began);
                 self.captured = Some(began);
             }
@@ -105,21 +95,21 @@ impl CheckpointMeter {
         self.report.dirty_pages = dirty_pages;
     }
 
-    /// Pages have crossed ahead of the next checkpoint.
-    pub(crate) const fn ahead(&mut self, pages: u64) {
-        self.report.ahead_pages += pages;
+    /// Pages have crossed by background transfer.
+    pub(crate) const fn background(&mut self, pages: u64) {
+        self.report.background_pages += pages;
     }
 
     /// So many pages were compared, and left out, since COLO began.
-    pub(crate) const fn left_out(&mut self, compared: u64, unchanged: u64) {
-        self.report.compared_pages = compared.saturating_sub(self.left_out.0);
-        self.report.unchanged_pages = unchanged.saturating_sub(self.left_out.1);
-        self.left_out = (compared, unchanged);
+    pub(crate) const fn elided(&mut self, compared: u64, unchanged: u64) {
+        self.report.compared_pages = compared.saturating_sub(self.elided.0);
+        self.report.unchanged_pages = unchanged.saturating_sub(self.elided.1);
+        self.elided = (compared, unchanged);
     }
 
     /// RAM was copied while the VM stood still.
     pub(crate) const fn kept(&mut self, pages: u64) {
-        self.report.kept_pages = pages;
+        self.report.frozen_pages = pages;
     }
 
     /// The cache was flushed.
@@ -170,12 +160,12 @@ mod tests {
         }
         meter.step(due, start, start + 200 * MS);
         meter.step(request, start + 200 * MS, start + 201 * MS);
-        meter.step(Step::StopVm, start + 201 * MS, start + 202 * MS);
+        meter.step(Step::PauseVm, start + 201 * MS, start + 202 * MS);
         let send = Step::Send(Message::VmstateSend);
         meter.step(send, start + 202 * MS, start + 202 * MS);
         meter.step(Step::SendRam, start + 202 * MS, start + 205 * MS);
         meter.ram(8192, 2);
-        meter.left_out(10, 4);
+        meter.elided(10, 4);
         meter.step(Step::SendDevices, start + 205 * MS, start + 206 * MS);
         meter.devices(100);
         let loaded = Step::Await(Wait::Message(Message::VmstateLoaded));
@@ -185,15 +175,15 @@ mod tests {
         assert_eq!(report.number, 1);
         assert_eq!(report.pause, 9 * MS);
         assert_eq!((report.transfer, report.until_loaded), (4 * MS, 8 * MS));
-        assert_eq!(report.time_of(Step::SendRam), Some(3 * MS));
-        assert_eq!(report.time_of(due), None);
+        assert!(report.steps.contains(&(Step::SendRam, 3 * MS)));
+        assert!(report.steps.iter().all(|(step, _)| *step != due));
         assert_eq!(report.steps.len(), 7);
         assert_eq!(
             (report.ram_bytes, report.dirty_pages, report.device_bytes),
             (8192, 2, 100)
         );
         assert_eq!((report.compared_pages, report.unchanged_pages), (10, 4));
-        meter.left_out(13, 5);
+        meter.elided(13, 5);
         let next = meter.complete();
         assert_eq!((next.number, next.ram_bytes), (2, 0));
         assert_eq!((next.compared_pages, next.unchanged_pages), (3, 1));

@@ -16,7 +16,7 @@ pub enum Step {
     /// Wire: wait.
     Await(Wait),
     /// Wire: send the RAM as a section stream that ends with EOF: as it is, with the VM stopped, or
-    /// as it was kept by [`Step::KeepRam`].
+    /// as it was kept by [`Step::FreezeRam`].
     SendRam,
     /// Wire: send [`Message::VmstateSize`], the size, and the device state that was saved.
     SendDevices,
@@ -26,7 +26,7 @@ pub enum Step {
     /// device state into a buffer.
     ReceiveDevices,
     /// Stop the VM.
-    StopVm,
+    PauseVm,
     /// Let the VM run.
     ResumeVm,
     /// Wire: begin to log which pages the secondary's guest writes, and have pages belong to
@@ -40,7 +40,7 @@ pub enum Step {
     CopyRam,
     /// Copy what the guest has written since, with the VM stopped: [`Step::SendRam`] sends the RAM
     /// of this moment, and the VM may run.
-    KeepRam,
+    FreezeRam,
     /// Parse and check all of the received device state without touching a device, and check that
     /// the received RAM is complete. After this nothing that can be foreseen may fail.
     StageDevices,
@@ -102,8 +102,8 @@ impl Step {
         )
     }
 
-    /// Is this the gap between two checkpoints, in which pages may be sent on channels beside the
-    /// main one, for the checkpoint to come? A secondary takes them into its cache, of which its
+    /// Is this the wait between two checkpoints, in which the background transfer goes on, on other
+    /// channels than the main one? A secondary takes them into its cache, of which its
     /// guest sees nothing before that checkpoint is complete.
     #[must_use]
     pub(crate) const fn is_background(self) -> bool {
@@ -135,12 +135,12 @@ impl fmt::Display for Step {
             Self::SendDevices => "sending device state",
             Self::ReceiveRam => "receiving ram",
             Self::ReceiveDevices => "receiving device state",
-            Self::StopVm => "stopping the vm",
+            Self::PauseVm => "stopping the vm",
             Self::ResumeVm => "resuming the vm",
             Self::StartDirtyLog => "starting the dirty log",
             Self::SaveDevices => "saving device state",
             Self::CopyRam => "copying ram of the running vm",
-            Self::KeepRam => "keeping ram",
+            Self::FreezeRam => "keeping ram",
             Self::StageDevices => "checking received device state",
             Self::Reset => "resetting devices",
             Self::Flush => "flushing the ram cache",
@@ -164,14 +164,14 @@ impl fmt::Display for Step {
 /// The two ends of a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
-pub enum Moment {
+pub enum StepPhase {
     /// Nothing of it was done yet.
     Begins,
     /// All of it was done, or it failed.
     Ended,
 }
 
-impl fmt::Display for Moment {
+impl fmt::Display for StepPhase {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Begins => "begins",

@@ -90,7 +90,7 @@ impl ColoStore {
 
     /// Gives the memory back. A store that threads still write to cannot be released: whoever runs
     /// them owns it, and gives it back when they have been joined.
-    pub fn release(self) {
+    pub(crate) fn release(self) {
         self.cache.release();
     }
 }

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use crate::cause::{ColoExit, Role};
 use crate::report::CheckpointReport;
-use crate::step::{Moment, Step};
+use crate::step::{Step, StepPhase};
 
 /// The VM, as far as checkpoints go beyond its memory.
 pub trait Vm {
@@ -15,12 +15,12 @@ pub trait Vm {
     /// The same once the devices have been reset for it.
     type Reset;
 
-    /// Stops all vCPUs and whatever else writes guest memory. When it returns, the dirty log can be
-    /// read and devices can be saved. Without effect on a stopped VM.
+    /// Pauses all vCPUs and whatever else writes guest memory. When it returns, the dirty log can be
+    /// read and devices can be saved. Without effect on a paused VM.
     ///
     /// # Errors
     /// The VM may still run.
-    fn stop(&mut self) -> Result<(), VmError>;
+    fn pause(&mut self) -> Result<(), VmError>;
 
     /// Lets the VM run. Returns when it was let go, with which its pause ends: the threads of a VM
     /// that runs may keep the driver's from its processor before it can look at a clock itself.
@@ -57,9 +57,10 @@ pub trait Vm {
     /// As for [`Vm::reset_devices`].
     fn install_devices(&mut self, reset: Self::Reset) -> Result<(), VmError>;
 
-    /// A step begins, or has ended, whether it succeeded or not; for those who watch. Nobody needs to.
-    fn at(&mut self, step: Step, moment: Moment) {
-        let _ = (step, moment);
+    /// Optional, for observability only: a step begins, or has ended, whether it succeeded or not. Called in
+    /// the driver's thread.
+    fn on_step(&mut self, step: Step, phase: StepPhase) {
+        let _ = (step, phase);
     }
 
     /// COLO has ended on this side (QMP event COLO_EXIT). Comes once.
@@ -87,7 +88,7 @@ pub trait Replication {
 
     /// The disks are the same from here: the secondary drops its own writes.
     ///
-    /// On the primary the VM is stopped. Unless with [`Resume::AfterLoaded`](crate::Resume::AfterLoaded)
+    /// On the primary the VM is stopped. Unless with [`Resume::OnLoaded`](crate::Resume::OnLoaded)
     /// it runs before the secondary has done this step: what it writes then belongs to the next
     /// checkpoint, and must not become part of the secondary's disk with this one.
     ///

@@ -82,7 +82,7 @@ mod tests {
         Step::Await(Wait::CheckpointDue),
         Step::Send(Message::CheckpointRequest),
         message(Message::CheckpointReply),
-        Step::StopVm,
+        Step::PauseVm,
         Step::CutOutput,
         Step::CheckReplication,
         Step::CheckpointReplication,
@@ -98,8 +98,8 @@ mod tests {
     fn a_checkpoint_on_the_primary_stops_the_vm_after_the_reply_and_not_before() {
         let loaded = message(Message::VmstateLoaded);
         for (resume, then) in [
-            (Resume::AfterLoaded, [loaded, Step::ResumeVm]),
-            (Resume::AfterReceived, [Step::ResumeVm, loaded]),
+            (Resume::OnLoaded, [loaded, Step::ResumeVm]),
+            (Resume::OnReceived, [Step::ResumeVm, loaded]),
         ] {
             assert_eq!(
                 round(
@@ -116,7 +116,7 @@ mod tests {
     fn a_primary_that_resumes_early_has_copied_all_before_and_sends_it_after() {
         assert_eq!(
             round(
-                Primary::resuming(Resume::Early, OnPeerLoss::Wait),
+                Primary::resuming(Resume::OnLocalCopy, OnPeerLoss::Wait),
                 Step::Await(Wait::CheckpointDue)
             ),
             [
@@ -124,12 +124,12 @@ mod tests {
                 Step::Send(Message::CheckpointRequest),
                 message(Message::CheckpointReply),
                 Step::CopyRam,
-                Step::StopVm,
+                Step::PauseVm,
                 Step::CutOutput,
                 Step::CheckReplication,
                 Step::CheckpointReplication,
                 Step::SaveDevices,
-                Step::KeepRam,
+                Step::FreezeRam,
                 Step::ResumeVm,
                 Step::Send(Message::VmstateSend),
                 Step::SendRam,
@@ -152,7 +152,7 @@ mod tests {
             [
                 message(Message::CheckpointRequest),
                 Step::Send(Message::CheckpointReply),
-                Step::StopVm,
+                Step::PauseVm,
                 message(Message::VmstateSend),
                 Step::ReceiveRam,
                 message(Message::VmstateSize),
@@ -354,7 +354,7 @@ mod tests {
             Event::Quit,
         ] {
             for on_loss in [OnPeerLoss::Wait, OnPeerLoss::TakeOver] {
-                for resume in [Resume::AfterLoaded, Resume::AfterReceived, Resume::Early] {
+                for resume in [Resume::OnLoaded, Resume::OnReceived, Resume::OnLocalCopy] {
                     every_end_has_one_exit(Primary::resuming(resume, on_loss), event, on_loss);
                 }
                 every_end_has_one_exit(Secondary::new(on_loss), event, on_loss);

@@ -27,7 +27,7 @@ struct Inner {
     failover: FailoverSlot,
     schedule: Mutex<Schedule>,
     quit: AtomicBool,
-    gap: Mutex<GapCap>,
+    background: Mutex<BackgroundCap>,
     /// Wakes a wait that is not for the peer.
     wake: Wake,
     disconnect: Box<dyn Fn() + Send + Sync>,
@@ -38,7 +38,7 @@ const BETWEEN_LOOKS: Duration = Duration::from_millis(20);
 
 /// The most that is sent between checkpoints, bytes a second.
 #[derive(Debug, Default)]
-struct GapCap {
+struct BackgroundCap {
     /// What the driver was told; `None` as long as it sends none.
     configured: Option<u64>,
     /// What was asked for since the control was made.
@@ -81,7 +81,7 @@ impl ColoControl {
                 failover: FailoverSlot::enter(&failover, role, kick),
                 schedule: Mutex::new(Schedule::new(delay, Instant::now())),
                 quit: AtomicBool::new(false),
-                gap: Mutex::default(),
+                background: Mutex::default(),
                 wake,
                 disconnect: Box::new(disconnect),
             }
@@ -90,8 +90,7 @@ impl ColoControl {
     }
 
     /// Which side this is.
-    #[must_use]
-    pub fn role(&self) -> Role {
+    pub(super) fn role(&self) -> Role {
         self.inner.role
     }
 
@@ -125,31 +124,31 @@ impl ColoControl {
         self.inner.wake.wake();
     }
 
-    /// Primary: changes how much is sent between checkpoints at most, bytes a second, 0 for no limit
-    /// ([`GapConfig::bandwidth`](super::GapConfig::bandwidth)): from the next round of pages on, of which one is
-    /// due at every [`GapConfig::interval`](super::GapConfig::interval). Without effect where none are sent.
-    pub fn set_gap_bandwidth(&self, bandwidth: u64) {
-        self.gap().asked = Some(bandwidth);
+    /// Primary: limits the background transfer to `bandwidth` bytes a second, 0 for no limit, from its next
+    /// round on ([`BackgroundTransfer`](super::BackgroundTransfer)). Without effect where there is none.
+    pub fn set_background_bandwidth(&self, bandwidth: u64) {
+        self.background().asked = Some(bandwidth);
     }
 
-    /// Primary: how much is sent between checkpoints at most, bytes a second, 0 for no limit. `None` where no
-    /// pages are: the driver was not told to, the transport has no channels for them, COLO has not begun.
+    /// Returns a primary's limit of the background transfer, bytes a second, 0 for no limit. `None` where there is
+    /// no such transfer: the driver was not told to, the transport has no channels for it, COLO has not
+    /// begun, or this is a secondary.
     #[must_use]
-    pub fn gap_bandwidth(&self) -> Option<u64> {
-        let gap = self.gap();
-        gap.configured
-            .map(|configured| gap.asked.unwrap_or(configured))
+    pub fn background_bandwidth(&self) -> Option<u64> {
+        let cap = self.background();
+        cap.configured
+            .map(|configured| cap.asked.unwrap_or(configured))
     }
 
     /// Pages are sent between checkpoints from now on, at most `bandwidth` unless something else was asked for.
-    pub(super) fn gap_begins(&self, bandwidth: u64) {
-        self.gap().configured = Some(bandwidth);
+    pub(super) fn background_begins(&self, bandwidth: u64) {
+        self.background().configured = Some(bandwidth);
     }
 
     /// Two numbers, whole at every moment.
-    fn gap(&self) -> MutexGuard<'_, GapCap> {
+    fn background(&self) -> MutexGuard<'_, BackgroundCap> {
         self.inner
-            .gap
+            .background
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
     }
@@ -179,7 +178,7 @@ impl ColoControl {
 
     pub(super) fn step_ended(&self, step: Step, now: Instant) {
         match step {
-            Step::StopVm => self.schedule().captured(),
+            Step::PauseVm => self.schedule().captured(),
             Step::ReportCheckpoint => self.schedule().complete(now),
             _ => {}
         }

@@ -4,8 +4,8 @@
 //! from other threads through a [`ColoControl`]. It holds no lock while it waits, so that a peer
 //! that stalls stalls nothing but the checkpoint.
 
+mod background;
 mod control;
-mod gap;
 mod primary;
 mod secondary;
 mod session;
@@ -21,8 +21,8 @@ use migration_stream::precopy::{SourceError, TargetError};
 use migration_stream::unchanged::WhenToCompare;
 use multifd::ChannelError;
 
+pub use background::BackgroundTransfer;
 pub use control::ColoControl;
-pub use gap::GapConfig;
 pub use primary::{LinkError, PrimaryLink, run_primary};
 pub use secondary::{SecondaryLink, run_secondary};
 
@@ -31,41 +31,78 @@ use crate::action::{Action, Event, ProtocolMisuse};
 use crate::deadline::Timekeeper;
 use crate::machine::{Machine, Script};
 use crate::report::CheckpointMeter;
-use crate::step::{Moment, PeerLoss, Step, Wait};
+use crate::step::{PeerLoss, Step, StepPhase, Wait};
 use crate::store::StoreError;
 use crate::{Deadlines, Message, OnPeerLoss, Outcome, PacketGate, Replication, Vm, VmError};
 
-/// What a driver is told once.
-#[derive(Clone, Copy, Debug, Default)]
+/// How a driver runs one side of COLO. Made by `default`, which suits both sides.
+#[derive(Clone, Copy, Debug)]
 pub struct DriverConfig {
-    /// How long the peer may take.
-    pub deadlines: Deadlines,
-    /// What to do without it.
-    pub on_loss: OnPeerLoss,
-    /// The most device state accepted in a checkpoint, bytes; 0 for the default of 64 MiB.
-    pub max_device_state: usize,
-    /// Primary: whether, and how, pages are sent between checkpoints.
-    pub gap: Option<GapConfig>,
-    /// Primary: whether, and when, pages are left out of checkpoints that the secondary has already. See
-    /// [`migration_stream::unchanged`].
-    pub leave_out_unchanged: Option<WhenToCompare>,
+    deadlines: Deadlines,
+    on_loss: OnPeerLoss,
+    max_device_state: usize,
+    background: Option<BackgroundTransfer>,
+    elide_unchanged: Option<WhenToCompare>,
 }
 
-/// Far more than the devices of any machine; what a hostile primary can make a secondary take.
-const MAX_DEVICE_STATE: usize = 64 << 20;
+impl Default for DriverConfig {
+    fn default() -> Self {
+        Self {
+            deadlines: Deadlines::default(),
+            on_loss: OnPeerLoss::default(),
+            max_device_state: 64 << 20,
+            background: None,
+            elide_unchanged: None,
+        }
+    }
+}
 
 impl DriverConfig {
-    fn max_device_state(&self) -> usize {
-        match self.max_device_state {
-            0 => MAX_DEVICE_STATE,
-            max => max,
-        }
+    /// Limits how long the peer may take. A limit that passes ends COLO on this side, so a short one takes a slow
+    /// host for a lost one. Defaults: see [`Deadlines`].
+    #[must_use]
+    pub const fn deadlines(mut self, deadlines: Deadlines) -> Self {
+        self.deadlines = deadlines;
+        self
+    }
+
+    /// Sets what this side does when COLO has ended without a request; the default is
+    /// [`OnPeerLoss::Wait`]. With [`OnPeerLoss::TakeOver`] on both sides a broken link leaves two running
+    /// guests.
+    #[must_use]
+    pub const fn on_loss(mut self, on_loss: OnPeerLoss) -> Self {
+        self.on_loss = on_loss;
+        self
+    }
+
+    /// Secondary: accepts at most `bytes` of device state in a checkpoint; the default is 64 MiB. A hostile
+    /// primary can make this side take that much memory. A checkpoint with more ends COLO.
+    #[must_use]
+    pub const fn max_device_state(mut self, bytes: usize) -> Self {
+        self.max_device_state = bytes;
+        self
+    }
+
+    /// Primary: sends pages between checkpoints. By default pages are sent in checkpoints only. Costs
+    /// bandwidth for pages that are written again, and shortens the pause.
+    #[must_use]
+    pub fn background(mut self, transfer: impl Into<Option<BackgroundTransfer>>) -> Self {
+        self.background = transfer.into();
+        self
+    }
+
+    /// Primary: leaves pages out of checkpoints that the secondary has already, which takes a comparison
+    /// of dirty pages. By default none are compared. See [`migration_stream::unchanged`].
+    #[must_use]
+    pub fn elide_unchanged(mut self, when: impl Into<Option<WhenToCompare>>) -> Self {
+        self.elide_unchanged = when.into();
+        self
     }
 }
 
 /// The VM and what stands around it, in a driver's hands.
 #[derive(Debug)]
-pub struct Parts<V, R, G> {
+pub struct Hooks<V, R, G> {
     /// The VM.
     pub vm: V,
     /// Its disks.
@@ -169,7 +206,7 @@ trait Wire<V: Vm, R, G> {
         &mut self,
         step: Step,
         deadline: Option<Instant>,
-        parts: &mut Parts<V, R, G>,
+        hooks: &mut Hooks<V, R, G>,
         meter: &mut CheckpointMeter,
     ) -> Result<Performed, StepError>;
 
@@ -184,7 +221,7 @@ trait Wire<V: Vm, R, G> {
 fn run<S, V, R, G>(
     mut machine: Machine<S>,
     wire: &mut impl Wire<V, R, G>,
-    parts: &mut Parts<V, R, G>,
+    hooks: &mut Hooks<V, R, G>,
     control: &ColoControl,
     config: DriverConfig,
 ) -> Result<Outcome, ProtocolMisuse>
@@ -206,7 +243,7 @@ where
             Err(mistake) => {
                 tracing::error!(role = %control.role(), %mistake, "colo ends");
                 wire.disconnect();
-                session.mistake(&mut parts.vm);
+                session.mistake(&mut hooks.vm);
                 return Err(mistake);
             }
         };
@@ -216,15 +253,15 @@ where
         let performed = match action {
             Action::Finish(outcome) => return Ok(outcome),
             Action::EmitExit(exit) => {
-                session.exit(&mut parts.vm, &exit);
+                session.exit(&mut hooks.vm, &exit);
                 Event::Done.into()
             }
             Action::Perform(step) => {
                 let began = Instant::now();
                 let deadline = time.begin(step, began);
                 control.step_begins(step, began);
-                parts.vm.at(step, Moment::Begins);
-                let performed = perform(step, deadline, wire, parts, control, &mut meter)
+                hooks.vm.on_step(step, StepPhase::Begins);
+                let performed = perform(step, deadline, wire, hooks, control, &mut meter)
                     .unwrap_or_else(|error| {
                         let event = error.event(step);
                         let error: &dyn std::error::Error = &error;
@@ -234,7 +271,7 @@ where
                 let ended = Instant::now();
                 meter.step(step, began, ended);
                 control.step_ended(step, ended);
-                parts.vm.at(step, Moment::Ended);
+                hooks.vm.on_step(step, StepPhase::Ended);
                 performed
             }
         };
@@ -283,7 +320,7 @@ fn perform<V, R, G>(
     step: Step,
     deadline: Option<Instant>,
     wire: &mut impl Wire<V, R, G>,
-    parts: &mut Parts<V, R, G>,
+    hooks: &mut Hooks<V, R, G>,
     control: &ColoControl,
     meter: &mut CheckpointMeter,
 ) -> Result<Performed, StepError>
@@ -293,27 +330,27 @@ where
     G: PacketGate,
 {
     match step {
-        Step::StopVm => parts.vm.stop()?,
+        Step::PauseVm => hooks.vm.pause()?,
         Step::ResumeVm => {
-            wire.before_resume(&parts.vm);
-            meter.resumed(parts.vm.resume()?);
+            wire.before_resume(&hooks.vm);
+            meter.resumed(hooks.vm.resume()?);
         }
-        Step::StartReplication => parts.replication.start(control.role())?,
-        Step::CheckReplication => parts.replication.check()?,
-        Step::CheckpointReplication => parts.replication.checkpoint()?,
-        Step::StopReplication { failover } => parts.replication.stop(failover)?,
-        Step::HoldOutput => parts.gate.hold()?,
-        Step::CutOutput => parts.gate.cut()?,
-        Step::ReleaseOutput => parts.gate.release()?,
-        Step::DiscardOutput => parts.gate.discard()?,
-        Step::OpenOutput => parts.gate.open(),
+        Step::StartReplication => hooks.replication.start(control.role())?,
+        Step::CheckReplication => hooks.replication.check()?,
+        Step::CheckpointReplication => hooks.replication.checkpoint()?,
+        Step::StopReplication { failover } => hooks.replication.stop(failover)?,
+        Step::HoldOutput => hooks.gate.hold()?,
+        Step::CutOutput => hooks.gate.cut()?,
+        Step::ReleaseOutput => hooks.gate.release()?,
+        Step::DiscardOutput => hooks.gate.discard()?,
+        Step::OpenOutput => hooks.gate.open(),
         Step::ReportCheckpoint => {
             let report = meter.complete();
-            parts.vm.checkpoint_done(&report);
+            hooks.vm.checkpoint_done(&report);
         }
         Step::Disconnect => wire.disconnect(),
         Step::Await(Wait::Decision) => control.wait_for_request(),
-        _ => return wire.perform(step, deadline, parts, meter),
+        _ => return wire.perform(step, deadline, hooks, meter),
     }
     Ok(match step {
         // A decision is a request, which is looked for next.

@@ -9,8 +9,8 @@ use migration_stream::section::encode_eof;
 use migration_stream::unchanged::WhenToCompare;
 use migration_stream::{DirtyLog, PAGE_SIZE, PageTransport, StagedRam, StreamWriter};
 
-use super::gap::Gap;
-use super::{ColoControl, DriverConfig, Parts, Performed, StepError, Wire, message_event, run};
+use super::background::Background;
+use super::{ColoControl, DriverConfig, Hooks, Performed, StepError, Wire, message_event, run};
 use crate::action::{Event, ProtocolMisuse};
 use crate::message::{MESSAGE_LEN, encode_vmstate_size};
 use crate::primary::Primary;
@@ -37,9 +37,9 @@ enum ResumeBy {
 impl ResumeBy {
     fn when(&self) -> Resume {
         match self {
-            Self::Loaded => Resume::AfterLoaded,
-            Self::Received => Resume::AfterReceived,
-            Self::Copied(_) => Resume::Early,
+            Self::Loaded => Resume::OnLoaded,
+            Self::Received => Resume::OnReceived,
+            Self::Copied(_) => Resume::OnLocalCopy,
         }
     }
 
@@ -70,31 +70,31 @@ impl<T: PageTransport, D: DirtyLog> PrimaryLink<T, D> {
         })
     }
 
-    /// The same for a VM that resumes in every checkpoint as soon as the secondary has received it
-    /// ([`Resume::AfterReceived`]), and does not wait until that has loaded it.
+    /// Resumes the VM in every checkpoint as soon as the secondary has received it
+    /// ([`Resume::OnReceived`]), not when the secondary has loaded it, which is the default.
     ///
     /// A secondary of this crate has checked by then all that can be wrong with a checkpoint; QEMU's
     /// has its bytes. One that fails to load it is lost either way, and its primary goes on alone. Disk
     /// replication has to keep apart what the guest writes after [`Replication::checkpoint`] until the
     /// checkpoint is complete.
     #[must_use]
-    pub fn resuming_when_received(mut self) -> Self {
+    pub fn resume_on_received(mut self) -> Self {
         self.resume = ResumeBy::Received;
         self
     }
 
-    /// The same for a VM that resumes in every checkpoint as soon as it was copied on this side
-    /// ([`Resume::Early`]), by way of `staged`, which the migration and its transport were made with.
+    /// Resumes the VM in every checkpoint as soon as its memory was copied on this side
+    /// ([`Resume::OnLocalCopy`]), into `staged`, which the migration and its transport were made with.
     ///
     /// The guest's output is to be held by a [`PacketGate`] that lets it out when the secondary has
     /// the checkpoint. With [`NoGate`](crate::NoGate) what the world has heard since the last
-    /// complete checkpoint may be contradicted after a failover, as it may be without an early
+    /// complete checkpoint may be contradicted after a failover, as it may be without local-copy
     /// resume. Disk replication has to keep apart what the guest writes after
     /// [`Replication::checkpoint`] until the checkpoint is complete.
     ///
     /// # Errors
     /// [`LinkError::OtherRam`].
-    pub fn resuming_early(mut self, staged: Arc<StagedRam>) -> Result<Self, LinkError> {
+    pub fn resume_on_local_copy(mut self, staged: Arc<StagedRam>) -> Result<Self, LinkError> {
         if !std::ptr::addr_eq(Arc::as_ptr(self.ram.ram()), Arc::as_ptr(&staged)) {
             return Err(LinkError::OtherRam);
         }
@@ -115,7 +115,7 @@ pub enum LinkError {
     #[error("colo after a migration with xbzrle")]
     Xbzrle,
     /// What was copied would not be what is sent.
-    #[error("an early resume with memory that the migration was not made with")]
+    #[error("local-copy resume with memory that the migration was not made with")]
     OtherRam,
 }
 
@@ -132,7 +132,7 @@ impl<T, D: DirtyLog> std::fmt::Debug for PrimaryLink<T, D> {
 ///
 /// The VM stands still when this is called: the migration has switched over, and nobody has let
 /// the guest run since. The driver lets it run when the secondary is ready, and stops and resumes it
-/// for every checkpoint; nobody else does meanwhile. It holds the guest's output by `parts.gate` and
+/// for every checkpoint; nobody else does meanwhile. It holds the guest's output by `hooks.gate` and
 /// starts replication itself.
 ///
 /// What ends COLO is reported once by [`Vm::colo_exit`]. With
@@ -147,7 +147,7 @@ impl<T, D: DirtyLog> std::fmt::Debug for PrimaryLink<T, D> {
 /// as [`Cause::Mistake`](crate::Cause::Mistake). The VM is left as it was.
 pub fn run_primary<T, D, V, R, G>(
     mut link: PrimaryLink<T, D>,
-    parts: &mut Parts<V, R, G>,
+    hooks: &mut Hooks<V, R, G>,
     control: &ColoControl,
     config: DriverConfig,
 ) -> Result<Outcome, ProtocolMisuse>
@@ -159,23 +159,23 @@ where
     G: PacketGate,
 {
     let resume = link.resume.when();
-    if let Some(when) = config.leave_out_unchanged {
-        leave_out_unchanged(&mut link.ram, when);
+    if let Some(when) = config.elide_unchanged {
+        elide_unchanged(&mut link.ram, when);
     }
-    let gap = config
-        .gap
-        .and_then(|gap| Gap::begin(gap, &mut link.ram, control));
+    let background = config
+        .background
+        .and_then(|config| Background::begin(config, &mut link.ram, control));
     let mut wire = PrimaryWire {
         link,
-        gap,
-        patience: config.deadlines.message,
+        background,
+        patience: config.deadlines.of_message(),
         control,
         devices: Vec::new(),
     };
     run(
         Primary::resuming(resume, config.on_loss),
         &mut wire,
-        parts,
+        hooks,
         control,
         config,
     )
@@ -183,10 +183,7 @@ where
 
 /// From the first checkpoint on: nothing is known of what precopy has sent, whose pages need not be looked
 /// at for that. COLO does not depend on it.
-fn leave_out_unchanged<T: PageTransport, D: DirtyLog>(
-    ram: &mut RamSender<T, D>,
-    when: WhenToCompare,
-) {
+fn elide_unchanged<T: PageTransport, D: DirtyLog>(ram: &mut RamSender<T, D>, when: WhenToCompare) {
     match ram.leave_out_unchanged(when) {
         Ok(true) => {}
         Ok(false) => tracing::info!("all dirty pages are sent: the transport leaves out none"),
@@ -200,8 +197,8 @@ fn leave_out_unchanged<T: PageTransport, D: DirtyLog>(
 struct PrimaryWire<'a, T, D: DirtyLog> {
     link: PrimaryLink<T, D>,
     control: &'a ColoControl,
-    gap: Option<Gap>,
-    /// How long a channel may block in the gap.
+    background: Option<Background>,
+    /// How long a channel may block in the background transfer.
     patience: Duration,
     /// Saved device state. Kept from checkpoint to checkpoint for its memory.
     devices: Vec<u8>,
@@ -212,7 +209,7 @@ impl<T: PageTransport, D: DirtyLog, V: Vm, R, G> Wire<V, R, G> for PrimaryWire<'
         &mut self,
         step: Step,
         deadline: Option<Instant>,
-        parts: &mut Parts<V, R, G>,
+        hooks: &mut Hooks<V, R, G>,
         meter: &mut CheckpointMeter,
     ) -> Result<Performed, StepError> {
         if step.is_background() {
@@ -236,10 +233,10 @@ impl<T: PageTransport, D: DirtyLog, V: Vm, R, G> Wire<V, R, G> for PrimaryWire<'
             }
             Step::SaveDevices => {
                 self.devices.clear();
-                parts.vm.save_devices(&mut self.devices)?;
+                hooks.vm.save_devices(&mut self.devices)?;
             }
             Step::CopyRam => copy_running(ram, staged.ok_or_else(not_staged)?)?,
-            Step::KeepRam => meter.kept(ram.keep(staged.ok_or_else(not_staged)?)?),
+            Step::FreezeRam => meter.kept(ram.keep(staged.ok_or_else(not_staged)?)?),
             Step::SendRam => {
                 out.set_deadline(deadline);
                 ram.set_deadline(deadline);
@@ -253,7 +250,7 @@ impl<T: PageTransport, D: DirtyLog, V: Vm, R, G> Wire<V, R, G> for PrimaryWire<'
                 out.write_bytes(&eof)?;
                 let counters = ram.counters();
                 meter.ram(out.offset() + counters.channel_bytes - before, pages);
-                meter.left_out(counters.compared_pages, counters.unchanged_pages);
+                meter.elided(counters.compared_pages, counters.unchanged_pages);
                 tracing::trace!(pages, bytes = pages * PAGE_SIZE, "checkpoint ram sent");
             }
             Step::SendDevices => {
@@ -275,7 +272,7 @@ impl<T: PageTransport, D: DirtyLog, V: Vm, R, G> Wire<V, R, G> for PrimaryWire<'
 
 impl<T: PageTransport, D: DirtyLog> PrimaryWire<'_, T, D> {
     /// Waits for the schedule, and notices meanwhile what the peer does: it may go away, and it has
-    /// nothing to say. Pages are sent ahead.
+    /// nothing to say. The background transfer goes on.
     fn wait_until_due(&mut self, meter: &mut CheckpointMeter) -> Result<Performed, StepError> {
         let PrimaryLink { replies, ram, .. } = &mut self.link;
         loop {
@@ -283,16 +280,18 @@ impl<T: PageTransport, D: DirtyLog> PrimaryWire<'_, T, D> {
             if due.is_some_and(|due| due <= Instant::now()) {
                 return Ok(Event::CheckpointDue.into());
             }
-            let wake = match &self.gap {
+            let wake = match &self.background {
                 None => due,
-                Some(gap) => Some(due.map_or(gap.next(), |due| due.min(gap.next()))),
+                Some(background) => {
+                    Some(due.map_or(background.next(), |due| due.min(background.next())))
+                }
             };
             match replies.wait(Some(self.control.wake_fd()), wake)? {
                 Readiness::TimedOut => {
-                    if let Some(gap) = &mut self.gap {
+                    if let Some(background) = &mut self.background {
                         let deadline = Instant::now().checked_add(self.patience);
-                        let bandwidth = self.control.gap_bandwidth().unwrap_or(0);
-                        meter.ahead(gap.send(ram, bandwidth, due, deadline)?);
+                        let bandwidth = self.control.background_bandwidth().unwrap_or(0);
+                        meter.background(background.send(ram, bandwidth, due, deadline)?);
                     }
                 }
                 Readiness::Channel => {
@@ -331,7 +330,7 @@ fn copy_running<T: PageTransport, D: DirtyLog>(
     Ok(())
 }
 
-/// The machine has these steps only with an early resume, so this is never seen.
+/// The machine has these steps only with local-copy resume, so this is never seen.
 fn not_staged() -> VmError {
     VmError::new("copying ram", "there is no room for copies")
 }

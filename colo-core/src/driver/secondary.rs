@@ -9,7 +9,7 @@ use migration_stream::{DirtyLog, HeldChannels};
 use multifd::RecvCounters;
 use ram_cache::{FlushPool, GuestStopped};
 
-use super::{ColoControl, DriverConfig, Parts, Performed, StepError, Wire, message_event, run};
+use super::{ColoControl, DriverConfig, Hooks, Performed, StepError, Wire, message_event, run};
 use crate::action::{Event, ProtocolMisuse};
 use crate::message::{DEVICE_SIZE_LEN, MESSAGE_LEN, Message, decode_device_size};
 use crate::pages::{EnterError, IncomingPages, enter_colo};
@@ -57,7 +57,7 @@ const HEAD_START: Duration = Duration::from_micros(200);
 /// as [`Cause::Mistake`](crate::Cause::Mistake). The VM is left as it was.
 pub fn run_secondary<D, V, R, G>(
     link: SecondaryLink<D>,
-    parts: &mut Parts<V, R, G>,
+    hooks: &mut Hooks<V, R, G>,
     control: &ColoControl,
     config: DriverConfig,
 ) -> Result<Outcome, ProtocolMisuse>
@@ -77,12 +77,12 @@ where
         received: None,
         loading: None,
         is_flushed: false,
-        max_device_state: config.max_device_state(),
+        max_device_state: config.max_device_state,
     };
     let outcome = run(
         Secondary::new(config.on_loss),
         &mut wire,
-        parts,
+        hooks,
         control,
         config,
     );
@@ -124,7 +124,7 @@ impl<D: DirtyLog, V: Vm, R, G> Wire<V, R, G> for SecondaryWire<'_, D, V::Staged,
         &mut self,
         step: Step,
         deadline: Option<Instant>,
-        parts: &mut Parts<V, R, G>,
+        hooks: &mut Hooks<V, R, G>,
         meter: &mut CheckpointMeter,
     ) -> Result<Performed, StepError> {
         let SecondaryLink {
@@ -157,7 +157,7 @@ impl<D: DirtyLog, V: Vm, R, G> Wire<V, R, G> for SecondaryWire<'_, D, V::Staged,
             Step::Await(wait) => {
                 if wait == Wait::Message(Message::VmstateSend) {
                     // The VM was stopped just now, and the primary is stopping its own.
-                    let stopped = GuestStopped::witnessed_by(&parts.vm);
+                    let stopped = GuestStopped::witnessed_by(&hooks.vm);
                     store::guest_stopped(pages.store(), stopped, log)?;
                 }
                 let mut bytes = [0; MESSAGE_LEN];
@@ -187,13 +187,13 @@ impl<D: DirtyLog, V: Vm, R, G> Wire<V, R, G> for SecondaryWire<'_, D, V::Staged,
                 receiver.reader().read_exact(&mut self.devices)?;
                 meter.devices(size as u64);
             }
-            Step::StageDevices => self.staged = Some(parts.vm.stage_devices(&self.devices)?),
+            Step::StageDevices => self.staged = Some(hooks.vm.stage_devices(&self.devices)?),
             Step::Reset => {
                 let staged = self
                     .staged
                     .take()
                     .ok_or_else(|| out_of_order("device was", "staged"))?;
-                self.reset = Some(parts.vm.reset_devices(staged)?);
+                self.reset = Some(hooks.vm.reset_devices(staged)?);
             }
             Step::Flush => {
                 let complete = self
@@ -201,7 +201,7 @@ impl<D: DirtyLog, V: Vm, R, G> Wire<V, R, G> for SecondaryWire<'_, D, V::Staged,
                     .take()
                     .ok_or_else(|| out_of_order("ram was", "received"))?;
                 // The machine stopped the VM before.
-                let stopped = GuestStopped::witnessed_by(&parts.vm);
+                let stopped = GuestStopped::witnessed_by(&hooks.vm);
                 let (report, held) = store::flush(pages.store(), stopped, log, pool, complete)?;
                 self.loading = Some(held);
                 tracing::trace!(
@@ -217,7 +217,7 @@ impl<D: DirtyLog, V: Vm, R, G> Wire<V, R, G> for SecondaryWire<'_, D, V::Staged,
                     .reset
                     .take()
                     .ok_or_else(|| out_of_order("device was", "reset"))?;
-                parts.vm.install_devices(reset)?;
+                hooks.vm.install_devices(reset)?;
             }
             // The others are not the secondary's.
             _ => return Ok(Event::Failed.into()),

@@ -25,7 +25,7 @@ struct Counting {
 impl Vm for Counting {
     type Staged = ();
     type Reset = ();
-    fn stop(&mut self) -> Result<(), VmError> {
+    fn pause(&mut self) -> Result<(), VmError> {
         Ok(())
     }
     fn resume(&mut self) -> Result<Instant, VmError> {
@@ -43,7 +43,7 @@ impl Vm for Counting {
     fn install_devices(&mut self, (): ()) -> Result<(), VmError> {
         Ok(())
     }
-    fn at(&mut self, step: Step, _: Moment) {
+    fn on_step(&mut self, step: Step, _: StepPhase) {
         assert_ne!(Some(step), self.panics_at, "as it was told to");
     }
     fn colo_exit(&mut self, exit: &ColoExit) {
@@ -63,7 +63,7 @@ impl<F: FnMut(Step) -> Result<Event, StepError>, R, G> Wire<Counting, R, G> for 
         &mut self,
         step: Step,
         _: Option<Instant>,
-        _: &mut Parts<Counting, R, G>,
+        _: &mut Hooks<Counting, R, G>,
         _: &mut CheckpointMeter,
     ) -> Result<Performed, StepError> {
         (self.ends)(step).map(Performed::from)
@@ -101,7 +101,7 @@ fn run_with(
         ends,
         disconnects: Arc::clone(&disconnects),
     };
-    let mut parts = Parts {
+    let mut hooks = Hooks {
         vm: Counting {
             panics_at,
             ..Counting::default()
@@ -113,14 +113,14 @@ fn run_with(
         run(
             Secondary::new(OnPeerLoss::TakeOver),
             &mut wire,
-            &mut parts,
+            &mut hooks,
             &control,
             DriverConfig::default(),
         )
     }));
     Run {
         outcome,
-        exits: parts.vm.exits,
+        exits: hooks.vm.exits,
         disconnects: disconnects.load(Ordering::Relaxed),
         failover,
     }

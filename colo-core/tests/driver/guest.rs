@@ -257,7 +257,7 @@ impl ColoVm for Guest {
     type Staged = u64;
     type Reset = u64;
 
-    fn stop(&mut self) -> Result<(), VmError> {
+    fn pause(&mut self) -> Result<(), VmError> {
         self.faults.check("vm.stop")?;
         if self.running {
             assert_eq!(self.state(), self.own, "a running guest was written to");

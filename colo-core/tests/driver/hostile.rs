@@ -1,6 +1,5 @@
 //! A primary that lies: the cause is named, and the secondary's VM is as it was.
 
-use colo_core::driver::DriverConfig;
 use colo_core::raw::DEVICE_SIZE_LEN;
 use colo_core::{Cause, ExitReason, Message, OnPeerLoss, Step};
 use multifd::packet::{HEADER_LEN, Method, PacketFlags, PacketHeader};
@@ -272,10 +271,7 @@ fn a_channel_that_stalls_inside_a_packet_at_the_entry_into_colo_ends_it_like_any
         let packet = page_packet();
         primary.spoil_a_channel(&packet[..packet.len() - 1]);
         secondary.until_a_packet_is_under_way();
-        let secondary = secondary.start(DriverConfig {
-            on_loss,
-            ..impatient()
-        });
+        let secondary = secondary.start(impatient().on_loss(on_loss));
         let during = Step::StartDirtyLog;
         assert_eq!(secondary.exit().cause, Cause::DeadlineExpired { during });
         match on_loss {

@@ -2,7 +2,6 @@
 
 use std::time::Instant;
 
-use colo_core::driver::DriverConfig;
 use colo_core::raw::DEVICE_SIZE_LEN;
 use colo_core::{Cause, Deadlines, ExitReason, Message, PeerLoss, Step, Wait};
 
@@ -108,13 +107,7 @@ fn a_primary_that_falls_silent_anywhere_is_given_up_at_the_deadline() {
 #[test]
 fn a_primary_that_never_requests_a_checkpoint_is_given_up_at_the_idle_deadline() {
     let (primary, secondary) = migrated(2);
-    let secondary = secondary.start(DriverConfig {
-        deadlines: Deadlines {
-            idle: SHORT,
-            ..patient().deadlines
-        },
-        ..patient()
-    });
+    let secondary = secondary.start(patient().deadlines(Deadlines::all(LIMIT).idle(SHORT)));
     let during = waiting_for(Message::CheckpointRequest);
     assert_eq!(secondary.exit().cause, Cause::DeadlineExpired { during });
     secondary.take_over();

@@ -2,10 +2,10 @@
 //! same on both sides.
 #![allow(clippy::tests_outside_test_module)] // this whole crate is tests
 
-mod ahead;
-mod early;
+mod background;
 mod guest;
 mod hostile;
+mod local_copy;
 mod loss;
 mod received;
 mod rig;
@@ -14,7 +14,7 @@ mod vectors;
 
 use std::time::{Duration, Instant};
 
-use colo_core::driver::{DriverConfig, LinkError};
+use colo_core::driver::LinkError;
 use colo_core::{
     Cause, ColoMode, ColoStatus, ExitReason, Message, OnPeerLoss, Outcome, PeerLoss, RequestError,
     Role, StatusReason, Step,
@@ -190,10 +190,7 @@ fn a_vm_that_quits_leaves_colo_stopped_and_its_peer_waits_for_a_decision() {
 fn a_secondary_that_is_to_take_over_does_so_without_being_asked() {
     let (primary, secondary) = migrated(2);
     let primary = primary.start(patient(), NEVER);
-    let secondary = secondary.start(DriverConfig {
-        on_loss: OnPeerLoss::TakeOver,
-        ..patient()
-    });
+    let secondary = secondary.start(patient().on_loss(OnPeerLoss::TakeOver));
     checkpoint(&primary, &secondary);
     primary.quit();
     assert_eq!(secondary.exit().reason(), ExitReason::Error);
@@ -237,7 +234,7 @@ fn every_early_error_of_the_secondary_ends_with_one_exit_and_a_vm_that_can_run()
             ("log.start", Step::StartDirtyLog),
             ("disk.start", Step::StartReplication),
             ("vm.resume", Step::ResumeVm),
-            ("vm.stop", Step::StopVm),
+            ("vm.stop", Step::PauseVm),
             ("disk.check", Step::CheckReplication),
         ] {
             let (primary, secondary, cause) = with_fault(how, fault);
@@ -272,7 +269,7 @@ fn an_error_of_the_primary_ends_with_one_exit_and_a_vm_that_runs_on() {
         ("gate.hold", Step::HoldOutput),
         ("disk.start", Step::StartReplication),
         ("vm.resume", Step::ResumeVm),
-        ("vm.stop", Step::StopVm),
+        ("vm.stop", Step::PauseVm),
         ("gate.cut", Step::CutOutput),
         ("disk.check", Step::CheckReplication),
         ("disk.checkpoint", Step::CheckpointReplication),

@@ -11,7 +11,7 @@ const LOADED: Step = Step::Await(Wait::Message(Message::VmstateLoaded));
 fn both_sides_are_equal_at_every_checkpoint_which_ends_when_it_is_loaded() {
     for how in WAYS {
         let (primary, secondary) = migrated(how);
-        let primary = primary.resuming_when_received().start(patient(), NEVER);
+        let primary = primary.resume_on_received().start(patient(), NEVER);
         let secondary = secondary.start(patient());
         for number in 1..=8 {
             primary.control.demand_checkpoint();
@@ -20,7 +20,7 @@ fn both_sides_are_equal_at_every_checkpoint_which_ends_when_it_is_loaded() {
             let loaded = secondary.checkpoint_state();
             assert_eq!(loaded, captured, "checkpoint {number}");
             let (sent, _) = (primary.checkpoint(), secondary.checkpoint());
-            assert_eq!((sent.number, sent.kept_pages), (number, 0));
+            assert_eq!((sent.number, sent.frozen_pages), (number, 0));
             assert!(sent.transfer <= sent.pause && sent.pause <= sent.until_loaded);
             let at = |step| sent.steps.iter().position(|(taken, _)| *taken == step);
             let order = [Step::ReleaseOutput, Step::ResumeVm, LOADED].map(at);
@@ -38,7 +38,7 @@ fn a_secondary_that_never_says_loaded_holds_up_no_vm_and_is_not_waited_for_forev
         Message::CheckpointReply,
         Message::VmstateReceived,
     ]);
-    let primary = primary.resuming_when_received().start_due(impatient());
+    let primary = primary.resume_on_received().start_due(impatient());
     let captured = primary.checkpoint_state();
     assert_eq!(primary.resumed(), captured);
     let during = LOADED;
@@ -53,7 +53,7 @@ fn a_primary_whose_secondary_fails_in_its_commit_goes_on_as_it_is() {
     for how in WAYS {
         let (primary, secondary) = migrated(how);
         secondary.faults.inject("vm.reset");
-        let primary = primary.resuming_when_received().start(patient(), NEVER);
+        let primary = primary.resume_on_received().start(patient(), NEVER);
         let secondary = secondary.start(patient());
         primary.control.demand_checkpoint();
         let captured = primary.checkpoint_state();

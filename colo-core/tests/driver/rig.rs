@@ -7,13 +7,13 @@ use std::time::{Duration, Instant};
 use std::{io, thread};
 
 use colo_core::driver::{
-    ColoControl, DriverConfig, LinkError, Parts, PrimaryLink, SecondaryLink, run_primary,
+    ColoControl, DriverConfig, Hooks, LinkError, PrimaryLink, SecondaryLink, run_primary,
     run_secondary,
 };
 use colo_core::raw::{DEFAULT_MIN_GAP, MESSAGE_LEN, encode_vmstate_size};
 use colo_core::{
     Cause, CheckpointReport, ColoExit, ColoStore, Deadlines, ExitReason, FailoverHandle,
-    IncomingPages, Message, OnPeerLoss, Outcome, Resume, Role, Vm as _,
+    IncomingPages, Message, Outcome, Resume, Role, Vm as _,
 };
 use migration_stream::decoder::{ConfigurationRule, DecoderConfig};
 use migration_stream::io::{ByteSink, ByteSource, Chunk, FdChannel};
@@ -38,29 +38,14 @@ pub const NEVER: Duration = Duration::from_secs(3600);
 
 /// A driver that waits long for everything.
 pub fn patient() -> DriverConfig {
-    DriverConfig {
-        deadlines: Deadlines {
-            message: LIMIT,
-            checkpoint: LIMIT,
-            idle: LIMIT,
-        },
-        on_loss: OnPeerLoss::Wait,
-        max_device_state: 1000,
-        gap: None,
-        leave_out_unchanged: None,
-    }
+    DriverConfig::default()
+        .deadlines(Deadlines::all(LIMIT))
+        .max_device_state(1000)
 }
 
 /// A driver that waits long for nothing.
 pub fn impatient() -> DriverConfig {
-    DriverConfig {
-        deadlines: Deadlines {
-            message: SHORT,
-            checkpoint: SHORT,
-            idle: SHORT,
-        },
-        ..patient()
-    }
+    patient().deadlines(Deadlines::all(SHORT))
 }
 
 type Switched = SwitchedOver<Box<dyn PageTransport>, Log>;
@@ -221,7 +206,7 @@ fn migrate_away(connections: Vec<FdChannel>, how: How) -> PrimaryEnd {
         faults,
         switched,
         staged,
-        resume: Resume::AfterLoaded,
+        resume: Resume::OnLoaded,
         connections,
         told,
     }
@@ -287,8 +272,8 @@ fn control(role: Role, delay: Duration, connections: Vec<FdChannel>) -> ColoCont
     .unwrap()
 }
 
-fn parts(guest: Guest, faults: &Faults) -> Parts<Guest, Outside, Outside> {
-    Parts {
+fn parts(guest: Guest, faults: &Faults) -> Hooks<Guest, Outside, Outside> {
+    Hooks {
         vm: guest,
         replication: Outside(faults.clone()),
         gate: Outside(faults.clone()),
@@ -297,17 +282,17 @@ fn parts(guest: Guest, faults: &Faults) -> Parts<Guest, Outside, Outside> {
 
 impl PrimaryEnd {
     /// The VM is to resume in a checkpoint when it was copied.
-    pub fn resuming_early(self) -> Self {
+    pub fn resume_on_local_copy(self) -> Self {
         Self {
-            resume: Resume::Early,
+            resume: Resume::OnLocalCopy,
             ..self
         }
     }
 
     /// The VM is to resume in a checkpoint when the secondary has received it.
-    pub fn resuming_when_received(self) -> Self {
+    pub fn resume_on_received(self) -> Self {
         Self {
-            resume: Resume::AfterReceived,
+            resume: Resume::OnReceived,
             ..self
         }
     }
@@ -316,13 +301,14 @@ impl PrimaryEnd {
     pub fn refused_staging(self) -> LinkError {
         let other = StagedRam::new(Arc::clone(&self.guest.ram) as _).unwrap();
         let link = PrimaryLink::new(self.switched).unwrap();
-        link.resuming_early(Arc::new(other)).expect_err("no link")
+        link.resume_on_local_copy(Arc::new(other))
+            .expect_err("no link")
     }
 
     /// Why copies that the transport does not send are no good.
     pub fn refused_transport(self) -> LinkError {
         let link = PrimaryLink::new(self.switched).unwrap();
-        link.resuming_early(self.staged).expect_err("no link")
+        link.resume_on_local_copy(self.staged).expect_err("no link")
     }
 
     /// Runs the driver, with a checkpoint after each `delay`.
@@ -335,9 +321,9 @@ impl PrimaryEnd {
         wait();
         let mut link = PrimaryLink::new(self.switched).unwrap();
         match self.resume {
-            Resume::AfterLoaded => {}
-            Resume::AfterReceived => link = link.resuming_when_received(),
-            Resume::Early => link = link.resuming_early(self.staged).unwrap(),
+            Resume::OnLoaded => {}
+            Resume::OnReceived => link = link.resume_on_received(),
+            Resume::OnLocalCopy => link = link.resume_on_local_copy(self.staged).unwrap(),
         }
         let (done, ended) = mpsc::channel();
         let (in_driver, mut parts) = (control.clone(), parts(self.guest, &self.faults));

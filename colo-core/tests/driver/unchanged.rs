@@ -4,27 +4,23 @@
 use std::time::{Duration, Instant};
 
 use colo_core::Cause;
-use colo_core::driver::{DriverConfig, GapConfig};
+use colo_core::driver::{BackgroundTransfer, DriverConfig};
 use migration_stream::unchanged::WhenToCompare;
 use proptest::prelude::*;
 
 use crate::rig::{How, LIMIT, NEVER, Side, WAYS, end, migrated, patient};
 
 fn config(ahead: bool) -> DriverConfig {
-    DriverConfig {
-        gap: ahead.then(|| GapConfig {
-            interval: Duration::from_millis(1),
-            ..GapConfig::default()
-        }),
-        leave_out_unchanged: Some(WhenToCompare::Always),
-        ..patient()
-    }
+    let transfer = BackgroundTransfer::default().interval(Duration::from_millis(1));
+    patient()
+        .background(ahead.then_some(transfer))
+        .elide_unchanged(WhenToCompare::Always)
 }
 
 fn pair(how: How, early: bool, ahead: bool) -> (Side, Side) {
     let (mut primary, secondary) = migrated(how);
     if early {
-        primary = primary.resuming_early();
+        primary = primary.resume_on_local_copy();
     }
     let secondary = secondary.start(patient());
     (primary.start(config(ahead), NEVER), secondary)
@@ -38,7 +34,7 @@ fn checkpoint(primary: &Side, secondary: &Side, number: u64) -> (u64, u64) {
     assert_eq!(left, right, "checkpoint {number}");
     assert_ne!(own, right, "a guest that ran on its own");
     let (sent, received) = (primary.checkpoint(), secondary.checkpoint());
-    let total = sent.dirty_pages + sent.ahead_pages;
+    let total = sent.dirty_pages + sent.background_pages;
     assert!(sent.unchanged_pages <= total, "{sent:?}");
     assert!(sent.compared_pages <= total, "{sent:?}");
     // What was sent, ahead or not and on whatever channel, is what was received.

@@ -127,7 +127,7 @@ fn trace(visits: &[Visit], mut at: usize, what: &str) -> String {
     text
 }
 
-const RESUMES: [Resume; 3] = [Resume::AfterLoaded, Resume::AfterReceived, Resume::Early];
+const RESUMES: [Resume; 3] = [Resume::OnLoaded, Resume::OnReceived, Resume::OnLocalCopy];
 
 const BUDGET: Budget = Budget {
     checkpoints: 3,
@@ -198,7 +198,7 @@ mod tests {
     #[test]
     fn a_gate_without_marks_lets_out_too_much_when_the_vm_resumes_early() {
         for resume in RESUMES {
-            let holds = resume != Resume::Early;
+            let holds = resume != Resume::OnLocalCopy;
             let unmarked = Setting {
                 marks: false,
                 ..setting(OnPeerLoss::Wait, OnPeerLoss::Wait, resume)
@@ -216,9 +216,9 @@ mod tests {
     #[test]
     fn pages_that_are_sent_in_the_gap_become_part_of_a_whole_checkpoint_or_of_nothing() {
         for (resume, secondary) in [
-            (Resume::AfterLoaded, OnPeerLoss::Wait),
-            (Resume::AfterReceived, OnPeerLoss::Wait),
-            (Resume::Early, OnPeerLoss::TakeOver),
+            (Resume::OnLoaded, OnPeerLoss::Wait),
+            (Resume::OnReceived, OnPeerLoss::Wait),
+            (Resume::OnLocalCopy, OnPeerLoss::TakeOver),
         ] {
             let ahead = Setting {
                 ahead: Ahead::InGap,
@@ -244,7 +244,7 @@ mod tests {
         for ahead in [Ahead::InGapUnordered, Ahead::Always] {
             let setting = Setting {
                 ahead,
-                ..setting(OnPeerLoss::Wait, OnPeerLoss::Wait, Resume::Early)
+                ..setting(OnPeerLoss::Wait, OnPeerLoss::Wait, Resume::OnLocalCopy)
             };
             let spoilt = explore(setting, quiet).unwrap_err();
             assert!(spoilt.contains("the secondary runs (Spoilt"), "{spoilt}");

@@ -13,7 +13,6 @@ use std::time::{Duration, Instant};
 
 use clap::builder::RangedU64ValueParser;
 use clap::{Args, Parser, Subcommand};
-use colo_core::driver::GapConfig;
 use colo_core::{Deadlines, OnPeerLoss, Resume};
 use migration_stream::Escaped;
 use migration_stream::unchanged::WhenToCompare;
@@ -301,9 +300,9 @@ pub enum ResumeArg {
 impl From<ResumeArg> for Resume {
     fn from(arg: ResumeArg) -> Self {
         match arg {
-            ResumeArg::Loaded => Self::AfterLoaded,
-            ResumeArg::Received => Self::AfterReceived,
-            ResumeArg::Copied => Self::Early,
+            ResumeArg::Loaded => Self::OnLoaded,
+            ResumeArg::Received => Self::OnReceived,
+            ResumeArg::Copied => Self::OnLocalCopy,
         }
     }
 }
@@ -357,20 +356,13 @@ impl RunArgs {
             verify: self.verify,
             ram_cache: self.ram_cache.into(),
             on_peer_loss: self.on_peer_loss.into(),
-            deadlines: timeout.map_or(defaults.deadlines, |t| Deadlines {
-                message: t,
-                checkpoint: t,
-                idle: t,
-            }),
+            deadlines: timeout.map_or(defaults.deadlines, Deadlines::all),
             io_limit: timeout.unwrap_or(defaults.io_limit),
             uuid: self.uuid,
             output_commit: self.output_commit,
             resume: self.resume.into(),
             skip_unchanged: self.skip_unchanged.into(),
-            gap: self.gap_bandwidth.map(|mib| GapConfig {
-                bandwidth: mib.saturating_mul(1 << 20),
-                ..GapConfig::default()
-            }),
+            gap: self.gap_bandwidth.map(|mib| mib.saturating_mul(1 << 20)),
             lends: self.splice_send && !self.no_lending,
             zstd_level: self.zstd_level,
             max_device_state: mebibytes(self.max_device_state),

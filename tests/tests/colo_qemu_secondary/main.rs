@@ -44,7 +44,7 @@ const PLAIN: Way = Way {
     channels: 0,
     ahead: false,
     skip: false,
-    resume: Resume::AfterLoaded,
+    resume: Resume::OnLoaded,
 };
 const CHANNELS: Way = Way {
     channels: 2,
@@ -63,23 +63,23 @@ const UNCHANGED_CHANNELS: Way = Way {
     ..CHANNELS
 };
 const EARLY: Way = Way {
-    resume: Resume::Early,
+    resume: Resume::OnLocalCopy,
     ..PLAIN
 };
 const RECEIVED: Way = Way {
-    resume: Resume::AfterReceived,
+    resume: Resume::OnReceived,
     ..CHANNELS
 };
 /// All options there are with channels.
 const ALL: Way = Way {
     skip: true,
-    resume: Resume::Early,
+    resume: Resume::OnLocalCopy,
     ..AHEAD
 };
 /// All options there are without.
 const ALL_PLAIN: Way = Way {
     skip: true,
-    resume: Resume::Early,
+    resume: Resume::OnLocalCopy,
     ..PLAIN
 };
 
@@ -225,7 +225,7 @@ impl Pair {
                 self.primary.wait_read()?;
             }
             let (report, _) = self.primary.checkpoint()?;
-            ahead += report.ahead_pages;
+            ahead += report.background_pages;
             within += report.dirty_pages;
             unchanged += report.unchanged_pages;
         }

@@ -9,7 +9,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use colo_core::driver::{ColoControl, DriverConfig, GapConfig, Parts, PrimaryLink, run_primary};
+use colo_core::driver::{
+    BackgroundTransfer, ColoControl, DriverConfig, Hooks, PrimaryLink, run_primary,
+};
 use colo_core::{
     CheckpointReport, ColoExit, Deadlines, FailoverHandle, NoGate, NoReplication, Outcome, Resume,
     Role, Vm, VmError,
@@ -58,19 +60,11 @@ impl Way {
     }
 
     fn driver(self) -> DriverConfig {
-        DriverConfig {
-            deadlines: Deadlines {
-                message: PATIENCE,
-                checkpoint: PATIENCE,
-                idle: PATIENCE,
-            },
-            gap: self.ahead.then(|| GapConfig {
-                interval: Duration::from_millis(2),
-                ..GapConfig::default()
-            }),
-            leave_out_unchanged: self.skip.then_some(WhenToCompare::Always),
-            ..DriverConfig::default()
-        }
+        let transfer = BackgroundTransfer::default().interval(Duration::from_millis(2));
+        DriverConfig::default()
+            .deadlines(Deadlines::all(PATIENCE))
+            .background(self.ahead.then_some(transfer))
+            .elide_unchanged(self.skip.then_some(WhenToCompare::Always))
     }
 }
 
@@ -149,16 +143,16 @@ impl Primary {
         .completed()?;
         let mut link = PrimaryLink::new(switched)?;
         match way.resume {
-            Resume::AfterLoaded => {}
-            Resume::AfterReceived => link = link.resuming_when_received(),
-            Resume::Early => link = link.resuming_early(staged)?,
+            Resume::OnLoaded => {}
+            Resume::OnReceived => link = link.resume_on_received(),
+            Resume::OnLocalCopy => link = link.resume_on_local_copy(staged)?,
         }
         let control = ColoControl::new(Role::Primary, FailoverHandle::new(), NEVER, move || {
             connections.iter().for_each(FdChannel::shutdown);
         })?;
         let in_driver = control.clone();
         let driver = thread::spawn(move || {
-            let mut parts = Parts {
+            let mut parts = Hooks {
                 vm,
                 replication: NoReplication,
                 gate: NoGate,
@@ -327,7 +321,7 @@ impl Vm for Replayed {
     type Staged = ();
     type Reset = ();
 
-    fn stop(&mut self) -> std::result::Result<(), VmError> {
+    fn pause(&mut self) -> std::result::Result<(), VmError> {
         let stopped = lock(&self.processor).stop();
         stopped.map_err(|e| VmError::new("writing last", e))
     }

@@ -56,7 +56,7 @@ impl World {
             Step::Await(Wait::Message(_)) if whole => {
                 self.to_primary.remove(0);
             }
-            Step::StopVm if whole => self.primary.vm_runs = false,
+            Step::PauseVm if whole => self.primary.vm_runs = false,
             Step::ResumeVm if whole => {
                 self.primary.vm_runs = true;
                 self.said = self.captured + 1;
@@ -76,13 +76,13 @@ impl World {
                 self.to_primary.clear();
             }
             Step::ReportCheckpoint if whole => self.primary.completed = self.captured,
-            Step::SaveDevices | Step::KeepRam if self.primary.vm_runs => {
+            Step::SaveDevices | Step::FreezeRam if self.primary.vm_runs => {
                 return Err(format!("{step} with the vm running"));
             }
             Step::SendRam if self.primary.vm_runs && self.kept.is_none() => {
                 return Err(format!("{step} of a running vm that was not kept"));
             }
-            Step::KeepRam if whole => self.kept = Some(self.take_dirty()),
+            Step::FreezeRam if whole => self.kept = Some(self.take_dirty()),
             Step::SaveDevices if whole => {
                 self.captured += 1;
                 self.saved = self.captured;
@@ -144,7 +144,7 @@ impl World {
                     self.buffer = version;
                 }
             }
-            Step::StopVm if whole => self.secondary.vm_runs = false,
+            Step::PauseVm if whole => self.secondary.vm_runs = false,
             Step::ResumeVm if whole => {
                 match (self.ram, self.devices) {
                     (Content::Checkpoint(ram), Content::Checkpoint(devices))

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use colo_core::driver::{ColoControl, GapConfig, Parts, PrimaryLink, run_primary};
+use colo_core::driver::{BackgroundTransfer, ColoControl, Hooks, PrimaryLink, run_primary};
 use colo_core::{FailoverHandle, Role};
 use migration_stream::precopy::{Progress, RamSetup, ReturnPathReader, SourceStatus, SwitchedOver};
 use migration_stream::ram::{InStream, ZeroPageDetection};
@@ -93,8 +93,8 @@ pub fn primary(data: &[u8]) -> u64 {
     let mut link = PrimaryLink::new(switched).expect("a migration that COLO can follow");
     match more % 3 {
         0 => {}
-        1 => link = link.resuming_when_received(),
-        _ => link = link.resuming_early(staged).expect("the same memory"),
+        1 => link = link.resume_on_received(),
+        _ => link = link.resume_on_local_copy(staged).expect("the same memory"),
     }
 
     let failover = FailoverHandle::new();
@@ -104,17 +104,15 @@ pub fn primary(data: &[u8]) -> u64 {
     })
     .expect("a pipe");
     world.set_control(Some(control.clone()));
-    let mut parts = Parts {
+    let mut parts = Hooks {
         vm: guest,
         replication: Outside(fault.clone()),
         gate: Outside(fault),
     };
     let mut config = config_of(how);
     if more & 8 != 0 {
-        config.gap = Some(GapConfig {
-            interval: Duration::from_millis(1),
-            ..GapConfig::default()
-        });
+        let transfer = BackgroundTransfer::default().interval(Duration::from_millis(1));
+        config = config.background(transfer);
     }
     let outcome = run_primary(link, &mut parts, &control, config);
     world.set_control(None);

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use colo_core::driver::{ColoControl, DriverConfig, Parts, SecondaryLink, run_secondary};
+use colo_core::driver::{ColoControl, DriverConfig, Hooks, SecondaryLink, run_secondary};
 use colo_core::{
     Cause, ColoMode, ColoStore, Deadlines, FailoverHandle, IncomingPages, OnPeerLoss, Outcome, Role,
 };
@@ -140,7 +140,7 @@ pub fn secondary(data: &[u8]) -> u64 {
         log: guest.log.clone(),
         pool: FlushPool::new(1).expect("a pool"),
     };
-    let mut parts = Parts {
+    let mut parts = Hooks {
         vm: guest,
         replication: Outside(fault.clone()),
         gate: Outside(fault),
@@ -188,20 +188,14 @@ fn receive(
 /// A driver that waits for nothing for long.
 pub fn config_of(how: u8) -> DriverConfig {
     let short = Duration::from_millis(10);
-    DriverConfig {
-        deadlines: Deadlines {
-            message: short,
-            checkpoint: 3 * short,
-            idle: short,
-        },
-        on_loss: if how & 8 == 0 {
+    DriverConfig::default()
+        .deadlines(Deadlines::all(short).checkpoint(3 * short))
+        .on_loss(if how & 8 == 0 {
             OnPeerLoss::Wait
         } else {
             OnPeerLoss::TakeOver
-        },
-        max_device_state: 500,
-        ..DriverConfig::default()
-    }
+        })
+        .max_device_state(500)
 }
 
 /// COLO has ended, and everybody knows.

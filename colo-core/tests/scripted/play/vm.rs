@@ -5,8 +5,8 @@ use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use colo_core::{
-    CheckpointReport, ColoExit, Moment, Outcome, PacketGate, Replication, Role, Step, Vm, VmError,
-    Wait,
+    CheckpointReport, ColoExit, Outcome, PacketGate, Replication, Role, Step, StepPhase, Vm,
+    VmError, Wait,
 };
 use migration_stream::ram::{BlockId, RamBlock, RamBlockTable};
 use migration_stream::{DirtyLog, GuestRamMmap, MemoryError, PAGE_SIZE};
@@ -143,7 +143,7 @@ impl Vm for Guest {
     type Staged = u64;
     type Reset = u64;
 
-    fn stop(&mut self) -> Result<(), VmError> {
+    fn pause(&mut self) -> Result<(), VmError> {
         self.fault.check(1).inspect_err(|_| self.broken = true)?;
         if self.running {
             assert!(bytes(&self.ram) == self.own, "a running guest was changed");
@@ -216,8 +216,8 @@ impl Vm for Guest {
         Ok(())
     }
 
-    fn at(&mut self, step: Step, moment: Moment) {
-        if (step, moment) == (Step::Await(Wait::Decision), Moment::Begins) {
+    fn on_step(&mut self, step: Step, phase: StepPhase) {
+        if (step, phase) == (Step::Await(Wait::Decision), StepPhase::Begins) {
             self.world.decide(self.decision);
         }
     }

@@ -4,10 +4,10 @@ use std::io;
 use std::sync::Arc;
 use std::time::Instant;
 
-use colo_core::driver::{ColoControl, DriverConfig, Parts};
+use colo_core::driver::{ColoControl, DriverConfig, Hooks};
 use colo_core::{
-    CheckpointReport, ColoExit, ExitReason, Moment, NoReplication, OnPeerLoss, Outcome, Role, Step,
-    Vm as ColoVm, VmError,
+    CheckpointReport, ColoExit, ExitReason, NoReplication, OnPeerLoss, Outcome, Role, Step,
+    StepPhase, Vm as ColoVm, VmError,
 };
 use qmp_types::{ColoCheckpoint, ColoCheckpointStep, ColoExitReason, ColoMode, Event};
 use qmp_types::{MigrationStatus, RunState};
@@ -29,14 +29,15 @@ pub(super) fn control(migration: &Arc<Migration>, role: Role) -> io::Result<Colo
 }
 
 pub(super) fn config(migration: &Migration) -> DriverConfig {
-    DriverConfig {
-        // A primary has nothing to say between two checkpoints.
-        deadlines: (migration.options.deadlines).for_checkpoint_delay(migration.checkpoint_delay()),
-        on_loss: migration.options.on_peer_loss,
-        max_device_state: migration.options.max_device_state,
-        gap: migration.gap(),
-        leave_out_unchanged: migration.options.skip_unchanged,
-    }
+    let options = &migration.options;
+    // A primary has nothing to say between two checkpoints.
+    let deadlines = (options.deadlines).for_checkpoint_delay(migration.checkpoint_delay());
+    DriverConfig::default()
+        .deadlines(deadlines)
+        .on_loss(options.on_peer_loss)
+        .max_device_state(options.max_device_state)
+        .background(migration.background())
+        .elide_unchanged(options.skip_unchanged)
 }
 
 /// The VM, without disks, with its serial line as all the output there is. `run`: the guest runs
@@ -45,10 +46,10 @@ pub(super) fn parts(
     migration: &Arc<Migration>,
     role: Role,
     run: bool,
-) -> Parts<CheckpointedVm, NoReplication, ConsoleGate> {
+) -> Hooks<CheckpointedVm, NoReplication, ConsoleGate> {
     let console = migration.console.clone();
     migration.vm.set_stays(!run);
-    Parts {
+    Hooks {
         vm: CheckpointedVm {
             migration: Arc::clone(migration),
             role,
@@ -140,7 +141,7 @@ impl ColoVm for CheckpointedVm {
     type Staged = Staged;
     type Reset = ResetDone;
 
-    fn stop(&mut self) -> Result<(), VmError> {
+    fn pause(&mut self) -> Result<(), VmError> {
         let stopped = self.migration.vm.stop_for_checkpoint();
         stopped.map_err(|e| VmError::new("stopping the guest", e))?;
         self.said = self.migration.console.said();
@@ -184,9 +185,9 @@ impl ColoVm for CheckpointedVm {
         Ok(())
     }
 
-    fn at(&mut self, step: Step, moment: Moment) {
+    fn on_step(&mut self, step: Step, phase: StepPhase) {
         let boundaries = &self.migration.options.boundaries;
-        boundaries.reach(&format!("{step} {moment}"));
+        boundaries.reach(&format!("{step} {phase}"));
     }
 
     fn colo_exit(&mut self, exit: &ColoExit) {
@@ -239,7 +240,7 @@ pub(crate) fn checkpoint_event(role: Role, report: &CheckpointReport) -> ColoChe
         pause_us: us(report.pause),
         transfer_us: us(report.transfer),
         loaded_us: us(report.until_loaded),
-        ahead_pages: report.ahead_pages,
+        ahead_pages: report.background_pages,
         compared_pages: report.compared_pages,
         unchanged_pages: report.unchanged_pages,
         ram_bytes: report.ram_bytes,

@@ -2,8 +2,8 @@
 
 use std::sync::atomic::Ordering;
 
-use colo_core::Role;
-use colo_core::driver::GapConfig;
+use colo_core::ColoMode;
+use colo_core::driver::BackgroundTransfer;
 use qmp_types::QmpError;
 
 use super::{Migration, lock};
@@ -24,7 +24,7 @@ impl Migration {
         self.gap_bandwidth.store(bandwidth, Ordering::Release);
         // A driver whose control is not there yet reads the other.
         if let Some(control) = &job.colo {
-            control.set_gap_bandwidth(bandwidth);
+            control.set_background_bandwidth(bandwidth);
         }
         Ok(())
     }
@@ -34,16 +34,19 @@ impl Migration {
     pub fn gap_bandwidth(&self) -> Option<u64> {
         let control = lock(&self.job).colo.clone();
         match control {
-            Some(control) if control.role() == Role::Primary => control.gap_bandwidth(),
-            _ => self.gap().map(|gap| gap.bandwidth),
+            Some(control) if self.failover.status().mode == ColoMode::Primary => {
+                control.background_bandwidth()
+            }
+            _ => self
+                .options
+                .gap
+                .map(|_| self.gap_bandwidth.load(Ordering::Acquire)),
         }
     }
 
     /// How the next COLO is to send pages between checkpoints.
-    pub(super) fn gap(&self) -> Option<GapConfig> {
-        self.options.gap.map(|gap| GapConfig {
-            bandwidth: self.gap_bandwidth.load(Ordering::Acquire),
-            ..gap
-        })
+    pub(super) fn background(&self) -> Option<BackgroundTransfer> {
+        let bandwidth = self.gap_bandwidth.load(Ordering::Acquire);
+        (self.options.gap).map(|_| BackgroundTransfer::default().bandwidth(bandwidth))
     }
 }

@@ -122,7 +122,7 @@ impl Migration {
             settings: Mutex::new(settings),
             vm,
             console,
-            gap_bandwidth: AtomicU64::new(options.gap.map_or(0, |gap| gap.bandwidth)),
+            gap_bandwidth: AtomicU64::new(options.gap.unwrap_or(0)),
             options,
             failover: FailoverHandle::new(),
             discard: DiscardControl::new(),

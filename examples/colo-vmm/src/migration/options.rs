@@ -3,7 +3,6 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use colo_core::driver::GapConfig;
 use colo_core::{Deadlines, OnPeerLoss, Resume};
 use migration_stream::unchanged::WhenToCompare;
 use multifd::ZstdRange;
@@ -31,8 +30,8 @@ pub struct MigrationOptions {
     pub output_commit: bool,
     /// As a primary, when the guest runs again in a checkpoint.
     pub resume: Resume,
-    /// As a primary, whether and how pages are sent between checkpoints.
-    pub gap: Option<GapConfig>,
+    /// As a primary, how much is sent between checkpoints at most, bytes a second, 0 for no limit; `None` if nothing is.
+    pub gap: Option<u64>,
     /// As a source, lend pages to a peer on the same host.
     pub lends: bool,
     /// As a source with zstd, between which levels it chooses, whatever `multifd-zstd-level` says.

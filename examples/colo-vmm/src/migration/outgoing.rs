@@ -131,7 +131,7 @@ fn begin(
         .iter()
         .for_each(|channel| migration.connections.add(channel));
     let ram: Arc<dyn GuestRam> = Arc::clone(migration.vm.memory().ram()) as _;
-    let staged = if plan.migrate_colo() && migration.options.resume == Resume::Early {
+    let staged = if plan.migrate_colo() && migration.options.resume == Resume::OnLocalCopy {
         Some(Arc::new(StagedRam::new(Arc::clone(&ram))?))
     } else {
         None
@@ -210,9 +210,9 @@ fn enter_colo(
 ) -> Result<(), BoxError> {
     let mut link = PrimaryLink::new(switched)?;
     if let Some(staged) = staged {
-        link = link.resuming_early(staged)?;
-    } else if migration.options.resume == Resume::AfterReceived {
-        link = link.resuming_when_received();
+        link = link.resume_on_local_copy(staged)?;
+    } else if migration.options.resume == Resume::OnReceived {
+        link = link.resume_on_received();
     }
     let control = colo::control(migration, Role::Primary)?;
     migration.status.set(MigrationStatus::Colo);

@@ -190,14 +190,13 @@ impl StandbyArgs {
 
     fn config(&self, spec: &GuestSpec) -> Result<StandbyConfig, String> {
         let timeout = self.peer_timeout.map(Duration::from_millis);
-        let defaults = Deadlines::default();
         let delay = Duration::from_millis(self.checkpoint_delay);
-        let deadlines = Deadlines {
-            message: timeout.unwrap_or(defaults.message),
-            checkpoint: timeout.unwrap_or(defaults.checkpoint),
-            idle: timeout.unwrap_or(defaults.message),
+        // The next request is waited for as long as any message, beyond the checkpoint delay.
+        let deadlines = match timeout {
+            None => Deadlines::default().idle(Duration::from_secs(5)),
+            Some(timeout) => Deadlines::all(timeout),
         };
-        let io_limit = timeout.unwrap_or(defaults.checkpoint);
+        let io_limit = timeout.unwrap_or(Duration::from_secs(30));
         let uuid = self.uuid.map_or([0; 16], Uuid::into_bytes);
         let into = match (&spec.restore_into, &self.restore_command) {
             (Some(endpoint), _) => Destination::Waiting(endpoint.clone()),

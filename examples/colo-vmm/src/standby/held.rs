@@ -43,7 +43,7 @@ impl Vm for HeldVm {
     type Staged = Next;
     type Reset = Next;
 
-    fn stop(&mut self) -> Result<(), VmError> {
+    fn pause(&mut self) -> Result<(), VmError> {
         Ok(())
     }
 

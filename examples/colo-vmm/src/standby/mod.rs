@@ -45,7 +45,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use colo_core::driver::{ColoControl, DriverConfig, Parts, SecondaryLink, run_secondary};
+use colo_core::driver::{ColoControl, DriverConfig, Hooks, SecondaryLink, run_secondary};
 use colo_core::{
     Cause, CheckpointReport, ColoExit, Deadlines, ExitReason, FailoverHandle, NoGate,
     NoReplication, OnPeerLoss, Outcome, ProtocolMisuse, Role,
@@ -357,18 +357,16 @@ impl Standby {
             log: Untouched,
             pool,
         };
-        let mut parts = Parts {
+        let mut parts = Hooks {
             vm: HeldVm::new(Arc::clone(self), guest),
             replication: NoReplication,
             gate: NoGate,
         };
-        let config = DriverConfig {
-            deadlines: self.config.deadlines,
+        let config = DriverConfig::default()
+            .deadlines(self.config.deadlines)
             // Whether a loss is one is decided when it is known what it is: see `colo_exit`.
-            on_loss: OnPeerLoss::Wait,
-            max_device_state: self.config.max_device_state,
-            ..DriverConfig::default()
-        };
+            .on_loss(OnPeerLoss::Wait)
+            .max_device_state(self.config.max_device_state);
         let outcome = run_secondary(link, &mut parts, &control, config);
         self.lock().colo = None;
         self.connections.clear();

@@ -1,4 +1,4 @@
-//! Pages that are sent between two checkpoints.
+//! Background transfer: pages that are sent between two checkpoints.
 
 use std::time::{Duration, Instant};
 
@@ -8,23 +8,39 @@ use migration_stream::{DirtyLog, PAGE_SIZE, PageTransport, TokenBucket};
 
 use super::{ColoControl, StepError};
 
-/// How pages are sent while no checkpoint is under way, so that fewer are left for it. Multifd's
-/// channels take them; without any, none are sent.
+/// Background transfer: pages are sent between checkpoints, so that fewer are left for the next one.
+/// Multifd's channels carry them; without channels, nothing is sent between checkpoints.
 ///
-/// A secondary that is a QEMU (11.1) copies what it receives *during* its failover into the guest that goes on. Its
-/// connections have to have ended before it is told `x-colo-lost-heartbeat`: by the end of the primary's process, or by
-/// `yank` there.
+/// A QEMU secondary (11.1) copies pages that it receives *during* its failover into the guest that goes on. Its
+/// connections have to end before it is told `x-colo-lost-heartbeat`: by the end of the primary's
+/// process, or by `yank` there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct GapConfig {
-    /// The most that is sent, bytes a second; 0 for no limit. Can be changed while COLO goes on:
-    /// [`ColoControl::set_gap_bandwidth`].
-    pub bandwidth: u64,
-    /// How often the dirty log is read. Every reading makes the guest's next write to each page a
-    /// little slower; a page that most of the last three readings report is left for the checkpoint.
-    pub interval: Duration,
+pub struct BackgroundTransfer {
+    bandwidth: u64,
+    interval: Duration,
 }
 
-impl Default for GapConfig {
+impl BackgroundTransfer {
+    /// Limits the transfer to `bandwidth` bytes a second on the wire; 0 is no limit, and the default. A low
+    /// limit leaves more pages for the checkpoint, and so lengthens the pause. It can be changed while
+    /// COLO goes on: [`ColoControl::set_background_bandwidth`].
+    #[must_use]
+    pub const fn bandwidth(mut self, bandwidth: u64) -> Self {
+        self.bandwidth = bandwidth;
+        self
+    }
+
+    /// Reads the dirty log every `interval`; the default is 20 ms. Every reading makes the guest's next
+    /// write to each page a little slower. A page that most of the last three readings report is left
+    /// for the checkpoint.
+    #[must_use]
+    pub const fn interval(mut self, interval: Duration) -> Self {
+        self.interval = interval;
+        self
+    }
+}
+
+impl Default for BackgroundTransfer {
     /// No limit, every 20 ms.
     fn default() -> Self {
         Self {
@@ -36,17 +52,17 @@ impl Default for GapConfig {
 
 /// When the next round of pages is due.
 #[derive(Debug)]
-pub(super) struct Gap {
+pub(super) struct Background {
     interval: Duration,
     next: Instant,
     /// What was sent, as it left, against the bandwidth.
     account: TokenBucket,
 }
 
-impl Gap {
-    /// Pages go ahead of checkpoints from now on; `None` if the transport has no channels for it.
+impl Background {
+    /// Begins the background transfer; `None` if the transport has no channels for it.
     pub(super) fn begin<T: PageTransport, D: DirtyLog>(
-        config: GapConfig,
+        config: BackgroundTransfer,
         ram: &mut RamSender<T, D>,
         control: &ColoControl,
     ) -> Option<Self> {
@@ -54,7 +70,7 @@ impl Gap {
             tracing::info!("pages are sent in checkpoints only: there are no channels beside");
             return None;
         }
-        control.gap_begins(config.bandwidth);
+        control.background_begins(config.bandwidth);
         Some(Self {
             interval: config.interval,
             next: Instant::now(),

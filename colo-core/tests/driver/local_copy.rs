@@ -10,7 +10,7 @@ use crate::rig::{How, LIMIT, NEVER, Side, WAYS, end, impatient, migrated, patien
 
 fn pair(how: How) -> (Side, Side) {
     let (primary, secondary) = migrated(how);
-    let primary = primary.resuming_early();
+    let primary = primary.resume_on_local_copy();
     (primary.start(patient(), NEVER), secondary.start(patient()))
 }
 
@@ -28,7 +28,7 @@ fn the_secondary_gets_what_the_primary_was_when_it_stopped_though_it_has_gone_on
                 "checkpoint {number}"
             );
             let (sent, received) = (primary.checkpoint(), secondary.checkpoint());
-            assert!(sent.kept_pages > 0 && sent.kept_pages <= sent.dirty_pages);
+            assert!(sent.frozen_pages > 0 && sent.frozen_pages <= sent.dirty_pages);
             assert!(sent.pause <= sent.until_loaded && sent.transfer <= sent.until_loaded);
             assert_eq!(sent.device_bytes, received.device_bytes);
             let at = |step| sent.steps.iter().position(|(taken, _)| *taken == step);
@@ -45,7 +45,7 @@ fn a_primary_that_loses_its_peer_after_it_has_resumed_goes_on_as_it_is() {
         for fault in ["disk.check", "vm.reset"] {
             let (primary, secondary) = migrated(how);
             secondary.faults.inject(fault);
-            let primary = primary.resuming_early().start(patient(), NEVER);
+            let primary = primary.resume_on_local_copy().start(patient(), NEVER);
             let secondary = secondary.start(patient());
             primary.control.demand_checkpoint();
             let captured = primary.checkpoint_state();
@@ -64,7 +64,7 @@ fn a_peer_that_takes_no_ram_does_not_hold_the_vm_up() {
     let (mut primary, secondary) = migrated(0);
     primary.guest.write_everything();
     let secondary = secondary.saying(&[Message::CheckpointReady, Message::CheckpointReply]);
-    let primary = primary.resuming_early().start_due(impatient());
+    let primary = primary.resume_on_local_copy().start_due(impatient());
     let captured = primary.checkpoint_state();
     assert_eq!(primary.resumed(), captured);
     let during = Step::SendRam;

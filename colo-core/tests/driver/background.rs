@@ -4,7 +4,7 @@
 use std::thread;
 use std::time::{Duration, Instant};
 
-use colo_core::driver::{DriverConfig, GapConfig};
+use colo_core::driver::{BackgroundTransfer, DriverConfig};
 use colo_core::{Cause, ExitReason};
 
 use crate::rig::{LIMIT, NEVER, Side, end, migrated, patient};
@@ -13,19 +13,13 @@ use crate::rig::{LIMIT, NEVER, Side, end, migrated, patient};
 const A_WHILE: Duration = Duration::from_millis(5);
 
 fn config() -> DriverConfig {
-    DriverConfig {
-        gap: Some(GapConfig {
-            interval: Duration::from_millis(1),
-            ..GapConfig::default()
-        }),
-        ..patient()
-    }
+    patient().background(BackgroundTransfer::default().interval(Duration::from_millis(1)))
 }
 
 fn pair(channels: u8, early: bool) -> (Side, Side) {
     let (mut primary, secondary) = migrated(channels);
     if early {
-        primary = primary.resuming_early();
+        primary = primary.resume_on_local_copy();
     }
     (primary.start(config(), NEVER), secondary.start(patient()))
 }
@@ -50,7 +44,7 @@ fn both_sides_are_equal_at_every_checkpoint_of_which_pages_were_sent_ahead() {
             assert_ne!(own, right, "a guest that ran on its own");
             let sent = primary.checkpoint();
             secondary.checkpoint();
-            ahead += sent.ahead_pages;
+            ahead += sent.background_pages;
             within += sent.dirty_pages;
         }
         end(primary, secondary);
@@ -69,7 +63,7 @@ fn a_secondary_that_takes_over_has_seen_nothing_of_pages_that_were_sent_ahead() 
         let (primary, secondary) = pair(2, true);
         thread::sleep(A_WHILE);
         primary.control.demand_checkpoint();
-        ahead += primary.checkpoint().ahead_pages;
+        ahead += primary.checkpoint().background_pages;
         let installed = secondary.checkpoint_state();
         assert_eq!(secondary.resumed(), installed);
         thread::sleep(A_WHILE);
@@ -109,13 +103,11 @@ fn rounds(began: Instant, interval: Duration) -> u64 {
 #[test]
 fn the_limit_changes_in_the_gap_that_goes_on() {
     let interval = Duration::from_millis(20);
-    let config = DriverConfig {
-        gap: Some(GapConfig {
-            bandwidth: 1,
-            interval,
-        }),
-        ..patient()
-    };
+    let config = patient().background(
+        BackgroundTransfer::default()
+            .bandwidth(1)
+            .interval(interval),
+    );
     let (primary, secondary) = migrated(2);
     let (primary, secondary) = (primary.start(config, NEVER), secondary.start(patient()));
     let control = primary.control.clone();
@@ -123,11 +115,11 @@ fn the_limit_changes_in_the_gap_that_goes_on() {
     let mut before = began;
     let mut next_gap = |change: Option<u64>| {
         if let Some(bandwidth) = change {
-            control.set_gap_bandwidth(bandwidth);
+            control.set_background_bandwidth(bandwidth);
         }
         thread::sleep(2 * interval);
         control.demand_checkpoint();
-        let ahead = primary.checkpoint().ahead_pages;
+        let ahead = primary.checkpoint().background_pages;
         let most = rounds(before, interval);
         before = Instant::now();
         assert!(began.elapsed() < LIMIT);
@@ -137,13 +129,13 @@ fn the_limit_changes_in_the_gap_that_goes_on() {
         let (ahead, most) = next_gap(None);
         assert!(ahead <= most, "{ahead} of at most {most}");
     }
-    assert_eq!(control.gap_bandwidth(), Some(1));
+    assert_eq!(control.background_bandwidth(), Some(1));
     // On a slow machine a round may not come to any page before the next checkpoint.
     let (mut ahead, mut most) = next_gap(Some(0));
     while ahead <= most {
         (ahead, most) = next_gap(Some(0));
     }
-    assert_eq!(control.gap_bandwidth(), Some(0));
+    assert_eq!(control.background_bandwidth(), Some(0));
     // The gap after a checkpoint begins with the limit that there was.
     let _ = next_gap(Some(1));
     let (ahead, most) = next_gap(None);
@@ -159,11 +151,11 @@ fn without_channels_nothing_is_sent_between_checkpoints() {
         thread::sleep(A_WHILE);
         primary.control.demand_checkpoint();
         assert_eq!(primary.checkpoint_state(), secondary.checkpoint_state());
-        assert_eq!(primary.checkpoint().ahead_pages, 0);
+        assert_eq!(primary.checkpoint().background_pages, 0);
         secondary.checkpoint();
     }
-    primary.control.set_gap_bandwidth(0);
-    assert_eq!(primary.control.gap_bandwidth(), None);
+    primary.control.set_background_bandwidth(0);
+    assert_eq!(primary.control.background_bandwidth(), None);
     end(primary, secondary);
     assert!(began.elapsed() < LIMIT);
 }
