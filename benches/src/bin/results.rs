@@ -55,13 +55,9 @@ fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let result = match arguments.what {
         What::Run { smoke: true } => smoke(),
-        What::Run { smoke: false } => run(&[]).and_then(|report| {
-            if let Some(dir) = arguments.json.parent() {
-                fs::create_dir_all(dir)?;
-            }
-            report.write(&arguments.json)?;
-            render(&arguments)
-        }),
+        What::Run { smoke: false } => {
+            run(&[], Some(&arguments.json)).and_then(|_| render(&arguments))
+        }
         What::Render => render(&arguments),
     };
     match result {
@@ -74,7 +70,7 @@ fn main() -> ExitCode {
 }
 
 fn smoke() -> Result<()> {
-    let report = run(&["--smoke"])?;
+    let report = run(&["--smoke"], None)?;
     let text = render::results(&report);
     println!("{} bytes of Markdown", text.len());
     Ok(())
@@ -91,8 +87,8 @@ fn render(arguments: &Arguments) -> Result<()> {
     Ok(())
 }
 
-/// Runs each program of the plan, with `more` arguments.
-fn run(more: &[&str]) -> Result<Report> {
+/// Runs each program of the plan, with `more` arguments, and keeps the figures so far in `file`.
+fn run(more: &[&str], file: Option<&Path>) -> Result<Report> {
     let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let mut build = Command::new(cargo);
     build.args([
@@ -117,7 +113,14 @@ fn run(more: &[&str]) -> Result<Report> {
         command.args(arguments).args(more).arg("--json").arg(&part);
         eprintln!("{command:?}");
         succeed(&mut command)?;
-        report.merge(Report::read(&part)?)?;
+        let mut part = Report::read(&part)?;
+        // The programs were built at the beginning: what has changed since, `file` for one, is not in them.
+        part.host.commit.clone_from(&report.host.commit);
+        report.merge(part)?;
+        if let Some(file) = file {
+            fs::create_dir_all(file.parent().unwrap_or(Path::new(".")))?;
+            report.write(file)?;
+        }
     }
     Ok(report)
 }
