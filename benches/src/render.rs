@@ -13,17 +13,26 @@ use crate::way::Way;
 /// How long RESULTS.md may be, bytes.
 pub const MOST: usize = 12 << 10;
 
+/// How many CPUs others have at most on a quiet machine; the measuring program has 0.1.
+const QUIET: f64 = 0.4;
+
 /// RESULTS.md: where it was measured, the bars, a profile of each missed one, and all tables.
 #[must_use]
 pub fn results(report: &Report) -> String {
     let host = &report.host;
     let others = report.checkpoints.iter().map(|c| c.others_cpus);
+    let others = others.fold(0.0, f64::max);
+    let warning = if others > QUIET {
+        " **The machine was not quiet: these figures say little.**"
+    } else {
+        ""
+    };
     let bars = bars(report);
     let missed = bars.iter().filter(|bar| !bar.is_met()).count();
     let mut text = format!(
         "# Results\n\n\
          One run of `results run` at commit {} ({}): {} CPUs ({}), {} GiB, Linux {}, {}, {}. \
-         Others had at most {:.1} of the CPUs. The figures of this file are computed from \
+         Others had at most {others:.1} of the CPUs.{warning} The figures of this file are computed from \
          [results/results.json](results/results.json).\n\n\
          ## Bars\n\n{} of {} bars are met.\n\n\
          | bar | wanted | measured | |\n|---|---|---|---|\n",
@@ -35,7 +44,6 @@ pub fn results(report: &Report) -> String {
         host.kernel,
         host.rustc,
         report.qemu.as_deref().unwrap_or("no QEMU"),
-        others.fold(0.0, f64::max),
         bars.len() - missed,
         bars.len(),
     );
@@ -495,6 +503,7 @@ mod tests {
             text.contains(", pause 20.0 ms: sending ram 20.0.\n"),
             "{text}"
         );
+        assert!(!text.contains("not quiet"), "{text}");
         let columns = |line: &str| line.matches(" |").count();
         for table in text.split("\n\n").filter(|part| part.starts_with('|')) {
             let first = table.lines().next().unwrap();
@@ -502,6 +511,14 @@ mod tests {
                 assert_eq!(columns(line), columns(first), "{line}");
             }
         }
+    }
+
+    #[test]
+    fn figures_of_a_machine_that_had_other_work_say_so() {
+        let mut report = report(100.0, 10.0);
+        report.checkpoints[3].others_cpus = 0.5;
+        let text = results(&report);
+        assert!(text.contains("Others had at most 0.5 of the CPUs. **The machine was not quiet"));
     }
 
     #[test]
