@@ -235,6 +235,9 @@ mod tests {
         written.write_obj(7_u64, PIECE + 8).unwrap();
         assert!(resident(&regions[0]) < 1024);
         let populate = Populate::start(regions.clone(), THREADS).unwrap();
+        while !populate.has_ended() {
+            thread::yield_now();
+        }
         match populate.join().unwrap() {
             Populated::Whole => {
                 for region in &regions {

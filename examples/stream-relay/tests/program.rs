@@ -9,7 +9,7 @@ use std::process::{Child, Command, Output, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, Signal, WaitOptions, kill_process, waitpid};
 use tempfile::TempDir;
 
 #[path = "../../stream-inspect/tests/streams/mod.rs"]
@@ -54,11 +54,16 @@ fn partials(dir: &Path, name: &str) -> Vec<PathBuf> {
         .collect()
 }
 
-/// Waits until something is being written for `name`.
+/// Waits until something is being written for `name` whose owner is seen. Its lock is taken before the first byte of a
+/// file, and before a directory has more than its manifest.
 fn wait_for_partial(dir: &Path, name: &str) -> PathBuf {
     let deadline = Instant::now() + Duration::from_secs(60);
     loop {
-        if let Some(partial) = partials(dir, name).pop() {
+        let is_begun = |partial: &PathBuf| match fs::read_dir(partial) {
+            Ok(entries) => entries.count() > 1,
+            Err(_) => fs::metadata(partial).is_ok_and(|file| file.is_file() && file.len() > 0),
+        };
+        if let Some(partial) = partials(dir, name).pop().filter(is_begun) {
             return partial;
         }
         assert!(Instant::now() < deadline, "nothing is written for {name}");
@@ -66,24 +71,39 @@ fn wait_for_partial(dir: &Path, name: &str) -> PathBuf {
     }
 }
 
-fn signal(child: &Child, signal: Signal) {
-    kill_process(Pid::from_child(child), signal).unwrap();
+/// A process that does nothing and is ended with this.
+struct Frozen(Child);
+
+impl Frozen {
+    /// Freezes `child`; none if it ended before.
+    fn new(child: Child) -> Option<Self> {
+        let pid = Pid::from_child(&child);
+        kill_process(pid, Signal::STOP).unwrap();
+        // The signal takes effect some time later.
+        let (_, status) = waitpid(Some(pid), WaitOptions::UNTRACED).unwrap().unwrap();
+        status.stopped().then(|| Self(child))
+    }
+}
+
+impl Drop for Frozen {
+    fn drop(&mut self) {
+        self.0.kill().unwrap();
+        self.0.wait().unwrap();
+    }
 }
 
 /// A relay that was frozen while it wrote the store `kept`, and the store as far as it is written.
-fn frozen_while_it_stores(dir: &Path) -> (Child, PathBuf) {
+fn frozen_while_it_stores(dir: &Path) -> (Frozen, PathBuf) {
     const ARGUMENTS: &str = "--incoming file:stream --store kept";
     for mib in [64, 128, 256, 512] {
         fs::write(dir.join("stream"), streams::of_pages(mib << 8)).unwrap();
-        let mut relay = program(dir, ARGUMENTS).spawn().unwrap();
+        let relay = program(dir, ARGUMENTS).spawn().unwrap();
         let partial = wait_for_partial(dir, "kept");
-        signal(&relay, Signal::STOP);
-        if partial.exists() {
-            return (relay, partial);
+        match Frozen::new(relay) {
+            Some(relay) if partial.exists() => return (relay, partial),
+            // It was too fast.
+            relay => drop(relay),
         }
-        // It was too fast.
-        relay.kill().unwrap();
-        relay.wait().unwrap();
         fs::remove_dir_all(dir.join("kept")).unwrap();
     }
     panic!("no relay was caught while it wrote");
@@ -92,7 +112,7 @@ fn frozen_while_it_stores(dir: &Path) -> (Child, PathBuf) {
 #[test]
 fn what_a_killed_relay_has_left_of_a_store_is_removed_by_the_next_one() {
     let dir = directory(b"");
-    let (mut frozen, partial) = frozen_while_it_stores(dir.path());
+    let (frozen, partial) = frozen_while_it_stores(dir.path());
     // A living relay's is left alone, by who writes and by who reads under that name.
     fs::write(dir.path().join("small"), streams::of_pages(3)).unwrap();
     let (write, read) = (
@@ -104,8 +124,7 @@ fn what_a_killed_relay_has_left_of_a_store_is_removed_by_the_next_one() {
         assert_eq!(partials(dir.path(), "kept"), [partial.as_path()]);
     }
     assert!(partial.join("manifest.json").exists());
-    frozen.kill().unwrap();
-    frozen.wait().unwrap();
+    drop(frozen);
     assert_eq!(partials(dir.path(), "kept"), [partial.as_path()]);
     // Neither another name's, nor what only looks like one.
     let others = [
