@@ -9,7 +9,7 @@ use std::{fmt, io};
 use migration_stream::configuration::Configuration;
 use migration_stream::decoder::{ConfigurationRule, DecoderConfig};
 use migration_stream::early::EarlySections;
-use migration_stream::io::{FdChannel, PositionedFile, open_direct};
+use migration_stream::io::{CancelToken, FdChannel, PositionedFile, open_direct};
 use migration_stream::mapped_ram::FileReader;
 use migration_stream::opaque_tail::{TailError, TailLimits, tail_at_end};
 use migration_stream::precopy::{Loaded, Target, TargetConfig, TargetError};
@@ -236,24 +236,12 @@ pub struct Announced {
     /// The source's configuration section, if it sends one.
     pub configuration: Option<Configuration>,
     target: Target,
+    cancel: CancelToken,
     pages: Pages,
     line: Option<FdChannel>,
     begun: Instant,
     max_device_state: usize,
     pause_timeout: Duration,
-}
-
-/// Ends a source's connection from another thread.
-#[derive(Debug)]
-pub struct Breaker(Option<FdChannel>);
-
-impl Breaker {
-    /// The guest is not wanted any more: it runs on at its source. A file has no connection.
-    pub fn end(&self) {
-        if let Some(line) = &self.0 {
-            line.shutdown();
-        }
-    }
 }
 
 impl Announced {
@@ -263,10 +251,10 @@ impl Announced {
         self.target.early_sections()
     }
 
-    /// Something that ends the connection.
+    /// Returns what ends [`Announced::receive`] from another thread. The guest runs on at its source then.
     #[must_use]
-    pub fn breaker(&self) -> Breaker {
-        Breaker(self.line.as_ref().map(FdChannel::share))
+    pub const fn cancel_token(&self) -> &CancelToken {
+        &self.cancel
     }
 
     /// Takes the guest.
@@ -334,7 +322,7 @@ impl IncomingConfig {
 
     fn announced(
         &self,
-        reader: StreamReader,
+        mut reader: StreamReader,
         line: Option<FdChannel>,
         file: Option<&dyn PositionedFile>,
         pages: Pages,
@@ -349,6 +337,8 @@ impl IncomingConfig {
             },
             max_devices: self.max_device_state,
         };
+        let cancel = CancelToken::new().map_err(IncomingError::Host)?;
+        reader.set_cancel(&cancel);
         let return_path = line.as_ref().map(|line| Box::new(line.share()) as _);
         let (mut target, blocks) = Target::from_announcement(target_config, reader, return_path)?;
         if blocks.ignores_shared() {
@@ -371,6 +361,7 @@ impl IncomingConfig {
             memory: Arc::new(memory),
             configuration,
             target,
+            cancel,
             pages,
             line,
             begun,
@@ -517,6 +508,9 @@ pub enum IncomingError {
         /// Where it was exceeded; `None` where a file says it before its stream is read so far.
         source: Option<TargetError>,
     },
+    /// The process has no more descriptors.
+    #[error("the host")]
+    Host(#[source] io::Error),
     /// Multifd's channels.
     #[error("the incoming channels")]
     Channels(#[source] TransportError),

@@ -122,7 +122,7 @@ fn hand_over(
     progress: &Arc<Progress>,
 ) -> Result<Report, RelayError> {
     let announced = incoming.announced(progress)?;
-    let breaker = announced.breaker();
+    let cancel = announced.cancel_token().clone();
     let arrival = Arc::new(Arrival::new(
         Arc::clone(&announced.memory),
         announced.configuration.clone(),
@@ -151,7 +151,7 @@ fn hand_over(
         // What ends first is the reason why the other does.
         let was_coming = !arrival.has_failed();
         if sent.is_err() && arrival.is_coming() {
-            breaker.end();
+            cancel.cancel();
         }
         let received = receiving.join();
         (
