@@ -1,17 +1,17 @@
 //! COLO (coarse-grained lock-stepping): a secondary VM that is kept in step with a primary by
 //! checkpoints, and carries the guest on when the primary is lost. Wire-compatible with QEMU 11.1.
 //!
-//! An embedder implements [`Vm`], and runs a driver when a migration has switched over:
+//! An embedder implements [`ColoVm`], and runs a driver when a migration has switched over:
 //!
 //! ```
 //! use std::error::Error;
 //! use std::time::Duration;
 //!
 //! use colo_core::driver::{ColoControl, DriverConfig, Hooks, SecondaryLink, run_secondary};
-//! use colo_core::{FailoverHandle, NoGate, NoReplication, Outcome, Role, Vm};
+//! use colo_core::{ColoVm, FailoverHandle, NoGate, NoReplication, Outcome, Role};
 //! use migration_stream::DirtyLog;
 //!
-//! fn secondary<V: Vm>(
+//! fn secondary<V: ColoVm>(
 //!     vm: V,
 //!     link: SecondaryLink<impl DirtyLog>,
 //!     failover: &FailoverHandle,
@@ -26,10 +26,10 @@
 //!
 //! | where | what |
 //! |---|---|
-//! | [`Vm`], [`Replication`], [`PacketGate`] | what a VMM implements |
+//! | [`ColoVm`], [`Replication`], [`PacketGate`] | what a VMM implements |
 //! | [`driver`] | both sides over real channels, and [`ColoControl`](driver::ColoControl) for other threads |
 //! | [`FailoverHandle`] | an operator's request and the status |
-//! | [`ColoStore`], [`IncomingPages`] | the secondary's memory |
+//! | [`ColoStore`] | the secondary's memory |
 //! | [`MigrationPlan`] | which capabilities go together |
 //! | [`raw`] | the state machines without I/O, and the sequence diagrams ([`raw::Primary`], [`raw::Secondary`]); not covered by semantic versioning |
 //!
@@ -44,7 +44,6 @@ mod ending;
 mod failover;
 mod machine;
 mod message;
-mod pages;
 mod plan;
 mod primary;
 pub mod raw;
@@ -60,13 +59,12 @@ pub use cause::{Cause, ColoExit, ExitReason, OnPeerLoss, Outcome, Role};
 pub use deadline::Deadlines;
 pub use failover::{ColoMode, ColoStatus, FailoverHandle, RequestError, StatusReason};
 pub use message::Message;
-pub use pages::IncomingPages;
 pub use plan::{Capabilities, MigrationPlan, PlanError};
 pub use primary::Resume;
 pub use report::CheckpointReport;
 pub use step::{PeerLoss, Step, StepPhase, Wait};
 pub use store::{ColoStore, StoreError};
-pub use vm::{NoGate, NoReplication, PacketGate, Replication, Vm, VmError};
+pub use vm::{ColoObserver, ColoVm, NoGate, NoReplication, PacketGate, Replication, VmError};
 
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]

@@ -35,8 +35,7 @@ pub use crate::message::{
     DEVICE_SIZE_LEN, DeviceStateTooLarge, MESSAGE_LEN, UnknownMessage, decode_device_size,
     encode_vmstate_size,
 };
-pub use crate::pages::{EnterError, enter_colo};
 pub use crate::primary::{Primary, PrimaryScript};
 pub use crate::schedule::{DEFAULT_DELAY, DEFAULT_MIN_GAP, Schedule};
 pub use crate::secondary::{Secondary, SecondaryScript};
-pub use crate::store::{flush, guest_stopped, reclaim};
+pub use crate::store::{enter_colo, flush, guest_stopped, reclaim};

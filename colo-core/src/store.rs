@@ -60,14 +60,6 @@ impl ColoStore {
         Self::new(kind, blocks.collect(), inhibitor)
     }
 
-    /// The migration is over, COLO begins: from here on pages belong to checkpoints.
-    ///
-    /// # Errors
-    /// The cache's; the guest must not run then.
-    pub(crate) fn enter_colo(&self) -> Result<(), StoreError> {
-        Ok(self.cache.enter_colo()?)
-    }
-
     fn note_written(&self, log: &mut dyn DirtyLog) -> Result<(), StoreError> {
         let mut result = Ok(());
         log.sync(&mut |block, first_page, word| {
@@ -93,6 +85,15 @@ impl ColoStore {
     pub(crate) fn release(self) {
         self.cache.release();
     }
+}
+
+/// The migration is over, COLO begins: from here on pages belong to checkpoints. No page may be on its way
+/// meanwhile: see [`IncomingPages::between_packets`](multifd::IncomingPages::between_packets).
+///
+/// # Errors
+/// The cache's; the guest must not run then.
+pub fn enter_colo(store: &ColoStore) -> Result<(), StoreError> {
+    Ok(store.cache.enter_colo()?)
 }
 
 /// The guest was stopped for a checkpoint, and has written since the last one what `log` knows.
@@ -274,7 +275,7 @@ mod tests {
             let (store, guest, discard) = store(kind);
             receive(&store, 3, 7);
             receive(&store, 5, 9);
-            store.enter_colo().unwrap();
+            enter_colo(&store).unwrap();
             receive(&store, 3, 8);
             store.zero(RAM, 5 * 4096, 4096).unwrap();
             guest

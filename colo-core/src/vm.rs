@@ -1,74 +1,52 @@
 //! What COLO needs of a VMM.
 
 use std::error::Error;
-use std::time::Instant;
+
+use migration_stream::{DeviceState, Vm, VmControl};
 
 use crate::cause::{ColoExit, Role};
 use crate::report::CheckpointReport;
 use crate::step::{Step, StepPhase};
 
-/// The VM, as far as checkpoints go beyond its memory.
-pub trait Vm {
-    /// Device state that was parsed and checked and only waits to be installed.
-    type Staged;
-
-    /// The same once the devices have been reset for it.
-    type Reset;
-
-    /// Pauses all vCPUs and whatever else writes guest memory. When it returns, the dirty log can be
-    /// read and devices can be saved. Without effect on a paused VM.
-    ///
-    /// # Errors
-    /// The VM may still run.
-    fn pause(&mut self) -> Result<(), VmError>;
-
-    /// Lets the VM run. Returns when it was let go, with which its pause ends: the threads of a VM
-    /// that runs may keep the driver's from its processor before it can look at a clock itself.
-    ///
-    /// # Errors
-    /// The VM is still stopped.
-    fn resume(&mut self) -> Result<Instant, VmError>;
-
-    /// Appends the state of all devices to `out`: a FULL section with its footer for each, and
-    /// EOF. No stream header, no configuration, no vmdesc. The VM is stopped.
-    ///
-    /// # Errors
-    /// A device could not be read.
-    fn save_devices(&mut self, out: &mut Vec<u8>) -> Result<(), VmError>;
-
-    /// Parses and checks what [`Vm::save_devices`] of the peer has written, without changing a
-    /// device. What passes here must not be refused by [`Vm::install_devices`].
-    ///
-    /// # Errors
-    /// The state is not whole, not sound, or not of this VM.
-    fn stage_devices(&mut self, state: &[u8]) -> Result<Self::Staged, VmError>;
-
-    /// Resets all devices, as before the load of a snapshot: without an event. May write guest
-    /// memory; the flush comes after it.
-    ///
-    /// # Errors
-    /// The VM is then in no defined state and is not run again.
-    fn reset_devices(&mut self, staged: Self::Staged) -> Result<Self::Reset, VmError>;
-
-    /// Puts staged state into the devices that were reset for it, guest memory being the
-    /// checkpoint's already.
-    ///
-    /// # Errors
-    /// As for [`Vm::reset_devices`].
-    fn install_devices(&mut self, reset: Self::Reset) -> Result<(), VmError>;
-
-    /// Optional, for observability only: a step begins, or has ended, whether it succeeded or not. Called in
-    /// the driver's thread.
+/// Watches COLO. A VM that wants to hear of nothing implements this without a method.
+pub trait ColoObserver {
+    /// A step begins, or has ended, whether it succeeded or not.
     fn on_step(&mut self, step: Step, phase: StepPhase) {
         let _ = (step, phase);
     }
 
     /// COLO has ended on this side (QMP event COLO_EXIT). Comes once.
-    fn colo_exit(&mut self, exit: &ColoExit);
+    fn colo_exit(&mut self, exit: &ColoExit) {
+        let _ = exit;
+    }
 
     /// A checkpoint is complete and the VM runs.
-    fn checkpoint_done(&mut self, report: &CheckpointReport);
+    fn checkpoint_done(&mut self, report: &CheckpointReport) {
+        let _ = report;
+    }
 }
+
+impl<C: ColoObserver, D> ColoObserver for Vm<C, D> {
+    fn on_step(&mut self, step: Step, phase: StepPhase) {
+        self.control.on_step(step, phase);
+    }
+
+    fn colo_exit(&mut self, exit: &ColoExit) {
+        self.control.colo_exit(exit);
+    }
+
+    fn checkpoint_done(&mut self, report: &CheckpointReport) {
+        self.control.checkpoint_done(report);
+    }
+}
+
+/// A VM that COLO can protect: it is paused and resumed, its devices are saved and loaded, and it is told.
+///
+/// Guest memory is the link's. [`DeviceState::reset`] comes before the checkpoint's pages reach the
+/// guest, [`DeviceState::install`] after them.
+pub trait ColoVm: VmControl + DeviceState + ColoObserver {}
+
+impl<V: VmControl + DeviceState + ColoObserver> ColoVm for V {}
 
 /// Disk replication: the secondary's writes are buffered until a checkpoint shows that they were
 /// the primary's too.

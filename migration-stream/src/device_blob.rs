@@ -1,10 +1,9 @@
 //! Device state as a blob: FULL sections one after the other, and EOF. COLO sends one in every
 //! checkpoint, without header, configuration and description (`migration/colo.c`, QEMU 11.1).
 
-use std::error;
-
 use bytes::BufMut;
 
+use crate::BoxError;
 use crate::codec::{IdStr, Reader};
 use crate::decoder::MAX_SECTIONS;
 use crate::error::DecodeError;
@@ -47,10 +46,10 @@ pub fn encode_device_blob<'a>(
 ///
 /// # Errors
 /// [`DeviceBlobError`]; offsets in it count from the blob's first byte.
-pub fn decode_device_blob<'a, E: error::Error + 'static>(
+pub fn decode_device_blob<'a, E: Into<BoxError>>(
     blob: &'a [u8],
     mut body_len: impl FnMut(&SectionHeader, &'a [u8]) -> Result<usize, E>,
-) -> Result<Vec<DeviceSection<'a>>, DeviceBlobError<E>> {
+) -> Result<Vec<DeviceSection<'a>>, DeviceBlobError> {
     let mut r = Reader::new(blob, 0);
     let mut sections = Vec::new();
     loop {
@@ -65,11 +64,11 @@ pub fn decode_device_blob<'a, E: error::Error + 'static>(
         }
         let header = SectionHeader::decode(Announcement::Full, &mut r)?;
         let offset = r.offset();
-        let device = |source| DeviceBlobError::Device {
+        let device = |source: E| DeviceBlobError::Device {
             idstr: header.idstr.clone(),
             instance: header.instance,
             offset,
-            source,
+            source: source.into(),
         };
         let len = body_len(&header, r.rest()).map_err(device)?;
         let body = r.take(len)?;
@@ -89,7 +88,7 @@ pub fn decode_device_blob<'a, E: error::Error + 'static>(
 /// Why a blob could not be taken apart.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
-pub enum DeviceBlobError<E: error::Error + 'static> {
+pub enum DeviceBlobError {
     /// The frame of a section is wrong, or the blob too short.
     #[error("device blob")]
     Frame(#[from] DecodeError),
@@ -103,7 +102,7 @@ pub enum DeviceBlobError<E: error::Error + 'static> {
         /// Where its body begins.
         offset: u64,
         /// Why.
-        source: E,
+        source: BoxError,
     },
     /// Bytes after EOF.
     #[error("device blob: {len} bytes after its end at byte {offset:#x}")]

@@ -47,7 +47,8 @@
 //!
 //! `fd` (default): `io::FdChannel`. `staged` (default): `StagedRam`, memory of a stopped guest that is
 //! sent while the guest runs on. `unchanged` (default): fingerprints of pages, from a crate that builds C
-//! code; without it pages are always sent.
+//! code; without it pages are always sent. `vmstate`: a tree of that crate's devices is a [`DeviceState`].
+//! `kvm`: `KvmDirtyLog`.
 #![deny(unsafe_code)]
 
 pub mod codec;
@@ -57,10 +58,13 @@ pub mod container;
 pub mod decoder;
 pub mod device_blob;
 pub mod dirty_bitmap;
+mod dirty_log;
 pub mod early;
 mod error;
 pub mod header;
 pub mod io;
+#[cfg(feature = "kvm")]
+mod kvm;
 pub mod machine;
 pub mod mapped_ram;
 mod memory;
@@ -78,11 +82,15 @@ mod staged;
 mod text;
 mod transport;
 pub mod unchanged;
+mod vm;
 pub mod vmdesc;
 mod writer;
 pub mod xbzrle;
 
+pub use dirty_log::{BitmapDirtyLog, BothLogs};
 pub use error::{Cause, DecodeError};
+#[cfg(feature = "kvm")]
+pub use kvm::KvmDirtyLog;
 pub use memory::{DirtyLog, GuestRam, MemoryError, PageStore, prepare_range};
 pub use mmap::{GuestRamMmap, GuestRamMmapError};
 pub use rate::{RateLimiter, TokenBucket, Work};
@@ -93,6 +101,7 @@ pub use text::Escaped;
 pub use transport::{
     HeldChannels, PageBarrier, PageTransport, PagesBeside, TransportCounters, TransportError,
 };
+pub use vm::{BoxError, DeviceSections, DeviceState, Parsed, Vm, VmControl};
 pub use writer::StreamWriter;
 
 /// The page size of the stream, bytes. x86 guests have no other.

@@ -112,6 +112,26 @@ impl<T: PageStore + ?Sized> PageStore for std::sync::Arc<T> {
     }
 }
 
+impl<T: PageStore + ?Sized> PageStore for &T {
+    fn blocks(&self) -> &RamBlockTable {
+        (**self).blocks()
+    }
+    fn prepare(
+        &self,
+        block: BlockId,
+        offset: u64,
+        len: usize,
+    ) -> Result<VolatileSlice<'_>, MemoryError> {
+        (**self).prepare(block, offset, len)
+    }
+    fn landed(&self, block: BlockId, offset: u64, len: usize) -> Result<(), MemoryError> {
+        (**self).landed(block, offset, len)
+    }
+    fn zero(&self, block: BlockId, offset: u64, len: usize) -> Result<(), MemoryError> {
+        (**self).zero(block, offset, len)
+    }
+}
+
 impl<T: DirtyLog + ?Sized> DirtyLog for Box<T> {
     fn start(&mut self) -> Result<(), MemoryError> {
         (**self).start()

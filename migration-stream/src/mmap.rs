@@ -1,12 +1,14 @@
 //! Guest RAM in mappings of `vm-memory`'s, as most VMMs have it.
+#![allow(unsafe_code)]
 
 use std::sync::Arc;
 
+use vm_memory::bitmap::{AtomicBitmap, Bitmap};
 use vm_memory::mmap::MmapRegionError;
-use vm_memory::{MmapRegion, VolatileMemory, VolatileSlice};
+use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, MmapRegion, VolatileSlice};
 
-use crate::ram::{BlockId, RamBlockTable, zero_check};
-use crate::{GuestRam, MemoryError, PAGE_SIZE, PageStore};
+use crate::ram::{BlockId, RamBlock, RamBlockError, RamBlockTable, zero_check};
+use crate::{BitmapDirtyLog, GuestRam, MemoryError, PAGE_SIZE, PageStore};
 
 /// What a page is cleared with.
 static ZEROES: [u8; 4096] = [0; 4096];
@@ -15,18 +17,13 @@ const _: () = assert!(ZEROES.len() as u64 == PAGE_SIZE);
 /// Guest RAM of which each block is one mapping: where pages come from ([`GuestRam`]) and where they
 /// land ([`PageStore`]).
 ///
-/// A VMM that has its memory in `vm-memory`'s `GuestMemoryMmap` names the blocks and gives the mappings:
-///
 /// ```
 /// use migration_stream::GuestRamMmap;
-/// use migration_stream::ram::{RamBlock, RamBlockTable};
-/// use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
+/// use vm_memory::{GuestAddress, GuestMemoryMmap};
 ///
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// let guest = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 16 << 20)])?;
-///
-/// let blocks = RamBlockTable::new(vec![RamBlock::new("pc.ram", 16 << 20)?])?;
-/// let ram = GuestRamMmap::new(blocks, guest.iter().map(|region| region.get_mmap()).collect())?;
+/// let ram = GuestRamMmap::over(&guest, &["pc.ram"])?;
 /// # assert_eq!(ram.regions().len(), 1);
 /// # Ok(())
 /// # }
@@ -35,15 +32,34 @@ const _: () = assert!(ZEROES.len() as u64 == PAGE_SIZE);
 /// Pages land in the guest itself, which must not run before all are there: a COLO secondary's guest
 /// runs meanwhile, and has a cache in this one's place.
 ///
-/// Mappings with a bitmap (`MmapRegion<AtomicBitmap>`) do not fit: which writes it is to see is for
-/// their VMM to say, in its own implementation of the two traits.
+/// `B` is the bitmap of the mappings. Pages that land here are not marked in it; what the VMM's devices
+/// write is, and [`GuestRamMmap::own_writes`] is the log of that.
 #[derive(Debug)]
-pub struct GuestRamMmap {
+pub struct GuestRamMmap<B = ()> {
     blocks: RamBlockTable,
-    regions: Vec<Arc<MmapRegion>>,
+    regions: Vec<Arc<MmapRegion<B>>>,
 }
 
-impl GuestRamMmap {
+impl<B: Bitmap> GuestRamMmap<B> {
+    /// Returns the RAM of `guest`, whose regions are blocks of these names, in the order of their guest
+    /// addresses.
+    ///
+    /// # Errors
+    /// Not as many names as regions, or the blocks are no valid table.
+    pub fn over(guest: &GuestMemoryMmap<B>, names: &[&str]) -> Result<Self, GuestRamMmapError> {
+        let regions: Vec<_> = guest.iter().map(|region| region.get_mmap()).collect();
+        if regions.len() != names.len() {
+            return Err(GuestRamMmapError::Count {
+                blocks: names.len(),
+                regions: regions.len(),
+            });
+        }
+        let blocks = names.iter().zip(&regions);
+        let blocks = blocks.map(|(name, region)| RamBlock::new(*name, region.size() as u64));
+        let blocks = RamBlockTable::new(blocks.collect::<Result<_, _>>()?)?;
+        Self::new(blocks, regions)
+    }
+
     /// The blocks in these mappings, one for each, in the order of the table. They can be read, and
     /// written if pages are to land in them.
     ///
@@ -51,7 +67,7 @@ impl GuestRamMmap {
     /// Not as many mappings as blocks, or one that is not as long as its block.
     pub fn new(
         blocks: RamBlockTable,
-        regions: Vec<Arc<MmapRegion>>,
+        regions: Vec<Arc<MmapRegion<B>>>,
     ) -> Result<Self, GuestRamMmapError> {
         if regions.len() != blocks.len() {
             return Err(GuestRamMmapError::Count {
@@ -72,6 +88,48 @@ impl GuestRamMmap {
         Ok(Self { blocks, regions })
     }
 
+    /// The blocks.
+    #[must_use]
+    pub const fn blocks(&self) -> &RamBlockTable {
+        &self.blocks
+    }
+
+    /// The mappings, in the order of the blocks.
+    #[must_use]
+    pub fn regions(&self) -> &[Arc<MmapRegion<B>>] {
+        &self.regions
+    }
+
+    /// The mapping of a block, `None` for an id of another table.
+    #[must_use]
+    pub fn region(&self, block: BlockId) -> Option<&Arc<MmapRegion<B>>> {
+        self.regions.get(block.index())
+    }
+
+    fn range(
+        &self,
+        block: BlockId,
+        offset: u64,
+        len: usize,
+    ) -> Result<VolatileSlice<'_>, MemoryError> {
+        let (known, region) = self
+            .blocks
+            .get(block)
+            .zip(self.region(block))
+            .ok_or(MemoryError::NoBlock(block))?;
+        usize::try_from(offset)
+            .ok()
+            .and_then(|offset| unmarked(region, offset, len))
+            .ok_or_else(|| MemoryError::OutOfBlock {
+                name: known.name().to_owned(),
+                offset,
+                len,
+                used_length: known.used_length(),
+            })
+    }
+}
+
+impl GuestRamMmap {
     /// The blocks in private anonymous memory, all zero. It takes up nothing before it is written; how
     /// much there may be of it is for the caller to check, where a peer has announced the blocks.
     ///
@@ -91,49 +149,32 @@ impl GuestRamMmap {
         let regions = regions.collect::<Result<_, _>>()?;
         Self::new(blocks, regions)
     }
+}
 
-    /// The blocks.
+impl GuestRamMmap<AtomicBitmap> {
+    /// Returns the log of what was written through these mappings: by the VMM's devices, not by vCPUs.
     #[must_use]
-    pub const fn blocks(&self) -> &RamBlockTable {
-        &self.blocks
-    }
-
-    /// The mappings, in the order of the blocks.
-    #[must_use]
-    pub fn regions(&self) -> &[Arc<MmapRegion>] {
-        &self.regions
-    }
-
-    /// The mapping of a block, `None` for an id of another table.
-    #[must_use]
-    pub fn region(&self, block: BlockId) -> Option<&Arc<MmapRegion>> {
-        self.regions.get(block.index())
-    }
-
-    fn range(
-        &self,
-        block: BlockId,
-        offset: u64,
-        len: usize,
-    ) -> Result<VolatileSlice<'_>, MemoryError> {
-        let (known, region) = self
-            .blocks
-            .get(block)
-            .zip(self.region(block))
-            .ok_or(MemoryError::NoBlock(block))?;
-        usize::try_from(offset)
-            .ok()
-            .and_then(|offset| region.get_slice(offset, len).ok())
-            .ok_or_else(|| MemoryError::OutOfBlock {
-                name: known.name().to_owned(),
-                offset,
-                len,
-                used_length: known.used_length(),
-            })
+    pub fn own_writes(&self) -> BitmapDirtyLog {
+        BitmapDirtyLog::new(self.regions.clone())
     }
 }
 
-impl GuestRam for GuestRamMmap {
+/// Returns a range of a mapping, without the mapping's bitmap.
+fn unmarked<B: Bitmap>(
+    region: &MmapRegion<B>,
+    offset: usize,
+    len: usize,
+) -> Option<VolatileSlice<'_>> {
+    let end = offset.checked_add(len)?;
+    if end > region.size() {
+        return None;
+    }
+    // SAFETY: the range lies in the mapping, which lives as long as the borrow of `region`, and guest
+    // memory is only ever accessed through volatile slices.
+    Some(unsafe { VolatileSlice::new(region.as_ptr().add(offset), len) })
+}
+
+impl<B: Bitmap + Send + Sync> GuestRam for GuestRamMmap<B> {
     fn blocks(&self) -> &RamBlockTable {
         &self.blocks
     }
@@ -148,7 +189,7 @@ impl GuestRam for GuestRamMmap {
     }
 }
 
-impl PageStore for GuestRamMmap {
+impl<B: Bitmap + Send + Sync> PageStore for GuestRamMmap<B> {
     fn blocks(&self) -> &RamBlockTable {
         &self.blocks
     }
@@ -214,6 +255,9 @@ pub enum GuestRamMmapError {
         #[source]
         source: MmapRegionError,
     },
+    /// The blocks are no valid table.
+    #[error(transparent)]
+    Blocks(#[from] RamBlockError),
 }
 
 #[cfg(test)]
@@ -221,7 +265,7 @@ mod tests {
     use std::fs::File;
     use std::os::unix::fs::FileExt;
 
-    use vm_memory::Bytes;
+    use vm_memory::{Bytes, VolatileMemory};
 
     use super::*;
     use crate::ram::RamBlock;

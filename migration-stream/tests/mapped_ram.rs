@@ -63,6 +63,7 @@ fn write(
             log,
             transport: writer,
         },
+        &mut guest,
     )?;
     let switched = source.run(&mut guest).completed()?;
     assert!(guest.passes > 3, "the guest went on");
@@ -345,7 +346,7 @@ fn the_limit_holds(count: u8) {
     let limits = Arc::new(Limits::new(LIMIT, Duration::from_millis(300)));
     let out = StreamWriter::to_file(shared, 0);
     let setup = RamSetup { log, transport };
-    let source = Source::start(config, limits, out, None, setup).unwrap();
+    let source = Source::start(config, limits, out, None, setup, &mut guest).unwrap();
     source.run(&mut guest).completed().unwrap();
 
     let mut writes = std::mem::take(&mut *file.writes.lock().unwrap());

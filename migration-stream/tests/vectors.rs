@@ -31,6 +31,7 @@ use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use common::guest::memory;
+use common::loads::{Loads, load as load_by};
 use common::{bytes_of, decode_all, table};
 use migration_stream::codec::{IdStr, Reader};
 use migration_stream::command::{
@@ -41,15 +42,16 @@ use migration_stream::decoder::{ConfigurationRule, DecoderConfig, Item, RamItem,
 use migration_stream::header::HeaderError;
 use migration_stream::io::{ByteSink, ByteSource, Chunk, FdChannel};
 use migration_stream::postcopy::{OrderError, PostcopyState};
-use migration_stream::precopy::{Body, BoxError, Target, TargetConfig, TargetError, TargetVm};
+use migration_stream::precopy::{Target, TargetConfig, TargetError};
 use migration_stream::ram::{
-    NoMultifd, RamError, Record, RecordDecoder, SetupDecoder, SetupFields, encode_end_of_section,
+    RamError, Record, RecordDecoder, SetupDecoder, SetupFields, encode_end_of_section,
     encode_multifd_flush, encode_setup_list,
 };
 use migration_stream::return_path::ReturnPathMessage;
 use migration_stream::section::{
     Announcement, Continuation, InstanceId, SectionError, SectionHeader, SectionId,
 };
+use migration_stream::{BoxError, Parsed};
 use migration_stream::{Cause, StreamReader};
 
 const START: &[u8] = b"QEVM\0\0\0\x03\x07\0\0\0\x0bpc-q35-11.1\
@@ -427,8 +429,8 @@ fn refused_differences() {
 /// No device is expected.
 struct NoDevices;
 
-impl TargetVm for NoDevices {
-    fn load_device(&mut self, section: &SectionHeader, _: &[u8]) -> Result<Body, BoxError> {
+impl Loads for NoDevices {
+    fn load_device(&mut self, section: &SectionHeader, _: &[u8]) -> Result<Parsed<()>, BoxError> {
         Err(format!("{section:?}").into())
     }
 }
@@ -451,7 +453,7 @@ fn load(bytes: &[u8], has_return_path: bool) -> (Result<(), TargetError>, Vec<u8
         None
     };
     let target = Target::new(config, StreamReader::new(channel, b""), sink, &*store);
-    let result = target.load(&*store, &mut NoMultifd, &mut NoDevices);
+    let result = load_by(target, &*store, &mut NoDevices);
     let result = result.map(drop);
     let mut answer = Vec::new();
     let mut buffer = [0; 64];

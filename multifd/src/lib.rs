@@ -66,6 +66,7 @@ mod error;
 pub mod incoming;
 pub mod outgoing;
 pub mod packet;
+mod pages;
 mod patience;
 mod recv;
 mod runs;
@@ -82,5 +83,6 @@ pub use config::{
 };
 pub use crew::AbortHandle;
 pub use error::{ChannelError, Part};
+pub use pages::IncomingPages;
 pub use recv::{Joined, RecvBarrier, RecvCounters, RecvSet};
 pub use send::{LevelWatch, SendSet};

@@ -10,12 +10,13 @@ use std::time::{Duration, Instant};
 use migration_stream::configuration::{Configuration, MachineName};
 use migration_stream::io::FdChannel;
 use migration_stream::precopy::{
-    BoxError, Control, HandOver, Limits, Progress, RamSetup, Source, SourceConfig, SourceError,
-    SourceStatus, SourceVm,
+    Control, HandOver, Limits, Progress, RamSetup, Source, SourceConfig, SourceError,
+    SourceObserver, SourceStatus,
 };
 use migration_stream::ram::{BlockId, InStream, RamBlock, RamBlockTable, ZeroPageDetection};
 use migration_stream::{
-    DirtyLog, GuestRam, GuestRamMmap, MemoryError, PAGE_SIZE, PageTransport, StreamWriter,
+    BoxError, DirtyLog, GuestRam, GuestRamMmap, MemoryError, PAGE_SIZE, PageTransport,
+    StreamWriter, Vm, VmControl,
 };
 use multifd::{ChannelCount, Compression, MultifdConfig, SendSet};
 use vm_memory::{Bytes, VolatileMemory};
@@ -43,21 +44,16 @@ impl DirtyLog for Clean {
 
 struct Still;
 
-impl SourceVm for Still {
-    fn stop(&mut self) -> Result<(), BoxError> {
+impl VmControl for Still {
+    fn pause(&mut self) -> Result<(), BoxError> {
         Ok(())
     }
-    fn resume(&mut self) -> Result<(), BoxError> {
-        Ok(())
-    }
-    fn save_devices(&mut self, out: &mut Vec<u8>) -> Result<String, BoxError> {
-        out.push(0);
-        Ok(String::new())
-    }
-    fn progress(&mut self, _: &Progress) -> Control {
-        Control::Continue
+    fn resume(&mut self) -> Result<Instant, BoxError> {
+        Ok(Instant::now())
     }
 }
+
+impl SourceObserver for Still {}
 
 /// Memory of which every page is different; of each, `random` bytes cannot be compressed.
 fn memory(pages: u64, random: usize) -> Arc<GuestRamMmap> {
@@ -130,8 +126,12 @@ fn migrate(ram: &Arc<GuestRamMmap>, channels: u8, compression: Compression) -> V
     };
     let limits = Arc::new(Limits::new(LIMIT, Duration::from_millis(300)));
     let out = StreamWriter::new(main);
-    let source = Source::start(config, limits, out, None, setup).unwrap();
-    drop(source.run(&mut Still));
+    let mut vm = Vm {
+        control: Still,
+        devices: (),
+    };
+    let source = Source::start(config, limits, out, None, setup, &mut vm).unwrap();
+    drop(source.run(&mut vm));
     readers.into_iter().for_each(|r| r.join().unwrap());
     let mut arrivals = std::mem::take(&mut *arrivals.lock().unwrap());
     arrivals.sort();
@@ -210,19 +210,18 @@ struct Canceller {
     resumed: bool,
 }
 
-impl SourceVm for Canceller {
-    fn stop(&mut self) -> Result<(), BoxError> {
+impl VmControl for Canceller {
+    fn pause(&mut self) -> Result<(), BoxError> {
         self.since = Instant::now();
         Ok(())
     }
-    fn resume(&mut self) -> Result<(), BoxError> {
+    fn resume(&mut self) -> Result<Instant, BoxError> {
         self.resumed = true;
-        Ok(())
+        Ok(Instant::now())
     }
-    fn save_devices(&mut self, out: &mut Vec<u8>) -> Result<String, BoxError> {
-        out.push(0);
-        Ok(String::new())
-    }
+}
+
+impl SourceObserver for Canceller {
     fn progress(&mut self, progress: &Progress) -> Control {
         let now = Instant::now();
         self.longest = self.longest.max(now - self.asked);
@@ -274,9 +273,17 @@ fn a_peer_that_stands_still_delays_neither_progress_nor_a_cancel() {
             transport,
         };
         let limits = Arc::new(Limits::new(0, Duration::from_millis(300)));
-        let source = Source::start(config, limits, StreamWriter::new(main), None, setup).unwrap();
+        let source = Source::start(
+            config,
+            limits,
+            StreamWriter::new(main),
+            None,
+            setup,
+            &mut (),
+        )
+        .unwrap();
         let now = Instant::now();
-        let mut vm = Canceller {
+        let vm = Canceller {
             switches,
             since: now,
             asked: now,
@@ -284,7 +291,12 @@ fn a_peer_that_stands_still_delays_neither_progress_nor_a_cancel() {
             cancelled: None,
             resumed: false,
         };
-        let result = source.run(&mut vm);
+        let mut whole = Vm {
+            control: vm,
+            devices: (),
+        };
+        let result = source.run(&mut whole);
+        let vm = whole.control;
         let took = vm.cancelled.unwrap().elapsed();
         assert!(
             matches!(result, HandOver::Failed(SourceError::Cancelled)),

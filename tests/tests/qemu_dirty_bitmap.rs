@@ -6,7 +6,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use migration_stream::codec::Reader;
 use migration_stream::configuration::Configuration;
@@ -21,19 +21,21 @@ use migration_stream::io::FdChannel;
 use migration_stream::machine::MachineVersion;
 use migration_stream::opaque_tail::{Tail, TailLimits};
 use migration_stream::precopy::{
-    BoxError, Control, FIRST_DEVICE_SECTION, Limits, Progress, RamSetup, ReturnPathReader, Source,
-    SourceConfig, SourceVm, Target, TargetConfig,
+    Limits, RamSetup, ReturnPathReader, Source, SourceConfig, SourceObserver, Target, TargetConfig,
 };
 use migration_stream::ram::{
     BlockId, InStream, NoMultifd, RamBlock, RamBlockTable, ZeroPageDetection,
 };
-use migration_stream::section::SectionId;
-use migration_stream::{DirtyLog, GuestRam, GuestRamMmap, MemoryError, StreamReader, StreamWriter};
+use migration_stream::{
+    BoxError, DirtyLog, GuestRam, GuestRamMmap, MemoryError, StreamReader, StreamWriter, Vm,
+    VmControl,
+};
 use serde_json::{Value, json};
 use stream_inspect::inspection::Part;
 use stream_inspect::report::Report;
 use stream_inspect::scan::{FileOrigin, scan};
 use stream_relay::Access;
+use stream_relay::guest::Devices;
 use stream_relay::incoming::{Incoming, IncomingConfig};
 use stream_relay::outgoing::OutgoingConfig;
 use stream_relay::relay::{Origin, Relay};
@@ -468,6 +470,13 @@ fn send(
 ) -> Result<()> {
     let ram: Arc<dyn GuestRam> = Arc::clone(memory) as _;
     let return_path = ReturnPathReader::new(channel.share());
+    let mut vm = Vm {
+        control: Still,
+        devices: Devices {
+            tail: tail.clone(),
+            bitmaps: bitmaps.clone(),
+        },
+    };
     Source::start(
         SourceConfig {
             configuration,
@@ -481,8 +490,9 @@ fn send(
             log: NoLog,
             transport: InStream::new(ram, Default::default()),
         },
+        &mut vm,
     )?
-    .run(&mut Stopped { tail, bitmaps })
+    .run(&mut vm)
     .completed()?;
     Ok(())
 }
@@ -504,26 +514,17 @@ impl DirtyLog for NoLog {
     }
 }
 
-/// A guest that stands still, and what came with it.
-struct Stopped<'a> {
-    tail: &'a Tail,
-    bitmaps: &'a BitmapSections,
+/// A guest that stands still.
+struct Still;
+
+impl VmControl for Still {
+    fn pause(&mut self) -> std::result::Result<(), BoxError> {
+        Ok(())
+    }
+
+    fn resume(&mut self) -> std::result::Result<Instant, BoxError> {
+        Ok(Instant::now())
+    }
 }
 
-impl SourceVm for Stopped<'_> {
-    fn stop(&mut self) -> std::result::Result<(), BoxError> {
-        Ok(())
-    }
-    fn resume(&mut self) -> std::result::Result<(), BoxError> {
-        Ok(())
-    }
-    fn progress(&mut self, _: &Progress) -> Control {
-        Control::Continue
-    }
-    fn save_devices(&mut self, out: &mut Vec<u8>) -> std::result::Result<String, BoxError> {
-        self.bitmaps.encode_sections(FIRST_DEVICE_SECTION, out);
-        let first_device = SectionId(FIRST_DEVICE_SECTION.0 + 1);
-        self.tail.encode_sections(first_device, out);
-        Ok(self.tail.description_text().to_owned())
-    }
-}
+impl SourceObserver for Still {}

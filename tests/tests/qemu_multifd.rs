@@ -6,18 +6,18 @@ use std::fs;
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use migration_stream::configuration::{Configuration, MachineName};
 use migration_stream::decoder::{ConfigurationRule, DecoderConfig};
 use migration_stream::opaque_tail::{Tail, TailLimits};
 use migration_stream::precopy::{
-    BoxError, Control, FIRST_DEVICE_SECTION, Limits, Progress, RamSetup, ReturnPathReader, Source,
-    SourceConfig, SourceVm, Target, TargetConfig,
+    Limits, RamSetup, ReturnPathReader, Source, SourceConfig, SourceObserver, Target, TargetConfig,
 };
 use migration_stream::ram::{BlockId, RamBlock, RamBlockTable, ZeroPageDetection};
 use migration_stream::{
-    DirtyLog, GuestRam, GuestRamMmap, MemoryError, StreamReader, StreamWriter, TransportCounters,
+    BoxError, DirtyLog, GuestRam, GuestRamMmap, MemoryError, StreamReader, StreamWriter,
+    TransportCounters, Vm, VmControl,
 };
 use multifd::incoming::{self, Acceptor};
 use multifd::{
@@ -333,6 +333,10 @@ fn send(
         switchover_start: machine_version(machine)? >= (10, 0),
         confirm_timeout: PATIENCE,
     };
+    let mut vm = Vm {
+        control: Still,
+        devices: tail.clone(),
+    };
     let source = Source::start(
         source_config,
         Arc::new(Limits::new(0, Duration::from_millis(300))),
@@ -342,8 +346,9 @@ fn send(
             log: SomeAgain(RamBlockTable::clone(ram.blocks())),
             transport,
         },
+        &mut vm,
     )?;
-    let switched = source.run(&mut Relayed(tail)).completed()?;
+    let switched = source.run(&mut vm).completed()?;
     Ok((switched.ram.counters(), level))
 }
 
@@ -372,24 +377,17 @@ impl DirtyLog for SomeAgain {
     }
 }
 
-/// The stopped guest whose devices were received.
-struct Relayed<'a>(&'a Tail);
+/// A guest that stands still.
+struct Still;
 
-impl SourceVm for Relayed<'_> {
-    fn stop(&mut self) -> std::result::Result<(), BoxError> {
+impl VmControl for Still {
+    fn pause(&mut self) -> std::result::Result<(), BoxError> {
         Ok(())
     }
 
-    fn resume(&mut self) -> std::result::Result<(), BoxError> {
-        Ok(())
-    }
-
-    fn save_devices(&mut self, out: &mut Vec<u8>) -> std::result::Result<String, BoxError> {
-        self.0.encode_sections(FIRST_DEVICE_SECTION, out);
-        Ok(self.0.description_text().to_owned())
-    }
-
-    fn progress(&mut self, _: &Progress) -> Control {
-        Control::Continue
+    fn resume(&mut self) -> std::result::Result<Instant, BoxError> {
+        Ok(Instant::now())
     }
 }
+
+impl SourceObserver for Still {}

@@ -6,7 +6,7 @@ use std::num::NonZeroU8;
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use migration_stream::configuration::Configuration;
 use migration_stream::decoder::{ConfigurationRule, DecoderConfig};
@@ -14,15 +14,16 @@ use migration_stream::io::{PositionedFile, open_direct};
 use migration_stream::mapped_ram::FileWriter;
 use migration_stream::opaque_tail::{Tail, TailLimits};
 use migration_stream::precopy::{
-    BoxError, Control, FIRST_DEVICE_SECTION, Limits, Progress, RamSetup, ReturnPathReader, Source,
-    SourceConfig, SourceStatus, SourceVm, SwitchoverAcks, Target, TargetConfig,
+    Control, Limits, Progress, RamSetup, ReturnPathReader, Source, SourceConfig, SourceObserver,
+    SourceStatus, SwitchoverAcks, Target, TargetConfig,
 };
 use migration_stream::ram::{
     BlockId, InStream, NoMultifd, RamBlock, RamBlockTable, ZeroPageDetection,
 };
 use migration_stream::xbzrle::PageCache;
 use migration_stream::{
-    GuestRam, GuestRamMmap, PAGE_SIZE, PageTransport, StreamReader, StreamWriter, TransportCounters,
+    BoxError, GuestRam, GuestRamMmap, PAGE_SIZE, PageTransport, StreamReader, StreamWriter,
+    TransportCounters, Vm, VmControl,
 };
 use multifd::incoming::{self, Acceptor};
 use multifd::{Listener, outgoing};
@@ -283,16 +284,18 @@ fn send(
         (StreamWriter::new(main), Some(return_path), transport)
     };
     let log = Written::default();
-    let mut guest = Relayed {
-        tail,
-        ram: Arc::clone(&ram),
-        block: ram.blocks().find(RAM.as_bytes()).ok_or("no memory")?,
-        log: log.clone(),
-        pauses_left: if options.has("pause-before-switchover") {
-            3
-        } else {
-            0
+    let mut guest = Vm {
+        control: Relayed {
+            ram: Arc::clone(&ram),
+            block: ram.blocks().find(RAM.as_bytes()).ok_or("no memory")?,
+            log: log.clone(),
+            pauses_left: if options.has("pause-before-switchover") {
+                3
+            } else {
+                0
+            },
         },
+        devices: tail.clone(),
     };
     let mut source = Source::start(
         SourceConfig {
@@ -304,6 +307,7 @@ fn send(
         out,
         return_path,
         RamSetup { log, transport },
+        &mut guest,
     )?;
     if options.has("pause-before-switchover") {
         source = source.pausing_before_switchover();
@@ -312,7 +316,7 @@ fn send(
         source = source.awaiting_switchover_acks(options.acks())?;
     }
     let switched = source.run(&mut guest).completed()?;
-    assert_eq!(guest.pauses_left, 0);
+    assert_eq!(guest.control.pauses_left, 0);
     if options.is_mapped() {
         destination.listen(&format!("file:{}", path.display()))?;
         destination.wait_migration("completed")?;
@@ -341,15 +345,14 @@ fn file_of_ours(
 
 /// The guest whose devices were received; it writes its pages for five rounds as it would have
 /// written them itself.
-struct Relayed<'a> {
-    tail: &'a Tail,
+struct Relayed {
     ram: Arc<dyn GuestRam>,
     block: BlockId,
     log: Written,
     pauses_left: u32,
 }
 
-impl Relayed<'_> {
+impl Relayed {
     fn write(&self) -> std::result::Result<(), BoxError> {
         for page in 0..u64::from(GUEST.pages) {
             let offset = u64::from(GUEST.start) + page * PAGE_SIZE;
@@ -363,21 +366,18 @@ impl Relayed<'_> {
     }
 }
 
-impl SourceVm for Relayed<'_> {
-    fn stop(&mut self) -> std::result::Result<(), BoxError> {
+impl VmControl for Relayed {
+    fn pause(&mut self) -> std::result::Result<(), BoxError> {
         // What it wrote last.
         self.write()
     }
 
-    fn resume(&mut self) -> std::result::Result<(), BoxError> {
-        Ok(())
+    fn resume(&mut self) -> std::result::Result<Instant, BoxError> {
+        Ok(Instant::now())
     }
+}
 
-    fn save_devices(&mut self, out: &mut Vec<u8>) -> std::result::Result<String, BoxError> {
-        self.tail.encode_sections(FIRST_DEVICE_SECTION, out);
-        Ok(self.tail.description_text().to_owned())
-    }
-
+impl SourceObserver for Relayed {
     fn progress(&mut self, progress: &Progress) -> Control {
         if progress.status == SourceStatus::PreSwitchover {
             self.pauses_left -= 1;

@@ -33,7 +33,7 @@ use crate::machine::{Machine, Script};
 use crate::report::CheckpointMeter;
 use crate::step::{PeerLoss, Step, StepPhase, Wait};
 use crate::store::StoreError;
-use crate::{Deadlines, Message, OnPeerLoss, Outcome, PacketGate, Replication, Vm, VmError};
+use crate::{ColoVm, Deadlines, Message, OnPeerLoss, Outcome, PacketGate, Replication, VmError};
 
 /// How a driver runs one side of COLO. Made by `default`, which suits both sides.
 #[derive(Clone, Copy, Debug)]
@@ -199,7 +199,7 @@ impl From<Event> for Performed {
 }
 
 /// What one side does with its connections.
-trait Wire<V: Vm, R, G> {
+trait Wire<V: ColoVm, R, G> {
     /// Carries out a step that only this side has, or that talks to the peer. A wait that is over gives
     /// its own event.
     fn perform(
@@ -227,7 +227,7 @@ fn run<S, V, R, G>(
 ) -> Result<Outcome, ProtocolMisuse>
 where
     S: Script,
-    V: Vm,
+    V: ColoVm,
     R: Replication,
     G: PacketGate,
 {
@@ -325,15 +325,18 @@ fn perform<V, R, G>(
     meter: &mut CheckpointMeter,
 ) -> Result<Performed, StepError>
 where
-    V: Vm,
+    V: ColoVm,
     R: Replication,
     G: PacketGate,
 {
     match step {
-        Step::PauseVm => hooks.vm.pause()?,
+        Step::PauseVm => (hooks.vm)
+            .pause()
+            .map_err(|e| VmError::new("pausing the guest", e))?,
         Step::ResumeVm => {
             wire.before_resume(&hooks.vm);
-            meter.resumed(hooks.vm.resume()?);
+            let resumed = hooks.vm.resume();
+            meter.resumed(resumed.map_err(|e| VmError::new("resuming the guest", e))?);
         }
         Step::StartReplication => hooks.replication.start(control.role())?,
         Step::CheckReplication => hooks.replication.check()?,

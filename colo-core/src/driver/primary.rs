@@ -4,10 +4,12 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use migration_stream::io::{ByteSource, Chunk, Readiness};
-use migration_stream::precopy::{RamSender, SwitchedOver};
+use migration_stream::precopy::{FIRST_DEVICE_SECTION, RamSender, SwitchedOver};
 use migration_stream::section::encode_eof;
 use migration_stream::unchanged::WhenToCompare;
-use migration_stream::{DirtyLog, PAGE_SIZE, PageTransport, StagedRam, StreamWriter};
+use migration_stream::{
+    DeviceSections, DeviceState, DirtyLog, PAGE_SIZE, PageTransport, StagedRam, StreamWriter,
+};
 
 use super::background::Background;
 use super::{ColoControl, DriverConfig, Hooks, Performed, StepError, Wire, message_event, run};
@@ -16,7 +18,7 @@ use crate::message::{MESSAGE_LEN, encode_vmstate_size};
 use crate::primary::Primary;
 use crate::report::CheckpointMeter;
 use crate::step::Step;
-use crate::{Outcome, PacketGate, Replication, Resume, Vm, VmError};
+use crate::{ColoVm, Outcome, PacketGate, Replication, Resume, VmError};
 
 /// The primary's end of the connection: what a migration leaves behind when it has switched over.
 pub struct PrimaryLink<T, D: DirtyLog> {
@@ -135,7 +137,7 @@ impl<T, D: DirtyLog> std::fmt::Debug for PrimaryLink<T, D> {
 /// for every checkpoint; nobody else does meanwhile. It holds the guest's output by `hooks.gate` and
 /// starts replication itself.
 ///
-/// What ends COLO is reported once by [`Vm::colo_exit`]. With
+/// What ends COLO is reported once by [`ColoObserver::colo_exit`]. With
 /// [`OnPeerLoss::Wait`](crate::OnPeerLoss::Wait) the driver then waits until somebody decides:
 /// [`FailoverHandle::request`](crate::FailoverHandle::request), [`ColoControl::quit`], or
 /// [`FailoverHandle::stop_for_good`](crate::FailoverHandle::stop_for_good), which a heartbeat calls.
@@ -143,7 +145,7 @@ impl<T, D: DirtyLog> std::fmt::Debug for PrimaryLink<T, D> {
 /// whether the VM runs, which is what a heartbeat has to be told (`colo_heartbeat::Heartbeat::colo_ended`).
 ///
 /// # Errors
-/// [`ProtocolMisuse`] is a mistake of this crate, never the peer's. It was reported by [`Vm::colo_exit`]
+/// [`ProtocolMisuse`] is a mistake of this crate, never the peer's. It was reported by [`ColoObserver::colo_exit`]
 /// as [`Cause::Mistake`](crate::Cause::Mistake). The VM is left as it was.
 pub fn run_primary<T, D, V, R, G>(
     mut link: PrimaryLink<T, D>,
@@ -154,7 +156,7 @@ pub fn run_primary<T, D, V, R, G>(
 where
     T: PageTransport,
     D: DirtyLog,
-    V: Vm,
+    V: ColoVm,
     R: Replication,
     G: PacketGate,
 {
@@ -204,7 +206,7 @@ struct PrimaryWire<'a, T, D: DirtyLog> {
     devices: Vec<u8>,
 }
 
-impl<T: PageTransport, D: DirtyLog, V: Vm, R, G> Wire<V, R, G> for PrimaryWire<'_, T, D> {
+impl<T: PageTransport, D: DirtyLog, V: ColoVm, R, G> Wire<V, R, G> for PrimaryWire<'_, T, D> {
     fn perform(
         &mut self,
         step: Step,
@@ -233,7 +235,7 @@ impl<T: PageTransport, D: DirtyLog, V: Vm, R, G> Wire<V, R, G> for PrimaryWire<'
             }
             Step::SaveDevices => {
                 self.devices.clear();
-                hooks.vm.save_devices(&mut self.devices)?;
+                save_devices(&mut hooks.vm, &mut self.devices)?;
             }
             Step::CopyRam => copy_running(ram, staged.ok_or_else(not_staged)?)?,
             Step::FreezeRam => meter.kept(ram.keep(staged.ok_or_else(not_staged)?)?),
@@ -327,6 +329,17 @@ fn copy_running<T: PageTransport, D: DirtyLog>(
         }
         before = copied;
     }
+    Ok(())
+}
+
+/// Saves all devices as a checkpoint carries them: those of before RAM first, and EOF.
+fn save_devices(vm: &mut impl DeviceState, out: &mut Vec<u8>) -> Result<(), VmError> {
+    let mut sections = DeviceSections::new(out, FIRST_DEVICE_SECTION, false);
+    let saved = vm.save_early(&mut sections);
+    saved
+        .and_then(|()| vm.save(&mut sections))
+        .map_err(|e| VmError::new("saving the devices", e))?;
+    encode_eof(out);
     Ok(())
 }
 

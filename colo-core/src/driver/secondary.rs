@@ -4,20 +4,19 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use migration_stream::io::Chunk;
-use migration_stream::precopy::{CheckpointComplete, CheckpointReceiver, TargetError};
-use migration_stream::{DirtyLog, HeldChannels};
-use multifd::RecvCounters;
+use migration_stream::precopy::{CheckpointComplete, CheckpointReceiver, PageIntake, TargetError};
+use migration_stream::{BoxError, DirtyLog, HeldChannels};
+use multifd::{IncomingPages, RecvCounters};
 use ram_cache::{FlushPool, GuestStopped};
 
 use super::{ColoControl, DriverConfig, Hooks, Performed, StepError, Wire, message_event, run};
 use crate::action::{Event, ProtocolMisuse};
 use crate::message::{DEVICE_SIZE_LEN, MESSAGE_LEN, Message, decode_device_size};
-use crate::pages::{EnterError, IncomingPages, enter_colo};
 use crate::report::CheckpointMeter;
 use crate::secondary::Secondary;
 use crate::step::{Step, Wait};
 use crate::store::{self, ColoStore, StoreError};
-use crate::{Outcome, PacketGate, Replication, Vm, VmError};
+use crate::{ColoVm, Outcome, PacketGate, Replication, VmError};
 
 /// The secondary's end of the connection, and its memory: what an incoming migration leaves behind
 /// when it was confirmed.
@@ -43,9 +42,9 @@ const HEAD_START: Duration = Duration::from_micros(200);
 /// threads joined.
 ///
 /// The VM stands still when this is called: the migration was confirmed
-/// ([`Loaded::confirm`](migration_stream::precopy::Loaded::confirm)), and the guest has not run. The
-/// driver starts the dirty log, has pages belong to checkpoints from then on,
-/// and lets the guest run. It stops, resets and resumes the VM for
+/// ([`SettledSecondary::confirm`](migration_stream::precopy::SettledSecondary::confirm)), and the guest
+/// has not run. The driver starts the dirty log, has pages belong to checkpoints from then on,
+/// and lets the guest run. It pauses, resets and resumes the VM for
 /// every checkpoint; nobody else does meanwhile.
 ///
 /// What ends COLO, what is waited for then, and what is true when this returns is as for
@@ -53,7 +52,7 @@ const HEAD_START: Duration = Duration::from_micros(200);
 /// with [`RequestError::Unfit`](crate::RequestError::Unfit).
 ///
 /// # Errors
-/// [`ProtocolMisuse`] is a mistake of this crate, never the peer's. It was reported by [`Vm::colo_exit`]
+/// [`ProtocolMisuse`] is a mistake of this crate, never the peer's. It was reported by [`ColoObserver::colo_exit`]
 /// as [`Cause::Mistake`](crate::Cause::Mistake). The VM is left as it was.
 pub fn run_secondary<D, V, R, G>(
     link: SecondaryLink<D>,
@@ -63,7 +62,7 @@ pub fn run_secondary<D, V, R, G>(
 ) -> Result<Outcome, ProtocolMisuse>
 where
     D: DirtyLog,
-    V: Vm,
+    V: ColoVm,
     R: Replication,
     G: PacketGate,
 {
@@ -119,7 +118,7 @@ struct SecondaryWire<'a, D, S, R> {
     max_device_state: usize,
 }
 
-impl<D: DirtyLog, V: Vm, R, G> Wire<V, R, G> for SecondaryWire<'_, D, V::Staged, V::Reset> {
+impl<D: DirtyLog, V: ColoVm, R, G> Wire<V, R, G> for SecondaryWire<'_, D, V::Staged, V::Reset> {
     fn perform(
         &mut self,
         step: Step,
@@ -139,10 +138,10 @@ impl<D: DirtyLog, V: Vm, R, G> Wire<V, R, G> for SecondaryWire<'_, D, V::Staged,
         match step {
             Step::StartDirtyLog => {
                 log.start().map_err(StoreError::Log)?;
-                enter_colo(pages, deadline).map_err(|error| match error {
-                    EnterError::Transport(error) => TargetError::Transport(error).into(),
-                    EnterError::Store(error) => StepError::from(error),
-                })?;
+                // A channel that stays inside a packet has not ended the migration.
+                pages
+                    .between_packets(deadline, store::enter_colo)
+                    .map_err(TargetError::Transport)??;
                 self.counted = pages.counters();
             }
             Step::Send(message) => {
@@ -187,13 +186,17 @@ impl<D: DirtyLog, V: Vm, R, G> Wire<V, R, G> for SecondaryWire<'_, D, V::Staged,
                 receiver.reader().read_exact(&mut self.devices)?;
                 meter.devices(size as u64);
             }
-            Step::StageDevices => self.staged = Some(hooks.vm.stage_devices(&self.devices)?),
+            Step::StageDevices => {
+                let staged = hooks.vm.stage_checkpoint(&self.devices);
+                self.staged = Some(staged.map_err(vm_error("checking device state"))?);
+            }
             Step::Reset => {
                 let staged = self
                     .staged
                     .take()
                     .ok_or_else(|| out_of_order("device was", "staged"))?;
-                self.reset = Some(hooks.vm.reset_devices(staged)?);
+                let reset = hooks.vm.reset(staged);
+                self.reset = Some(reset.map_err(vm_error("resetting the devices"))?);
             }
             Step::Flush => {
                 let complete = self
@@ -217,7 +220,8 @@ impl<D: DirtyLog, V: Vm, R, G> Wire<V, R, G> for SecondaryWire<'_, D, V::Staged,
                     .reset
                     .take()
                     .ok_or_else(|| out_of_order("device was", "reset"))?;
-                hooks.vm.install_devices(reset)?;
+                let installed = hooks.vm.install(reset);
+                installed.map_err(vm_error("installing device state"))?;
             }
             // The others are not the secondary's.
             _ => return Ok(Event::Failed.into()),
@@ -244,6 +248,10 @@ impl<D: DirtyLog, V: Vm, R, G> Wire<V, R, G> for SecondaryWire<'_, D, V::Staged,
         self.received = None;
         self.loading = None;
     }
+}
+
+fn vm_error(what: &'static str) -> impl FnOnce(BoxError) -> VmError {
+    move |source| VmError::new(what, source)
 }
 
 /// The machine orders the steps, so this is never seen.

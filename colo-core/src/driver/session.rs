@@ -1,7 +1,7 @@
 //! The one way out of a driver.
 
 use super::ColoControl;
-use crate::{Cause, ColoExit, Vm};
+use crate::{Cause, ColoExit, ColoVm};
 
 /// A driver that runs. However it ends, the failover handle has left COLO afterwards and refuses
 /// requests, and the peer's connections are shut.
@@ -19,7 +19,7 @@ impl<'a> Session<'a> {
     }
 
     /// Reports the end of COLO.
-    pub(super) fn exit<V: Vm>(&mut self, vm: &mut V, exit: &ColoExit) {
+    pub(super) fn exit<V: ColoVm>(&mut self, vm: &mut V, exit: &ColoExit) {
         self.exited = true;
         // First, so that whoever hears of the end and asks for the status finds it there.
         self.control.slot().exited(exit.reason());
@@ -27,7 +27,7 @@ impl<'a> Session<'a> {
     }
 
     /// Reports the end of COLO by a mistake of the driver's, unless it was reported.
-    pub(super) fn mistake<V: Vm>(&mut self, vm: &mut V) {
+    pub(super) fn mistake<V: ColoVm>(&mut self, vm: &mut V) {
         if !self.exited {
             let exit = ColoExit {
                 role: self.control.role(),

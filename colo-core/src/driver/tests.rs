@@ -5,14 +5,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use migration_stream::TransportError;
+use migration_stream::{BoxError, TransportError, Vm, VmControl};
 
 use super::*;
 use crate::cause::ExitReason;
 use crate::secondary::Secondary;
 use crate::{
-    CheckpointReport, ColoExit, ColoMode, FailoverHandle, NoGate, NoReplication, RequestError,
-    Role, StatusReason,
+    ColoExit, ColoMode, ColoObserver, FailoverHandle, NoGate, NoReplication, RequestError, Role,
+    StatusReason,
 };
 
 /// A VM that only counts, and panics where it is told to.
@@ -22,35 +22,26 @@ struct Counting {
     panics_at: Option<Step>,
 }
 
-impl Vm for Counting {
-    type Staged = ();
-    type Reset = ();
-    fn pause(&mut self) -> Result<(), VmError> {
+impl VmControl for Counting {
+    fn pause(&mut self) -> Result<(), BoxError> {
         Ok(())
     }
-    fn resume(&mut self) -> Result<Instant, VmError> {
+    fn resume(&mut self) -> Result<Instant, BoxError> {
         Ok(Instant::now())
     }
-    fn save_devices(&mut self, _: &mut Vec<u8>) -> Result<(), VmError> {
-        Ok(())
-    }
-    fn stage_devices(&mut self, _: &[u8]) -> Result<(), VmError> {
-        Ok(())
-    }
-    fn reset_devices(&mut self, (): ()) -> Result<(), VmError> {
-        Ok(())
-    }
-    fn install_devices(&mut self, (): ()) -> Result<(), VmError> {
-        Ok(())
-    }
+}
+
+impl ColoObserver for Counting {
     fn on_step(&mut self, step: Step, _: StepPhase) {
         assert_ne!(Some(step), self.panics_at, "as it was told to");
     }
     fn colo_exit(&mut self, exit: &ColoExit) {
         self.exits.push(*exit);
     }
-    fn checkpoint_done(&mut self, _: &CheckpointReport) {}
 }
+
+/// It has no devices.
+type Bare = Vm<Counting, ()>;
 
 /// A wire on which each step ends as `ends` says.
 struct Scripted<F> {
@@ -58,12 +49,12 @@ struct Scripted<F> {
     disconnects: Arc<AtomicUsize>,
 }
 
-impl<F: FnMut(Step) -> Result<Event, StepError>, R, G> Wire<Counting, R, G> for Scripted<F> {
+impl<F: FnMut(Step) -> Result<Event, StepError>, R, G> Wire<Bare, R, G> for Scripted<F> {
     fn perform(
         &mut self,
         step: Step,
         _: Option<Instant>,
-        _: &mut Hooks<Counting, R, G>,
+        _: &mut Hooks<Bare, R, G>,
         _: &mut CheckpointMeter,
     ) -> Result<Performed, StepError> {
         (self.ends)(step).map(Performed::from)
@@ -102,9 +93,12 @@ fn run_with(
         disconnects: Arc::clone(&disconnects),
     };
     let mut hooks = Hooks {
-        vm: Counting {
-            panics_at,
-            ..Counting::default()
+        vm: Vm {
+            control: Counting {
+                panics_at,
+                ..Counting::default()
+            },
+            devices: (),
         },
         replication: NoReplication,
         gate: NoGate,
@@ -120,7 +114,7 @@ fn run_with(
     }));
     Run {
         outcome,
-        exits: hooks.vm.exits,
+        exits: hooks.vm.control.exits,
         disconnects: disconnects.load(Ordering::Relaxed),
         failover,
     }

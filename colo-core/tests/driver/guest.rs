@@ -1,5 +1,5 @@
 //! A guest for tests: a little RAM, one device, and a will of its own. Everything it does it does
-//! in [`Vm::resume`], so that tests do not depend on time.
+//! when it is resumed, so that tests do not depend on time.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -7,21 +7,23 @@ use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
-use colo_core::{CheckpointReport, ColoExit, PacketGate, Replication, Role, Vm as ColoVm, VmError};
-use migration_stream::codec::IdStr;
-use migration_stream::device_blob::{DeviceSection, encode_device_blob};
-use migration_stream::precopy::{
-    Body, BoxError, Control, FIRST_DEVICE_SECTION, Progress, SourceVm, TargetVm,
-};
+use colo_core::{CheckpointReport, ColoExit, ColoObserver, PacketGate, Replication, Role, VmError};
+use migration_stream::precopy::{Control, Progress, SourceObserver};
 use migration_stream::ram::{BlockId, RamBlock, RamBlockTable};
-use migration_stream::section::{Announcement, InstanceId, SectionHeader};
-use migration_stream::{DirtyLog, GuestRamMmap, MemoryError, PAGE_SIZE};
+use migration_stream::section::SectionHeader;
+use migration_stream::{
+    BoxError, DeviceSections, DeviceState, DirtyLog, GuestRamMmap, MemoryError, PAGE_SIZE, Parsed,
+    VmControl,
+};
 use vm_memory::{Bytes, VolatileMemory};
 
 /// Name and pages of the RAM blocks.
 pub const BLOCKS: [(&str, u64); 2] = [("pc.ram", 90), ("vga.vram", 7)];
 /// Pages the guest writes whenever it is let run.
 const WRITES: u64 = 12;
+
+/// The one device.
+const DEVICE: &str = "counter";
 
 const ZEROES: [u8; 4096] = [0; 4096];
 
@@ -122,6 +124,8 @@ pub struct Guest {
     device: u64,
     random: u64,
     pub running: bool,
+    /// It is not in COLO yet.
+    pub migrates: bool,
     /// What its own writes have made of it.
     own: State,
     /// It was last let run from there: nobody else has written a byte.
@@ -154,6 +158,7 @@ impl Guest {
             device: 0,
             random: seed,
             running: false,
+            migrates: true,
             tell,
             faults: faults.clone(),
         }
@@ -231,34 +236,15 @@ impl Guest {
         // A test that has seen enough does not listen any more.
         let _ = self.tell.send(told);
     }
-
-    fn encode(&self, out: &mut Vec<u8>) {
-        encode_device_blob(
-            [DeviceSection {
-                header: header(),
-                body: &self.device.to_be_bytes(),
-            }],
-            out,
-        );
-    }
 }
 
-fn header() -> SectionHeader {
-    SectionHeader {
-        kind: Announcement::Full,
-        id: FIRST_DEVICE_SECTION,
-        idstr: IdStr::new("counter").unwrap(),
-        instance: InstanceId(0),
-        version: 1,
-    }
-}
-
-impl ColoVm for Guest {
-    type Staged = u64;
-    type Reset = u64;
-
-    fn pause(&mut self) -> Result<(), VmError> {
-        self.faults.check("vm.stop")?;
+impl VmControl for Guest {
+    fn pause(&mut self) -> Result<(), BoxError> {
+        if self.migrates {
+            self.running = false;
+            return Ok(());
+        }
+        self.faults.check("vm.pause")?;
         if self.running {
             assert_eq!(self.state(), self.own, "a running guest was written to");
         }
@@ -267,58 +253,81 @@ impl ColoVm for Guest {
         Ok(())
     }
 
-    fn resume(&mut self) -> Result<Instant, VmError> {
+    fn resume(&mut self) -> Result<Instant, BoxError> {
+        if self.migrates {
+            self.running = true;
+            return Ok(Instant::now());
+        }
         self.faults.check("vm.resume")?;
         let state = self.state();
         self.undisturbed = state == self.own;
         self.resumed_as = Some(state.clone());
         self.tell(Told::Resumed(state));
-        let let_go = Instant::now();
+        let resumed = Instant::now();
         self.run();
-        Ok(let_go)
+        Ok(resumed)
     }
+}
 
-    fn save_devices(&mut self, out: &mut Vec<u8>) -> Result<(), VmError> {
+impl DeviceState for Guest {
+    type Section = u64;
+    type Staged = u64;
+    type Reset = u64;
+
+    fn save(&mut self, out: &mut DeviceSections<'_>) -> Result<(), BoxError> {
         assert!(!self.running);
-        // A device that is drained writes its last results.
-        self.write();
-        self.settle();
-        self.encode(out);
-        self.tell(Told::Captured(self.state()));
+        if !self.migrates {
+            // A device that is drained writes its last results.
+            self.write();
+            self.settle();
+        }
+        out.push(DEVICE, 0, 1, &self.device.to_be_bytes())?;
+        if !self.migrates {
+            self.tell(Told::Captured(self.state()));
+        }
         Ok(())
     }
 
-    fn stage_devices(&mut self, blob: &[u8]) -> Result<u64, VmError> {
-        assert!(!self.running);
-        let refuse = || VmError::new("checking device state", "not a counter");
-        let mut sample = Vec::new();
-        self.encode(&mut sample);
-        // Behind the value: the footer and EOF.
-        let at = sample.len().checked_sub(14).unwrap();
-        let body = blob.get(at..at + 8).ok_or_else(refuse)?;
-        let same = |a: &[u8], b: &[u8]| a[..at] == b[..at] && a[at + 8..] == b[at + 8..];
-        if blob.len() != sample.len() || !same(blob, &sample) {
-            return Err(refuse());
+    fn parse(&mut self, header: &SectionHeader, body: &[u8]) -> Result<Parsed<u64>, BoxError> {
+        assert!(self.migrates || !self.running);
+        if (header.idstr.as_str(), header.instance.0, header.version) != (DEVICE, 0, 1) {
+            return Err("not a counter".into());
         }
-        Ok(u64::from_be_bytes(body.try_into().unwrap()))
+        Ok(match body.first_chunk() {
+            Some(value) => Parsed::Section(u64::from_be_bytes(*value), 8),
+            None => Parsed::NeedMore,
+        })
     }
 
-    fn reset_devices(&mut self, staged: u64) -> Result<u64, VmError> {
+    fn stage(&mut self, sections: Vec<u64>) -> Result<u64, BoxError> {
+        match sections[..] {
+            [value] => Ok(value),
+            _ => Err("not one counter".into()),
+        }
+    }
+
+    fn reset(&mut self, staged: u64) -> Result<u64, BoxError> {
         assert!(!self.running);
-        self.faults.check("vm.reset")?;
+        if !self.migrates {
+            self.faults.check("vm.reset")?;
+            // Firmware tables are written anew.
+            self.write();
+        }
         self.device = 0;
-        // Firmware tables are written anew.
-        self.write();
         Ok(staged)
     }
 
-    fn install_devices(&mut self, reset: u64) -> Result<(), VmError> {
+    fn install(&mut self, reset: u64) -> Result<(), BoxError> {
         assert_eq!(self.device, 0, "installed without a reset");
         self.device = reset;
-        self.tell(Told::Installed(self.state()));
+        if !self.migrates {
+            self.tell(Told::Installed(self.state()));
+        }
         Ok(())
     }
+}
 
+impl ColoObserver for Guest {
     fn colo_exit(&mut self, exit: &ColoExit) {
         self.tell(Told::Exit(*exit));
     }
@@ -329,19 +338,7 @@ impl ColoVm for Guest {
     }
 }
 
-impl SourceVm for Guest {
-    fn stop(&mut self) -> Result<(), BoxError> {
-        self.running = false;
-        Ok(())
-    }
-    fn resume(&mut self) -> Result<(), BoxError> {
-        self.running = true;
-        Ok(())
-    }
-    fn save_devices(&mut self, out: &mut Vec<u8>) -> Result<String, BoxError> {
-        self.encode(out);
-        Ok(String::new())
-    }
+impl SourceObserver for Guest {
     fn progress(&mut self, progress: &Progress) -> Control {
         // A step may last longer than progress waits: the guest may stand still by then.
         if progress.pass < 3 {
@@ -352,17 +349,6 @@ impl SourceVm for Guest {
         } else {
             Control::SwitchOver
         }
-    }
-}
-
-impl TargetVm for Guest {
-    fn load_device(&mut self, section: &SectionHeader, body: &[u8]) -> Result<Body, BoxError> {
-        assert_eq!(section, &header());
-        let Some(value) = body.first_chunk() else {
-            return Ok(Body::NeedMore);
-        };
-        self.device = u64::from_be_bytes(*value);
-        Ok(Body::Complete(8))
     }
 }
 

@@ -12,19 +12,21 @@ use colo_core::driver::{
 };
 use colo_core::raw::{DEFAULT_MIN_GAP, MESSAGE_LEN, encode_vmstate_size};
 use colo_core::{
-    Cause, CheckpointReport, ColoExit, ColoStore, Deadlines, ExitReason, FailoverHandle,
-    IncomingPages, Message, Outcome, Resume, Role, Vm as _,
+    Cause, CheckpointReport, ColoExit, ColoStore, Deadlines, ExitReason, FailoverHandle, Message,
+    Outcome, Resume, Role,
 };
 use migration_stream::decoder::{ConfigurationRule, DecoderConfig};
 use migration_stream::io::{ByteSink, ByteSource, Chunk, FdChannel};
 use migration_stream::precopy::{
-    CheckpointReceiver, Limits, RamSetup, ReturnPathReader, Source, SourceConfig, SwitchedOver,
-    Target, TargetConfig, TargetError,
+    CheckpointReceiver, FIRST_DEVICE_SECTION, Limits, PageIntake, RamSetup, ReturnPathReader,
+    Source, SourceConfig, SourceError, SwitchedOver, Target, TargetConfig, TargetError,
 };
 use migration_stream::ram::{InStream, ZeroPageDetection};
 use migration_stream::xbzrle::PageCache;
-use migration_stream::{GuestRam, PageTransport, StagedRam, StreamReader, StreamWriter};
-use multifd::{ChannelCount, MultifdConfig, RecvSet, SendSet};
+use migration_stream::{
+    DeviceSections, DeviceState, GuestRam, PageTransport, StagedRam, StreamReader, StreamWriter,
+};
+use multifd::{ChannelCount, IncomingPages, MultifdConfig, RecvSet, SendSet};
 use ram_cache::{CacheKind, DiscardControl, FlushPool};
 
 use crate::guest::{Faults, Guest, Log, Outside, State, Told};
@@ -126,16 +128,23 @@ impl From<u8> for How {
 
 /// Migrates a guest up to where both sides enter COLO.
 pub fn migrated(how: impl Into<How>) -> (PrimaryEnd, SecondaryEnd) {
-    let (mut primary, secondary) = migrated_by(how.into());
-    let mut secondary = secondary.unwrap();
+    let (primary, secondary) = migrated_by(how.into());
+    let (mut primary, mut secondary) = (primary.unwrap(), secondary.unwrap());
     assert_eq!(primary.guest.state(), secondary.guest.state());
-    primary.guest.settle();
-    secondary.guest.settle();
+    for guest in [&mut primary.guest, &mut secondary.guest] {
+        guest.settle();
+        guest.migrates = false;
+    }
     (primary, secondary)
 }
 
-/// Migrates a guest; the secondary may not be able to go on from there.
-pub fn migrated_by(how: How) -> (PrimaryEnd, Result<SecondaryEnd, TargetError>) {
+/// Migrates a guest; COLO may not be able to go on from there.
+pub fn migrated_by(
+    how: How,
+) -> (
+    Result<PrimaryEnd, SourceError>,
+    Result<SecondaryEnd, TargetError>,
+) {
     let (main, peer) = pair();
     let (mut ours, mut theirs) = (vec![main], vec![peer]);
     for _ in 0..how.channels {
@@ -157,7 +166,7 @@ fn multifd(channels: &[FdChannel]) -> Option<MultifdConfig> {
     })
 }
 
-fn migrate_away(connections: Vec<FdChannel>, how: How) -> PrimaryEnd {
+fn migrate_away(connections: Vec<FdChannel>, how: How) -> Result<PrimaryEnd, SourceError> {
     let (tell, told) = mpsc::channel();
     let faults = Faults::default();
     let mut guest = Guest::new(how.seed << 2 | 1, &faults, tell);
@@ -196,12 +205,12 @@ fn migrate_away(connections: Vec<FdChannel>, how: How) -> PrimaryEnd {
             log: guest.log.clone(),
             transport,
         },
+        &mut guest,
     )
     .unwrap()
     .run(&mut guest)
-    .completed()
-    .unwrap();
-    PrimaryEnd {
+    .completed()?;
+    Ok(PrimaryEnd {
         guest,
         faults,
         switched,
@@ -209,7 +218,7 @@ fn migrate_away(connections: Vec<FdChannel>, how: How) -> PrimaryEnd {
         resume: Resume::OnLoaded,
         connections,
         told,
-    }
+    })
 }
 
 fn take_in(connections: Vec<FdChannel>, how: How) -> Result<SecondaryEnd, TargetError> {
@@ -219,7 +228,7 @@ fn take_in(connections: Vec<FdChannel>, how: How) -> Result<SecondaryEnd, Target
     let discard = DiscardControl::new();
     let store = ColoStore::over(how.cache, &guest.ram, discard.disable().unwrap()).unwrap();
     let (main, channels) = connections.split_first().unwrap();
-    let mut pages = match multifd(channels) {
+    let pages = match multifd(channels) {
         None => IncomingPages::plain(store),
         Some(config) => {
             let channels = channels.iter().map(|c| c.share().into()).collect();
@@ -236,16 +245,15 @@ fn take_in(connections: Vec<FdChannel>, how: How) -> Result<SecondaryEnd, Target
         max_devices: 1 << 16,
     };
     let reader = StreamReader::new(main.share(), b"");
-    let (store, barrier) = pages.parts();
-    let mut loaded = Target::new(config, reader, Some(Box::new(main.share())), store)
-        .load(store, barrier, &mut guest)
-        .unwrap();
-    loaded.confirm().unwrap();
+    let target = Target::new(config, reader, Some(Box::new(main.share())), pages.store());
+    let arrived = target.load(pages, &mut guest).unwrap();
+    let settled = arrived.settle_for_checkpoints(&mut guest)?;
+    let (receiver, pages) = settled.confirm()?;
     Ok(SecondaryEnd {
         guest,
         faults,
         discard,
-        receiver: loaded.into_checkpoints()?,
+        receiver,
         pages,
         connections,
         told,
@@ -570,7 +578,9 @@ impl HandPrimary {
         guest.run();
         guest.running = false;
         let mut devices = Vec::new();
-        guest.save_devices(&mut devices).unwrap();
+        let mut sections = DeviceSections::new(&mut devices, FIRST_DEVICE_SECTION, false);
+        guest.save(&mut sections).unwrap();
+        devices.push(0);
         let kept = Kept::default();
         let mut out = StreamWriter::new(kept.clone());
         switched.ram.end(&mut out).unwrap();

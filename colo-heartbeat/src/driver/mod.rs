@@ -7,8 +7,8 @@
 //! | when | primary | secondary |
 //! |---|---|---|
 //! | before the migration | [`Heartbeat::start`] | [`Heartbeat::start`] |
-//! | in `SourceVm::save_devices`, before the device state is returned | [`Heartbeat::hold`], then [`Heartbeat::begins`] | |
-//! | after `Loaded`, before `confirm` | | [`Heartbeat::begins`] |
+//! | in `DeviceState::save`, before the device state is returned | [`Heartbeat::hold`], then [`Heartbeat::begins`] | |
+//! | when the guest is settled, before `confirm` | | [`Heartbeat::begins`] |
 //! | the migration failed, and the peer provably cannot run | [`Heartbeat::give_up`] | |
 //! | the migration failed, and the peer may have begun | [`Heartbeat::keep`] | |
 //! | `run_primary` or `run_secondary` has returned | [`Heartbeat::colo_ended`] | [`Heartbeat::colo_ended`] |
@@ -181,7 +181,7 @@ impl Heartbeat {
     /// The peer is about to get the last of what it needs to be in COLO: from now on this side is one of
     /// two, whatever it hears of the other.
     ///
-    /// To be called before that is sent: by a primary in `SourceVm::save_devices`, after
+    /// To be called before that is sent: by a primary in `DeviceState::save`, after
     /// [`Heartbeat::hold`]; by a secondary before it confirms.
     pub fn begins(&self) {
         let (sender, receiver) = channel();

@@ -1,12 +1,14 @@
 //! A guest that nobody runs at the moment.
 
+use std::convert::Infallible;
 use std::sync::Arc;
 
 use migration_stream::configuration::Configuration;
 use migration_stream::dirty_bitmap::BitmapSections;
 use migration_stream::early::EarlySections;
 use migration_stream::opaque_tail::Tail;
-use migration_stream::section::SectionId;
+use migration_stream::section::SectionHeader;
+use migration_stream::{BoxError, DeviceSections, DeviceState, Parsed};
 
 use crate::memory::Memory;
 use migration_stream::machine::MachineVersion;
@@ -34,15 +36,52 @@ pub struct Devices {
     pub bitmaps: BitmapSections,
 }
 
-impl Devices {
-    /// Appends the sections, and EOF, as a source does that numbers its sections from `first` on.
-    pub fn encode(&self, first: SectionId, out: &mut Vec<u8>) {
-        let mut next = first;
+/// Sections are saved as they came. A checkpoint's are told apart by what they were like before, and it
+/// has no bitmaps.
+impl DeviceState for Devices {
+    type Section = Infallible;
+    type Staged = Self;
+    type Reset = Self;
+
+    fn save(&mut self, out: &mut DeviceSections<'_>) -> Result<(), BoxError> {
         if !self.bitmaps.is_empty() {
-            self.bitmaps.encode_sections(first, out);
-            next = SectionId(first.0.saturating_add(1));
+            out.append(|id, out| self.bitmaps.encode_sections(id, out));
         }
-        self.tail.encode_sections(next, out);
+        self.tail.save(out)
+    }
+
+    fn parse(
+        &mut self,
+        header: &SectionHeader,
+        body: &[u8],
+    ) -> Result<Parsed<Infallible>, BoxError> {
+        self.tail.parse(header, body)
+    }
+
+    fn stage(&mut self, sections: Vec<Infallible>) -> Result<Self, BoxError> {
+        Ok(Self::without_bitmaps(self.tail.stage(sections)?))
+    }
+
+    fn stage_checkpoint(&mut self, state: &[u8]) -> Result<Self, BoxError> {
+        Ok(Self::without_bitmaps(self.tail.followed_by(state)?))
+    }
+
+    fn reset(&mut self, staged: Self) -> Result<Self, BoxError> {
+        Ok(staged)
+    }
+
+    fn install(&mut self, reset: Self) -> Result<(), BoxError> {
+        *self = reset;
+        Ok(())
+    }
+}
+
+impl Devices {
+    /// Returns devices of a guest whose disks have no dirty bitmaps.
+    #[must_use]
+    pub const fn without_bitmaps(tail: Tail) -> Self {
+        let bitmaps = BitmapSections::new();
+        Self { tail, bitmaps }
     }
 }
 

@@ -1,5 +1,6 @@
 //! A guest to a QEMU, or into a file that one can load.
 
+use std::convert::Infallible;
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -12,13 +13,14 @@ use migration_stream::io::{FileChannel, PositionedFile, open_direct};
 use migration_stream::machine::MachineVersion;
 use migration_stream::mapped_ram::FileWriter;
 use migration_stream::precopy::{
-    BoxError, Control, FIRST_DEVICE_SECTION, HandOver, Limits, RamSetup, ReturnPathReader, Source,
-    SourceConfig, SourceError, SourceVm, Unresolved,
+    Control, HandOver, Limits, RamSetup, ReturnPathReader, Source, SourceConfig, SourceError,
+    SourceObserver, Unresolved,
 };
 use migration_stream::ram::{BlockId, InStream, ZeroPageDetection};
-use migration_stream::section::SectionId;
+use migration_stream::section::SectionHeader;
 use migration_stream::{
-    DirtyLog, GuestRam, MemoryError, PageTransport, StreamWriter, TransportError,
+    BoxError, DeviceSections, DeviceState, DirtyLog, GuestRam, MemoryError, PageTransport, Parsed,
+    StreamWriter, TransportError, VmControl,
 };
 use multifd::outgoing::{self, ConnectError};
 use multifd::{Flush, MultifdConfig, SendSet};
@@ -247,8 +249,11 @@ impl<F: Fn() -> Result<Devices, NotComing>> Departure<'_, F> {
                 .capabilities
                 .retain(|c| c.as_str() != MAPPED_RAM);
         }
-        let source = Source::start_after(
-            self.early,
+        let mut vm = Held {
+            departure: self,
+            devices: None,
+        };
+        let source = Source::start(
             SourceConfig {
                 configuration,
                 switchover_start: self.machine_version().sends_switchover_start(),
@@ -259,11 +264,8 @@ impl<F: Fn() -> Result<Devices, NotComing>> Departure<'_, F> {
             out,
             return_path,
             RamSetup { log, transport },
+            &mut vm,
         )?;
-        let mut vm = Held {
-            departure: self,
-            devices: None,
-        };
         match source.run(&mut vm) {
             HandOver::Completed(switched) => {
                 vm.progress(&switched.progress);
@@ -319,27 +321,62 @@ struct Held<'a, F> {
     devices: Option<Devices>,
 }
 
-impl<F: Fn() -> Result<Devices, NotComing>> SourceVm for Held<'_, F> {
-    fn stop(&mut self) -> Result<(), BoxError> {
+impl<F: Fn() -> Result<Devices, NotComing>> VmControl for Held<'_, F> {
+    fn pause(&mut self) -> Result<(), BoxError> {
         self.devices = Some((self.departure.devices)()?);
         Ok(())
     }
 
-    fn resume(&mut self) -> Result<(), BoxError> {
+    fn resume(&mut self) -> Result<Instant, BoxError> {
+        Ok(Instant::now())
+    }
+}
+
+impl<F> DeviceState for Held<'_, F> {
+    type Section = Infallible;
+    type Staged = Infallible;
+    type Reset = Infallible;
+
+    fn save_early(&mut self, out: &mut DeviceSections<'_>) -> Result<(), BoxError> {
+        for section in self.departure.early.sections() {
+            let header = section.header;
+            let (idstr, instance) = (header.idstr.as_str(), header.instance.0);
+            out.push(idstr, instance, header.version, section.body)?;
+        }
         Ok(())
     }
 
-    fn save_devices(&mut self, out: &mut Vec<u8>) -> Result<String, BoxError> {
-        let devices = self.devices.as_ref().ok_or(NotComing)?;
+    fn save(&mut self, out: &mut DeviceSections<'_>) -> Result<(), BoxError> {
+        let devices = self.devices.as_mut().ok_or(NotComing)?;
         if !(self.departure.may_leave)() {
             return Err("the source did not wait to hear of its guest, and may run it on".into());
         }
-        let early = u32::try_from(self.departure.early.len()).unwrap_or(u32::MAX);
-        let first = SectionId(FIRST_DEVICE_SECTION.0.saturating_add(early));
-        devices.encode(first, out);
-        Ok(devices.tail.description_text().to_owned())
+        devices.save(out)
     }
 
+    fn parse(&mut self, _: &SectionHeader, _: &[u8]) -> Result<Parsed<Infallible>, BoxError> {
+        Err(Box::new(SentOnly))
+    }
+
+    fn stage(&mut self, _: Vec<Infallible>) -> Result<Infallible, BoxError> {
+        Err(Box::new(SentOnly))
+    }
+
+    fn reset(&mut self, staged: Infallible) -> Result<Infallible, BoxError> {
+        match staged {}
+    }
+
+    fn install(&mut self, reset: Infallible) -> Result<(), BoxError> {
+        match reset {}
+    }
+}
+
+/// Nothing is loaded on the way out.
+#[derive(Debug, thiserror::Error)]
+#[error("a guest on its way out is not loaded")]
+struct SentOnly;
+
+impl<F> SourceObserver for Held<'_, F> {
     fn progress(&mut self, progress: &migration_stream::precopy::Progress) -> Control {
         self.departure.progress.outgoing.set(
             progress.transferred,

@@ -1,13 +1,12 @@
 //! Why a migration failed.
 
-use std::{error, io};
+use std::io;
 
 use crate::command::CommandNumber;
 use crate::section::SectionId;
 use crate::{MemoryError, TransportError};
 
-/// Any error of a VMM's own.
-pub type BoxError = Box<dyn error::Error + Send + Sync>;
+pub use crate::BoxError;
 
 /// Why an outgoing migration failed. Except for [`SourceError::OutcomeUnknown`] the guest is still the
 /// source's.
@@ -43,9 +42,6 @@ pub enum SourceError {
         /// Why it failed.
         source: BoxError,
     },
-    /// The device state that the VMM saved has no EOF behind its last section.
-    #[error("the saved device state does not end with the byte of EOF")]
-    DevicesWithoutEnd,
     /// The migration failed, and the guest stays paused because it could not be resumed either.
     #[error("{cause}; and then resuming the guest failed")]
     NotResumed {
@@ -170,6 +166,14 @@ pub enum TargetError {
         /// Where its body begins.
         offset: u64,
         /// What the VMM says of it.
+        source: BoxError,
+    },
+    /// The VMM does not take the state of the devices.
+    #[error("{what}")]
+    Vm {
+        /// What was attempted.
+        what: &'static str,
+        /// Why it failed.
         source: BoxError,
     },
     /// A device section is longer than [`TargetConfig::max_devices`](super::TargetConfig).

@@ -43,10 +43,11 @@ pub use ram::{Budget, RamSender, RamSetup};
 pub use return_path::ReturnPathReader;
 pub use source::{
     Control, FIRST_DEVICE_SECTION, HandOver, Progress, Source, SourceConfig, SourceEvent,
-    SourceStatus, SourceVm, SwitchedOver, Unresolved,
+    SourceObserver, SourceStatus, SwitchedOver, Unresolved,
 };
 pub use switchover_ack::SwitchoverAcks;
 pub use target::{
-    Body, CheckpointComplete, CheckpointReceiver, Loaded, Received, Target, TargetConfig, TargetVm,
+    Arrived, CheckpointComplete, CheckpointReceiver, Loaded, PageIntake, Received, Settled,
+    SettledSecondary, Target, TargetConfig,
 };
 pub use throttle::{Throttle, ThrottleConfig, ThrottleConfigError, ThrottleMeans};

@@ -6,24 +6,24 @@ use std::{panic, thread};
 
 use super::error::SourceError;
 use super::ram::RamSender;
-use super::source::{Control, Progress, Source, SourceVm};
+use super::source::{Control, Progress, Source, SourceObserver};
 use crate::{DirtyLog, PAGE_SIZE, PageTransport, StreamWriter};
 
 /// How often the VMM is told of progress while a step lasts, at least.
 pub(super) const WATCH: Duration = Duration::from_millis(40);
 
 impl<T: PageTransport, D: DirtyLog> Source<T, D> {
-    /// Does `step` in a thread of its own. The calling thread tells `vm` of progress meanwhile, and ends the step's
+    /// Does `step` in a thread of its own. The calling thread tells `observer` of progress meanwhile, and ends the step's
     /// waits when it is cancelled.
     ///
     /// # Errors
     /// [`SourceError::Cancelled`] if it was cancelled, whatever that has made of the step; those of `step`.
     pub(super) fn watched<R: Send>(
         &mut self,
-        vm: &mut impl SourceVm,
+        observer: &mut dyn SourceObserver,
         step: impl FnOnce(&mut RamSender<T, D>, &mut StreamWriter) -> Result<R, SourceError> + Send,
     ) -> Result<R, SourceError> {
-        let result = self.beside(vm, step);
+        let result = self.beside(observer, step);
         if self.cancel.is_cancelled() {
             return Err(SourceError::Cancelled);
         }
@@ -36,7 +36,7 @@ impl<T: PageTransport, D: DirtyLog> Source<T, D> {
     /// Those of `step`; that of starting a thread, before `step` is called.
     pub(super) fn beside<R: Send>(
         &mut self,
-        vm: &mut impl SourceVm,
+        observer: &mut dyn SourceObserver,
         step: impl FnOnce(&mut RamSender<T, D>, &mut StreamWriter) -> Result<R, SourceError> + Send,
     ) -> Result<R, SourceError> {
         let mut progress = self.progress();
@@ -60,7 +60,7 @@ impl<T: PageTransport, D: DirtyLog> Source<T, D> {
                     elapsed: self.begun.elapsed(),
                     ..progress
                 };
-                match vm.progress(&progress) {
+                match observer.progress(&progress) {
                     Control::Continue => {}
                     Control::SwitchOver => {
                         self.asked = true;

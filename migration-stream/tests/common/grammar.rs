@@ -9,13 +9,16 @@ use std::time::{Duration, Instant};
 use migration_stream::decoder::{ConfigurationRule, DecoderConfig};
 use migration_stream::io::{ByteSink, ByteSource, Chunk, Readiness};
 use migration_stream::opaque_tail::TailLimits;
-use migration_stream::precopy::{
-    Body, BoxError, Loaded, Target, TargetConfig, TargetError, TargetVm,
-};
+use migration_stream::precopy::{Loaded, Settled, Target, TargetConfig, TargetError};
 use migration_stream::ram::{NoMultifd, RamBlock, RamBlockTable};
 use migration_stream::section::SectionHeader;
-use migration_stream::{GuestRamMmap, PAGE_SIZE, StreamReader};
+use migration_stream::{BoxError, GuestRamMmap, PAGE_SIZE, Parsed, StreamReader};
 use vm_memory::VolatileSlice;
+
+#[path = "loads.rs"]
+mod loads;
+
+use loads::{Loads, Only};
 
 /// The most bytes of device state that the target takes.
 const MAX_DEVICES: usize = 8192;
@@ -365,21 +368,47 @@ struct Vmm {
     shown: usize,
 }
 
-impl TargetVm for Vmm {
-    fn load_device(&mut self, section: &SectionHeader, body: &[u8]) -> Result<Body, BoxError> {
+impl Loads for Vmm {
+    fn load_device(
+        &mut self,
+        section: &SectionHeader,
+        body: &[u8],
+    ) -> Result<Parsed<()>, BoxError> {
         if !section.idstr.as_str().starts_with(['d', 'e']) {
             return Err("no such device".into());
         }
         let Some(len) = body.first_chunk() else {
-            return Ok(Body::NeedMore);
+            return Ok(Parsed::NeedMore);
         };
         let len = 2 + usize::from(u16::from_be_bytes(*len));
         self.shown += body.len().min(len);
         Ok(if body.len() < len {
-            Body::NeedMore
+            Parsed::NeedMore
         } else {
-            Body::Complete(len)
+            Parsed::Section((), len)
         })
+    }
+}
+
+/// A guest that was loaded, and not answered for.
+enum Held {
+    Known(Settled<GuestRamMmap>),
+    Opaque(Loaded),
+}
+
+impl Held {
+    fn refuse(self) {
+        match self {
+            Self::Known(settled) => settled.refuse(),
+            Self::Opaque(loaded) => loaded.refuse(),
+        }
+    }
+
+    fn confirm(self) -> Result<(), TargetError> {
+        match self {
+            Self::Known(settled) => settled.confirm().map(drop),
+            Self::Opaque(mut loaded) => loaded.confirm(),
+        }
     }
 }
 
@@ -454,7 +483,7 @@ pub fn run(input: &[u8]) -> Ending {
             assert_eq!(answers.shuts().0, 0);
             Ending::Refused
         }
-        Ok(Some(mut loaded)) => {
+        Ok(Some(loaded)) => {
             let waits = answers.0.lock().is_ok_and(|bytes| !bytes.is_empty());
             assert_eq!(answers.shuts(), (0, 0), "an answer before the decision");
             loaded.confirm().expect("the answer is written to memory");
@@ -472,7 +501,7 @@ fn load(
     source: Scripted,
     answers: Answers,
     vmm: &mut Vmm,
-) -> Result<Option<Loaded>, TargetError> {
+) -> Result<Option<Held>, TargetError> {
     let config = TargetConfig {
         decoder: DecoderConfig {
             xbzrle,
@@ -509,11 +538,13 @@ fn load(
     }
     let ram = GuestRamMmap::anonymous(blocks).expect("memory");
     if mode & 2 == 0 {
-        return target.load(&ram, &mut NoMultifd, vmm).map(Some);
+        let mut devices = Only(vmm);
+        let arrived = target.load((ram, NoMultifd), &mut devices)?;
+        return Ok(Some(Held::Known(arrived.settle(&mut devices)?)));
     }
     let target = target.keeping_dirty_bitmaps();
     let (loaded, tail) = target.load_opaque(&ram, &mut NoMultifd, limits)?;
     assert!(tail.as_bytes().len() <= limits.len + (128 << 10));
     assert!(tail.sections().len() > 0);
-    Ok(Some(loaded))
+    Ok(Some(Held::Opaque(loaded)))
 }

@@ -1,17 +1,16 @@
 //! A guest that is only memory, a log of what it writes and one device, at either end.
 
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use migration_stream::codec::IdStr;
 use migration_stream::configuration::{Configuration, MachineName};
-use migration_stream::device_blob::{DeviceSection, encode_device_blob};
-use migration_stream::precopy::{
-    BoxError, Control, FIRST_DEVICE_SECTION, Progress, SourceEvent, SourceStatus, SourceVm,
-};
+use migration_stream::precopy::{Control, Progress, SourceEvent, SourceObserver, SourceStatus};
 use migration_stream::ram::{BlockId, RamBlock, RamBlockTable};
-use migration_stream::section::{Announcement, InstanceId, SectionHeader, SectionId};
-use migration_stream::{DirtyLog, GuestRamMmap, MemoryError, PAGE_SIZE};
+use migration_stream::section::SectionHeader;
+use migration_stream::{
+    BoxError, DeviceSections, DeviceState, DirtyLog, GuestRamMmap, MemoryError, PAGE_SIZE, Parsed,
+    VmControl,
+};
 use vm_memory::{Bytes, MmapRegion, VolatileMemory};
 
 /// Blocks of memory, as source and as target: name and pages of each.
@@ -95,8 +94,8 @@ pub struct Guest {
     pub uuid: Option<[u8; 16]>,
     /// Sections that go before the device's.
     pub sections: Vec<u8>,
-    /// How many sections were sent before RAM.
-    pub early: u32,
+    /// The state of a device that is sent before RAM.
+    pub early: Option<Vec<u8>>,
     /// When this has ended the guest is switched over, whatever is left.
     pub until: Option<std::thread::JoinHandle<()>>,
 }
@@ -115,7 +114,7 @@ impl Guest {
             events: Vec::new(),
             uuid: None,
             sections: Vec::new(),
-            early: 0,
+            early: None,
             until: None,
         }
     }
@@ -132,34 +131,51 @@ impl Guest {
     }
 }
 
-impl SourceVm for Guest {
-    fn stop(&mut self) -> Result<(), BoxError> {
+impl VmControl for Guest {
+    fn pause(&mut self) -> Result<(), BoxError> {
         self.running = false;
         Ok(())
     }
-    fn resume(&mut self) -> Result<(), BoxError> {
+    fn resume(&mut self) -> Result<Instant, BoxError> {
         self.running = true;
+        Ok(Instant::now())
+    }
+}
+
+impl DeviceState for Guest {
+    type Section = ();
+    type Staged = ();
+    type Reset = ();
+
+    fn save_early(&mut self, out: &mut DeviceSections<'_>) -> Result<(), BoxError> {
+        match &self.early {
+            Some(body) => out.push("cpu", 0, 1, body),
+            None => Ok(()),
+        }
+    }
+    fn save(&mut self, out: &mut DeviceSections<'_>) -> Result<(), BoxError> {
+        assert!(!self.running);
+        assert!(out.wants_description());
+        out.append(|_, bytes| bytes.extend_from_slice(&self.sections));
+        out.push("thing", 3, 1, &[5; 100])?;
+        out.describe(r#"{"page_size": 4096, "devices": [{"name": "thing", "instance_id": 3, "version": 1, "fields": [{"name": "data", "type": "buffer", "size": 100}]}]}"#.into());
         Ok(())
     }
-    fn save_devices(&mut self, out: &mut Vec<u8>) -> Result<String, BoxError> {
-        assert!(!self.running);
-        out.extend_from_slice(&self.sections);
-        let header = SectionHeader {
-            kind: Announcement::Full,
-            id: SectionId(FIRST_DEVICE_SECTION.0 + self.early),
-            idstr: IdStr::new("thing").unwrap(),
-            instance: InstanceId(3),
-            version: 1,
-        };
-        encode_device_blob(
-            [DeviceSection {
-                header,
-                body: &[5; 100],
-            }],
-            out,
-        );
-        Ok(r#"{"page_size": 4096, "devices": [{"name": "thing", "instance_id": 3, "version": 1, "fields": [{"name": "data", "type": "buffer", "size": 100}]}]}"#.into())
+    fn parse(&mut self, _: &SectionHeader, _: &[u8]) -> Result<Parsed<()>, BoxError> {
+        Err("this guest is only saved".into())
     }
+    fn stage(&mut self, _: Vec<()>) -> Result<(), BoxError> {
+        Err("this guest is only saved".into())
+    }
+    fn reset(&mut self, (): ()) -> Result<(), BoxError> {
+        Err("this guest is only saved".into())
+    }
+    fn install(&mut self, (): ()) -> Result<(), BoxError> {
+        Err("this guest is only saved".into())
+    }
+}
+
+impl SourceObserver for Guest {
     fn progress(&mut self, progress: &Progress) -> Control {
         if progress.status == SourceStatus::PreSwitchover {
             assert!(!self.running, "the guest stands still in the pause");

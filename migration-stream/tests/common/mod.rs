@@ -2,6 +2,7 @@
 #![allow(dead_code)] // each test file uses a part of it
 
 pub mod guest;
+pub mod loads;
 
 use migration_stream::codec::Reader;
 use migration_stream::decoder::{Item, RamItem, Step, StreamDecoder};

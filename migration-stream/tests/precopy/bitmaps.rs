@@ -5,13 +5,15 @@ use migration_stream::dirty_bitmap::{
     self, BitmapFlags, Chunk, DirtyBitmapEncoder, DirtyBitmapError, MigratedBitmap,
 };
 use migration_stream::opaque_tail::TailLimits;
-use migration_stream::precopy::{Body, BoxError, TargetError, TargetVm};
+use migration_stream::precopy::TargetError;
 use migration_stream::ram::NoMultifd;
 use migration_stream::section::{
     Continuation, SectionHeader, SectionId, encode_continuation, encode_footer,
 };
+use migration_stream::{BoxError, Parsed};
 
 use crate::common::guest::memory;
+use crate::common::loads::{Loads, load};
 use crate::rig::{BLOCKS, Devices, channels, send, source, target};
 
 const BITMAP_SECTION: SectionId = SectionId(9);
@@ -110,8 +112,12 @@ fn dirty_bitmaps_that_are_not_kept_or_too_long_fail_the_migration() {
 #[derive(Default)]
 struct WithBitmaps(Devices, Vec<Chunk>);
 
-impl TargetVm for WithBitmaps {
-    fn load_device(&mut self, section: &SectionHeader, body: &[u8]) -> Result<Body, BoxError> {
+impl Loads for WithBitmaps {
+    fn load_device(
+        &mut self,
+        section: &SectionHeader,
+        body: &[u8],
+    ) -> Result<Parsed<()>, BoxError> {
         self.0.load_device(section, body)
     }
     fn load_dirty_bitmap(
@@ -130,16 +136,15 @@ impl TargetVm for WithBitmaps {
 
 #[test]
 fn a_vmm_is_shown_each_chunk_of_its_bitmaps_or_refuses_them() {
-    let run = |vm: &mut dyn TargetVm| {
+    let run = |vm: &mut dyn Loads| {
         let (_, mut guest) = source();
         guest.sections = bitmap_sections();
         let landed = memory(BLOCKS);
         let (a, b) = channels();
         std::thread::scope(|scope| {
             let sender = scope.spawn(|| send(&mut guest, &a).map(drop));
-            let loaded = target(&b, &landed)
-                .load(&*landed, &mut NoMultifd, vm)
-                .map(|mut loaded| loaded.confirm().unwrap());
+            let loaded = load(target(&b, &landed), &*landed, vm)
+                .map(|settled| settled.confirm().map(drop).unwrap());
             b.shutdown();
             let _ = sender.join().unwrap();
             loaded

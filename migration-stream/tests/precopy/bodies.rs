@@ -5,12 +5,12 @@ use std::thread;
 
 use migration_stream::decoder::{ConfigurationRule, DecoderConfig};
 use migration_stream::io::{ByteSink, ByteSource, Chunk};
-use migration_stream::precopy::{Body, BoxError, Target, TargetConfig, TargetError, TargetVm};
-use migration_stream::ram::NoMultifd;
+use migration_stream::precopy::{Target, TargetConfig, TargetError};
 use migration_stream::section::SectionHeader;
-use migration_stream::{GuestRamMmap, StreamReader};
+use migration_stream::{BoxError, GuestRamMmap, Parsed, StreamReader};
 
 use crate::common::guest::memory;
+use crate::common::loads::{Loads, load as load_by};
 use crate::rig::{LIMIT, channels};
 use crate::script::{Pieces, Script};
 
@@ -36,8 +36,8 @@ impl Fixed {
     }
 }
 
-impl TargetVm for Fixed {
-    fn load_device(&mut self, _: &SectionHeader, body: &[u8]) -> Result<Body, BoxError> {
+impl Loads for Fixed {
+    fn load_device(&mut self, _: &SectionHeader, body: &[u8]) -> Result<Parsed<()>, BoxError> {
         self.shown += body.len().min(self.len);
         self.looks += 1;
         let is_whole = body.len() >= self.len;
@@ -45,9 +45,9 @@ impl TargetVm for Fixed {
             seen.send(is_whole)?;
         }
         Ok(if is_whole {
-            Body::Complete(self.len)
+            Parsed::Section((), self.len)
         } else {
-            Body::NeedMore
+            Parsed::NeedMore
         })
     }
 }
@@ -63,9 +63,7 @@ fn load(
         max_devices,
     };
     let reader = StreamReader::new(source, b"");
-    Target::new(config, reader, None, ram)
-        .load(ram, &mut NoMultifd, vm)
-        .map(drop)
+    load_by(Target::new(config, reader, None, ram), ram, vm).map(drop)
 }
 
 #[test]

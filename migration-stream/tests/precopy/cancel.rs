@@ -1,16 +1,18 @@
 //! A target that is cancelled: at any byte of the stream, whatever the source does.
 
 use std::os::unix::net::UnixStream;
+use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use migration_stream::decoder::{ConfigurationRule, DecoderConfig};
 use migration_stream::io::{CancelToken, FdChannel};
-use migration_stream::precopy::{Loaded, SourceError, Target, TargetConfig, TargetError};
+use migration_stream::precopy::{SourceError, Target, TargetConfig, TargetError};
 use migration_stream::ram::NoMultifd;
 use migration_stream::{GuestRamMmap, PageBarrier, StreamReader, StreamWriter};
 
 use crate::common::guest::{configuration, memory};
+use crate::common::loads::{Only, load as load_by};
 use crate::rig::{BLOCKS, Devices, send, source};
 
 /// How long each side waits for the other: far longer than a cancel takes.
@@ -35,17 +37,10 @@ fn reader(channel: &FdChannel, token: &CancelToken) -> StreamReader {
     reader
 }
 
-fn load(
-    channel: &FdChannel,
-    ram: &GuestRamMmap,
-    token: &CancelToken,
-) -> Result<Loaded, TargetError> {
+fn load(channel: &FdChannel, ram: &GuestRamMmap, token: &CancelToken) -> Result<(), TargetError> {
     let answers = Some(Box::new(channel.share()) as _);
-    Target::new(config(), reader(channel, token), answers, ram).load(
-        ram,
-        &mut NoMultifd,
-        &mut Devices::default(),
-    )
+    let target = Target::new(config(), reader(channel, token), answers, ram);
+    load_by(target, ram, &mut Devices::default()).map(drop)
 }
 
 /// Cancels `wait` after a moment, and checks that it was that which has ended it.
@@ -114,12 +109,19 @@ fn a_guest_that_was_cancelled_when_it_was_loaded_is_not_confirmed() {
         let token = CancelToken::new().unwrap();
         let error = thread::scope(|scope| {
             let sender = scope.spawn(|| send(&mut guest, &a));
-            let mut loaded = load(&b, &landed, &token).unwrap();
-            token.cancel();
+            let answers = Some(Box::new(b.share()) as _);
+            let target = Target::new(config(), reader(&b, &token), answers, &*landed);
+            let mut devices = Devices::default();
+            let mut devices = Only(&mut devices);
+            let arrived = target.load((&*landed, NoMultifd), &mut devices).unwrap();
             let error = if into_checkpoints {
-                loaded.confirm_into_checkpoints().err()
+                let settled = arrived.settle_for_checkpoints(&mut devices).unwrap();
+                token.cancel();
+                settled.confirm().err()
             } else {
-                loaded.confirm().err()
+                let settled = arrived.settle(&mut devices).unwrap();
+                token.cancel();
+                settled.confirm().err()
             };
             b.shutdown();
             let sent = sender.join().unwrap().err().unwrap();
@@ -135,7 +137,7 @@ fn a_guest_that_was_cancelled_when_it_was_loaded_is_not_confirmed() {
 
 /// Notes the token that it is given.
 #[derive(Default)]
-struct Channels(Option<CancelToken>);
+struct Channels(Arc<OnceLock<CancelToken>>);
 
 impl PageBarrier for Channels {
     fn flush(&mut self) -> Result<(), migration_stream::TransportError> {
@@ -149,7 +151,7 @@ impl PageBarrier for Channels {
     }
     fn set_deadline(&mut self, _: Option<Instant>) {}
     fn set_cancel(&mut self, token: &CancelToken) {
-        self.0 = Some(token.clone());
+        let _ = self.0.set(token.clone());
     }
 }
 
@@ -159,11 +161,13 @@ fn the_channels_hear_of_the_same_token() {
     let ram = memory(BLOCKS);
     let token = CancelToken::new().unwrap();
     token.cancel();
-    let mut barrier = Channels::default();
+    let channels = Channels::default();
+    let heard = Arc::clone(&channels.0);
     let target = Target::new(config(), reader(&b, &token), None, &*ram);
     let error = target
-        .load(&*ram, &mut barrier, &mut Devices::default())
+        .load((&*ram, channels), &mut ())
+        .map(drop)
         .unwrap_err();
     assert!(matches!(error, TargetError::Cancelled), "{error}");
-    assert!(barrier.0.is_some_and(|token| token.is_cancelled()));
+    assert!(heard.get().is_some_and(CancelToken::is_cancelled));
 }

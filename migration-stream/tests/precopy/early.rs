@@ -1,26 +1,22 @@
 //! Device sections that stand before RAM, pauses between items, and commands that a precopy stream may
 //! have and need not.
 
-use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use migration_stream::codec::IdStr;
 use migration_stream::command::{Command, PostcopyAdvice};
 use migration_stream::decoder::{ConfigurationRule, DecoderConfig};
 use migration_stream::early::EarlySections;
 use migration_stream::io::{ByteSink, ByteSource, Chunk};
 use migration_stream::opaque_tail::{Tail, TailLimits};
-use migration_stream::precopy::{
-    Body, BoxError, Limits, RamSetup, ReturnPathReader, Source, SourceEvent, SourceStatus, Target,
-    TargetConfig, TargetError, TargetVm,
-};
-use migration_stream::ram::{InStream, NoMultifd, ZeroPageDetection};
-use migration_stream::section::{Announcement, InstanceId, SectionHeader, SectionId};
-use migration_stream::{GuestRamMmap, StreamReader, StreamWriter};
+use migration_stream::precopy::{SourceEvent, SourceStatus, Target, TargetConfig, TargetError};
+use migration_stream::ram::NoMultifd;
+use migration_stream::section::{SectionHeader, SectionId};
+use migration_stream::{BoxError, GuestRamMmap, Parsed, StreamReader};
 
 use crate::common::guest::memory;
-use crate::rig::{self, Devices, LIMIT, channels, source, source_config, target};
+use crate::common::loads::{Loads, load};
+use crate::rig::{self, Devices, LIMIT, channels, send, source, target};
 use crate::script::{Pieces, Script};
 
 const BLOCKS: &[(&str, u64)] = &[("pc.ram", 4)];
@@ -136,8 +132,12 @@ fn a_section_before_ram_whose_end_is_not_found_is_refused_by_name() {
 #[derive(Default)]
 struct Known(Vec<String>);
 
-impl TargetVm for Known {
-    fn load_device(&mut self, section: &SectionHeader, body: &[u8]) -> Result<Body, BoxError> {
+impl Loads for Known {
+    fn load_device(
+        &mut self,
+        section: &SectionHeader,
+        body: &[u8],
+    ) -> Result<Parsed<()>, BoxError> {
         let len = match section.idstr.as_str() {
             "vm0/early" => FIRST.len(),
             "vm1/early" => SECOND.len(),
@@ -145,10 +145,10 @@ impl TargetVm for Known {
             other => return Err(format!("no {other}").into()),
         };
         if body.len() < len {
-            return Ok(Body::NeedMore);
+            return Ok(Parsed::NeedMore);
         }
         self.0.push(section.idstr.as_str().to_owned());
-        Ok(Body::Complete(len))
+        Ok(Parsed::Section((), len))
     }
 }
 
@@ -166,12 +166,12 @@ fn sees_them_first(script: &Script) {
 
     let mut vm = Known::default();
     let target = Target::new(config(), reader(), None, &*ram);
-    target.load(&*ram, &mut NoMultifd, &mut vm).unwrap();
+    load(target, &*ram, &mut vm).map(drop).unwrap();
     assert_eq!(vm.0, order);
 
     let mut vm = Known::default();
     let (target, _) = Target::from_announcement(config(), reader(), None).unwrap();
-    target.load(&*ram, &mut NoMultifd, &mut vm).unwrap();
+    load(target, &*ram, &mut vm).map(drop).unwrap();
     assert_eq!(vm.0, order);
 
     // Blocks are known, devices are not.
@@ -243,8 +243,12 @@ struct Slow {
     takes: bool,
 }
 
-impl TargetVm for Slow {
-    fn load_device(&mut self, section: &SectionHeader, body: &[u8]) -> Result<Body, BoxError> {
+impl Loads for Slow {
+    fn load_device(
+        &mut self,
+        section: &SectionHeader,
+        body: &[u8],
+    ) -> Result<Parsed<()>, BoxError> {
         if section.idstr.as_str() != "cpu" {
             return Devices::default().load_device(section, body);
         }
@@ -253,9 +257,9 @@ impl TargetVm for Slow {
             return Err("unlike".into());
         }
         Ok(if body.len() < 3 {
-            Body::NeedMore
+            Parsed::NeedMore
         } else {
-            Body::Complete(3)
+            Parsed::Section((), 3)
         })
     }
 }
@@ -263,42 +267,20 @@ impl TargetVm for Slow {
 /// So small a guest would be stopped at once.
 #[test]
 fn a_guest_is_not_stopped_before_the_target_has_taken_what_comes_before_ram() {
-    let mut early = EarlySections::new();
-    let header = SectionHeader {
-        kind: Announcement::Full,
-        id: SectionId(2),
-        idstr: IdStr::new("cpu").unwrap(),
-        instance: InstanceId(0),
-        version: 1,
-    };
-    early.push(header, vec![1, 2, 3]);
     for takes in [false, true] {
         let (_, mut guest) = source();
-        guest.early = 1;
+        guest.early = Some(vec![1, 2, 3]);
         let landed = memory(rig::BLOCKS);
         let (a, b) = channels();
         let (begun, sent, loaded) = thread::scope(|scope| {
             let sender = scope.spawn(|| {
                 let begun = Instant::now();
-                let setup = RamSetup {
-                    log: guest.log.clone(),
-                    transport: InStream::new(Arc::clone(&guest.ram) as _, ZeroPageDetection::None),
-                };
-                let source = Source::start_after(
-                    &early,
-                    source_config(&guest),
-                    Arc::new(Limits::new(0, guest.downtime)),
-                    StreamWriter::new(a.share()),
-                    Some(ReturnPathReader::new(a.share())),
-                    setup,
-                )
-                .unwrap();
-                let sent = source.run(&mut guest).completed();
+                let sent = send(&mut guest, &a);
                 (begun.elapsed(), sent)
             });
             let mut vm = Slow { takes };
-            let loaded = target(&b, &landed).load(&*landed, &mut NoMultifd, &mut vm);
-            let loaded = loaded.and_then(|mut loaded| loaded.confirm().map(|()| loaded));
+            let loaded = load(target(&b, &landed), &*landed, &mut vm);
+            let loaded = loaded.and_then(|settled| settled.confirm());
             if loaded.is_err() {
                 b.shutdown();
             }

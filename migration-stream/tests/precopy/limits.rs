@@ -25,7 +25,7 @@ fn limits_without_an_end_are_no_limits() {
                 ..source_config(&guest)
             };
             let transport = InStream::new(Arc::clone(&guest.ram) as _, ZeroPageDetection::Multifd);
-            begin_with(config, &guest, &a, transport)
+            begin_with(config, &mut guest, &a, transport)
                 .unwrap()
                 .run(&mut guest)
                 .completed()

@@ -22,7 +22,8 @@ use migration_stream::precopy::TargetError;
 use migration_stream::ram::NoMultifd;
 
 use crate::common::guest::{Pages, memory};
-use crate::rig::{BLOCKS, Devices, between, channels, receive, send, source};
+use crate::common::loads::Only;
+use crate::rig::{BLOCKS, Devices, between, channels, receive, send, source, target};
 
 #[test]
 fn a_guest_that_writes_arrives_with_its_last_write_and_its_devices() {
@@ -40,7 +41,7 @@ fn a_guest_that_writes_arrives_with_its_last_write_and_its_devices() {
     assert_eq!(devices.loaded, 1);
     assert!(guest.passes >= 1);
     ram.assert_equals(&landed);
-    assert!(received.received().zero_pages >= 350);
+    assert!(received.zero_pages >= 350);
     assert!(sent.progress.transferred > 350 * PAGE_SIZE);
     assert!(guest.log.0.lock().unwrap().0, "the log goes on for COLO");
     drop(sent);
@@ -66,8 +67,10 @@ fn checkpoints_follow_on_the_same_stream_and_cannot_set_ram_up() {
             sent
         });
         let mut devices = Devices::default();
-        let loaded = receive(&b, &landed, &mut devices).unwrap();
-        let mut checkpoints = loaded.into_checkpoints().unwrap();
+        let mut devices = Only(&mut devices);
+        let arrived = target(&b, &landed).load((&*landed, NoMultifd), &mut devices);
+        let settled = arrived.unwrap().settle_for_checkpoints(&mut devices);
+        let (mut checkpoints, _) = settled.unwrap().confirm().unwrap();
         for round in 0..3 {
             let complete = checkpoints.receive_ram(&*landed, &mut NoMultifd).unwrap();
             assert_eq!(complete.received().normal_pages, round * 100);
@@ -93,6 +96,6 @@ fn a_uuid_that_the_source_wants_compared_is_known_where_this_side_has_none() {
         guest.uuid = uuid;
         let (sent, received) = between(&mut guest, Ok, |t| t);
         sent.unwrap();
-        assert_eq!(received.unwrap().configuration().unwrap().uuid, uuid);
+        assert_eq!(received.unwrap().unwrap().uuid, uuid);
     }
 }

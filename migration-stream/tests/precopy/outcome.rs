@@ -4,14 +4,15 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use std::{io, thread};
 
-use migration_stream::StreamWriter;
 use migration_stream::io::{ByteSink, Chunk, FdChannel};
 use migration_stream::precopy::{
-    HandOver, Limits, Loaded, RamSetup, Source, SourceConfig, SourceError, TargetError, Unresolved,
+    HandOver, Limits, RamSetup, Settled, Source, SourceConfig, SourceError, TargetError, Unresolved,
 };
-use migration_stream::ram::{InStream, NoMultifd, ZeroPageDetection};
+use migration_stream::ram::{InStream, ZeroPageDetection};
+use migration_stream::{GuestRamMmap, StreamWriter};
 
 use crate::common::guest::{Guest, Log, configuration, memory};
+use crate::common::loads::load;
 use crate::rig::{BLOCKS, Devices, LIMIT, begin, channels, source, swallow, target};
 
 type Outcome = HandOver<InStream, Log>;
@@ -20,7 +21,7 @@ type Outcome = HandOver<InStream, Log>;
 fn hand_over(
     guest: &mut Guest,
     confirms_first: bool,
-    after: impl FnOnce(Loaded, &FdChannel) + Send,
+    after: impl FnOnce(Settled<Arc<GuestRamMmap>>, &FdChannel) + Send,
 ) -> (Outcome, FdChannel) {
     let landed = memory(BLOCKS);
     let (a, b) = channels();
@@ -34,7 +35,7 @@ fn hand_over(
         if confirms_first {
             target = target.confirming_before_it_runs();
         }
-        let loaded = target.load(&*landed, &mut NoMultifd, &mut Devices::default());
+        let loaded = load(target, landed, &mut Devices::default());
         after(loaded.unwrap(), &b);
         sender.join().unwrap()
     });
@@ -64,7 +65,7 @@ fn a_guest_whose_target_says_nothing_stays_paused_and_a_late_answer_counts() {
         // Nothing yet, and the cause stays the first.
         let unresolved = unknown(unresolved.wait(Duration::from_millis(10)));
         assert!(matches!(unresolved.cause(), SourceError::ReturnPath(_)));
-        let mut loaded = held.unwrap();
+        let loaded = held.unwrap();
         if confirms {
             loaded.confirm().unwrap();
             let switched = unresolved.wait(LIMIT).completed().unwrap();
@@ -128,7 +129,7 @@ fn a_peer_that_takes_everything_and_answers_nothing_leaves_the_guest_paused() {
     let drain = thread::spawn(move || swallow(&mut b));
     let ram = Arc::clone(&guest.ram) as _;
     let transport = InStream::new(ram, ZeroPageDetection::Multifd);
-    let outcome = begin(&guest, &a, transport).unwrap().run(&mut guest);
+    let outcome = begin(&mut guest, &a, transport).unwrap().run(&mut guest);
     drop(unknown(outcome));
     assert!(!guest.running);
     a.shutdown();
@@ -141,7 +142,7 @@ fn a_connection_that_breaks_before_the_last_byte_leaves_the_guest_at_the_source(
     let (a, b) = channels();
     let ram = Arc::clone(&guest.ram) as _;
     let transport = InStream::new(ram, ZeroPageDetection::Multifd);
-    let begun = begin(&guest, &a, transport).unwrap();
+    let begun = begin(&mut guest, &a, transport).unwrap();
     drop(b);
     let outcome = begun.run(&mut guest);
     assert!(matches!(outcome, HandOver::Failed(_)), "{outcome:?}");
@@ -157,10 +158,10 @@ fn a_connection_that_this_side_cut_says_nothing_of_the_target() {
         let sender = scope.spawn(|| {
             let ram = Arc::clone(&guest.ram) as _;
             let transport = InStream::new(ram, ZeroPageDetection::Multifd);
-            begin(&guest, &a, transport).unwrap().run(&mut guest)
+            begin(&mut guest, &a, transport).unwrap().run(&mut guest)
         });
         let target = target(&b, &landed).confirming_before_it_runs();
-        let loaded = target.load(&*landed, &mut NoMultifd, &mut Devices::default());
+        let loaded = load(target, &*landed, &mut Devices::default());
         // An operator's yank while the answer is waited for; the target could have confirmed by now.
         a.shutdown();
         let outcome = sender.join().unwrap();
@@ -218,6 +219,7 @@ fn a_last_byte_that_certainly_did_not_leave_keeps_the_guest_at_the_source() {
                 log: guest.log.clone(),
                 transport: InStream::new(ram, ZeroPageDetection::Multifd),
             },
+            &mut guest,
         )
         .unwrap()
         .run(&mut guest);

@@ -8,14 +8,15 @@ use migration_stream::configuration::Configuration;
 use migration_stream::decoder::{ConfigurationRule, DecoderConfig};
 use migration_stream::io::{ByteSource, FdChannel};
 use migration_stream::precopy::{
-    Body, BoxError, Limits, Loaded, RamSetup, ReturnPathReader, Source, SourceConfig, SourceError,
-    SwitchedOver, Target, TargetConfig, TargetError, TargetVm,
+    Limits, RamSetup, Received, ReturnPathReader, Source, SourceConfig, SourceError, SwitchedOver,
+    Target, TargetConfig, TargetError,
 };
-use migration_stream::ram::{InStream, NoMultifd, ZeroPageDetection};
+use migration_stream::ram::{InStream, ZeroPageDetection};
 use migration_stream::section::{InstanceId, SectionHeader};
-use migration_stream::{GuestRam, GuestRamMmap, StreamReader, StreamWriter};
+use migration_stream::{BoxError, GuestRam, GuestRamMmap, Parsed, StreamReader, StreamWriter};
 
 use crate::common::guest::{Guest, Log, Pages, configuration, memory};
+use crate::common::loads::{Loads, load};
 
 /// How long either side waits for the other.
 pub const LIMIT: Duration = Duration::from_millis(500);
@@ -27,8 +28,12 @@ pub struct Devices {
     pub refuse: bool,
 }
 
-impl TargetVm for Devices {
-    fn load_device(&mut self, section: &SectionHeader, body: &[u8]) -> Result<Body, BoxError> {
+impl Loads for Devices {
+    fn load_device(
+        &mut self,
+        section: &SectionHeader,
+        body: &[u8],
+    ) -> Result<Parsed<()>, BoxError> {
         assert_eq!(
             (section.idstr.as_str(), section.instance),
             ("thing", InstanceId(3))
@@ -37,10 +42,10 @@ impl TargetVm for Devices {
             return Err("no such state".into());
         }
         if body.len() < 100 {
-            return Ok(Body::NeedMore);
+            return Ok(Parsed::NeedMore);
         }
         self.loaded += 1;
-        Ok(Body::Complete(100))
+        Ok(Parsed::Section((), 100))
     }
 }
 
@@ -68,7 +73,7 @@ pub fn send_by(guest: &mut Guest, channel: &FdChannel, transport: InStream) -> S
 }
 
 pub fn begin(
-    guest: &Guest,
+    guest: &mut Guest,
     channel: &FdChannel,
     transport: InStream,
 ) -> Result<Source<InStream, Log>, SourceError> {
@@ -88,7 +93,7 @@ pub fn source_config(guest: &Guest) -> SourceConfig {
 
 pub fn begin_with(
     config: SourceConfig,
-    guest: &Guest,
+    guest: &mut Guest,
     channel: &FdChannel,
     transport: InStream,
 ) -> Result<Source<InStream, Log>, SourceError> {
@@ -101,6 +106,7 @@ pub fn begin_with(
             log: guest.log.clone(),
             transport,
         },
+        guest,
     )
 }
 
@@ -125,10 +131,11 @@ pub fn receive(
     channel: &FdChannel,
     ram: &GuestRamMmap,
     devices: &mut Devices,
-) -> Result<Loaded, TargetError> {
-    let mut loaded = target(channel, ram).load(ram, &mut NoMultifd, devices)?;
-    loaded.confirm()?;
-    Ok(loaded)
+) -> Result<Received, TargetError> {
+    let settled = load(target(channel, ram), ram, devices)?;
+    let received = settled.received();
+    settled.confirm()?;
+    Ok(received)
 }
 
 pub const BLOCKS: &[(&str, u64)] = &[("pc.ram", 700), ("rom", 3)];
@@ -150,7 +157,7 @@ pub fn between(
     guest: &mut Guest,
     source: impl FnOnce(Begun) -> Result<Begun, SourceError> + Send,
     target: impl FnOnce(Target) -> Target,
-) -> (Sent, Result<Loaded, TargetError>) {
+) -> (Sent, Result<Option<Configuration>, TargetError>) {
     let landed = memory(BLOCKS);
     let (a, b) = channels();
     let mut devices = Devices::default();
@@ -165,9 +172,11 @@ pub fn between(
             }
             sent
         });
-        let received = target(self::target(&b, &landed))
-            .load(&*landed, &mut NoMultifd, &mut devices)
-            .and_then(|mut loaded| loaded.confirm().map(|()| loaded));
+        let target = target(self::target(&b, &landed));
+        let received = load(target, &*landed, &mut devices).and_then(|settled| {
+            let configuration = settled.configuration().cloned();
+            settled.confirm().map(|_| configuration)
+        });
         if received.is_err() {
             b.shutdown();
         }

@@ -66,7 +66,7 @@ fn a_destination_lost_in_the_pause_ends_it() {
         b.shutdown();
     });
     let transport = InStream::new(Arc::clone(&guest.ram) as _, ZeroPageDetection::default());
-    let error = begin(&guest, &a, transport)
+    let error = begin(&mut guest, &a, transport)
         .unwrap()
         .pausing_before_switchover()
         .run(&mut guest)

@@ -3,6 +3,7 @@
 //! Nobody runs it: its device state is what the file says, and what its processor would write the test
 //! writes. That is what a VMM with QEMU's own devices would be to the driver.
 
+use std::convert::Infallible;
 use std::ops::Range;
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -13,17 +14,20 @@ use colo_core::driver::{
     BackgroundTransfer, ColoControl, DriverConfig, Hooks, PrimaryLink, run_primary,
 };
 use colo_core::{
-    CheckpointReport, ColoExit, Deadlines, FailoverHandle, NoGate, NoReplication, Outcome, Resume,
-    Role, Vm, VmError,
+    CheckpointReport, ColoExit, ColoObserver, Deadlines, FailoverHandle, NoGate, NoReplication,
+    Outcome, Resume, Role,
 };
 use migration_stream::io::FdChannel;
 use migration_stream::precopy::{
-    BoxError, Control, FIRST_DEVICE_SECTION, Limits, Progress, RamSetup, ReturnPathReader, Source,
-    SourceConfig, SourceVm,
+    Control, Limits, Progress, RamSetup, ReturnPathReader, Source, SourceConfig, SourceObserver,
 };
 use migration_stream::ram::{BlockId, InStream, ZeroPageDetection};
+use migration_stream::section::SectionHeader;
 use migration_stream::unchanged::WhenToCompare;
-use migration_stream::{GuestRam, MemoryError, PAGE_SIZE, PageTransport, StagedRam, StreamWriter};
+use migration_stream::{
+    BoxError, DeviceSections, DeviceState, GuestRam, MemoryError, PAGE_SIZE, PageTransport, Parsed,
+    StagedRam, StreamWriter, VmControl,
+};
 use multifd::{ChannelCount, MultifdConfig, SendSet, outgoing};
 use stream_relay::guest::{Devices, Guest};
 use tests::contents::{self, Contents};
@@ -138,6 +142,7 @@ impl Primary {
             StreamWriter::new(main.share()),
             Some(ReturnPathReader::new(main)),
             RamSetup { log, transport },
+            &mut vm,
         )?
         .run(&mut vm)
         .completed()?;
@@ -293,21 +298,52 @@ struct Replayed {
     tell: Sender<Told>,
 }
 
-impl SourceVm for Replayed {
-    fn stop(&mut self) -> std::result::Result<(), BoxError> {
+impl VmControl for Replayed {
+    fn pause(&mut self) -> std::result::Result<(), BoxError> {
         Ok(lock(&self.processor).stop()?)
     }
 
-    fn resume(&mut self) -> std::result::Result<(), BoxError> {
-        Ok(lock(&self.processor).resume()?)
+    fn resume(&mut self) -> std::result::Result<Instant, BoxError> {
+        lock(&self.processor).resume()?;
+        Ok(Instant::now())
+    }
+}
+
+/// A primary is sent no devices.
+impl DeviceState for Replayed {
+    type Section = Infallible;
+    type Staged = Infallible;
+    type Reset = Infallible;
+
+    fn save(&mut self, out: &mut DeviceSections<'_>) -> std::result::Result<(), BoxError> {
+        if !out.wants_description() {
+            self.captured = contents::of(&*lock(&self.processor).ram)?;
+        }
+        lock(&self.devices).save(out)
     }
 
-    fn save_devices(&mut self, out: &mut Vec<u8>) -> std::result::Result<String, BoxError> {
-        let devices = lock(&self.devices);
-        devices.encode(FIRST_DEVICE_SECTION, out);
-        Ok(devices.tail.description_text().to_owned())
+    fn parse(
+        &mut self,
+        header: &SectionHeader,
+        body: &[u8],
+    ) -> std::result::Result<Parsed<Infallible>, BoxError> {
+        lock(&self.devices).parse(header, body)
     }
 
+    fn stage(&mut self, _: Vec<Infallible>) -> std::result::Result<Infallible, BoxError> {
+        Err("a primary is sent no devices".into())
+    }
+
+    fn reset(&mut self, staged: Infallible) -> std::result::Result<Infallible, BoxError> {
+        match staged {}
+    }
+
+    fn install(&mut self, reset: Infallible) -> std::result::Result<(), BoxError> {
+        match reset {}
+    }
+}
+
+impl SourceObserver for Replayed {
     fn progress(&mut self, progress: &Progress) -> Control {
         // Pages come more than once in precopy.
         if progress.pass < 4 && lock(&self.processor).write().is_err() {
@@ -317,40 +353,7 @@ impl SourceVm for Replayed {
     }
 }
 
-impl Vm for Replayed {
-    type Staged = ();
-    type Reset = ();
-
-    fn pause(&mut self) -> std::result::Result<(), VmError> {
-        let stopped = lock(&self.processor).stop();
-        stopped.map_err(|e| VmError::new("writing last", e))
-    }
-
-    fn resume(&mut self) -> std::result::Result<Instant, VmError> {
-        let resumed = lock(&self.processor).resume();
-        resumed.map_err(|e| VmError::new("writing first", e))?;
-        Ok(Instant::now())
-    }
-
-    fn save_devices(&mut self, out: &mut Vec<u8>) -> std::result::Result<(), VmError> {
-        let captured = contents::of(&*lock(&self.processor).ram);
-        self.captured = captured.map_err(|e| VmError::new("keeping memory", e))?;
-        lock(&self.devices).encode(FIRST_DEVICE_SECTION, out);
-        Ok(())
-    }
-
-    fn stage_devices(&mut self, _: &[u8]) -> std::result::Result<(), VmError> {
-        Err(VmError::new("staging", "a primary is sent no devices"))
-    }
-
-    fn reset_devices(&mut self, (): ()) -> std::result::Result<(), VmError> {
-        Err(VmError::new("a reset", "a primary is sent no devices"))
-    }
-
-    fn install_devices(&mut self, (): ()) -> std::result::Result<(), VmError> {
-        Err(VmError::new("installing", "a primary is sent no devices"))
-    }
-
+impl ColoObserver for Replayed {
     fn colo_exit(&mut self, exit: &ColoExit) {
         // A test that has ended does not listen.
         let _ = self.tell.send(Told::Exit(*exit));

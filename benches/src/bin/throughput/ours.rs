@@ -9,12 +9,13 @@ use migration_stream::configuration::{Configuration, MachineName};
 use migration_stream::decoder::{ConfigurationRule, DecoderConfig};
 use migration_stream::opaque_tail::{Tail, TailLimits};
 use migration_stream::precopy::{
-    BoxError, Control, FIRST_DEVICE_SECTION, Limits, Loaded, Progress, RamSetup, ReturnPathReader,
-    Source, SourceConfig, SourceVm, Target, TargetConfig, TargetError,
+    Limits, Loaded, RamSetup, ReturnPathReader, Source, SourceConfig, SourceObserver, Target,
+    TargetConfig, TargetError,
 };
 use migration_stream::ram::{BlockId, InStream, NoMultifd, ZeroPageDetection};
 use migration_stream::{
-    DirtyLog, GuestRam, MemoryError, PageTransport, StreamReader, StreamWriter,
+    BoxError, DirtyLog, GuestRam, MemoryError, PageTransport, StreamReader, StreamWriter, Vm,
+    VmControl,
 };
 use multifd::incoming::{self, Acceptor};
 use multifd::{Listener, MultifdConfig, RecvSet, SendSet, outgoing};
@@ -45,6 +46,10 @@ pub fn send(
             Box::new(SendSet::start(Arc::clone(&ram), channels, config)?)
         }
     };
+    let mut vm = Vm {
+        control: Still,
+        devices: tail.clone(),
+    };
     let source = Source::start(
         SourceConfig {
             configuration: Some(Configuration::new(MachineName::new(machine)?)),
@@ -58,8 +63,9 @@ pub fn send(
             log: Clean,
             transport,
         },
+        &mut vm,
     )?;
-    source.run(&mut Stopped(tail)).completed()?;
+    source.run(&mut vm).completed()?;
     let time = begun.elapsed();
     drop(kept);
     Ok(time)
@@ -85,27 +91,20 @@ impl DirtyLog for Clean {
     }
 }
 
-/// A guest that stands still, with devices that QEMU has sent.
-struct Stopped<'a>(&'a Tail);
+/// A guest that stands still.
+struct Still;
 
-impl SourceVm for Stopped<'_> {
-    fn stop(&mut self) -> std::result::Result<(), BoxError> {
+impl VmControl for Still {
+    fn pause(&mut self) -> std::result::Result<(), BoxError> {
         Ok(())
     }
 
-    fn resume(&mut self) -> std::result::Result<(), BoxError> {
-        Ok(())
-    }
-
-    fn save_devices(&mut self, out: &mut Vec<u8>) -> std::result::Result<String, BoxError> {
-        self.0.encode_sections(FIRST_DEVICE_SECTION, out);
-        Ok(self.0.description_text().to_owned())
-    }
-
-    fn progress(&mut self, _: &Progress) -> Control {
-        Control::Continue
+    fn resume(&mut self) -> std::result::Result<Instant, BoxError> {
+        Ok(Instant::now())
     }
 }
+
+impl SourceObserver for Still {}
 
 /// A destination of ours that waits for its source.
 #[derive(Debug)]

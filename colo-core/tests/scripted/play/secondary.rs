@@ -4,35 +4,24 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use colo_core::driver::{ColoControl, DriverConfig, Hooks, SecondaryLink, run_secondary};
-use colo_core::{
-    Cause, ColoMode, ColoStore, Deadlines, FailoverHandle, IncomingPages, OnPeerLoss, Outcome, Role,
-};
+use colo_core::{Cause, ColoMode, ColoStore, Deadlines, FailoverHandle, OnPeerLoss, Outcome, Role};
 use migration_stream::StreamReader;
 use migration_stream::command::Command;
 use migration_stream::decoder::{ConfigurationRule, DecoderConfig};
-use migration_stream::precopy::{Body, BoxError, Target, TargetConfig, TargetVm};
+use migration_stream::precopy::{Target, TargetConfig};
 use migration_stream::ram::{encode_end_of_section, encode_multifd_flush, encode_setup_list};
 use migration_stream::section::{
     Announcement, Continuation, InstanceId, SectionHeader, SectionId, encode_continuation,
     encode_eof, encode_footer, encode_vm_description,
 };
 use migration_stream::{codec::IdStr, header};
-use multifd::{ChannelCount, MultifdConfig, RecvChannel, RecvSet};
+use multifd::{ChannelCount, IncomingPages, MultifdConfig, RecvChannel, RecvSet};
 use ram_cache::{CacheKind, DiscardControl, FlushPool};
 
 use super::channel::{Read, ReadChannel, Write, failure};
 use super::script::{Ask, Input, Piece, Script, sync};
 use super::vm::{Fault, Guest, Outside, memory};
 use super::world::{Shared, World, lock};
-
-/// A guest without devices arrives.
-struct NoDevices;
-
-impl TargetVm for NoDevices {
-    fn load_device(&mut self, _: &SectionHeader, _: &[u8]) -> Result<Body, BoxError> {
-        Err("no device was sent".into())
-    }
-}
 
 /// The migration before: an empty guest.
 fn precopy(channels: bool) -> Vec<u8> {
@@ -89,7 +78,7 @@ pub fn secondary(data: &[u8]) -> u64 {
     };
     let store = ColoStore::over(kind, &guest.ram, discard.disable().expect("allowed"))
         .expect("memory for the cache");
-    let mut pages = match ChannelCount::new(u8::try_from(channels).expect("few")) {
+    let pages = match ChannelCount::new(u8::try_from(channels).expect("few")) {
         None => IncomingPages::plain(store),
         Some(count) => IncomingPages::multifd(receive(store, count, &script, early, &world)),
     };
@@ -103,7 +92,8 @@ pub fn secondary(data: &[u8]) -> u64 {
     let writes = if writes == 0 { 255 } else { writes };
     let sink = Write {
         world: Arc::clone(&world),
-        writes,
+        // The confirmation's.
+        writes: writes.saturating_add(1),
         then,
         promises: Some(channels > 0),
     };
@@ -111,18 +101,20 @@ pub fn secondary(data: &[u8]) -> u64 {
         decoder: DecoderConfig::new(ConfigurationRule::Absent),
         max_devices: 0,
     };
-    let (store, barrier) = pages.parts();
-    let loaded = Target::new(
+    // A guest without devices arrives.
+    let target = Target::new(
         config,
         StreamReader::new(source, b""),
         Some(Box::new(sink)),
-        store,
-    )
-    .load(store, barrier, &mut NoDevices);
-    let receiver = loaded
-        .and_then(migration_stream::precopy::Loaded::into_checkpoints)
-        .expect("the migration was sound");
+        pages.store(),
+    );
+    let arrived = target.load(pages, &mut ()).expect("a sound migration");
     lock(&world.delivered).clear();
+    let settled = arrived.settle_for_checkpoints(&mut ()).expect("no devices");
+    let Ok((receiver, pages)) = settled.confirm() else {
+        // The primary was gone by then.
+        return 0;
+    };
 
     let failover = FailoverHandle::new();
     let closes = Arc::clone(&world);

@@ -1,15 +1,20 @@
 //! A VM that keeps books: what it is, what it was when it last ran, and what it was told.
 
+use std::convert::Infallible;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use colo_core::{
-    CheckpointReport, ColoExit, Outcome, PacketGate, Replication, Role, Step, StepPhase, Vm,
-    VmError, Wait,
+    CheckpointReport, ColoExit, ColoObserver, Outcome, PacketGate, Replication, Role, Step,
+    StepPhase, VmError, Wait,
 };
 use migration_stream::ram::{BlockId, RamBlock, RamBlockTable};
-use migration_stream::{DirtyLog, GuestRamMmap, MemoryError, PAGE_SIZE};
+use migration_stream::section::SectionHeader;
+use migration_stream::{
+    BoxError, DeviceSections, DeviceState, DirtyLog, GuestRamMmap, MemoryError, PAGE_SIZE, Parsed,
+    VmControl,
+};
 use vm_memory::{Bytes as _, VolatileMemory};
 
 use super::oracle;
@@ -139,11 +144,8 @@ impl Guest {
     }
 }
 
-impl Vm for Guest {
-    type Staged = u64;
-    type Reset = u64;
-
-    fn pause(&mut self) -> Result<(), VmError> {
+impl VmControl for Guest {
+    fn pause(&mut self) -> Result<(), BoxError> {
         self.fault.check(1).inspect_err(|_| self.broken = true)?;
         if self.running {
             assert!(bytes(&self.ram) == self.own, "a running guest was changed");
@@ -152,7 +154,7 @@ impl Vm for Guest {
         Ok(())
     }
 
-    fn resume(&mut self) -> Result<Instant, VmError> {
+    fn resume(&mut self) -> Result<Instant, BoxError> {
         self.fault.check(2)?;
         let now = bytes(&self.ram);
         if std::mem::take(&mut self.fresh) {
@@ -170,25 +172,39 @@ impl Vm for Guest {
         self.own = bytes(&self.ram);
         Ok(resumed)
     }
+}
 
-    fn save_devices(&mut self, out: &mut Vec<u8>) -> Result<(), VmError> {
+impl DeviceState for Guest {
+    type Section = Infallible;
+    type Staged = u64;
+    type Reset = u64;
+
+    fn save(&mut self, out: &mut DeviceSections<'_>) -> Result<(), BoxError> {
         self.fault.check(3)?;
         assert!(!self.running);
         self.device += 1;
-        out.extend(device_blob(self.device));
+        out.append(|_, out| out.extend(device_blob(self.device)));
         Ok(())
     }
 
-    fn stage_devices(&mut self, state: &[u8]) -> Result<u64, VmError> {
+    fn parse(&mut self, _: &SectionHeader, _: &[u8]) -> Result<Parsed<Infallible>, BoxError> {
+        Err("no device was sent".into())
+    }
+
+    fn stage(&mut self, _: Vec<Infallible>) -> Result<u64, BoxError> {
+        Ok(0)
+    }
+
+    fn stage_checkpoint(&mut self, state: &[u8]) -> Result<u64, BoxError> {
         assert!(!self.running);
         let value = state.first_chunk().map(|bytes| u64::from_be_bytes(*bytes));
         match value {
             Some(value) if state == device_blob(value) => Ok(value),
-            _ => Err(VmError::new("checking device state", "it is not sound")),
+            _ => Err("it is not sound".into()),
         }
     }
 
-    fn reset_devices(&mut self, staged: u64) -> Result<u64, VmError> {
+    fn reset(&mut self, staged: u64) -> Result<u64, BoxError> {
         self.fault.check(4)?;
         assert!(!self.running);
         assert!(
@@ -199,7 +215,7 @@ impl Vm for Guest {
         Ok(staged)
     }
 
-    fn install_devices(&mut self, reset: u64) -> Result<(), VmError> {
+    fn install(&mut self, reset: u64) -> Result<(), BoxError> {
         self.fault.check(5)?;
         self.device = reset;
         self.installed += 1;
@@ -215,7 +231,9 @@ impl Vm for Guest {
         }
         Ok(())
     }
+}
 
+impl ColoObserver for Guest {
     fn on_step(&mut self, step: Step, phase: StepPhase) {
         if (step, phase) == (Step::Await(Wait::Decision), StepPhase::Begins) {
             self.world.decide(self.decision);

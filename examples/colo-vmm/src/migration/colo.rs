@@ -6,15 +6,19 @@ use std::time::Instant;
 
 use colo_core::driver::{ColoControl, DriverConfig, Hooks};
 use colo_core::{
-    CheckpointReport, ColoExit, ExitReason, NoReplication, OnPeerLoss, Outcome, Role, Step,
-    StepPhase, Vm as ColoVm, VmError,
+    CheckpointReport, ColoExit, ColoObserver, ExitReason, NoReplication, OnPeerLoss, Outcome, Role,
+    Step, StepPhase,
 };
+use migration_stream::precopy::FIRST_DEVICE_SECTION;
+use migration_stream::section::SectionHeader;
+use migration_stream::{BoxError, DeviceSections, DeviceState, Parsed, VmControl};
 use qmp_types::{ColoCheckpoint, ColoCheckpointStep, ColoExitReason, ColoMode, Event};
 use qmp_types::{MigrationStatus, RunState};
 use twox_hash::XxHash64;
 use vmstate::{ResetDone, Staged};
 
-use super::{Migration, chain, devices, lock};
+use super::devices::{Devices, Section};
+use super::{Migration, chain, lock};
 use crate::console::ConsoleGate;
 use crate::figures::{Decider, Failover};
 use crate::memory::Memory;
@@ -101,17 +105,10 @@ pub(super) struct CheckpointedVm {
 }
 
 impl CheckpointedVm {
-    fn error(
-        what: &'static str,
-    ) -> impl FnOnce(Box<dyn std::error::Error + Send + Sync>) -> VmError {
-        move |source| VmError::new(what, source)
-    }
-
-    fn hash(&mut self, device_state: &[u8]) {
-        if self.migration.options.verify {
-            let devices = XxHash64::oneshot(0, device_state);
-            self.hashes = Some((hash_memory(self.migration.vm.memory()), devices));
-        }
+    /// Hashes RAM as it is, and the state of the devices.
+    fn hash(&mut self, devices: &[u8]) {
+        let devices = XxHash64::oneshot(0, devices);
+        self.hashes = Some((hash_memory(self.migration.vm.memory()), devices));
     }
 }
 
@@ -137,54 +134,58 @@ fn hash_memory(memory: &Memory) -> u64 {
     hasher.finish()
 }
 
-impl ColoVm for CheckpointedVm {
-    type Staged = Staged;
-    type Reset = ResetDone;
-
-    fn pause(&mut self) -> Result<(), VmError> {
-        let stopped = self.migration.vm.stop_for_checkpoint();
-        stopped.map_err(|e| VmError::new("stopping the guest", e))?;
+impl VmControl for CheckpointedVm {
+    fn pause(&mut self) -> Result<(), BoxError> {
+        self.migration.vm.stop_for_checkpoint()?;
         self.said = self.migration.console.said();
         Ok(())
     }
 
-    fn resume(&mut self) -> Result<Instant, VmError> {
-        let resumed = self.migration.vm.resume_after_checkpoint();
-        resumed.map_err(|e| VmError::new("resuming the guest", e))
+    fn resume(&mut self) -> Result<Instant, BoxError> {
+        Ok(self.migration.vm.resume_after_checkpoint()?)
     }
+}
 
-    fn save_devices(&mut self, out: &mut Vec<u8>) -> Result<(), VmError> {
-        let vm = &self.migration.vm;
-        vm.with_machine(|machine| devices::save(machine.devices()?, out))
-            .map_err(Self::error("saving the devices"))?;
-        self.hash(out);
-        Ok(())
-    }
+/// What both sides have in common was compared in the migration before.
+impl DeviceState for CheckpointedVm {
+    type Section = Section;
+    type Staged = Staged;
+    type Reset = ResetDone;
 
-    fn stage_devices(&mut self, state: &[u8]) -> Result<Staged, VmError> {
-        let vm = &self.migration.vm;
-        vm.with_machine(|machine| devices::stage(machine.devices()?, state))
-            .map_err(Self::error("checking device state"))
-    }
-
-    fn reset_devices(&mut self, staged: Staged) -> Result<ResetDone, VmError> {
-        let vm = &self.migration.vm;
-        vm.with_machine(|machine| Ok(machine.devices()?.reset(staged)?))
-            .map_err(Self::error("resetting the devices"))
-    }
-
-    fn install_devices(&mut self, reset: ResetDone) -> Result<(), VmError> {
-        let vm = &self.migration.vm;
-        vm.with_machine(|machine| Ok(machine.devices()?.install(reset)?))
-            .map_err(Self::error("installing device state"))?;
+    fn save(&mut self, out: &mut DeviceSections<'_>) -> Result<(), BoxError> {
+        Devices(&self.migration.vm).save(out)?;
         if self.migration.options.verify {
-            // Read back from the devices, not remembered.
-            let mut state = Vec::new();
-            self.save_devices(&mut state)?;
+            self.hash(out.written());
         }
         Ok(())
     }
 
+    fn parse(&mut self, header: &SectionHeader, body: &[u8]) -> Result<Parsed<Section>, BoxError> {
+        Devices(&self.migration.vm).parse(header, body)
+    }
+
+    fn stage(&mut self, sections: Vec<Section>) -> Result<Staged, BoxError> {
+        Devices(&self.migration.vm).stage(sections)
+    }
+
+    fn reset(&mut self, staged: Staged) -> Result<ResetDone, BoxError> {
+        Devices(&self.migration.vm).reset(staged)
+    }
+
+    fn install(&mut self, reset: ResetDone) -> Result<(), BoxError> {
+        Devices(&self.migration.vm).install(reset)?;
+        if self.migration.options.verify {
+            // Read back from the devices, not remembered.
+            let mut state = Vec::new();
+            let mut sections = DeviceSections::new(&mut state, FIRST_DEVICE_SECTION, false);
+            Devices(&self.migration.vm).save(&mut sections)?;
+            self.hash(sections.written());
+        }
+        Ok(())
+    }
+}
+
+impl ColoObserver for CheckpointedVm {
     fn on_step(&mut self, step: Step, phase: StepPhase) {
         let boundaries = &self.migration.options.boundaries;
         boundaries.reach(&format!("{step} {phase}"));

@@ -1,96 +1,87 @@
-//! The device tree on the wire: a device blob out, staged state in.
+//! The devices of the VM's machine.
+//!
+//! A machine has two trees: its devices, and what both sides have to have in common. The latter travels
+//! before RAM, is compared there, and is never installed.
 
-use migration_stream::PAGE_SIZE;
-use migration_stream::codec::IdStr;
-use migration_stream::device_blob::{DeviceSection, decode_device_blob, encode_device_blob};
-use migration_stream::early::EarlySections;
-use migration_stream::precopy::{BoxError, FIRST_DEVICE_SECTION};
-use migration_stream::section::{Announcement, InstanceId, SectionHeader, SectionId};
-use vmstate::{DeviceTree, LoadError, SavedSection, Staged, Vmdesc};
+use migration_stream::section::SectionHeader;
+use migration_stream::{BoxError, DeviceSections, DeviceState, PAGE_SIZE, Parsed};
+use vmstate::{ResetDone, Staged, StagedSection, VmState};
 
-/// Appends the state of all devices to `out`, as a COLO checkpoint carries it.
-///
-/// # Errors
-/// The device that could not be saved.
-pub fn save(tree: &mut DeviceTree, out: &mut Vec<u8>) -> Result<(), BoxError> {
-    let sections = tree.save_all()?;
-    encode(&sections, 0, out)
+use crate::devices::CpuModelState;
+use crate::vm::Vm;
+
+/// The device state of a VM.
+pub(super) struct Devices<'a>(pub(super) &'a Vm);
+
+/// A section that has come.
+pub(super) enum Section {
+    /// What both sides have in common, and it is the same.
+    Compared,
+    /// A device's.
+    Device(StagedSection),
 }
 
-/// As [`save`], behind the sections of `early` that were sent before RAM, and returns the JSON text that
-/// describes both.
-///
-/// # Errors
-/// As there.
-pub fn save_described(
-    tree: &mut DeviceTree,
-    early: Early,
-    out: &mut Vec<u8>,
-) -> Result<String, BoxError> {
-    let (sections, description) = tree.save_all_described()?;
-    encode(&sections, early.sections.len(), out)?;
-    Ok(description.after(early.description).to_json(PAGE_SIZE))
-}
+impl DeviceState for Devices<'_> {
+    type Section = Section;
+    type Staged = Staged;
+    type Reset = ResetDone;
 
-/// What is sent before RAM.
-#[derive(Debug)]
-pub struct Early {
-    /// Its sections.
-    pub sections: EarlySections,
-    description: Vmdesc,
-}
-
-/// What `common` says of a machine, to be sent before RAM.
-///
-/// # Errors
-/// What could not be saved.
-pub fn save_early(common: &mut DeviceTree) -> Result<Early, BoxError> {
-    let (saved, description) = common.save_early_described()?;
-    let mut sections = EarlySections::new();
-    for section in saved {
-        sections.push(header(&section, FIRST_DEVICE_SECTION)?, section.body);
+    fn save_early(&mut self, out: &mut DeviceSections<'_>) -> Result<(), BoxError> {
+        self.0
+            .with_machine(|machine| DeviceState::save_early(machine.common(), out))
     }
-    Ok(Early {
-        sections,
-        description,
-    })
-}
 
-fn header(section: &SavedSection, id: SectionId) -> Result<SectionHeader, BoxError> {
-    Ok(SectionHeader {
-        kind: Announcement::Full,
-        id,
-        idstr: IdStr::new(section.idstr.as_str())?,
-        instance: InstanceId(section.instance_id),
-        version: section.version,
-    })
-}
+    fn save(&mut self, out: &mut DeviceSections<'_>) -> Result<(), BoxError> {
+        self.0.with_machine(|machine| {
+            if !out.wants_description() {
+                return machine.devices()?.save(out);
+            }
+            let (_, early) = machine.common().save_early_described()?;
+            let (sections, description) = machine.devices()?.save_all_described()?;
+            for s in sections {
+                out.push(&s.idstr, s.instance_id, s.version, &s.body)?;
+            }
+            out.describe(description.after(early).to_json(PAGE_SIZE));
+            Ok(())
+        })
+    }
 
-/// The sections, numbered behind `early` others.
-fn encode(sections: &[SavedSection], early: usize, out: &mut Vec<u8>) -> Result<(), BoxError> {
-    let mut framed = Vec::with_capacity(sections.len());
-    let ids = (FIRST_DEVICE_SECTION.0..).map(SectionId).skip(early);
-    for (id, section) in ids.zip(sections) {
-        framed.push(DeviceSection {
-            header: header(section, id)?,
-            body: &section.body,
+    fn parse(&mut self, header: &SectionHeader, body: &[u8]) -> Result<Parsed<Section>, BoxError> {
+        self.0.with_machine(|machine| {
+            let is_common = header.idstr.as_str() == CpuModelState::NAME;
+            let tree = if is_common {
+                machine.common()
+            } else {
+                machine.devices()?
+            };
+            Ok(match tree.parse(header, body)? {
+                Parsed::NeedMore => Parsed::NeedMore,
+                Parsed::Section(section, len) if is_common => {
+                    DeviceState::stage(tree, vec![section])?;
+                    Parsed::Section(Section::Compared, len)
+                }
+                Parsed::Section(section, len) => Parsed::Section(Section::Device(section), len),
+            })
+        })
+    }
+
+    fn stage(&mut self, sections: Vec<Section>) -> Result<Staged, BoxError> {
+        let devices = sections.into_iter().filter_map(|section| match section {
+            Section::Compared => None,
+            Section::Device(section) => Some(section),
         });
+        let devices = devices.collect();
+        self.0
+            .with_machine(|machine| DeviceState::stage(machine.devices()?, devices))
     }
-    encode_device_blob(framed, out);
-    Ok(())
-}
 
-/// Parses and checks a blob. No device changes.
-///
-/// # Errors
-/// What is wrong with it, and where.
-pub fn stage(tree: &DeviceTree, blob: &[u8]) -> Result<Staged, BoxError> {
-    let mut parsed = Vec::new();
-    decode_device_blob(blob, |header, rest| -> Result<usize, LoadError> {
-        let idstr = header.idstr.as_str();
-        let device = tree.parse_section(idstr, header.instance.0, header.version, rest, false)?;
-        parsed.push(device.section);
-        Ok(device.consumed)
-    })?;
-    Ok(tree.stage(parsed)?)
+    fn reset(&mut self, staged: Staged) -> Result<ResetDone, BoxError> {
+        self.0
+            .with_machine(|machine| DeviceState::reset(machine.devices()?, staged))
+    }
+
+    fn install(&mut self, reset: ResetDone) -> Result<(), BoxError> {
+        self.0
+            .with_machine(|machine| DeviceState::install(machine.devices()?, reset))
+    }
 }

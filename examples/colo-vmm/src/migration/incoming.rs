@@ -6,20 +6,21 @@ use std::thread;
 use std::time::Duration;
 
 use colo_core::driver::{SecondaryLink, run_secondary};
-use colo_core::{ColoStore, IncomingPages, MigrationPlan, Role};
+use colo_core::{ColoStore, MigrationPlan, Role};
 use migration_stream::decoder::{ConfigurationRule, DecoderConfig};
-use migration_stream::precopy::{
-    Body, BoxError, Loaded, Target, TargetConfig, TargetError, TargetVm,
-};
+use migration_stream::precopy::{Arrived, Target, TargetConfig, TargetError};
 use migration_stream::section::SectionHeader;
-use migration_stream::{GuestRamMmap, PageStore, StreamReader};
+use migration_stream::{
+    BoxError, DeviceSections, DeviceState, GuestRamMmap, PageStore, Parsed, StreamReader,
+};
 use multifd::incoming::{Acceptor, Incoming, IncomingError, Limits};
-use multifd::{Address, Listener, MultifdConfig, RecvChannel, RecvSet};
+use multifd::{Address, IncomingPages, Listener, MultifdConfig, RecvChannel, RecvSet};
 use qmp_types::{MigrationStatus, RunState, SocketAddress};
 use ram_cache::{FlushPool, Populate};
-use vmstate::{StagedSection, VmState};
+use vmstate::{ResetDone, Staged, VmState};
 
 use super::address::qmp_addresses;
+use super::devices::{Devices, Section};
 use super::{Cancel, Migration, colo, failed};
 use crate::devices::CpuModelState;
 use crate::memory::populated;
@@ -133,8 +134,7 @@ fn accept_and_load(
     migration.status.set(MigrationStatus::Active);
     match store {
         Store::Guest(memory) => {
-            let (loaded, pages) =
-                load(migration, plan, incoming, multifd.as_ref(), memory, cancel)?;
+            let arrived = load(migration, plan, incoming, multifd.as_ref(), memory, cancel)?;
             if let Some(populate) = populate {
                 while !populate.has_ended() {
                     cancel.token().check()?;
@@ -142,12 +142,11 @@ fn accept_and_load(
                 }
                 populated(populate)?;
             }
-            complete(migration, loaded, pages)
+            complete(migration, arrived)
         }
         Store::Colo(store) => {
-            let (loaded, pages) =
-                load(migration, plan, incoming, multifd.as_ref(), *store, cancel)?;
-            enter_colo(migration, loaded, pages)
+            let arrived = load(migration, plan, incoming, multifd.as_ref(), *store, cancel)?;
+            enter_colo(migration, arrived)
         }
     }
 }
@@ -176,13 +175,13 @@ fn load<S: PageStore + 'static>(
     multifd: Option<&MultifdConfig>,
     store: S,
     cancel: &Cancel,
-) -> Result<(Loaded, IncomingPages<S>), BoxError> {
+) -> Result<Arrived<IncomingPages<S>, Staged>, BoxError> {
     let Incoming {
         main,
         prefix,
         channels,
     } = incoming;
-    let mut pages = match multifd {
+    let pages = match multifd {
         None => IncomingPages::plain(store),
         Some(config) => {
             let channels = channels.into_iter().map(RecvChannel::from).collect();
@@ -205,33 +204,14 @@ fn load<S: PageStore + 'static>(
     reader.set_cancel(cancel.token());
     // A source that opens a return path is answered, whatever was set here, as by QEMU.
     let return_path = Some(Box::new(main.share()) as _);
-    let mut staging = Staging {
-        migration,
-        sections: Vec::new(),
-        compared: false,
-    };
-    let (store, barrier) = pages.parts();
-    let loaded = Target::new(config, reader, return_path, store)
+    let mut incoming = IncomingDevices::new(migration);
+    let arrived = Target::new(config, reader, return_path, pages.store())
         .confirming_before_it_runs()
-        .load(store, barrier, &mut staging)
+        .load(pages, &mut incoming)
         .map_err(named)?;
-    staging.warn_if_not_compared();
-    let sections = staging.sections;
+    incoming.warn_if_not_compared();
     migration.options.boundaries.reach("stream loaded");
-    let installed = migration
-        .vm
-        .with_machine(|machine| -> Result<(), BoxError> {
-            let tree = machine.devices()?;
-            let staged = tree.stage(sections)?;
-            Ok(tree.reset_then_install(staged)?)
-        });
-    match installed {
-        Ok(()) => Ok((loaded, pages)),
-        Err(error) => {
-            loaded.refuse();
-            Err(error)
-        }
-    }
+    Ok(arrived)
 }
 
 /// The error, with the option that would avoid it, if there is one.
@@ -244,31 +224,24 @@ fn named(error: TargetError) -> BoxError {
     }
 }
 
-/// Device sections, parsed and checked as they arrive; nothing changes before all are there.
-struct Staging<'a> {
+/// The devices of a VM whose guest is arriving.
+struct IncomingDevices<'a> {
     migration: &'a Migration,
-    sections: Vec<StagedSection>,
+    devices: Devices<'a>,
+    /// How many device sections have begun.
+    seen: u32,
     /// The source has said what CPU its guest has.
     compared: bool,
 }
 
-impl Staging<'_> {
-    /// What source and target have to have in common: parsed, checked, and done with.
-    fn compare(&mut self, section: &SectionHeader, body: &[u8]) -> Result<Body, BoxError> {
-        let compared = self.migration.vm.with_machine(|machine| {
-            let common = machine.common();
-            let (idstr, instance) = (section.idstr.as_str(), section.instance.0);
-            match common.parse_section(idstr, instance, section.version, body, false) {
-                Err(e) if e.is_truncated() => Ok(Body::NeedMore),
-                Err(e) => Err(BoxError::from(e)),
-                Ok(parsed) => {
-                    common.stage(vec![parsed.section])?;
-                    Ok(Body::Complete(parsed.consumed))
-                }
-            }
-        })?;
-        self.compared |= compared != Body::NeedMore;
-        Ok(compared)
+impl<'a> IncomingDevices<'a> {
+    fn new(migration: &'a Migration) -> Self {
+        Self {
+            migration,
+            devices: Devices(&migration.vm),
+            seen: 0,
+            compared: false,
+        }
     }
 
     /// Says that nothing was compared, if there was something to compare with.
@@ -283,29 +256,38 @@ impl Staging<'_> {
     }
 }
 
-impl TargetVm for Staging<'_> {
-    fn load_device(&mut self, section: &SectionHeader, body: &[u8]) -> Result<Body, BoxError> {
-        let idstr = section.idstr.as_str();
-        if idstr == CpuModelState::NAME {
-            return self.compare(section, body);
-        }
-        if self.sections.len() < 2 {
+impl DeviceState for IncomingDevices<'_> {
+    type Section = Section;
+    type Staged = Staged;
+    type Reset = ResetDone;
+
+    fn save(&mut self, out: &mut DeviceSections<'_>) -> Result<(), BoxError> {
+        self.devices.save(out)
+    }
+
+    fn parse(&mut self, header: &SectionHeader, body: &[u8]) -> Result<Parsed<Section>, BoxError> {
+        if header.idstr.as_str() != CpuModelState::NAME && self.seen < 2 {
             self.migration.options.boundaries.reach("device section");
         }
-        let parsed = self.migration.vm.with_machine(|machine| {
-            let tree = machine.devices()?;
-            match tree.parse_section(idstr, section.instance.0, section.version, body, false) {
-                Err(e) if e.is_truncated() => Ok(None),
-                other => other.map(Some).map_err(BoxError::from),
-            }
-        })?;
-        Ok(match parsed {
-            None => Body::NeedMore,
-            Some(parsed) => {
-                self.sections.push(parsed.section);
-                Body::Complete(parsed.consumed)
-            }
-        })
+        let parsed = self.devices.parse(header, body)?;
+        match &parsed {
+            Parsed::Section(Section::Compared, _) => self.compared = true,
+            Parsed::Section(Section::Device(_), _) => self.seen += 1,
+            Parsed::NeedMore => {}
+        }
+        Ok(parsed)
+    }
+
+    fn stage(&mut self, sections: Vec<Section>) -> Result<Staged, BoxError> {
+        self.devices.stage(sections)
+    }
+
+    fn reset(&mut self, staged: Staged) -> Result<ResetDone, BoxError> {
+        self.devices.reset(staged)
+    }
+
+    fn install(&mut self, reset: ResetDone) -> Result<(), BoxError> {
+        self.devices.install(reset)
     }
 }
 
@@ -313,15 +295,11 @@ impl TargetVm for Staging<'_> {
 /// before.
 fn complete(
     migration: &Migration,
-    mut loaded: Loaded,
-    pages: IncomingPages<Arc<GuestRamMmap>>,
+    arrived: Arrived<IncomingPages<Arc<GuestRamMmap>>, Staged>,
 ) -> Result<(), BoxError> {
-    if let Err(error) = pages.join() {
-        loaded.refuse();
-        return Err(error.into());
-    }
+    let settled = arrived.settle(&mut Devices(&migration.vm))?;
     migration.options.boundaries.reach("to confirm");
-    loaded.confirm()?;
+    settled.confirm()?;
     migration.options.boundaries.reach("confirmed");
     migration.connections.clear();
     migration.vm.set_state(RunState::Paused);
@@ -342,15 +320,15 @@ fn complete(
 /// Goes on as the secondary, from the moment at which the source is told. What can fail comes before.
 fn enter_colo(
     migration: &Arc<Migration>,
-    loaded: Loaded,
-    pages: IncomingPages<ColoStore>,
+    arrived: Arrived<IncomingPages<ColoStore>, Staged>,
 ) -> Result<(), BoxError> {
+    let settled = arrived.settle_for_checkpoints(&mut Devices(&migration.vm))?;
     let log = migration.vm.with_machine(|machine| machine.dirty_log());
     let pool = FlushPool::for_this_host()?;
     let control = colo::control(migration, Role::Secondary)?;
     migration.options.boundaries.reach("to confirm");
-    let receiver = match loaded.confirm_into_checkpoints() {
-        Ok(receiver) => receiver,
+    let (receiver, pages) = match settled.confirm() {
+        Ok(confirmed) => confirmed,
         Err(error) => {
             super::lock(&migration.job).colo = None;
             return Err(error.into());

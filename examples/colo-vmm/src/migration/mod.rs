@@ -10,7 +10,7 @@ mod boundary;
 mod cancel;
 mod colo;
 mod connections;
-pub mod devices;
+mod devices;
 mod gap;
 mod global_state;
 mod incoming;

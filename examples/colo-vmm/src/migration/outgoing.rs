@@ -2,24 +2,30 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use colo_core::driver::{PrimaryLink, run_primary};
 use colo_core::{MigrationPlan, Outcome, Resume, Role};
 use colo_heartbeat::{Endpoint, Heartbeat, Phase};
 use migration_stream::io::{FdChannel, Lending};
 use migration_stream::precopy::{
-    BoxError, Control, HandOver, Progress, RamSetup, ReturnPathReader, Source, SourceConfig,
-    SourceEvent, SourceStatus, SourceVm, SwitchedOver,
+    Control, HandOver, Progress, RamSetup, ReturnPathReader, Source, SourceConfig, SourceEvent,
+    SourceObserver, SourceStatus, SwitchedOver,
 };
 use migration_stream::ram::InStream;
+use migration_stream::section::SectionHeader;
 use migration_stream::xbzrle::PageCache;
-use migration_stream::{DirtyLog, GuestRam, PageTransport, StagedRam, StreamWriter};
+use migration_stream::{
+    BoxError, DeviceSections, DeviceState, DirtyLog, GuestRam, PageTransport, Parsed, StagedRam,
+    StreamWriter, VmControl,
+};
 use multifd::{Address, MultifdConfig, SendChannel, SendSet, outgoing};
 use qmp_types::{MigrationCapability, MigrationStatus, RunState};
+use vmstate::{ResetDone, Staged};
 
+use super::devices::{Devices, Section};
 use super::plan::{throttling, zero_pages};
-use super::{Cancel, Migration, colo, devices, failed, uncertain};
+use super::{Cancel, Migration, colo, failed, uncertain};
 
 /// How long the peer may take to accept the connections.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -49,7 +55,7 @@ pub(super) fn run(
     };
     let begun = heartbeat
         .map_or(Ok(()), watch)
-        .and_then(|()| begin(&vm, plan, multifd, address));
+        .and_then(|()| begin(&mut vm, plan, multifd, address));
     let (outcome, copy) = match begun {
         Ok((source, copy)) => (source.run(&mut vm), copy),
         Err(error) => return give_up(&vm, &*error),
@@ -110,7 +116,7 @@ fn watch(heartbeat: &Heartbeat) -> Result<(), BoxError> {
 
 /// Connects, and begins the stream.
 fn begin(
-    vm: &SourceSide<'_>,
+    vm: &mut SourceSide<'_>,
     plan: &MigrationPlan,
     multifd: Option<&MultifdConfig>,
     address: &Address,
@@ -172,10 +178,7 @@ fn begin(
         // Where there is no way to lend, pages are copied. Over TCP that is quicker for a main stream.
         out.lend_to_local_peer(Lending::UnixSockets);
     }
-    // What does not fit there is refused while the guest runs.
-    let early = (migration.vm).with_machine(|machine| devices::save_early(machine.common()))?;
-    let mut source = Source::start_after(
-        &early.sections,
+    let mut source = Source::start(
         SourceConfig {
             configuration: Some(migration.configuration(validates_uuid)?),
             switchover_start: true,
@@ -189,6 +192,7 @@ fn begin(
             log: migration.vm.with_machine(|machine| machine.dirty_log()),
             transport,
         },
+        vm,
     )?;
     migration.options.boundaries.reach("ram announced");
     if pauses {
@@ -235,8 +239,8 @@ pub(super) struct SourceSide<'a> {
     peer_may_run: bool,
 }
 
-impl SourceVm for SourceSide<'_> {
-    fn stop(&mut self) -> Result<(), BoxError> {
+impl VmControl for SourceSide<'_> {
+    fn pause(&mut self) -> Result<(), BoxError> {
         let vm = &self.migration.vm;
         self.before = vm.state();
         self.migration.options.boundaries.reach("guest to stop");
@@ -245,25 +249,29 @@ impl SourceVm for SourceSide<'_> {
         Ok(())
     }
 
-    fn resume(&mut self) -> Result<(), BoxError> {
+    fn resume(&mut self) -> Result<Instant, BoxError> {
         if self.ran {
-            self.migration.vm.resume()?;
-        } else {
-            self.migration.vm.set_state(self.before);
+            return Ok(self.migration.vm.resume()?);
         }
-        Ok(())
+        self.migration.vm.set_state(self.before);
+        Ok(Instant::now())
+    }
+}
+
+/// Devices are saved here, and never loaded.
+impl DeviceState for SourceSide<'_> {
+    type Section = Section;
+    type Staged = Staged;
+    type Reset = ResetDone;
+
+    fn save_early(&mut self, out: &mut DeviceSections<'_>) -> Result<(), BoxError> {
+        Devices(&self.migration.vm).save_early(out)
     }
 
-    fn save_devices(&mut self, out: &mut Vec<u8>) -> Result<String, BoxError> {
+    fn save(&mut self, out: &mut DeviceSections<'_>) -> Result<(), BoxError> {
         let boundaries = &self.migration.options.boundaries;
         boundaries.reach("devices to save");
-        let saved = self
-            .migration
-            .vm
-            .with_machine(|machine| -> Result<String, BoxError> {
-                let early = devices::save_early(machine.common())?;
-                devices::save_described(machine.devices()?, early, out)
-            });
+        let saved = Devices(&self.migration.vm).save(out);
         boundaries.reach("devices saved");
         // They are sent next.
         self.peer_may_run = true;
@@ -273,6 +281,24 @@ impl SourceVm for SourceSide<'_> {
         saved
     }
 
+    fn parse(&mut self, header: &SectionHeader, body: &[u8]) -> Result<Parsed<Section>, BoxError> {
+        Devices(&self.migration.vm).parse(header, body)
+    }
+
+    fn stage(&mut self, sections: Vec<Section>) -> Result<Staged, BoxError> {
+        Devices(&self.migration.vm).stage(sections)
+    }
+
+    fn reset(&mut self, staged: Staged) -> Result<ResetDone, BoxError> {
+        Devices(&self.migration.vm).reset(staged)
+    }
+
+    fn install(&mut self, reset: ResetDone) -> Result<(), BoxError> {
+        Devices(&self.migration.vm).install(reset)
+    }
+}
+
+impl SourceObserver for SourceSide<'_> {
     fn progress(&mut self, progress: &Progress) -> Control {
         self.migration.status.progress(progress);
         if self.cancel.is_requested() {

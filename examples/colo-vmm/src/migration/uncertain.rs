@@ -11,8 +11,8 @@ use std::time::Duration;
 
 use colo_core::{MigrationPlan, OnPeerLoss};
 use colo_heartbeat::{Heartbeat, OnHeartbeatLoss, PeerState};
-use migration_stream::precopy::{HandOver, SourceError, SourceVm, Unresolved};
-use migration_stream::{DirtyLog, PageTransport};
+use migration_stream::precopy::{HandOver, SourceError, Unresolved};
+use migration_stream::{DirtyLog, PageTransport, VmControl};
 use qmp_types::{Event, MigrationStatus, RunState};
 
 use super::outgoing::SourceSide;
@@ -142,7 +142,7 @@ fn resumed_if_failed<T: PageTransport, D: DirtyLog>(
 ) -> HandOver<T, D> {
     match outcome {
         HandOver::Failed(cause) => HandOver::Failed(match vm.resume() {
-            Ok(()) => cause,
+            Ok(_) => cause,
             Err(source) => SourceError::NotResumed {
                 cause: Box::new(cause),
                 source,

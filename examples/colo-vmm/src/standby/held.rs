@@ -1,14 +1,16 @@
 //! A guest of QEMU that is held and does not run: what COLO's secondary keeps of it.
 
+use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Instant;
 
-use colo_core::{CheckpointReport, ColoExit, Vm, VmError};
-use migration_stream::dirty_bitmap::BitmapSections;
+use colo_core::{CheckpointReport, ColoExit, ColoObserver};
 use migration_stream::early::EarlySections;
-use migration_stream::opaque_tail::Tail;
 use migration_stream::ram::BlockId;
-use migration_stream::{DirtyLog, MemoryError};
+use migration_stream::section::SectionHeader;
+use migration_stream::{
+    BoxError, DeviceSections, DeviceState, DirtyLog, MemoryError, Parsed, VmControl,
+};
 use stream_relay::guest::{Devices, Guest};
 
 use super::Standby;
@@ -32,55 +34,62 @@ impl HeldVm {
     }
 }
 
+impl VmControl for HeldVm {
+    fn pause(&mut self) -> Result<(), BoxError> {
+        Ok(())
+    }
+
+    fn resume(&mut self) -> Result<Instant, BoxError> {
+        Ok(Instant::now())
+    }
+}
+
 /// The devices of a checkpoint.
 #[derive(Debug)]
 pub(super) struct Next {
     early: EarlySections,
-    tail: Tail,
+    devices: Devices,
 }
 
-impl Vm for HeldVm {
+impl DeviceState for HeldVm {
+    type Section = Infallible;
     type Staged = Next;
     type Reset = Next;
 
-    fn pause(&mut self) -> Result<(), VmError> {
-        Ok(())
-    }
-
-    fn resume(&mut self) -> Result<Instant, VmError> {
-        Ok(Instant::now())
-    }
-
-    fn save_devices(&mut self, _: &mut Vec<u8>) -> Result<(), VmError> {
+    fn save(&mut self, _: &mut DeviceSections<'_>) -> Result<(), BoxError> {
         // A secondary is not asked.
-        Err(VmError::new(
-            "saving the devices",
-            "a guest that is held has none of its own",
-        ))
+        Err("a guest that is held has none of its own".into())
     }
 
-    fn stage_devices(&mut self, state: &[u8]) -> Result<Next, VmError> {
-        const WHAT: &str = "telling the device sections apart";
-        let early = self.guest.early.followed_by(state);
-        let (early, state) = early.map_err(|e| VmError::new(WHAT, e))?;
-        let tail = self.guest.devices.tail.followed_by(state);
-        let tail = tail.map_err(|e| VmError::new(WHAT, e))?;
-        Ok(Next { early, tail })
+    fn parse(
+        &mut self,
+        header: &SectionHeader,
+        body: &[u8],
+    ) -> Result<Parsed<Infallible>, BoxError> {
+        self.guest.devices.parse(header, body)
     }
 
-    fn reset_devices(&mut self, staged: Next) -> Result<Next, VmError> {
+    fn stage(&mut self, _: Vec<Infallible>) -> Result<Next, BoxError> {
+        Err("the devices are not known here".into())
+    }
+
+    fn stage_checkpoint(&mut self, state: &[u8]) -> Result<Next, BoxError> {
+        let (early, state) = self.guest.early.followed_by(state)?;
+        let devices = self.guest.devices.stage_checkpoint(state)?;
+        Ok(Next { early, devices })
+    }
+
+    fn reset(&mut self, staged: Next) -> Result<Next, BoxError> {
         Ok(staged)
     }
 
-    fn install_devices(&mut self, next: Next) -> Result<(), VmError> {
+    fn install(&mut self, next: Next) -> Result<(), BoxError> {
         self.guest.early = next.early;
-        self.guest.devices = Devices {
-            tail: next.tail,
-            bitmaps: BitmapSections::new(),
-        };
-        Ok(())
+        self.guest.devices.install(next.devices)
     }
+}
 
+impl ColoObserver for HeldVm {
     fn colo_exit(&mut self, exit: &ColoExit) {
         self.standby.colo_exit(exit);
     }

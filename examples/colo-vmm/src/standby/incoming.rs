@@ -3,16 +3,15 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use colo_core::{ColoStore, IncomingPages, StoreError};
+use colo_core::{ColoStore, StoreError};
 use migration_stream::decoder::{ConfigurationRule, DecoderConfig};
-use migration_stream::dirty_bitmap::BitmapSections;
 use migration_stream::io::CancelToken;
 use migration_stream::machine::MachineVersion;
 use migration_stream::opaque_tail::{TailError, TailLimits};
-use migration_stream::precopy::{Loaded, Target, TargetConfig, TargetError};
+use migration_stream::precopy::{Loaded, PageIntake, Target, TargetConfig, TargetError};
 use migration_stream::{StreamReader, TransportError};
 use multifd::incoming::Incoming;
-use multifd::{ChannelError, RecvChannel, RecvSet};
+use multifd::{ChannelError, IncomingPages, RecvChannel, RecvSet};
 use ram_cache::{CacheKind, DiscardControl, DiscardInUse};
 use stream_relay::guest::{Devices, Guest};
 use stream_relay::memory::{HoldError, Memory};
@@ -94,10 +93,7 @@ pub(super) fn take(
             memory: Arc::new(memory),
             configuration: Some(configuration),
             early,
-            devices: Devices {
-                tail,
-                bitmaps: BitmapSections::new(),
-            },
+            devices: Devices::without_bitmaps(tail),
         },
         loaded,
         pages,

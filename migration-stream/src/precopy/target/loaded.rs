@@ -7,6 +7,7 @@ use crate::DecodeError;
 use crate::configuration::Configuration;
 use crate::decoder::StreamDecoder;
 use crate::dirty_bitmap::BitmapSections;
+use crate::io::CancelToken;
 use crate::precopy::TargetError;
 use crate::ram::RamError;
 use crate::return_path::ReturnPathMessage;
@@ -71,13 +72,8 @@ impl Loaded {
     /// As for both; the source was not told anything.
     pub fn confirm_into_checkpoints(self) -> Result<CheckpointReceiver, TargetError> {
         let cancel = self.link.cancel.clone();
-        let mut receiver = self.into_checkpoints()?;
-        match receiver.confirm() {
-            Err(_) if cancel.is_some_and(|token| token.is_cancelled()) => {
-                Err(TargetError::Cancelled)
-            }
-            told => told.map(|()| receiver),
-        }
+        let receiver = self.into_checkpoints()?;
+        UnconfirmedReceiver { receiver, cancel }.confirm()
     }
 
     /// Gives the guest back to the source, where it runs on: this side cannot keep it after all.
@@ -91,16 +87,38 @@ impl Loaded {
     /// # Errors
     /// The source has not opened a return path, without which there is no COLO.
     pub fn into_checkpoints(self) -> Result<CheckpointReceiver, TargetError> {
-        let offset = self.link.reader.offset();
+        self.into_receiver().map_err(|failed| failed.1)
+    }
+
+    /// As [`Loaded::into_checkpoints`], which tells the source of a failure.
+    pub(super) fn into_checkpoints_unconfirmed(self) -> Result<UnconfirmedReceiver, TargetError> {
+        let cancel = self.link.cancel.clone();
+        match self.into_receiver() {
+            Ok(receiver) => Ok(UnconfirmedReceiver { receiver, cancel }),
+            Err(failed) => {
+                let (mut link, error) = *failed;
+                link.refuse();
+                Err(error)
+            }
+        }
+    }
+
+    fn into_receiver(self) -> Result<CheckpointReceiver, Box<(Link, TargetError)>> {
+        let mut link = self.link;
+        let offset = link.reader.offset();
         let missing = |what| TargetError::Missing { what, offset };
-        let decoder = self
-            .decoder
-            .into_checkpoint_decoder()
-            .map_err(|e| match e {
-                RamError::NotSetUp => missing("a complete RAM section"),
-                other => DecodeError::new(offset, other).into(),
-            })?;
-        let out = self.link.return_path.filter(|_| self.link.open);
+        let decoder = match self.decoder.into_checkpoint_decoder() {
+            Ok(decoder) => decoder,
+            Err(RamError::NotSetUp) => {
+                return Err(Box::new((link, missing("a complete RAM section"))));
+            }
+            Err(other) => {
+                return Err(Box::new((link, DecodeError::new(offset, other).into())));
+            }
+        };
+        let Some(out) = link.return_path.take_if(|_| link.open) else {
+            return Err(Box::new((link, missing("a return path"))));
+        };
         let link = Link {
             return_path: None,
             // COLO ends by a request to its driver.
@@ -109,10 +127,27 @@ impl Loaded {
             acks: None,
             idle: None,
             confirms_first: false,
-            postcopy: self.link.postcopy,
-            reader: self.link.reader,
+            postcopy: link.postcopy,
+            reader: link.reader,
         };
-        let out = out.ok_or(missing("a return path"))?;
         Ok(CheckpointReceiver { decoder, link, out })
+    }
+}
+
+/// What a COLO secondary goes on with, once the source was told.
+#[derive(Debug)]
+pub(super) struct UnconfirmedReceiver {
+    receiver: CheckpointReceiver,
+    cancel: Option<CancelToken>,
+}
+
+impl UnconfirmedReceiver {
+    pub(super) fn confirm(mut self) -> Result<CheckpointReceiver, TargetError> {
+        match self.receiver.confirm() {
+            Err(_) if self.cancel.is_some_and(|token| token.is_cancelled()) => {
+                Err(TargetError::Cancelled)
+            }
+            told => told.map(|()| self.receiver),
+        }
     }
 }

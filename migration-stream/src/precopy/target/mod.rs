@@ -5,6 +5,7 @@
 //! section holds is read by `pages` or `sections`; [`Loaded`] is what it comes to, and
 //! [`CheckpointReceiver`] what may follow.
 
+mod arrived;
 mod checkpoints;
 mod complete;
 mod link;
@@ -17,6 +18,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
+pub use self::arrived::{Arrived, PageIntake, Settled, SettledSecondary};
 pub use self::checkpoints::CheckpointReceiver;
 pub use self::complete::CheckpointComplete;
 use self::link::Link;
@@ -24,7 +26,7 @@ pub use self::loaded::Loaded;
 use self::pages::Pages;
 pub use self::pages::Received;
 use self::sections::{Devices, check_bitmap_section};
-pub use self::vm::{Body, TargetVm};
+use self::vm::Collector;
 use super::error::TargetError;
 use super::switchover_ack::SwitchoverAcks;
 use crate::configuration::Configuration;
@@ -36,7 +38,7 @@ use crate::mapped_ram::MappedArea;
 use crate::opaque_tail::{Tail, TailLimits};
 use crate::ram::{BlockId, RAM_IDSTR, RamBlockTable};
 use crate::section::{Announcement, Continuation, SectionHeader, SectionId};
-use crate::{PageBarrier, PageStore, StreamReader};
+use crate::{DeviceState, PageBarrier, PageStore, StreamReader};
 
 /// What a target expects and bounds.
 #[derive(Clone, Debug)]
@@ -77,7 +79,7 @@ impl Target {
     /// of the return path go to `return_path`, once the source has opened it.
     ///
     /// The [token of `reader`](StreamReader::set_cancel), if it has one, ends every wait of this migration up to
-    /// [`Loaded::confirm`]: those for the channels and on the return path too. The error is then
+    /// [`Settled::confirm`]: those for the channels and on the return path too. The error is then
     /// [`TargetError::Cancelled`].
     #[must_use]
     pub fn new(
@@ -141,7 +143,7 @@ impl Target {
         self.configuration.as_ref()
     }
 
-    /// Whether the source waits for [`Loaded::confirm`]: it has opened a return path.
+    /// Whether the source waits for [`Settled::confirm`]: it has opened a return path.
     #[must_use]
     pub const fn has_return_path(&self) -> bool {
         self.link.open
@@ -164,7 +166,7 @@ impl Target {
         self
     }
 
-    /// Lets the source know that this side runs the guest only after [`Loaded::confirm`] has returned,
+    /// Lets the source know that this side runs the guest only after [`Settled::confirm`] has returned,
     /// and never if it has not. A source of ours then knows that a connection that this side closed
     /// unconfirmed leaves the guest with the source. QEMU's sources do not ask.
     #[must_use]
@@ -204,22 +206,32 @@ impl Target {
         self
     }
 
-    /// Loads the stream to its end: pages into `store`, devices through `vm`.
+    /// Loads the stream to its end: pages into `pages`, devices into `devices`, where they are staged.
+    /// See [`Arrived`] for what is left to do.
     ///
     /// # Errors
     /// Whatever is wrong with the stream; the source is told by a SHUT message if it can be.
-    pub fn load(
+    pub fn load<P: PageIntake, D: DeviceState>(
         self,
-        store: &dyn PageStore,
-        barrier: &mut dyn PageBarrier,
-        vm: &mut dyn TargetVm,
-    ) -> Result<Loaded, TargetError> {
-        let mut devices = Devices::Known(vm);
-        self.finish(barrier, |target, barrier| {
-            target.load_early(&mut devices)?;
-            target.run(&mut Pages { store, barrier }, &mut devices)
+        mut pages: P,
+        devices: &mut D,
+    ) -> Result<Arrived<P, D::Staged>, TargetError> {
+        let (store, barrier) = pages.parts();
+        let (loaded, staged) = self.finish(barrier, |target, barrier| {
+            let mut collector = Collector::new(devices);
+            let mut known = Devices::Known(&mut collector);
+            target.load_early(&mut known)?;
+            target.run(&mut Pages { store, barrier }, &mut known)?;
+            collector.stage().map_err(|source| TargetError::Vm {
+                what: "checking the state of all devices",
+                source,
+            })
+        })?;
+        Ok(Arrived {
+            loaded,
+            pages,
+            staged,
         })
-        .map(|(loaded, _)| loaded)
     }
 
     /// Loads the stream to its end: pages into `store`, while device sections, which nobody here
@@ -375,13 +387,11 @@ impl Target {
             return Ok(());
         };
         for section in std::mem::take(&mut self.early).sections() {
-            let loaded = vm.load_device(&section.header, section.body);
+            let loaded = vm.load(&section.header, section.body);
             let source = match loaded {
-                Ok(Body::Complete(len)) if len == section.body.len() => continue,
-                Ok(Body::Complete(len)) => {
-                    format!("took {len} bytes of {}", section.body.len()).into()
-                }
-                Ok(Body::NeedMore) => {
+                Ok(Some(len)) if len == section.body.len() => continue,
+                Ok(Some(len)) => format!("took {len} bytes of {}", section.body.len()).into(),
+                Ok(None) => {
                     format!("wants more than the {} bytes it has", section.body.len()).into()
                 }
                 Err(source) => source,

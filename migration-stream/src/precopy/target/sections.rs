@@ -4,7 +4,7 @@ use std::io;
 use std::time::Duration;
 
 use super::link::Link;
-use super::vm::{Body, TargetVm};
+use super::vm::SectionLoader;
 use crate::DecodeError;
 use crate::codec::Reader;
 use crate::decoder::MAX_ITEM_LEN;
@@ -23,7 +23,7 @@ const LONGEST_PATIENCE: Duration = Duration::from_secs(16);
 /// What becomes of device sections.
 pub(super) enum Devices<'a> {
     /// The VMM reads them.
-    Known(&'a mut dyn TargetVm),
+    Known(&'a mut dyn SectionLoader),
     /// They are kept as they are.
     Opaque(TailLimits),
 }
@@ -31,7 +31,7 @@ pub(super) enum Devices<'a> {
 impl Link {
     pub(super) fn device(
         &mut self,
-        vm: &mut dyn TargetVm,
+        vm: &mut dyn SectionLoader,
         header: &SectionHeader,
         limit: usize,
     ) -> Result<(), TargetError> {
@@ -46,17 +46,17 @@ impl Link {
         loop {
             let available = self.reader.buffered();
             let seen = available.len();
-            match vm.load_device(header, available).map_err(failed)? {
-                Body::Complete(len) if len <= seen => {
+            match vm.load(header, available).map_err(failed)? {
+                Some(len) if len <= seen => {
                     self.reader.consume(len);
                     return Ok(());
                 }
-                Body::Complete(len) => {
+                Some(len) => {
                     return Err(failed(
                         format!("took {len} bytes of the {seen} there were").into(),
                     ));
                 }
-                Body::NeedMore if seen >= limit => {
+                None if seen >= limit => {
                     return Err(TargetError::DeviceTooLong {
                         idstr: header.idstr.as_str().into(),
                         instance: header.instance.0,
@@ -64,7 +64,7 @@ impl Link {
                         max: limit,
                     });
                 }
-                Body::NeedMore => {}
+                None => {}
             }
             // The VMM parses a body from its start each time. It sees the body again when twice as
             // much is there, so that all its looks together are linear in the body's length. A

@@ -1,42 +1,53 @@
-//! What a target asks of its VMM, which knows the devices.
+//! The devices of a VMM, as the walk through the stream sees them.
 
 use crate::dirty_bitmap::{Chunk, MigratedBitmap};
-use crate::precopy::BoxError;
 use crate::section::SectionHeader;
+use crate::{BoxError, DeviceState, Parsed};
 
-/// What a target asks of its VMM.
-pub trait TargetVm {
-    /// A device section begins; `body` is as much of what follows as has arrived, and may already
-    /// run over into the next section. Called again with more after [`Body::NeedMore`], from the
-    /// start of the body.
-    ///
-    /// Nothing may change in the VM until the whole stream was loaded: parse, check, and keep.
-    ///
-    /// # Errors
-    /// The device is unknown, or its state is not sound. The migration fails.
-    fn load_device(&mut self, section: &SectionHeader, body: &[u8]) -> Result<Body, BoxError>;
+/// Takes device sections in.
+pub(super) trait SectionLoader {
+    /// Parses the body at the front of `body`, and returns its length; `None` if it is longer.
+    fn load(&mut self, header: &SectionHeader, body: &[u8]) -> Result<Option<usize>, BoxError>;
 
-    /// A chunk of `bitmap` (the capability `dirty-bitmaps`), whose alias is its node's and its own
-    /// name unless the source maps them. Bits come while the guest still runs at the source; what
-    /// was said above of changes holds here, too.
-    ///
-    /// # Errors
-    /// The bitmap is not wanted, which is all that happens unless this is implemented. The
-    /// migration fails.
-    fn load_dirty_bitmap(
-        &mut self,
-        bitmap: &MigratedBitmap,
-        _chunk: &Chunk,
-    ) -> Result<(), BoxError> {
-        Err(format!("dirty bitmap '{}' of '{}'", bitmap.name, bitmap.node).into())
+    /// Takes a chunk of a dirty bitmap in.
+    fn load_dirty_bitmap(&mut self, bitmap: &MigratedBitmap, chunk: &Chunk)
+    -> Result<(), BoxError>;
+}
+
+/// Keeps what the devices have parsed.
+pub(super) struct Collector<'a, D: DeviceState> {
+    devices: &'a mut D,
+    sections: Vec<D::Section>,
+}
+
+impl<'a, D: DeviceState> Collector<'a, D> {
+    pub(super) const fn new(devices: &'a mut D) -> Self {
+        let sections = Vec::new();
+        Self { devices, sections }
+    }
+
+    /// Stages what was collected.
+    pub(super) fn stage(self) -> Result<D::Staged, BoxError> {
+        self.devices.stage(self.sections)
     }
 }
 
-/// What a device found in the bytes shown to it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Body {
-    /// The body is this many bytes long.
-    Complete(usize),
-    /// The body is longer than what was there.
-    NeedMore,
+impl<D: DeviceState> SectionLoader for Collector<'_, D> {
+    fn load(&mut self, header: &SectionHeader, body: &[u8]) -> Result<Option<usize>, BoxError> {
+        match self.devices.parse(header, body)? {
+            Parsed::Section(section, len) => {
+                self.sections.push(section);
+                Ok(Some(len))
+            }
+            Parsed::NeedMore => Ok(None),
+        }
+    }
+
+    fn load_dirty_bitmap(
+        &mut self,
+        bitmap: &MigratedBitmap,
+        chunk: &Chunk,
+    ) -> Result<(), BoxError> {
+        self.devices.load_dirty_bitmap(bitmap, chunk)
+    }
 }
