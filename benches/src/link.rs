@@ -124,7 +124,7 @@ impl Cable {
     /// Lays the link.
     ///
     /// # Errors
-    /// There are no network namespaces here; see [`tests::netns::missing`](::tests::netns::missing).
+    /// There are no network namespaces here; see `tests::netns::missing`.
     pub fn lay(link: Link) -> Result<Self> {
         let network = match link.transport {
             Transport::Unix => None,
