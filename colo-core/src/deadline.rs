@@ -17,6 +17,9 @@ pub struct Deadlines {
 }
 
 impl Default for Deadlines {
+    /// 5 s for a message: two scheduling delays of an overloaded host and a few lost segments, and still less
+    /// than most clients of the guest wait before they give up. 30 s for a checkpoint, 60 s for the next
+    /// request.
     fn default() -> Self {
         Self {
             message: Duration::from_secs(5),
@@ -27,7 +30,8 @@ impl Default for Deadlines {
 }
 
 impl Deadlines {
-    /// Returns deadlines that limit every wait for the peer to `limit`.
+    /// Returns deadlines that limit every wait for the peer to `limit`: the sending of a message, one that the
+    /// peer owes at once, and what [`Deadlines::checkpoint`] and [`Deadlines::idle`] change.
     #[must_use]
     pub const fn all(limit: Duration) -> Self {
         Self {
@@ -35,15 +39,6 @@ impl Deadlines {
             checkpoint: limit,
             idle: limit,
         }
-    }
-
-    /// Limits the sending of a message, and the wait for one that the peer owes at once. The default
-    /// is 5 s: two scheduling delays of an overloaded host and a few lost segments, and still less than
-    /// most clients of the guest wait before they give up.
-    #[must_use]
-    pub const fn message(mut self, limit: Duration) -> Self {
-        self.message = limit;
-        self
     }
 
     /// Limits a whole checkpoint, from the request until the VM runs again, and everything that moves

@@ -54,24 +54,6 @@ impl Message {
         self as u32
     }
 
-    /// The bytes on the wire.
-    #[must_use]
-    pub const fn encode(self) -> [u8; MESSAGE_LEN] {
-        self.number().to_be_bytes()
-    }
-
-    /// Reads a message.
-    ///
-    /// # Errors
-    /// [`UnknownMessage`] for a number that is no message.
-    pub fn decode(bytes: [u8; MESSAGE_LEN]) -> Result<Self, UnknownMessage> {
-        let number = u32::from_be_bytes(bytes);
-        Self::ALL
-            .into_iter()
-            .find(|message| message.number() == number)
-            .ok_or(UnknownMessage { number })
-    }
-
     /// The name in QEMU's schema.
     #[must_use]
     pub(crate) const fn name(self) -> &'static str {
@@ -93,6 +75,24 @@ impl fmt::Display for Message {
     }
 }
 
+/// Returns the bytes of a message on the wire.
+#[must_use]
+pub const fn encode_message(message: Message) -> [u8; MESSAGE_LEN] {
+    message.number().to_be_bytes()
+}
+
+/// Reads a message.
+///
+/// # Errors
+/// [`UnknownMessage`] for a number that is no message.
+pub fn decode_message(bytes: [u8; MESSAGE_LEN]) -> Result<Message, UnknownMessage> {
+    let number = u32::from_be_bytes(bytes);
+    Message::ALL
+        .into_iter()
+        .find(|message| message.number() == number)
+        .ok_or(UnknownMessage { number })
+}
+
 /// A number that is no COLO message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, thiserror::Error)]
 #[error("unknown colo message {number:#x}, the last known is {}", Message::VmstateLoaded.number())]
@@ -107,7 +107,7 @@ pub struct UnknownMessage {
 pub fn encode_vmstate_size(size: u64) -> [u8; MESSAGE_LEN + DEVICE_SIZE_LEN] {
     let mut out = [0; MESSAGE_LEN + DEVICE_SIZE_LEN];
     let (message, bytes) = out.split_at_mut(MESSAGE_LEN);
-    message.copy_from_slice(&Message::VmstateSize.encode());
+    message.copy_from_slice(&encode_message(Message::VmstateSize));
     bytes.copy_from_slice(&size.to_be_bytes());
     out
 }
@@ -146,8 +146,8 @@ mod tests {
     #[test]
     fn each_message_is_its_number_in_four_big_endian_bytes() {
         for (number, message) in (0_u8..).zip(Message::ALL) {
-            assert_eq!(message.encode(), [0, 0, 0, number]);
-            assert_eq!(Message::decode([0, 0, 0, number]), Ok(message));
+            assert_eq!(encode_message(message), [0, 0, 0, number]);
+            assert_eq!(decode_message([0, 0, 0, number]), Ok(message));
         }
     }
 
@@ -163,8 +163,8 @@ mod tests {
         #[test]
         fn any_four_bytes_are_a_message_or_a_named_number(bytes: [u8; MESSAGE_LEN]) {
             let number = u32::from_be_bytes(bytes);
-            match Message::decode(bytes) {
-                Ok(message) => prop_assert_eq!(message.encode(), bytes),
+            match decode_message(bytes) {
+                Ok(message) => prop_assert_eq!(encode_message(message), bytes),
                 Err(error) => {
                     prop_assert!(number >= 7);
                     prop_assert_eq!(error, UnknownMessage { number });

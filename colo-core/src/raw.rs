@@ -33,7 +33,7 @@ pub use crate::failover::FailoverSlot;
 pub use crate::machine::{Machine, Script};
 pub use crate::message::{
     DEVICE_SIZE_LEN, DeviceStateTooLarge, MESSAGE_LEN, UnknownMessage, decode_device_size,
-    encode_vmstate_size,
+    decode_message, encode_message, encode_vmstate_size,
 };
 pub use crate::primary::{Primary, PrimaryScript};
 pub use crate::schedule::{DEFAULT_DELAY, DEFAULT_MIN_GAP, Schedule};

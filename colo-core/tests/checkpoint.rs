@@ -2,7 +2,7 @@
 
 #[cfg(test)]
 mod tests {
-    use colo_core::raw::{Action, Event, Machine, Primary, Script, Secondary};
+    use colo_core::raw::{Action, Event, Machine, Primary, Script, Secondary, encode_message};
     use colo_core::{
         Cause, ColoExit, ExitReason, Message, OnPeerLoss, Outcome, PeerLoss, Resume, Role, Step,
         Wait,
@@ -179,7 +179,7 @@ mod tests {
         let mut checkpoints = 0;
         while checkpoints < 2 {
             match machine.action() {
-                Action::Perform(Step::Send(message)) => wire.extend(message.encode()),
+                Action::Perform(Step::Send(message)) => wire.extend(encode_message(message)),
                 Action::Perform(Step::ReportCheckpoint) => checkpoints += 1,
                 _ => {}
             }

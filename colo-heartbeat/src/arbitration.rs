@@ -1,6 +1,7 @@
 //! The thread that asks the arbiter, which may be slow, and what those who wait for it are told.
 
 use std::io;
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender};
 use std::time::{Duration, Instant};
 
@@ -10,17 +11,16 @@ use multifd::Address;
 
 use super::decision::{Order, StopReason};
 use crate::arbiter::{Answer, Arbiter, ArbiterError, Owner};
-use crate::failover::Refusal;
 
-/// Why a right was not given.
+/// Why a lease was not given.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum HoldError {
-    /// It is another's.
-    #[error("the right to run this guest is another's ({0})")]
+    /// Another side owns the guest.
+    #[error("another side owns this guest ({0})")]
     Lost(Owner),
     /// The arbiter did not answer.
-    #[error("the arbiter gives no right to run this guest")]
+    #[error("the arbiter does not grant this guest")]
     Unreachable(#[source] ArbiterError),
     /// The heartbeat has ended.
     #[error("the heartbeat has ended")]
@@ -31,15 +31,15 @@ pub enum HoldError {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum TakeOverError {
-    /// The right is another's, who uses it.
-    #[error("the right to run this guest is another's ({0})")]
+    /// Another side owns the guest, and uses it.
+    #[error("another side owns this guest ({0})")]
     Lost(Owner),
     /// The arbiter did not answer, or not yet.
-    #[error("the arbiter gives no right to run this guest")]
+    #[error("the arbiter does not grant this guest")]
     Unreachable(#[source] ArbiterError),
-    /// The heartbeat is not lost: the right is the primary's.
-    #[error("the right to run this guest is the other side's, which is heard")]
-    Heard,
+    /// The heartbeat is not lost: the primary owns the guest.
+    #[error("the other side owns this guest, and is alive")]
+    PeerAlive,
     /// This side's guest may not run any more.
     #[error("this side's guest was stopped for good: {0}")]
     Stopped(StopReason),
@@ -48,7 +48,7 @@ pub enum TakeOverError {
     Outside,
     /// COLO did not take the request.
     #[error(transparent)]
-    Refused(Refusal),
+    Refused(Arc<dyn std::error::Error + Send + Sync>),
     /// The heartbeat has ended.
     #[error("the heartbeat has ended")]
     Ended,
@@ -62,9 +62,9 @@ impl TakeOverError {
             // An error has one owner: the others get its text.
             Self::Unreachable(error) => Self::Unreachable(ArbiterError::new(error.chain())),
             Self::Stopped(reason) => Self::Stopped(*reason),
-            Self::Refused(error) => Self::Refused(Refusal::clone(error)),
+            Self::Refused(error) => Self::Refused(Arc::clone(error)),
             Self::Outside => Self::Outside,
-            Self::Heard => Self::Heard,
+            Self::PeerAlive => Self::PeerAlive,
             Self::Ended => Self::Ended,
         }
     }
@@ -78,7 +78,7 @@ pub(super) enum Request {
     /// By the arbiter's word.
     Ask(Reply),
     /// By his own.
-    Overrule(Reply),
+    OverrideFence(Reply),
 }
 
 pub(super) enum Question {
@@ -93,7 +93,7 @@ pub(super) enum News {
     Held(Option<Instant>, Instant),
     Released,
     Begins(Sender<()>),
-    Keep,
+    Claim,
     NewPair(Address, Sender<io::Result<()>>),
 }
 

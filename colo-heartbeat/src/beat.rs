@@ -40,7 +40,7 @@ pub enum Phase {
     Alone,
     /// Its guest stands still for good.
     Stopped,
-    /// Its guest stands still, as its right has run out, until the arbiter has said whose it is.
+    /// Its guest is suspended, as its lease has expired, until the arbiter has said who owns it.
     Suspended,
 }
 

@@ -1,4 +1,4 @@
-//! What a side does: keeps its right, and decides when the peer is lost.
+//! What a side does: keeps its lease, and decides when the peer is lost.
 //!
 //! ```text
 //!                 COLO begins        peer lost: ask           won
@@ -9,21 +9,22 @@
 //!                              +--> stopped <-----------+
 //!     peer lost: stop; the peer goes on alone; refused
 //! ```
-//! A primary whose right has run out, and that is not heard, stands still and goes on asking
-//! ([`Order::Suspend`]): a claim whose answer it does not know may have been carried out, or may be
-//! yet. Nobody but the arbiter's next answer knows who has the right then, and whoever has it goes on.
+//! A primary whose lease has expired suspends its guest, unless its peer proves that it still receives
+//! beats, and goes on asking ([`Order::Suspend`]): a claim whose answer it does not know may have been
+//! carried out, or may be yet. Only the arbiter's next answer says who owns the guest, and the owner
+//! goes on.
 //!
 //! To a primary COLO begins when it is about to send the last of what its secondary needs to begin: from
-//! then on it cannot know whether the other guest runs ([`Decider::begins`]).
+//! then on it cannot know whether the other guest runs ([`Decider::colo_begins`]).
 //!
 //! An operator who wants a side to go on ([`Decider::request`]) makes it ask as well. It is one of two
-//! again when the arbiter refuses or cannot be asked, unless the peer was lost meanwhile. One who
-//! knows that the peer cannot run lets it go on without the arbiter ([`Decider::overrule`]), which is
-//! told when it can be.
+//! again when the arbiter refuses or cannot be asked, unless the peer was lost meanwhile. An operator who
+//! knows that the peer cannot run overrides the fence ([`Decider::override_fence`]): the side goes on
+//! without the arbiter, which is told when it can be.
 //!
-//! A primary that holds a right may run its guest as long as that is valid, **or** as long as the
-//! peer certainly hears it and so does not ask for the right: an arbiter that cannot be reached does
-//! not disturb a pair whose sides hear each other.
+//! A primary may run its guest as long as its lease is valid, **or** as long as its peer's liveness is
+//! proven, because a peer that receives beats does not claim: an arbiter that cannot be reached does not
+//! disturb a pair whose sides receive each other's beats.
 
 use std::time::{Duration, Instant};
 
@@ -45,13 +46,13 @@ pub enum StopReason {
     /// The peer goes on alone.
     #[error("the peer goes on alone")]
     PeerGoesOn,
-    /// The arbiter has given the right to another.
-    #[error("the right to run is another's")]
+    /// The arbiter says that another side owns the guest.
+    #[error("another side owns the guest")]
     Refused,
-    /// The right to run could not be renewed in time, and the peer may have it. The guest goes on
-    /// when the arbiter says that it has not.
-    #[error("the right to run has run out")]
-    RanOut,
+    /// The lease could not be renewed in time, and the peer may own the guest. The guest goes on when
+    /// the arbiter says that it does not.
+    #[error("the lease has expired")]
+    LeaseExpired,
     /// COLO has ended with a guest that cannot run.
     #[error("the guest cannot run")]
     Unfit,
@@ -81,10 +82,10 @@ pub struct View {
     pub peer: PeerState,
     /// What the peer has last said of itself.
     pub peer_phase: Option<Phase>,
-    /// Until when the peer certainly does not ask for the right.
-    pub hears_until: Option<Instant>,
+    /// Until when the peer certainly does not claim the guest.
+    pub liveness_until: Option<Instant>,
     /// Until when the peer may run its guest because of what this side has answered.
-    pub relies_until: Option<Instant>,
+    pub peer_liveness_until: Option<Instant>,
 }
 
 /// What becomes of an operator's wish that this side go on alone.
@@ -94,9 +95,9 @@ pub enum Requested {
     Granted,
     /// The arbiter is asked: the answer to the next [`Order::Claim`] decides.
     Asked,
-    /// The peer is heard, and has the right: the arbiter need not be asked. To ask it would take from
-    /// a primary that does not reach it what it runs by.
-    Heard,
+    /// The peer is alive and holds the lease: the arbiter need not be asked. To ask it would take the
+    /// lease from a primary that does not reach the arbiter.
+    PeerAlive,
     /// This side's guest was stopped for good.
     Stopped(StopReason),
 }
@@ -104,23 +105,23 @@ pub enum Requested {
 /// What is to be done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Order {
-    /// Have the arbiter renew the right, and hand in its answer.
+    /// Have the arbiter renew the lease, and hand in its answer.
     Renew,
-    /// Claim the right for good, and hand in the answer.
+    /// Claim the guest for good, and hand in the answer.
     Claim,
     /// Request failover of this side's COLO.
     TakeOver,
-    /// Have the guest stand still, whatever COLO or an operator does, until [`Order::GoOn`]. At once:
+    /// Have the guest stand still, whatever COLO or an operator does, until [`Order::Resume`]. At once:
     /// the other side may run soon.
     Suspend,
-    /// The right is this side's: a suspended guest is let run as before.
-    GoOn,
+    /// This side owns the guest: a suspended guest runs as before.
+    Resume,
     /// Stop the guest for good. At once: the other side may run soon.
     Stop(StopReason),
 }
 
 /// The longest that an arbiter without a term is waited for.
-pub(super) const PATIENCE: Duration = Duration::from_secs(5);
+pub(super) const ANSWER_LIMIT: Duration = Duration::from_secs(5);
 
 /// The state machine of one side. It is asked for orders whenever something has happened or
 /// [`Decider::deadline`] has come.
@@ -131,14 +132,14 @@ pub struct Decider {
     /// Of the arbiter's rights; `None` if it gives none.
     term: Option<Duration>,
     state: State,
-    /// Until when a right that was won is valid.
+    /// Until when the lease is valid.
     until: Option<Instant>,
     /// An order whose answer is awaited.
     pending: Option<Order>,
     /// When the arbiter is to be asked next.
     ask_at: Option<Instant>,
     stop: Option<StopReason>,
-    /// The guest stands still because its right has run out.
+    /// The guest is suspended because its lease has expired.
     suspended: bool,
     /// This side goes on by an operator's word, of which the arbiter has not heard.
     untold: bool,
@@ -156,7 +157,7 @@ enum State {
     Stopped,
 }
 
-/// Why a side asks for the right.
+/// Why a side claims.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Because {
     /// It has lost its peer.
@@ -203,41 +204,41 @@ impl Decider {
         self.stop
     }
 
-    /// Does its guest stand still until the arbiter has said whose the right is?
+    /// Is its guest suspended until the arbiter has said who owns it?
     #[must_use]
     pub const fn is_suspended(&self) -> bool {
         self.suspended
     }
 
-    /// Does this side need the arbiter's right as long as it is one of two?
+    /// Does this side need the arbiter's lease as long as it is one of two?
     #[must_use]
     pub fn holds(&self) -> bool {
         self.role == Role::Primary && self.on_loss == OnHeartbeatLoss::Ask && self.term.is_some()
     }
 
-    /// How long before a right runs out it is renewed, and how long after a vain attempt the arbiter
+    /// How long before a lease expires it is renewed, and how long after a vain attempt the arbiter
     /// is asked again.
     fn pause(&self) -> Duration {
         self.term
             .map_or(Duration::from_millis(250), |term| term / 4)
     }
 
-    /// The embedder has taken the right before COLO: it is renewed from now on.
+    /// The embedder has taken the lease before COLO: it is renewed from now on.
     pub fn held(&mut self, until: Option<Instant>, now: Instant) {
         self.until = until;
         self.ask_at = Some(deadline_from(now, self.pause()));
     }
 
     /// The peer is about to get all that it needs to be in COLO.
-    pub fn begins(&mut self) {
+    pub fn colo_begins(&mut self) {
         if self.state == State::Idle {
             self.state = State::Paired;
         }
     }
 
-    /// COLO does not begin here after all, and the guest goes on. Where an arbiter is asked the right is
+    /// COLO does not begin here after all, and the guest goes on. Where an arbiter is asked the guest is
     /// claimed for good: the peer may have begun.
-    pub fn keep(&mut self) {
+    pub fn claim_guest(&mut self) {
         let asks = self.on_loss == OnHeartbeatLoss::Ask && self.term.is_some();
         if asks && matches!(self.state, State::Idle | State::Paired) {
             self.state = State::Asking(Because::Runs);
@@ -245,8 +246,8 @@ impl Decider {
         }
     }
 
-    /// The right was given up before COLO.
-    pub fn given_up(&mut self) {
+    /// The lease was given up before COLO.
+    pub fn released(&mut self) {
         if self.state == State::Idle {
             self.until = None;
             self.ask_at = None;
@@ -258,10 +259,10 @@ impl Decider {
         let leases = self.on_loss == OnHeartbeatLoss::Ask && self.term.is_some();
         let heard = view.peer == PeerState::Alive && view.peer_phase == Some(Phase::Paired);
         if view.colo != Colo::Outside {
-            self.begins();
+            self.colo_begins();
         }
         match self.state {
-            State::Paired if leases && heard && !self.holds() => Requested::Heard,
+            State::Paired if leases && heard && !self.holds() => Requested::PeerAlive,
             State::Paired if leases => {
                 self.state = State::Asking(Because::Requested);
                 self.ask_from(view, now);
@@ -275,7 +276,7 @@ impl Decider {
 
     /// An operator takes it upon himself that the peer does not run, and wants this side, which is in
     /// COLO, to go on whatever the arbiter says.
-    pub fn overrule(&mut self) -> Requested {
+    pub fn override_fence(&mut self) -> Requested {
         match self.state {
             State::Idle | State::Paired | State::Asking(_) => {
                 self.untold = self.on_loss == OnHeartbeatLoss::Ask && self.term.is_some();
@@ -289,10 +290,10 @@ impl Decider {
         }
     }
 
-    /// When the right may be asked for: what the peer relies on has ended by then.
+    /// When the guest may be claimed: what the peer relies on has ended by then.
     fn ask_from(&mut self, view: &View, now: Instant) {
         self.ask_at = view
-            .relies_until
+            .peer_liveness_until
             .filter(|until| *until > now && !self.holds());
     }
 
@@ -341,13 +342,13 @@ impl Decider {
         self.ask_at = Some(deadline_from(now, self.pause()));
     }
 
-    /// When a guest has to stand still that runs by a right, or by being heard.
+    /// When the guest has to be suspended, which runs by a lease or by the peer's liveness.
     fn guard(&self, view: &View) -> Option<Instant> {
         match self.state {
-            // An operator who has let this side go on has seen to the other: see `has_run_out`.
+            // An operator who has let this side go on has seen to the other: see `has_expired`.
             _ if view.colo == Colo::TookOver => None,
             State::Paired | State::Asking(_) if self.holds() && !self.suspended => {
-                self.until.max(view.hears_until)
+                self.until.max(view.liveness_until)
             }
             _ => None,
         }
@@ -359,7 +360,7 @@ impl Decider {
         let guard = self.guard(view);
         let ask = match self.state {
             State::Idle | State::Paired if !self.holds() => None,
-            // A right that does not run out is not renewed before COLO.
+            // A lease that does not expire is not renewed before COLO.
             State::Idle if self.until.is_none() => None,
             State::Alone { .. } if !self.untold => None,
             State::Stopped => None,
@@ -370,14 +371,14 @@ impl Decider {
 
     /// Until when the answer to an order is of use.
     #[must_use]
-    pub fn patience(&self, order: Order, view: &View, now: Instant) -> Instant {
+    pub fn answer_deadline(&self, order: Order, view: &View, now: Instant) -> Instant {
         let limit = match (self.term, order) {
-            (None, _) => PATIENCE,
+            (None, _) => ANSWER_LIMIT,
             (Some(term), Order::Claim) => term.saturating_mul(3),
             (Some(term), _) => term / 2,
         };
         let limit = deadline_from(now, limit);
-        // A right that comes when the guest has been stopped helps nobody.
+        // A lease that comes when the guest has been stopped helps nobody.
         match self.guard(view) {
             Some(guard) if guard > now => limit.min(guard),
             _ => limit,
@@ -391,7 +392,7 @@ impl Decider {
         }
         if self.suspended && matches!(self.state, State::Alone { .. }) {
             self.suspended = false;
-            return Some(Order::GoOn);
+            return Some(Order::Resume);
         }
         match self.state {
             State::Idle if self.until.is_some() => return self.renewal(now),
@@ -407,7 +408,7 @@ impl Decider {
             self.suspended = false;
             return Some(Order::Stop(reason));
         }
-        if !decided && self.has_run_out(view, now) {
+        if !decided && self.has_expired(view, now) {
             self.suspend();
             return Some(Order::Suspend);
         }
@@ -438,9 +439,9 @@ impl Decider {
         (lost && self.on_loss == OnHeartbeatLoss::Stop).then_some(StopReason::PeerLost)
     }
 
-    /// May the guest not run any more by the right, or by being heard?
-    fn has_run_out(&self, view: &View, now: Instant) -> bool {
-        let covered = [self.until, view.hears_until];
+    /// May the guest not run any more, neither by the lease nor by the peer's liveness?
+    fn has_expired(&self, view: &View, now: Instant) -> bool {
+        let covered = [self.until, view.liveness_until];
         // An operator who has let this side go on has seen to the other.
         let own = view.colo != Colo::TookOver;
         own && self.holds()
@@ -466,7 +467,7 @@ impl Decider {
     fn go_on(&mut self, view: &View, now: Instant) {
         let asks = self.on_loss == OnHeartbeatLoss::Ask;
         let takes_over = self.on_loss == OnHeartbeatLoss::TakeOver;
-        // The holder of the right needs not wait for the heartbeat when COLO is over.
+        // The owner of the guest needs not wait for the heartbeat when COLO is over.
         let lost = self.is_lost(view) || (self.holds() && view.colo == Colo::Broken);
         let took_over = view.colo == Colo::TookOver;
         match self.state {

@@ -43,7 +43,7 @@ pub enum ColoEnd {
 }
 
 /// Why COLO did not take a failover request. Several operators may be told of one refusal.
-pub type Refusal = Arc<dyn Error + Send + Sync>;
+pub(crate) type Refusal = Arc<dyn Error + Send + Sync>;
 
 /// COLO's failover on this side, in the heartbeat's hands.
 ///
@@ -57,7 +57,7 @@ pub trait Failover: Send {
     ///
     /// # Errors
     /// Outside COLO, a failover is under way already, or this side's guest cannot run.
-    fn request(&self) -> Result<(), Refusal>;
+    fn request(&self) -> Result<(), Arc<dyn Error + Send + Sync>>;
 
     /// Says that this side's guest was stopped and never runs again: COLO ends, and every later
     /// request is refused. Called after [`Guest::stop_for_good`](crate::Guest::stop_for_good).

@@ -10,8 +10,9 @@ use super::beat::{BEAT_LEN, Beat, BeatError, Phase};
 use crate::failover::Role;
 use crate::policy::OnHeartbeatLoss;
 
-/// Who beats, and how. [`Rhythm::new`] has the usual values.
+/// Who beats, and how. Made by [`Rhythm::new`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub struct Rhythm {
     /// This side.
     pub role: Role,
@@ -21,25 +22,25 @@ pub struct Rhythm {
     ///
     /// It tells a peer that was started again from the one before, and it is the name under which
     /// this side asks an arbiter ([`Owner`](crate::arbiter::Owner)). A side refuses the beats of a peer
-    /// with its own number ([`BeatError::SameProcess`](crate::raw::BeatError::SameProcess)): an arbiter could not tell the two apart, and
-    /// would let both run. A peer that is started again with the number of the one before is refused
-    /// until its beats have overtaken the old ones ([`BeatError::Sequence`](crate::raw::BeatError::Sequence)).
+    /// with its own number ([`BeatError::SameProcess`](crate::raw::BeatError::SameProcess)): an arbiter
+    /// could not tell the two apart, and would let both run. A peer that is started again with the number
+    /// of the one before is refused until its beats have overtaken the old ones
+    /// ([`BeatError::Sequence`](crate::raw::BeatError::Sequence)).
     pub process: u64,
-    /// Between two beats. 50 ms in [`Rhythm::new`].
+    /// Between two beats. See [`Rhythm::interval`].
     pub interval: Duration,
-    /// How many beats have to be missing in a row for the peer to be lost. 3 in [`Rhythm::new`].
+    /// How many beats may be missing. See [`Rhythm::missed`].
     pub missed: u32,
-    /// What this side does then.
+    /// What this side does when the peer is lost.
     pub on_loss: OnHeartbeatLoss,
-    /// Take the peer for lost as soon as the connection ends, not after the missed beats. For a
-    /// link that does not break while both hosts live.
+    /// Whether the peer is lost as soon as the connection ends, not after the missed beats; `false` by default. For
+    /// a link that does not break while both hosts live: on any other it ends a pair that is well.
     pub closed_is_loss: bool,
 }
 
 impl Rhythm {
     /// Returns a rhythm of 50 ms that takes a peer for lost after 3 missing beats, for a process whose
-    /// number is drawn at random. `session` is the guest's UUID. A connection that ends is not a
-    /// loss.
+    /// number is drawn at random. `session` is the guest's UUID.
     ///
     /// # Errors
     /// The system has no random numbers.
@@ -55,9 +56,23 @@ impl Rhythm {
         })
     }
 
-    /// How long after the last beat the peer is lost.
+    /// Sends a beat every `interval`; the default is 50 ms. A shorter one notices a loss sooner, and takes a
+    /// busy host for a lost one sooner.
     #[must_use]
-    pub fn timeout(&self) -> Duration {
+    pub const fn interval(mut self, interval: Duration) -> Self {
+        self.interval = interval;
+        self
+    }
+
+    /// Takes the peer for lost when `beats` in a row are missing; the default is 3.
+    #[must_use]
+    pub const fn missed(mut self, beats: u32) -> Self {
+        self.missed = beats;
+        self
+    }
+
+    /// How long after the last beat the peer is lost.
+    pub(crate) fn timeout(&self) -> Duration {
         self.interval.saturating_mul(self.missed.max(1))
     }
 }
@@ -250,7 +265,7 @@ impl Peer {
             self.sent.pop_front();
             self.unanswered = self.sent.front().map(|(_, sent)| *sent);
         }
-        // From one that asks for the right, an answer says nothing of how long it will not have it.
+        // An answer of one that claims says nothing of how long it will not own the guest.
         if beat.phase == Phase::Paired {
             self.relied_on = self.answered;
         }
@@ -362,10 +377,11 @@ impl Peer {
         self.heard.map(|(beat, _)| beat.phase)
     }
 
-    /// Until when it certainly does not ask for the right to go on alone: its own timeout after the
-    /// newest beat was sent that it has answered as one of two, less a quarter to stop a guest in.
+    /// Returns until when its liveness is proven: it certainly does not claim the guest before. That is its
+    /// own timeout after the newest beat was sent that it has answered as one of two, less a quarter to stop
+    /// a guest in.
     #[must_use]
-    pub fn hears_until(&self) -> Option<Instant> {
+    pub fn liveness_until(&self) -> Option<Instant> {
         let (beat, _) = self.heard?;
         Some(deadline_from(
             self.relied_on?,
@@ -373,11 +389,11 @@ impl Peer {
         ))
     }
 
-    /// Until when it may run its guest because this side has answered it: no earlier than what it
-    /// takes for [`Peer::hears_until`] if this side answers as one of two no more. A side that asks
-    /// for the right waits for that.
+    /// Returns until when it may run its guest because this side has answered it: no earlier than what it
+    /// takes for [`Peer::liveness_until`] if this side answers as one of two no more. A side that claims
+    /// waits for that.
     #[must_use]
-    pub fn relies_until(&self) -> Option<Instant> {
+    pub fn peer_liveness_until(&self) -> Option<Instant> {
         let (beat, heard) = self.heard?;
         let stands = matches!(beat.phase, Phase::Stopped | Phase::Suspended);
         let gone = stands || (self.closed && self.rhythm.closed_is_loss);

@@ -230,7 +230,7 @@ fn renewed_by_nobody(program: &Path) -> Result<()> {
 fn stands_still(primary: &mut Vmm) -> Result<()> {
     primary.poll("right that has run out", |vmm| {
         let beat = vmm.heartbeat()?;
-        let ran_out = beat["stop-reason"] == "the right to run has run out";
+        let ran_out = beat["stop-reason"] == "the lease has expired";
         Ok((ran_out && beat["state"] == "suspended").then_some(()))
     })?;
     // In the middle of a checkpoint, or not.
@@ -293,7 +293,9 @@ fn operator(is_simulated: bool) -> Result<()> {
         .qmp
         .refused("x-colo-lost-heartbeat", Value::Null)?;
     assert!(
-        refusal.desc.contains("the other side's, which is heard"),
+        refusal
+            .desc
+            .contains("the other side owns this guest, and is alive"),
         "{}",
         refusal.desc
     );

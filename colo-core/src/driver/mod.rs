@@ -30,10 +30,11 @@ use self::session::Session;
 use crate::action::{Action, Event, ProtocolMisuse};
 use crate::deadline::Timekeeper;
 use crate::machine::{Machine, Script};
+use crate::message::decode_message;
 use crate::report::CheckpointMeter;
 use crate::step::{PeerLoss, Step, StepPhase, Wait};
 use crate::store::StoreError;
-use crate::{ColoVm, Deadlines, Message, OnPeerLoss, Outcome, PacketGate, Replication, VmError};
+use crate::{ColoVm, Deadlines, OnPeerLoss, Outcome, PacketGate, Replication, VmError};
 
 /// How a driver runs one side of COLO. Made by `default`, which suits both sides.
 #[derive(Clone, Copy, Debug)]
@@ -364,5 +365,5 @@ where
 
 /// The event of a message's four bytes.
 fn message_event(bytes: [u8; crate::message::MESSAGE_LEN]) -> Event {
-    Message::decode(bytes).map_or_else(|e| Event::UnknownMessage(e.number), Event::Message)
+    decode_message(bytes).map_or_else(|e| Event::UnknownMessage(e.number), Event::Message)
 }

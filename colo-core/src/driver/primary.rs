@@ -14,7 +14,7 @@ use migration_stream::{
 use super::background::Background;
 use super::{ColoControl, DriverConfig, Hooks, Performed, StepError, Wire, message_event, run};
 use crate::action::{Event, ProtocolMisuse};
-use crate::message::{MESSAGE_LEN, encode_vmstate_size};
+use crate::message::{MESSAGE_LEN, encode_message, encode_vmstate_size};
 use crate::primary::Primary;
 use crate::report::CheckpointMeter;
 use crate::step::Step;
@@ -227,7 +227,7 @@ impl<T: PageTransport, D: DirtyLog, V: ColoVm, R, G> Wire<V, R, G> for PrimaryWi
         match step {
             Step::Send(message) => {
                 out.set_deadline(deadline);
-                out.write_bytes(&message.encode())?;
+                out.write_bytes(&encode_message(message))?;
             }
             Step::Await(_) => {
                 replies.set_read_deadline(deadline);

@@ -11,7 +11,7 @@ use ram_cache::{FlushPool, GuestStopped};
 
 use super::{ColoControl, DriverConfig, Hooks, Performed, StepError, Wire, message_event, run};
 use crate::action::{Event, ProtocolMisuse};
-use crate::message::{DEVICE_SIZE_LEN, MESSAGE_LEN, Message, decode_device_size};
+use crate::message::{DEVICE_SIZE_LEN, MESSAGE_LEN, Message, decode_device_size, encode_message};
 use crate::report::CheckpointMeter;
 use crate::secondary::Secondary;
 use crate::step::{Step, Wait};
@@ -151,7 +151,7 @@ impl<D: DirtyLog, V: ColoVm, R, G> Wire<V, R, G> for SecondaryWire<'_, D, V::Sta
                 }
                 receiver
                     .out()
-                    .write_all(&[Chunk::Bytes(&message.encode())])?;
+                    .write_all(&[Chunk::Bytes(&encode_message(message))])?;
             }
             Step::Await(wait) => {
                 if wait == Wait::Message(Message::VmstateSend) {

@@ -11,8 +11,8 @@ use super::*;
 use crate::cause::ExitReason;
 use crate::secondary::Secondary;
 use crate::{
-    ColoExit, ColoMode, ColoObserver, FailoverHandle, NoGate, NoReplication, RequestError, Role,
-    StatusReason,
+    ColoExit, ColoMode, ColoObserver, FailoverHandle, Message, NoGate, NoReplication, RequestError,
+    Role, StatusReason,
 };
 
 /// A VM that only counts, and panics where it is told to.

@@ -1,6 +1,6 @@
 //! A primary that lies: the cause is named, and the secondary's VM is as it was.
 
-use colo_core::raw::DEVICE_SIZE_LEN;
+use colo_core::raw::{DEVICE_SIZE_LEN, encode_message};
 use colo_core::{Cause, ExitReason, Message, OnPeerLoss, Step};
 use multifd::packet::{HEADER_LEN, Method, PacketFlags, PacketHeader};
 
@@ -61,12 +61,12 @@ fn a_message_that_is_the_secondarys_or_out_of_turn() {
         Message::VmstateLoaded,
     ] {
         let cause = unexpected(got, Message::VmstateSend);
-        refused(0, |_| got.encode().to_vec(), cause);
+        refused(0, |_| encode_message(got).to_vec(), cause);
     }
     let lie = |primary: &mut HandPrimary| {
-        let mut bytes = Message::VmstateSend.encode().to_vec();
+        let mut bytes = encode_message(Message::VmstateSend).to_vec();
         bytes.extend(primary.capture().ram);
-        bytes.extend(Message::VmstateSend.encode());
+        bytes.extend(encode_message(Message::VmstateSend));
         bytes
     };
     refused(
@@ -142,7 +142,7 @@ fn a_multifd_flush_where_there_is_no_multifd() {
 fn a_message_that_is_no_request_between_checkpoints() {
     let (primary, secondary) = migrated(2);
     let mut primary = primary.by_hand();
-    primary.send(&Message::VmstateSend.encode());
+    primary.send(&encode_message(Message::VmstateSend));
     let secondary = secondary.start(patient());
     let cause = unexpected(Message::VmstateSend, Message::CheckpointRequest);
     assert_eq!(secondary.exit().cause, cause);

@@ -10,7 +10,9 @@ use colo_core::driver::{
     ColoControl, DriverConfig, Hooks, LinkError, PrimaryLink, SecondaryLink, run_primary,
     run_secondary,
 };
-use colo_core::raw::{DEFAULT_MIN_GAP, MESSAGE_LEN, encode_vmstate_size};
+use colo_core::raw::{
+    DEFAULT_MIN_GAP, MESSAGE_LEN, decode_message, encode_message, encode_vmstate_size,
+};
 use colo_core::{
     Cause, CheckpointReport, ColoExit, ColoStore, Deadlines, ExitReason, FailoverHandle, Message,
     Outcome, Resume, Role,
@@ -406,7 +408,7 @@ impl SecondaryEnd {
 
     /// Says `messages`, and nothing more as long as it is not started.
     pub fn saying(self, messages: &[Message]) -> Self {
-        let bytes: Vec<u8> = messages.iter().flat_map(|m| m.encode()).collect();
+        let bytes: Vec<u8> = messages.iter().flat_map(|m| encode_message(*m)).collect();
         let mut main = self.connections[0].share();
         main.write_all(&[Chunk::Bytes(&bytes)]).unwrap();
         self
@@ -533,7 +535,7 @@ impl Wire {
     /// Everything behind the request.
     pub fn bytes(&self) -> Vec<u8> {
         let size = encode_vmstate_size(self.devices.len() as u64);
-        let send = Message::VmstateSend.encode();
+        let send = encode_message(Message::VmstateSend);
         [&send[..], &self.ram, &size, &self.devices].concat()
     }
 }
@@ -541,7 +543,7 @@ impl Wire {
 impl HandPrimary {
     pub fn expect(&mut self, expected: Message) {
         let bytes = self.receive::<MESSAGE_LEN>();
-        assert_eq!(Message::decode(bytes), Ok(expected));
+        assert_eq!(decode_message(bytes), Ok(expected));
     }
 
     /// What the secondary says next.
@@ -567,7 +569,7 @@ impl HandPrimary {
 
     /// Requests a checkpoint, and sends `bytes` with it.
     pub fn request_and_send(&mut self, bytes: &[u8]) {
-        self.send(&[&Message::CheckpointRequest.encode()[..], bytes].concat());
+        self.send(&[&encode_message(Message::CheckpointRequest)[..], bytes].concat());
     }
 
     /// Lets the guest run, and makes a checkpoint of it. Multifd's pages are sent.

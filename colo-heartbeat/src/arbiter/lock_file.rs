@@ -1,7 +1,7 @@
-//! The right as a file on storage that both hosts have.
+//! Ownership as a file on storage that both hosts have.
 //!
 //! Two locks of the kind that belongs to an open file (`F_OFD_SETLK`, Linux 3.15) are in it. Byte 0
-//! is held while the right changes hands; byte 1 for as long as the process of the record's owner
+//! is held while ownership changes hands; byte 1 for as long as the process of the record's owner
 //! lives. Whoever gets byte 1 knows that the owner's process is gone. An owner that lives but does not
 //! renew (it is stopped, or has lost the storage) is known by a record and a *beat* that do not change
 //! for a term of the observer's own monotonic clock: no two clocks are compared.
@@ -75,7 +75,7 @@ type Beat = Vec<u8>;
 
 impl LockFile {
     /// The file at `path`, made when it is first used, for the guest of `session`. `term` is how
-    /// long a right lasts that is not renewed, the same on both sides.
+    /// long a lease lasts that is not renewed, the same on both sides.
     #[must_use]
     pub fn new(path: impl Into<PathBuf>, session: [u8; 16], me: Owner, term: Duration) -> Self {
         Self {
@@ -88,12 +88,6 @@ impl LockFile {
             held: None,
             taken: None,
         }
-    }
-
-    /// Where it is.
-    #[must_use]
-    pub fn path(&self) -> &Path {
-        &self.path
     }
 
     fn error(&self, what: &str, source: impl Into<io::Error>) -> ArbiterError {
@@ -216,7 +210,7 @@ impl LockFile {
         Ok(now.filter(|now| *now == held))
     }
 
-    /// Waits until a right that was taken from an owner that lives is this side's alone.
+    /// Waits until a guest that was taken from an owner that lives is this side's alone.
     fn wait_for_the_other(&mut self) -> Result<(), ArbiterError> {
         if let Some(until) = self.other_may_run_until()? {
             thread::sleep(until.saturating_duration_since(Instant::now()));
@@ -505,7 +499,7 @@ mod tests {
         let _ = std::fs::remove_file(path);
     }
 
-    /// A right of the primary's, which a secondary has watched for a term, and taken in the end.
+    /// A lease of the primary's, which a secondary has watched for a term, and taken in the end.
     fn taken(name: &str) -> (PathBuf, LockFile, LockFile) {
         let path = path(name);
         let (mut primary, mut secondary) = (side(&path, 1), side(&path, 2));

@@ -1,16 +1,16 @@
 //! Who may run the guest when the two sides of a pair have lost each other.
 //!
 //! Neither side can know whether the other is dead or only unreachable, so both ask a third party.
-//! The right to run begins with the primary, which holds it by a *lease* from before COLO begins:
-//! it renews the lease, and stops its guest when the lease runs out. A side that is to go on alone
-//! *claims* the right for good. The primary gets it at once as long as it is its own. The secondary
-//! gets it when the primary's lease has run out, or at once when the primary is known to be gone,
-//! and never again when the primary has claimed.
+//! Ownership begins with the primary, which holds the guest by a *lease* from before COLO begins: it
+//! renews the lease, and suspends its guest when the lease expires. A side that is to go on alone *claims*
+//! the guest for good. The primary is granted it at once as long as it is the owner. The secondary is
+//! granted it when the primary's lease has expired, or at once when the primary is known to be gone, and
+//! never again when the primary has claimed.
 //!
 //! ```text
 //!           hold (primary)           claim (primary)
 //! nobody --------------------> paired -----------------> alone: the primary
-//!                                 |  lease has run out,
+//!                                 |  lease has expired,
 //!                                 |  claim (secondary)
 //!                                 +---------------------> alone: the secondary
 //! ```
@@ -27,12 +27,16 @@
 
 #[cfg(feature = "etcd")]
 pub mod etcd;
+#[cfg(feature = "etcd")]
+mod foreign;
 mod lock_file;
 pub(crate) mod record;
 pub(crate) mod register;
 
 use std::fmt;
 use std::time::{Duration, Instant};
+
+use migration_stream::Escaped;
 
 #[cfg(feature = "etcd")]
 pub use etcd::{Etcd, EtcdAddress, EtcdOptions, Gateway};
@@ -43,21 +47,21 @@ pub use register::{Content, Register, RegisterArbiter};
 /// What an arbiter says.
 #[derive(Debug)]
 pub enum Answer {
-    /// The right is this side's.
+    /// This side owns the guest.
     Won(Grant),
-    /// It is another's, and will not become this side's.
+    /// Another side owns it for good.
     Lost(Owner),
-    /// The arbiter did not answer in time, or not with anything that could be understood. The right
-    /// is whose it was.
+    /// The arbiter did not answer in time, or not with anything that could be understood. The
+    /// owner is who it was.
     Unreachable(ArbiterError),
 }
 
-/// A right that was won.
+/// A lease, or ownership for good.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Grant {
-    /// How often the right has changed hands.
+    /// How often ownership has changed hands.
     pub generation: u64,
-    /// When the guest has to stand still if the right has not been renewed; `None` if it is for
+    /// When the guest has to stand still if the lease has not been renewed; `None` if it is for
     /// good. Reckoned from before the arbiter was asked, and earlier than the arbiter's own end of
     /// the lease by a quarter: the time to stop a guest in.
     pub until: Option<Instant>,
@@ -65,7 +69,7 @@ pub struct Grant {
 
 /// Why an arbiter gave no answer.
 #[derive(Debug, thiserror::Error)]
-#[error("{what}", what = migration_stream::Escaped(.what))]
+#[error("{what}", what = Escaped(.what))]
 pub struct ArbiterError {
     /// What was attempted.
     pub what: String,
@@ -83,17 +87,10 @@ impl ArbiterError {
         }
     }
 
-    /// It and its causes, in one line.
+    /// Returns it and its causes in one line, escaped.
     #[must_use]
     pub fn chain(&self) -> String {
-        let mut text = self.to_string();
-        let mut cause = std::error::Error::source(self);
-        while let Some(error) = cause {
-            text.push_str(": ");
-            text.push_str(&error.to_string());
-            cause = error.source();
-        }
-        text
+        Escaped(&chain(self)).to_string()
     }
 
     /// With the error behind it.
@@ -108,6 +105,18 @@ impl ArbiterError {
     }
 }
 
+/// An error and its causes, in one line.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        cause = error.source();
+    }
+    text
+}
+
 /// A third party that says which side of a pair may run the guest.
 ///
 /// Used by one thread, which may wait in it: that thread does nothing else.
@@ -115,23 +124,23 @@ pub trait Arbiter: Send {
     /// What it is, for reports: `none`, `file`, `etcd`.
     fn kind(&self) -> &'static str;
 
-    /// How long a right that is not renewed lasts; `None` for an arbiter that gives none. The holder
+    /// How long a lease that is not renewed lasts; `None` for an arbiter that gives none. The holder
     /// stops its guest after three quarters of it ([`Grant::until`]).
     fn term(&self) -> Option<Duration>;
 
-    /// The primary of a pair takes the right, or renews it.
+    /// The primary of a pair takes the lease, or renews it.
     fn hold(&mut self, deadline: Instant) -> Answer;
 
-    /// Takes the right for good, to go on alone. Waits for another's lease to run out, until
+    /// Takes the guest for good, to go on alone. Waits for another's lease to run out, until
     /// `deadline`; [`Answer::Lost`] if that is still being renewed then.
     fn claim(&mut self, deadline: Instant) -> Answer;
 
-    /// Gives the right up, whose guest stands still for good. What cannot be told is left to run
+    /// Gives the guest up, which stands still for good. What cannot be told is left to run
     /// out.
     fn release(&mut self, deadline: Instant);
 }
 
-/// When a guest has to stand still whose right was last asked for at `asked`: the quarter of the
+/// When a guest has to stand still whose lease was last asked for at `asked`: the quarter of the
 /// term that is left is to stop it in.
 fn until(asked: Instant, term: Duration) -> Instant {
     migration_stream::io::deadline_from(asked, term - term / 4)

@@ -1,5 +1,5 @@
-//! The rules of the right to run, without I/O: what is recorded of it, and what each request makes
-//! of the record.
+//! The rules of ownership, without I/O: what is recorded of it, and what each request makes of the
+//! record.
 //!
 //! Whoever stores the record reads it, asks [`hold`] or [`claim`], and writes the answer in one step
 //! that fails if the record has changed meanwhile (under a lock, or in a transaction).
@@ -20,7 +20,7 @@ impl Owner {
 
     /// Its number.
     #[must_use]
-    pub const fn number(self) -> u64 {
+    pub(crate) const fn number(self) -> u64 {
         self.0
     }
 }
@@ -31,7 +31,7 @@ impl fmt::Display for Owner {
     }
 }
 
-/// Who has the right, and how.
+/// Who owns the guest, and how.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Record {
     /// Whose it is.
@@ -69,7 +69,7 @@ pub enum Verdict {
     Wait(Owner),
 }
 
-/// The primary of a pair takes the right, or renews it.
+/// The primary of a pair takes the lease, or renews it.
 #[must_use]
 pub fn hold(current: Option<Record>, me: Owner, lease: Lease) -> Verdict {
     match current {
@@ -78,14 +78,14 @@ pub fn hold(current: Option<Record>, me: Owner, lease: Lease) -> Verdict {
             alone: false,
             ..r
         }),
-        // A survivor's right does not run out. It ends with its process.
+        // A survivor's ownership does not expire. It ends with its process.
         Some(r) if r.alone && lease != Lease::Gone => Verdict::Lost(r.owner),
         Some(r) if lease == Lease::Valid => Verdict::Wait(r.owner),
         other => Verdict::Write(next(other, me, false)),
     }
 }
 
-/// A side takes the right for good.
+/// A side takes the guest for good.
 #[must_use]
 pub fn claim(current: Option<Record>, me: Owner, lease: Lease) -> Verdict {
     match current {

@@ -1,13 +1,12 @@
-//! The right in a *register*: one value on a service that both sides reach, which is read as of now
+//! Ownership in a *register*: one value on a service that both sides reach, which is read as of now
 //! and replaced only by who knows its present version. etcd has such, as have ZooKeeper, Consul and
 //! databases; whoever implements [`Register`] for one has an arbiter in [`RegisterArbiter`].
 //!
-//! What is in it is an [`Entry`]: the [`Record`] with a mark. An owner renews its right by *reading*
+//! What is in it is an [`Entry`]: the [`Record`] with a mark. An owner renews its lease by *reading*
 //! that the entry is its own and unmarked, which costs the service no write, however long a pair
-//! lives. Who wants the right *asks* first, by marking the entry. An owner that lives sees the mark
+//! lives. A claimant *asks* first, by marking the entry. An owner that lives sees the mark
 //! when it renews the next time, and takes it off. A mark that has stood for a term says that the
-//! owner has not renewed since it was set, and so has stopped its guest: then the right is another's
-//! to take.
+//! owner has not renewed since it was set, and so has stopped its guest: then another may take it.
 //!
 //! ```text
 //!        owner                     register                    claimant
@@ -45,7 +44,7 @@ pub enum Mark {
     None,
     /// Somebody else wants to know whether the owner still renews it.
     Asked,
-    /// The owner has given the right up: its guest stands still for good.
+    /// The owner has given it up: its guest stands still for good.
     Released,
 }
 
@@ -62,7 +61,7 @@ impl Mark {
 /// What the register has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Entry {
-    /// Whose right it is.
+    /// Who owns the guest.
     pub record: Record,
     /// What has been said since.
     pub mark: Mark,
@@ -104,9 +103,9 @@ impl Entry {
 /// What a side wants of its [`Seat`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Want {
-    /// The right of a primary, or its renewal.
+    /// A primary's lease, or its renewal.
     Hold,
-    /// The right for good.
+    /// The guest for good.
     Claim,
     /// To give it up.
     Release,
@@ -115,11 +114,11 @@ pub enum Want {
 /// What is to be done about what was read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Next {
-    /// Nothing more: the right is this side's, by what was read.
+    /// Nothing more: the guest is this side's, by what was read.
     Won(Grant),
     /// Nothing more: it is another's for good.
     Lost(Owner),
-    /// Nothing more: this side has no right that it could give up.
+    /// Nothing more: this side has nothing that it could give up.
     Released,
     /// This has to replace the version that was read. If it does, [`Seat::replaced`] knows more, and
     /// if not, the register has to be read again.
@@ -139,12 +138,12 @@ pub struct Seat {
     lives: Option<Owner>,
     /// A mark was seen, or set, since [`Seat::begin`].
     asked: bool,
-    /// The right for good was won, and used perhaps.
+    /// The guest was won for good, and runs perhaps.
     alone: bool,
 }
 
 impl Seat {
-    /// The seat of `me`. A right lasts for `term` after it was renewed, the same on both sides.
+    /// The seat of `me`. A lease lasts for `term` after it was renewed, the same on both sides.
     #[must_use]
     pub const fn new(me: Owner, term: Duration) -> Self {
         Self {
@@ -177,7 +176,7 @@ impl Seat {
             return self.release(entry);
         }
         let unanswered = match entry {
-            // A right that is gone may be one that somebody still relies on.
+            // A record that is gone may be one that somebody still relies on.
             None => self.observe(version, now),
             Some(e) if e.record.owner != self.me && e.mark == Mark::Asked => {
                 self.asked = true;
@@ -331,7 +330,7 @@ pub struct RegisterArbiter<R> {
 }
 
 impl<R: Register> RegisterArbiter<R> {
-    /// The right of the guest of `session` in this register. `term` is how long a right lasts that
+    /// The ownership of the guest of `session` in this register. `term` is how long a lease lasts that
     /// is not renewed, the same on both sides.
     pub const fn new(register: R, session: [u8; 16], me: Owner, term: Duration) -> Self {
         Self {
@@ -382,7 +381,7 @@ impl<R: Register> RegisterArbiter<R> {
                 return match self.seat.resigns(now) {
                     Some(owner) => Answer::Lost(owner),
                     None => Answer::Unreachable(ArbiterError::new(
-                        "the time was too short to see whether the owner of the right has gone",
+                        "the time was too short to see whether the owner has gone",
                     )),
                 };
             }
@@ -416,7 +415,7 @@ impl<R: Register> Arbiter for RegisterArbiter<R> {
                 Ok(None) | Err(_) if Instant::now() < deadline => thread::sleep(POLL),
                 Ok(None) => return,
                 Err(error) => {
-                    tracing::warn!(%error, "the right was not given up and has to run out");
+                    tracing::warn!(%error, "the lease was not given up and has to expire");
                     return;
                 }
             }

@@ -15,8 +15,8 @@ fn paired(role: Role, now: Instant) -> (Decider, View) {
         colo: Colo::Within,
         peer: PeerState::Unheard,
         peer_phase: None,
-        hears_until: Some(now + ms(100)),
-        relies_until: Some(now + ms(150)),
+        liveness_until: Some(now + ms(100)),
+        peer_liveness_until: Some(now + ms(150)),
     };
     let mut decider = Decider::new(role, OnHeartbeatLoss::Ask, Some(TERM));
     if role == Role::Primary {
@@ -64,7 +64,7 @@ fn a_secondary_that_hears_its_primary_does_not_ask_for_its_right() {
     let (mut secondary, mut view) = paired(Role::Secondary, now);
     view.peer = PeerState::Alive;
     view.peer_phase = Some(Phase::Paired);
-    assert_eq!(secondary.request(&view, now), Requested::Heard);
+    assert_eq!(secondary.request(&view, now), Requested::PeerAlive);
     assert_eq!(secondary.phase(), Phase::Paired);
     assert_eq!(secondary.next(&view, now + ms(500)), None);
 }
@@ -108,7 +108,7 @@ fn a_refusal_for_an_operator_counts_when_the_peer_was_lost_meanwhile() {
     assert_eq!(secondary.next(&view, now + ms(170)), Some(stop));
     let stopped = Requested::Stopped(StopReason::Refused);
     assert_eq!(secondary.request(&view, now + ms(180)), stopped);
-    assert_eq!(secondary.overrule(), stopped);
+    assert_eq!(secondary.override_fence(), stopped);
 }
 
 #[test]
@@ -127,7 +127,7 @@ fn an_operator_s_own_word_outweighs_the_arbiter_s_which_is_told_when_it_can_be()
     let now = Instant::now();
     for role in [Role::Primary, Role::Secondary] {
         let (mut side, mut view) = paired(role, now);
-        assert_eq!(side.overrule(), Requested::Granted);
+        assert_eq!(side.override_fence(), Requested::Granted);
         assert_eq!(side.phase(), Phase::Alone);
         assert_eq!(side.next(&view, now), Some(Order::TakeOver));
         view.colo = Colo::TookOver;
@@ -176,8 +176,8 @@ mod beginning {
             colo: Colo::Outside,
             peer: PeerState::Lost,
             peer_phase: Some(Phase::Paired),
-            hears_until: None,
-            relies_until: None,
+            liveness_until: None,
+            peer_liveness_until: None,
         }
     }
 
@@ -193,7 +193,7 @@ mod beginning {
         let now = Instant::now();
         let mut decider = holder(now);
         assert_eq!(decider.next(&before(), now), None);
-        decider.begins();
+        decider.colo_begins();
         assert_eq!(decider.next(&before(), now), Some(Order::Claim));
         // The other has begun, has lost this side too, and was faster.
         let lost = Answer::Lost(Owner::new(2));
@@ -202,7 +202,7 @@ mod beginning {
         assert_eq!(decider.next(&before(), now), Some(refused));
 
         let mut decider = holder(now);
-        decider.begins();
+        decider.colo_begins();
         assert_eq!(decider.next(&before(), now + TERM), Some(Order::Suspend));
         for (on_loss, order) in [
             (
@@ -212,7 +212,7 @@ mod beginning {
             (OnHeartbeatLoss::TakeOver, None),
         ] {
             let mut decider = Decider::new(Role::Primary, on_loss, None);
-            decider.begins();
+            decider.colo_begins();
             assert_eq!(decider.next(&before(), now), order);
         }
     }
@@ -221,13 +221,13 @@ mod beginning {
     fn a_guest_that_stays_where_it_was_has_the_right_to_for_good() {
         let now = Instant::now();
         let mut decider = holder(now);
-        decider.begins();
+        decider.colo_begins();
         let heard = View {
             peer: PeerState::Alive,
             ..before()
         };
         assert_eq!(decider.next(&heard, now), None);
-        decider.keep();
+        decider.claim_guest();
         assert_eq!(decider.next(&heard, now), Some(Order::Claim));
         decider.answer(Order::Claim, &won(), now);
         assert_eq!(decider.phase(), Phase::Alone);
@@ -238,7 +238,7 @@ mod beginning {
     fn colo_that_begins_after_the_decision_is_told_of_it() {
         let now = Instant::now();
         let mut decider = holder(now);
-        decider.begins();
+        decider.colo_begins();
         assert_eq!(decider.next(&before(), now), Some(Order::Claim));
         decider.answer(Order::Claim, &won(), now);
         assert_eq!(decider.next(&before(), now), None);
@@ -258,7 +258,7 @@ fn a_primary_that_an_operator_let_go_on_is_not_woken_while_the_arbiter_is_asked(
     primary.held(Some(now + ms(100)), now);
     let view = View {
         colo: Colo::TookOver,
-        hears_until: Some(now + ms(100)),
+        liveness_until: Some(now + ms(100)),
         ..view
     };
     // The arbiter does not answer, and what the guest ran by is over.
@@ -275,8 +275,8 @@ fn a_right_for_good_before_colo_leaves_nothing_to_be_woken_for() {
         colo: Colo::Outside,
         peer: PeerState::Unheard,
         peer_phase: None,
-        hears_until: None,
-        relies_until: None,
+        liveness_until: None,
+        peer_liveness_until: None,
     };
     primary.held(None, now);
     let later = now + ms(1000);

@@ -121,8 +121,8 @@ impl Beating {
             },
             peer: self.peer.state(),
             peer_phase: self.peer.phase(),
-            hears_until: self.peer.hears_until(),
-            relies_until: self.peer.relies_until(),
+            liveness_until: self.peer.liveness_until(),
+            peer_liveness_until: self.peer.peer_liveness_until(),
         }
     }
 
@@ -135,7 +135,8 @@ impl Beating {
         report.connected = self.link.is_connected();
         report.phase = self.decider.phase();
         let suspended = self.decider.is_suspended();
-        report.stop = (self.decider.stop_reason()).or(suspended.then_some(StopReason::RanOut));
+        report.stop =
+            (self.decider.stop_reason()).or(suspended.then_some(StopReason::LeaseExpired));
         shared.1 = now;
     }
 

@@ -7,16 +7,16 @@
 //! | when | primary | secondary |
 //! |---|---|---|
 //! | before the migration | [`Heartbeat::start`] | [`Heartbeat::start`] |
-//! | in `DeviceState::save`, before the device state is returned | [`Heartbeat::hold`], then [`Heartbeat::begins`] | |
-//! | when the guest is settled, before `confirm` | | [`Heartbeat::begins`] |
-//! | the migration failed, and the peer provably cannot run | [`Heartbeat::give_up`] | |
-//! | the migration failed, and the peer may have begun | [`Heartbeat::keep`] | |
+//! | in `DeviceState::save`, before the device state is returned | [`Heartbeat::hold`], then [`Heartbeat::colo_begins`] | |
+//! | when the guest is settled, before `confirm` | | [`Heartbeat::colo_begins`] |
+//! | the migration failed, and the peer provably cannot run | [`Heartbeat::release`] | |
+//! | the migration failed, and the peer may have begun | [`Heartbeat::claim`] | |
 //! | `run_primary` or `run_secondary` has returned | [`Heartbeat::colo_ended`] | [`Heartbeat::colo_ended`] |
 //! | the survivor takes a new secondary | [`Heartbeat::new_pair`], then from `hold` on again | the same |
-//! | the guest stands still for good | [`Heartbeat::end`] | [`Heartbeat::end`] |
+//! | the guest stands still for good | dropped | dropped |
 //!
-//! `hold` comes before `begins`: without the right, COLO must not begin. A failure before `begins` needs
-//! no word; `give_up` gives back the right that `hold` took.
+//! `hold` comes before `colo_begins`: without the lease, COLO must not begin. After a failure before
+//! `colo_begins`, `release` gives back the lease that `hold` took.
 //!
 //! # Parts
 //! The thread that beats is in `beating`, with what it is told in
@@ -43,20 +43,11 @@ use self::shared::{Shared, lock};
 use crate::arbiter::{Arbiter, ArbiterError};
 use crate::arbitration::{HoldError, News, Question, Reply, Request, TakeOverError, serve};
 use crate::beat::Phase;
-use crate::decision::{Decider, PATIENCE, StopReason};
+use crate::decision::{ANSWER_LIMIT, Decider, StopReason};
 use crate::failover::{ColoEnd, Failover};
 use crate::link::{Endpoint, Link};
 use crate::peer::{Peer, PeerState, Rhythm};
 use crate::policy::OnHeartbeatLoss;
-
-/// What a heartbeat is told once.
-#[derive(Clone, Debug)]
-pub struct HeartbeatConfig {
-    /// Who beats, and how.
-    pub rhythm: Rhythm,
-    /// Where.
-    pub endpoint: Endpoint,
-}
 
 /// The guest, in the heartbeat's hands.
 pub trait Guest: Send + Sync {
@@ -65,16 +56,19 @@ pub trait Guest: Send + Sync {
     /// told by the heartbeat itself, and ends.
     fn stop_for_good(&self, reason: StopReason);
 
-    /// Stops the guest until [`Guest::go_on`] or [`Guest::stop_for_good`]: neither COLO nor an
+    /// Stops the guest until [`Guest::resume`] or [`Guest::stop_for_good`]: neither COLO nor an
     /// operator may let it run meanwhile, and neither is told that it does not. Returns when it stands
     /// still.
     fn suspend(&self);
 
     /// Ends [`Guest::suspend`]: the guest runs if it would have without.
-    fn go_on(&self);
+    fn resume(&self);
 }
 
-/// A running heartbeat. Dropping it ends it.
+/// A running heartbeat.
+///
+/// Dropping it ends it: the peer is told that this guest stands still, and the lease is given up. To be
+/// dropped when the guest does.
 pub struct Heartbeat {
     shared: Arc<Shared>,
     questions: Sender<Question>,
@@ -83,18 +77,19 @@ pub struct Heartbeat {
 }
 
 impl Heartbeat {
-    /// Begins to beat. What is decided goes to `failover` and `guest`.
+    /// Begins to beat at `endpoint`. Decisions are carried out by `failover` and `guest`; with
+    /// [`OnHeartbeatLoss::Ask`], `arbiter` makes them.
     ///
     /// # Errors
     /// The address cannot be listened on, or there are no threads to be had.
     pub fn start(
-        config: HeartbeatConfig,
+        rhythm: Rhythm,
+        endpoint: Endpoint,
         failover: impl Failover + 'static,
         arbiter: Box<dyn Arbiter>,
         guest: Arc<dyn Guest>,
     ) -> io::Result<Self> {
         let now = Instant::now();
-        let rhythm = config.rhythm;
         let (woken, wake) = io::pipe()?;
         rustix::io::ioctl_fionbio(&woken, true)?;
         rustix::io::ioctl_fionbio(&wake, true)?;
@@ -106,7 +101,7 @@ impl Heartbeat {
             phase: Phase::Paired,
             stop: None,
             rhythm,
-            endpoint: config.endpoint.clone(),
+            endpoint: endpoint.clone(),
             arbiter: arbiter.kind(),
             term: arbiter.term(),
             answer: None,
@@ -126,7 +121,7 @@ impl Heartbeat {
         let beating = Beating {
             peer: Peer::new(rhythm, now),
             decider: Decider::new(rhythm.role, rhythm.on_loss, arbiter.term()),
-            link: Link::open(config.endpoint, rhythm.timeout(), now)?,
+            link: Link::open(endpoint, rhythm.timeout(), now)?,
             shared: Arc::clone(&shared),
             failover: Box::new(failover),
             guest,
@@ -160,12 +155,11 @@ impl Heartbeat {
         Ok(this)
     }
 
-    /// Takes the right to run for a primary that is about to enter COLO, before
-    /// [`Heartbeat::begins`]. Waits for the arbiter for at most `limit`. Where no arbiter is asked,
-    /// nothing happens.
+    /// Takes the lease for a primary that is about to enter COLO, before [`Heartbeat::colo_begins`]. Waits
+    /// for the arbiter for at most `limit`. Where no arbiter is asked, nothing happens.
     ///
     /// # Errors
-    /// It was not given: COLO must not begin.
+    /// The lease was not given: COLO must not begin.
     pub fn hold(&self, limit: Duration) -> Result<(), HoldError> {
         if self.report().rhythm.on_loss != OnHeartbeatLoss::Ask {
             return Ok(());
@@ -178,38 +172,38 @@ impl Heartbeat {
         receiver.recv().map_err(|_| HoldError::Ended)?
     }
 
-    /// The peer is about to get the last of what it needs to be in COLO: from now on this side is one of
-    /// two, whatever it hears of the other.
+    /// Says that the peer is about to get the last of what it needs to be in COLO: from now on this side is
+    /// one of two, whatever its heartbeat says of the other.
     ///
     /// To be called before that is sent: by a primary in `DeviceState::save`, after
     /// [`Heartbeat::hold`]; by a secondary before it confirms.
-    pub fn begins(&self) {
+    pub fn colo_begins(&self) {
         let (sender, receiver) = channel();
         self.tell(News::Begins(sender));
         // A heartbeat that has ended has ended with its guest.
         let _ = receiver.recv();
     }
 
-    /// COLO has not begun after all, and the peer does not have what it needs to have begun: the right
-    /// is given up. A survivor of another pair [keeps](Heartbeat::keep) it.
-    pub fn give_up(&self) {
+    /// Gives the lease up: COLO has not begun after all, and the peer does not have what it needs to have
+    /// begun. A survivor of another pair [claims](Heartbeat::claim) its guest instead.
+    pub fn release(&self) {
         if self.shared.survivor.load(Ordering::Acquire) {
-            self.keep();
+            self.claim();
             return;
         }
         let _ = self
             .questions
-            .send(Question::Release(deadline_after(PATIENCE)));
+            .send(Question::Release(deadline_after(ANSWER_LIMIT)));
     }
 
-    /// COLO has not begun on this side, whose guest goes on, but the peer may have begun: the right is
-    /// claimed for good. The guest is stopped if it is refused.
-    pub fn keep(&self) {
-        self.tell(News::Keep);
+    /// Claims the guest for good: COLO has not begun on this side, whose guest goes on, but the peer may
+    /// have begun. The guest is stopped if the claim is refused.
+    pub fn claim(&self) {
+        self.tell(News::Claim);
     }
 
-    /// The survivor of a pair is to be the primary of a new one, with a secondary whose heartbeat listens
-    /// at `address`. Its right stays what it is, until [`Heartbeat::hold`].
+    /// Makes the survivor of a pair the primary of a new one, with a secondary whose heartbeat listens at
+    /// `address`. The survivor owns its guest until [`Heartbeat::hold`].
     ///
     /// # Errors
     /// The heartbeat has ended.
@@ -227,8 +221,8 @@ impl Heartbeat {
         self.shared.wake();
     }
 
-    /// An operator believes that the other side is lost, and wants this one to go on alone. Where an
-    /// arbiter is asked, it has to give the right first, for which it is waited; otherwise this is
+    /// Has this side go on alone, for an operator who believes that the other side is lost. Where an
+    /// arbiter is asked, this waits until it has granted the guest; otherwise it is
     /// [`Failover::request`].
     ///
     /// # Errors
@@ -237,13 +231,14 @@ impl Heartbeat {
         self.request(Request::Ask)
     }
 
-    /// An operator takes it upon himself that the other side does not run, and has this one go on
-    /// alone whatever the arbiter says. The arbiter is told when it can be reached.
+    /// Overrides the fence: has this side go on alone whatever the arbiter says, for an operator who has made sure
+    /// that the other side cannot run. If it can, two guests run. The arbiter is told when it can be
+    /// reached.
     ///
     /// # Errors
     /// This side's guest was stopped for good already, or is not in COLO.
-    pub fn overrule(&self) -> Result<(), TakeOverError> {
-        self.request(Request::Overrule)
+    pub fn override_fence(&self) -> Result<(), TakeOverError> {
+        self.request(Request::OverrideFence)
     }
 
     fn request(&self, request: impl FnOnce(Reply) -> Request) -> Result<(), TakeOverError> {
@@ -254,7 +249,7 @@ impl Heartbeat {
         let HeartbeatReport { rhythm, term, .. } = self.report();
         let limit = (rhythm.timeout())
             .saturating_add(term.unwrap_or_default().saturating_mul(4))
-            .saturating_add(PATIENCE);
+            .saturating_add(ANSWER_LIMIT);
         receiver.recv_timeout(limit).unwrap_or_else(|e| {
             Err(match e {
                 RecvTimeoutError::Timeout => TakeOverError::Unreachable(ArbiterError::new(
@@ -278,12 +273,6 @@ impl Heartbeat {
         let (mut report, at) = lock(&self.shared.report).clone();
         report.peer_age = report.peer_age.map(|age| age + at.elapsed());
         report
-    }
-
-    /// Ends it: the peer is told that this guest stands still, and the right is given up. To be
-    /// called when the guest does.
-    pub fn end(mut self) {
-        self.quit();
     }
 
     fn quit(&mut self) {

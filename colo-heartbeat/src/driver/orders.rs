@@ -6,7 +6,7 @@ use migration_stream::io::deadline_after;
 
 use super::beating::Beating;
 use crate::arbitration::Question;
-use crate::decision::{Colo, Order, PATIENCE};
+use crate::decision::{ANSWER_LIMIT, Colo, Order};
 use crate::failover::Refusal;
 use crate::peer::PeerState;
 
@@ -28,7 +28,7 @@ impl Beating {
             };
             match order {
                 Order::Renew | Order::Claim => {
-                    let deadline = self.decider.patience(order, &view, now);
+                    let deadline = self.decider.answer_deadline(order, &view, now);
                     let _ = self.questions.send(Question::Order(order, deadline));
                 }
                 Order::TakeOver => {
@@ -51,14 +51,13 @@ impl Beating {
                     let silence = self.peer.silence(now);
                     tracing::error!(
                         peer_age_ms = silence.heard.map(|d| d.as_millis()),
-                        "the right to run has run out: the guest stands still until the arbiter has \
-                         said whose it is"
+                        "the lease has expired: the guest is suspended until the arbiter says who owns it"
                     );
                     self.guest.suspend();
                 }
-                Order::GoOn => {
-                    tracing::warn!("the right to run is this side's: the guest goes on");
-                    self.guest.go_on();
+                Order::Resume => {
+                    tracing::warn!("this side owns the guest, which goes on");
+                    self.guest.resume();
                 }
                 Order::Stop(reason) => {
                     let silence = self.peer.silence(now);
@@ -74,7 +73,7 @@ impl Beating {
                     self.guest.stop_for_good(reason);
                     // COLO, if there is any, ends by itself.
                     self.failover.stop_for_good();
-                    let until = deadline_after(PATIENCE);
+                    let until = deadline_after(ANSWER_LIMIT);
                     let _ = self.questions.send(Question::Release(until));
                 }
             }

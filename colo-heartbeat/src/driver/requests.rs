@@ -22,11 +22,11 @@ impl Beating {
             let (requested, reply) = match request {
                 Request::Ask(reply) => (self.decider.request(&view, now), reply),
                 // What is not to be done is not to be decided either.
-                Request::Overrule(reply) if view.colo == Colo::Outside => {
+                Request::OverrideFence(reply) if view.colo == Colo::Outside => {
                     let _ = reply.send(Err(TakeOverError::Outside));
                     continue;
                 }
-                Request::Overrule(reply) => (self.decider.overrule(), reply),
+                Request::OverrideFence(reply) => (self.decider.override_fence(), reply),
             };
             // Who asked may have given up waiting.
             let _ = match requested {
@@ -34,7 +34,7 @@ impl Beating {
                     reply.send(self.failover.request().map_err(TakeOverError::Refused))
                 }
                 Requested::Stopped(reason) => reply.send(Err(TakeOverError::Stopped(reason))),
-                Requested::Heard => reply.send(Err(TakeOverError::Heard)),
+                Requested::PeerAlive => reply.send(Err(TakeOverError::PeerAlive)),
                 Requested::Asked => {
                     self.replies.push(reply);
                     Ok(())
@@ -84,13 +84,13 @@ impl Beating {
                     }
                 }
                 News::Held(until, asked) => self.decider.held(until, asked),
-                News::Released => self.decider.given_up(),
+                News::Released => self.decider.released(),
                 News::Begins(reply) => {
                     self.peer.pin();
-                    self.decider.begins();
+                    self.decider.colo_begins();
                     let _ = reply.send(());
                 }
-                News::Keep => self.decider.keep(),
+                News::Claim => self.decider.claim_guest(),
                 News::NewPair(address, reply) => {
                     let made = self.new_pair(address, now);
                     self.publish(now);

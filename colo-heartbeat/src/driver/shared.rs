@@ -17,6 +17,7 @@ use crate::peer::{PeerState, Rhythm};
 
 /// What is known of the heartbeat.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct HeartbeatReport {
     /// The peer.
     pub peer: PeerState,
@@ -28,7 +29,7 @@ pub struct HeartbeatReport {
     pub connected: bool,
     /// This side.
     pub phase: Phase,
-    /// Why it has stopped, or stands still until the arbiter is heard.
+    /// Why it has stopped, or is suspended until the arbiter answers.
     pub stop: Option<StopReason>,
     /// How it beats.
     pub rhythm: Rhythm,
@@ -36,11 +37,11 @@ pub struct HeartbeatReport {
     pub endpoint: Endpoint,
     /// The arbiter's kind.
     pub arbiter: &'static str,
-    /// How long a right of its lasts.
+    /// How long a lease of it lasts without renewal.
     pub term: Option<Duration>,
     /// What it has last said, `None` before it was asked.
     pub answer: Option<String>,
-    /// The generation of the right that it has last given.
+    /// The generation of what it has last granted.
     pub generation: Option<u64>,
     /// Why beats were last refused.
     pub refused: Option<String>,
@@ -48,7 +49,7 @@ pub struct HeartbeatReport {
 
 pub(super) struct Shared {
     pub(super) report: Mutex<(HeartbeatReport, Instant)>,
-    /// It has survived another pair: its right is never given up as long as its guest runs.
+    /// It has survived another pair: its guest is never given up as long as it runs.
     pub(super) survivor: AtomicBool,
     /// What has become of COLO: see [`Heartbeat::colo_ended`](super::Heartbeat::colo_ended).
     pub(super) ended: Mutex<Option<ColoEnd>>,

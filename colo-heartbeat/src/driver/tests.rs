@@ -64,7 +64,7 @@ impl Guest for Stopped {
         lock(&self.1).push("suspend");
     }
 
-    fn go_on(&self) {
+    fn resume(&self) {
         lock(&self.1).push("go on");
     }
 }
@@ -153,22 +153,18 @@ fn side(role: Role, on_loss: OnHeartbeatLoss, endpoint: Endpoint, arbitrated: bo
     } else {
         Box::new(Manual)
     };
-    let rhythm = Rhythm {
-        role,
-        session: [1; 16],
-        process: if role == Role::Primary { 10 } else { 20 },
-        // A busy machine keeps up with this.
-        interval: Duration::from_millis(200),
-        missed: 10,
-        on_loss,
-        closed_is_loss: false,
-    };
+    // A busy machine keeps up with this.
+    let mut rhythm = Rhythm::new(role, [1; 16], on_loss)
+        .unwrap()
+        .interval(Duration::from_millis(200))
+        .missed(10);
+    rhythm.process = if role == Role::Primary { 10 } else { 20 };
     let failover = Noted::default();
     let guest = Arc::new(Stopped::default());
-    let config = HeartbeatConfig { rhythm, endpoint };
     let for_guest = Arc::clone(&guest) as Arc<dyn Guest>;
     Side {
-        heartbeat: Heartbeat::start(config, failover.clone(), arbiter, for_guest).unwrap(),
+        heartbeat: Heartbeat::start(rhythm, endpoint, failover.clone(), arbiter, for_guest)
+            .unwrap(),
         failover,
         guest,
         asked,
@@ -219,7 +215,7 @@ fn unreachable() -> Answer {
 }
 
 #[test]
-fn what_an_operator_wants_is_done_when_the_arbiter_has_given_the_right_and_not_before() {
+fn what_an_operator_wants_is_done_when_the_arbiter_has_granted_the_guest_and_not_before() {
     let side = secondary("granted", OnHeartbeatLoss::Ask, true);
     thread::scope(|scope| {
         let request = scope.spawn(|| side.heartbeat.take_over());
@@ -243,12 +239,9 @@ fn what_the_arbiter_refuses_or_does_not_answer_is_not_done() {
     for (answer, text) in [
         (
             Answer::Lost(Owner::new(7)),
-            "the right to run this guest is another's (0000000000000007)",
+            "another side owns this guest (0000000000000007)",
         ),
-        (
-            unreachable(),
-            "the arbiter gives no right to run this guest",
-        ),
+        (unreachable(), "the arbiter does not grant this guest"),
     ] {
         let error = thread::scope(|scope| {
             let request = scope.spawn(|| side.heartbeat.take_over());
@@ -264,9 +257,9 @@ fn what_the_arbiter_refuses_or_does_not_answer_is_not_done() {
 }
 
 #[test]
-fn an_operator_who_overrules_the_arbiter_is_obeyed_at_once_and_the_arbiter_is_told() {
-    let side = secondary("overruled", OnHeartbeatLoss::Ask, true);
-    side.heartbeat.overrule().unwrap();
+fn an_operator_who_overrides_the_fence_is_obeyed_at_once_and_the_arbiter_is_told() {
+    let side = secondary("overridden", OnHeartbeatLoss::Ask, true);
+    side.heartbeat.override_fence().unwrap();
     assert_eq!(side.failover.requests(), 1);
     side.failover.set_within(false);
     side.heartbeat.colo_ended(ColoEnd::TookOver);
@@ -305,19 +298,13 @@ fn without_an_arbiter_an_operator_is_obeyed_at_once_and_outside_colo_refused() {
 }
 
 #[test]
-fn a_right_is_held_before_colo_renewed_in_it_and_its_loss_stops_the_guest() {
+fn a_lease_is_held_before_colo_renewed_in_it_and_its_loss_stops_the_guest() {
     let endpoint = Endpoint::Connect(address("held"));
     let side = side(Role::Primary, OnHeartbeatLoss::Ask, endpoint, true);
     let lost = Answer::Lost(Owner::new(7));
     for (answer, text) in [
-        (
-            lost,
-            "the right to run this guest is another's (0000000000000007)",
-        ),
-        (
-            unreachable(),
-            "the arbiter gives no right to run this guest",
-        ),
+        (lost, "another side owns this guest (0000000000000007)"),
+        (unreachable(), "the arbiter does not grant this guest"),
     ] {
         side.answers.send(answer).unwrap();
         let refused = side.heartbeat.hold(LONG).unwrap_err();
@@ -325,29 +312,29 @@ fn a_right_is_held_before_colo_renewed_in_it_and_its_loss_stops_the_guest() {
         assert_eq!(refused.to_string(), text);
     }
     // Each lasts for longer than this machine may be busy.
-    let right = || won(Some(Instant::now() + LONG));
-    side.answers.send(right()).unwrap();
+    let lease = || won(Some(Instant::now() + LONG));
+    side.answers.send(lease()).unwrap();
     side.heartbeat.hold(LONG).unwrap();
     assert_eq!(side.asked(), Order::Renew);
     side.enter();
     for _ in 0..3 {
         assert_eq!(side.asked(), Order::Renew);
-        side.answers.send(right()).unwrap();
+        side.answers.send(lease()).unwrap();
     }
     assert_eq!(side.asked(), Order::Renew);
     side.answers.send(Answer::Lost(Owner::new(7))).unwrap();
     side.until("stopped", |report| report.phase == Phase::Stopped);
     assert_eq!(*lock(&side.guest.0), Some(StopReason::Refused));
     assert!(side.failover.is_stopped());
-    for refused in [side.heartbeat.take_over(), side.heartbeat.overrule()] {
+    for refused in [side.heartbeat.take_over(), side.heartbeat.override_fence()] {
         assert_eq!(
             refused.unwrap_err().to_string(),
-            "this side's guest was stopped for good: the right to run is another's"
+            "this side's guest was stopped for good: another side owns the guest"
         );
     }
 }
 
-/// A primary whose right has run out, as nobody answers.
+/// A primary whose lease has expired, as nobody answers.
 fn suspended(name: &str) -> Side {
     let endpoint = Endpoint::Connect(address(name));
     let side = side(Role::Primary, OnHeartbeatLoss::Ask, endpoint, true);
@@ -358,7 +345,7 @@ fn suspended(name: &str) -> Side {
     side.enter();
     // The arbiter is asked, and says nothing.
     side.until("suspended", |report| {
-        (report.phase, report.stop) == (Phase::Suspended, Some(StopReason::RanOut))
+        (report.phase, report.stop) == (Phase::Suspended, Some(StopReason::LeaseExpired))
     });
     assert!(Instant::now() >= until);
     assert_eq!(side.asked(), Order::Renew);
@@ -367,7 +354,7 @@ fn suspended(name: &str) -> Side {
 }
 
 #[test]
-fn a_guest_whose_right_has_run_out_goes_on_when_the_arbiter_says_that_it_may() {
+fn a_guest_whose_lease_has_expired_goes_on_when_the_arbiter_says_that_it_may() {
     let side = suspended("given-back");
     for _ in 0..2 {
         assert_eq!(side.asked(), Order::Claim);
@@ -387,7 +374,7 @@ fn a_guest_whose_right_has_run_out_goes_on_when_the_arbiter_says_that_it_may() {
 }
 
 #[test]
-fn a_guest_whose_right_has_run_out_stops_for_good_when_it_is_another_s() {
+fn a_guest_whose_lease_has_expired_stops_for_good_when_another_side_owns_it() {
     let side = suspended("taken");
     assert_eq!(side.asked(), Order::Claim);
     side.answers.send(Answer::Lost(Owner::new(7))).unwrap();
@@ -480,14 +467,14 @@ fn an_arbiter_that_is_silent_holds_no_beat_up_and_a_side_that_ends_says_so() {
         assert_eq!(connects.asked(), Order::Renew);
     }
     thread::sleep(TERM * 2);
-    // It runs as one that is heard.
+    // It runs by its peer's liveness.
     assert_eq!(connects.heartbeat.report().phase, Phase::Paired);
     connects.until("alive", alive);
     listens.until("alive", alive);
     drop(connects.answers);
-    connects.heartbeat.end();
+    drop(connects.heartbeat);
     listens.until("told", |report| report.peer_phase == Some(Phase::Stopped));
-    // Its guest stands still: the right is asked for at once.
+    // Its guest stands still: the guest is claimed at once.
     assert_eq!(listens.asked(), Order::Claim);
     listens.answers.send(won(None)).unwrap();
     listens.until("alone", |report| report.phase == Phase::Alone);

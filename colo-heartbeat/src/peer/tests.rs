@@ -76,7 +76,7 @@ fn a_peer_that_does_not_hear_this_side_is_lost_too() {
         }
         // What a relies on ends before b may take it for lost.
         if state_at(&mut b, now) == PeerState::Lost {
-            assert!(a.hears_until().unwrap() < now);
+            assert!(a.liveness_until().unwrap() < now);
         }
         now += INTERVAL;
     }
@@ -117,7 +117,7 @@ fn a_side_that_was_not_scheduled_takes_what_has_come_before_it_judges() {
     // b answers what it was sent: a has sent nothing since.
     assert_eq!(a.state(), PeerState::Alive);
     // The guest may not run by what was heard in time and was not read.
-    assert!(a.hears_until().unwrap() < now);
+    assert!(a.liveness_until().unwrap() < now);
 }
 
 #[test]
@@ -266,9 +266,9 @@ fn a_rhythm_without_end_never_loses_anybody_and_does_not_panic() {
     assert_eq!(endless.look(later), Duration::ZERO);
     assert_eq!(endless.state(), PeerState::Alive);
     assert!(endless.due() > later);
-    assert!(endless.relies_until() > Some(later));
+    assert!(endless.peer_liveness_until() > Some(later));
     assert!(endless.beat(Phase::Paired, later).is_none());
-    let moments = [b.lost_at(), b.hears_until(), b.relies_until()];
+    let moments = [b.lost_at(), b.liveness_until(), b.peer_liveness_until()];
     assert!(moments[0].is_some() && moments[2].is_some(), "{moments:?}");
 }
 

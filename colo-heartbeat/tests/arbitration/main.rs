@@ -1,4 +1,4 @@
-//! Both sides' heartbeats and decisions, and the right in a register, over every order of events.
+//! Both sides' heartbeats and decisions, and ownership in a register, over every order of events.
 //!
 //! From a pair that beats, every course of a limited number of mishaps is followed, tick by tick:
 //! beats that are lost or late in either direction, a register that one side or both do not reach,

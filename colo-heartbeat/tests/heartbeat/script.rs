@@ -11,6 +11,7 @@ use colo_heartbeat::{OnHeartbeatLoss, PeerState, Phase, Rhythm, Role};
 const OURS: u64 = 1;
 const SESSION: [u8; 16] = [3; 16];
 const INTERVAL: Duration = Duration::from_millis(50);
+const MISSED: u32 = 3;
 const PHASES: [Phase; 5] = [
     Phase::Paired,
     Phase::Asking,
@@ -59,15 +60,11 @@ pub fn run(script: &[u8]) -> Outcome {
     let role = [Role::Primary, Role::Secondary][usize::from(setting & 1)];
     let on_loss = POLICIES[usize::from(setting >> 1 & 3) % 3];
     let term = (setting & 8 != 0).then_some(Duration::from_secs(3));
-    let rhythm = Rhythm {
-        role,
-        session: SESSION,
-        process: OURS,
-        interval: INTERVAL,
-        missed: 3,
-        on_loss,
-        closed_is_loss: setting & 16 != 0,
-    };
+    let mut rhythm = Rhythm::new(role, SESSION, on_loss).expect("random numbers");
+    rhythm.process = OURS;
+    rhythm.interval = INTERVAL;
+    rhythm.missed = MISSED;
+    rhythm.closed_is_loss = setting & 16 != 0;
     let now = Instant::now();
     let mut side = Side {
         rhythm,
@@ -148,8 +145,8 @@ impl Side {
             colo: self.colo,
             peer: self.peer.state(),
             peer_phase: self.peer.phase(),
-            hears_until: self.peer.hears_until(),
-            relies_until: self.peer.relies_until(),
+            liveness_until: self.peer.liveness_until(),
+            peer_liveness_until: self.peer.peer_liveness_until(),
         }
     }
 
@@ -182,7 +179,7 @@ impl Side {
         self.outcome.lost += usize::from(!was_lost);
         let silence = self.peer.silence(self.now);
         let missing = [silence.heard, silence.unanswered];
-        let is_missing = missing.into_iter().flatten().max() >= Some(self.rhythm.timeout());
+        let is_missing = missing.into_iter().flatten().max() >= Some(INTERVAL * MISSED);
         assert!(
             is_missing || (self.closed && self.rhythm.closed_is_loss),
             "{silence:?}"
@@ -298,7 +295,7 @@ impl Side {
         let requested = if what.is_multiple_of(2) {
             self.decider.request(&view, self.now)
         } else if self.colo != Colo::Outside {
-            self.decider.overrule()
+            self.decider.override_fence()
         } else {
             return;
         };
@@ -311,7 +308,7 @@ impl Side {
                 }
             }
             Requested::Stopped(_) => assert!(self.stopped),
-            Requested::Asked | Requested::Heard => assert!(self.term.is_some()),
+            Requested::Asked | Requested::PeerAlive => assert!(self.term.is_some()),
         }
     }
 
@@ -320,10 +317,10 @@ impl Side {
             0 => {
                 self.peer.pin();
                 self.pinned = true;
-                self.decider.begins();
+                self.decider.colo_begins();
             }
-            1 => self.decider.keep(),
-            2 => self.decider.given_up(),
+            1 => self.decider.claim_guest(),
+            2 => self.decider.released(),
             _ => {
                 let until = Duration::from_millis(u64::from(what) * 16);
                 let until = (what & 4 == 0).then(|| self.now + until);
@@ -355,7 +352,7 @@ impl Side {
             match order {
                 Order::Renew | Order::Claim => {
                     assert!(!self.asked.contains(&order), "asked twice");
-                    assert!(self.decider.patience(order, &view, self.now) > self.now);
+                    assert!(self.decider.answer_deadline(order, &view, self.now) > self.now);
                     self.asked.push(order);
                 }
                 Order::TakeOver => {
@@ -378,9 +375,9 @@ impl Side {
                     assert!(self.decider.holds());
                     self.outcome.suspended += 1;
                 }
-                Order::GoOn => {
+                Order::Resume => {
                     assert!(std::mem::replace(&mut self.suspended, false));
-                    assert!(self.may_take_over, "the right is not this side's");
+                    assert!(self.may_take_over, "this side does not own the guest");
                 }
                 Order::Stop(reason) => {
                     self.stopped = true;

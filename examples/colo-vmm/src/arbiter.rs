@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use clap::Args;
 use colo_heartbeat::arbiter::etcd::{
-    AddressError, ClientCertificate, Credential, EtcdError, EtcdOptions, OptionsError, User,
+    AddressError, Credential, EtcdError, EtcdOptions, OptionsError,
 };
 use colo_heartbeat::arbiter::{
     Arbiter, Etcd, EtcdAddress, Gateway, LockFile, Manual, Owner, Register,
@@ -102,23 +102,17 @@ impl ArbiterArgs {
 
     fn etcd_options(&self) -> Result<EtcdOptions, OptionsError> {
         let read = |file: &PathBuf| Credential::file(file);
-        Ok(EtcdOptions {
-            ca: self.etcd_ca.as_ref().map(read).transpose()?,
-            client: match (&self.etcd_cert, &self.etcd_key) {
-                (Some(chain), Some(key)) => Some(ClientCertificate {
-                    chain: read(chain)?,
-                    key: read(key)?,
-                }),
-                _ => None,
-            },
-            user: match (&self.etcd_user, &self.etcd_password_file) {
-                (Some(name), Some(file)) => Some(User {
-                    name: name.clone(),
-                    password: read(file)?,
-                }),
-                _ => None,
-            },
-        })
+        let mut options = EtcdOptions::default();
+        if let Some(certificates) = &self.etcd_ca {
+            options = options.authority(read(certificates)?);
+        }
+        if let (Some(chain), Some(key)) = (&self.etcd_cert, &self.etcd_key) {
+            options = options.client(read(chain)?, read(key)?);
+        }
+        if let (Some(name), Some(file)) = (&self.etcd_user, &self.etcd_password_file) {
+            options = options.user(name, read(file)?);
+        }
+        Ok(options)
     }
 }
 

@@ -7,8 +7,8 @@ use std::time::Duration;
 use clap::Args;
 use colo_heartbeat::arbiter::Owner;
 use colo_heartbeat::{
-    Endpoint, Guest, Heartbeat, HeartbeatConfig, HeartbeatReport, OnHeartbeatLoss, PeerState,
-    Phase, Rhythm, Role, StopReason,
+    Endpoint, Guest, Heartbeat, HeartbeatReport, OnHeartbeatLoss, PeerState, Phase, Rhythm, Role,
+    StopReason,
 };
 use multifd::Address;
 use qmp_types::ColoHeartbeat;
@@ -95,20 +95,19 @@ impl HeartbeatArgs {
             LossArg::Ask => OnHeartbeatLoss::Ask,
             LossArg::Stop => OnHeartbeatLoss::Stop,
         };
-        let config = HeartbeatConfig {
-            rhythm: Rhythm {
-                interval: Duration::from_millis(self.heartbeat_interval),
-                missed: self.heartbeat_missed,
-                ..Rhythm::new(role, session, on_loss)?
-            },
-            endpoint,
-        };
-        let arbiter = self
-            .arbiter
-            .arbiter(uuid, Owner::new(config.rhythm.process))?;
+        let rhythm = Rhythm::new(role, session, on_loss)?
+            .interval(Duration::from_millis(self.heartbeat_interval))
+            .missed(self.heartbeat_missed);
+        let arbiter = self.arbiter.arbiter(uuid, Owner::new(rhythm.process))?;
         let guest = Arc::new(Fence(Arc::downgrade(migration)));
-        let heartbeat = Heartbeat::start(config, migration.failover().clone(), arbiter, guest)
-            .map_err(|error| format!("heartbeat at {address}: {error}"))?;
+        let heartbeat = Heartbeat::start(
+            rhythm,
+            endpoint,
+            migration.failover().clone(),
+            arbiter,
+            guest,
+        )
+        .map_err(|error| format!("heartbeat at {address}: {error}"))?;
         migration.set_heartbeat(heartbeat);
         Ok(())
     }
@@ -133,7 +132,7 @@ impl Guest for Fence {
         }
     }
 
-    fn go_on(&self) {
+    fn resume(&self) {
         if let Some(migration) = self.0.upgrade() {
             migration.let_run();
         }

@@ -96,7 +96,7 @@ fn stands_still(pair: &mut Pair) -> Result<()> {
         Ok((Fate::of(primary)? == Fate::Suspended).then_some(()))
     })?;
     let beat = pair.primary.heartbeat()?;
-    assert_eq!(beat["stop-reason"], "the right to run has run out");
+    assert_eq!(beat["stop-reason"], "the lease has expired");
     Ok(())
 }
 

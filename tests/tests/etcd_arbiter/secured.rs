@@ -9,9 +9,7 @@ use std::sync::Barrier;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use colo_heartbeat::arbiter::etcd::{
-    ClientCertificate, Credential, EtcdOptions, OptionsError, User,
-};
+use colo_heartbeat::arbiter::etcd::{Credential, EtcdOptions, OptionsError};
 use colo_heartbeat::arbiter::{Answer, Arbiter, Etcd as Right, Gateway, Register};
 use libtest_mimic::Trial;
 use tests::certificates::{Authority, Issued};
@@ -72,26 +70,16 @@ const PASSWORD: &str = "open sesame";
 
 /// What checks an etcd by this authority.
 fn by(authority: &Authority) -> Result<EtcdOptions> {
-    Ok(EtcdOptions {
-        ca: Some(Credential::file(authority.certificate())?),
-        ..EtcdOptions::default()
-    })
+    Ok(EtcdOptions::default().authority(Credential::file(authority.certificate())?))
 }
 
-fn showing(issued: &Issued, mut options: EtcdOptions) -> Result<EtcdOptions> {
-    options.client = Some(ClientCertificate {
-        chain: Credential::file(&issued.certificate)?,
-        key: Credential::file(&issued.key)?,
-    });
-    Ok(options)
+fn showing(issued: &Issued, options: EtcdOptions) -> Result<EtcdOptions> {
+    let chain = Credential::file(&issued.certificate)?;
+    Ok(options.client(chain, Credential::file(&issued.key)?))
 }
 
-fn with_password(password: &str, mut options: EtcdOptions) -> EtcdOptions {
-    options.user = Some(User {
-        name: Etcd::USER.to_owned(),
-        password: Credential::new("the test", password),
-    });
-    options
+fn with_password(password: &str, options: EtcdOptions) -> EtcdOptions {
+    options.user(Etcd::USER, Credential::new("the test", password))
 }
 
 /// One asks, and does not get an answer, for this reason.
@@ -203,11 +191,8 @@ fn unusable() -> Result<()> {
         format!("{begin}AAAA\n{end}"),
     ] {
         fs::write(&damaged, &content)?;
-        let ca = Some(Credential::file(&damaged)?);
-        let error = refusal(EtcdOptions {
-            ca,
-            ..EtcdOptions::default()
-        })?;
+        let certificates = Credential::file(&damaged)?;
+        let error = refusal(EtcdOptions::default().authority(certificates))?;
         let said = format!("{} is damaged", damaged.display());
         assert_eq!(error.to_string(), said, "{content}");
         let issued = Issued {
@@ -422,14 +407,9 @@ fn replaced(program: &Path) -> Result<()> {
     fs::write(&password, PASSWORD)?;
     let mut etcd = Etcd::start_guarded(program, Guard::by_tls(&served))?;
     etcd.enable_authentication(PASSWORD)?;
-    let options = EtcdOptions {
-        ca: Some(Credential::file(&ca)?),
-        client: None,
-        user: Some(User {
-            name: Etcd::USER.to_owned(),
-            password: Credential::file(&password)?,
-        }),
-    };
+    let options = EtcdOptions::default()
+        .authority(Credential::file(&ca)?)
+        .user(Etcd::USER, Credential::file(&password)?);
     let mut owner = side_with(etcd.endpoint(), "colo/a", A, LONG, options)?;
     wins(&owner.hold(patient()))?;
     // etcd comes back with a certificate of another authority, and then with another password.

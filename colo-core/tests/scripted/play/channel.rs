@@ -8,6 +8,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use colo_core::Message;
+use colo_core::raw::encode_message;
 use migration_stream::io::{ByteSink, ByteSource, Chunk, Readiness};
 use vm_memory::VolatileSlice;
 
@@ -152,7 +153,7 @@ impl ByteSink for Write {
     fn write_all(&mut self, chunks: &[Chunk<'_>]) -> io::Result<()> {
         // The attempt counts: nobody can tell whether the primary has read it.
         if let (Some(channels), [Chunk::Bytes(bytes)]) = (self.promises, chunks)
-            && *bytes == &Message::VmstateReceived.encode()[..]
+            && *bytes == &encode_message(Message::VmstateReceived)[..]
         {
             let promised = self.world.promised.fetch_add(1, Ordering::Relaxed) + 1;
             let complete = oracle::complete(&lock(&self.world.delivered), channels).len() as u64;

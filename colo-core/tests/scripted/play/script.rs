@@ -1,7 +1,7 @@
 //! Scripts out of bytes.
 
 use colo_core::Message;
-use colo_core::raw::encode_vmstate_size;
+use colo_core::raw::{encode_message, encode_vmstate_size};
 use multifd::packet::{HEADER_LEN, Method, PacketFlags, PacketHeader};
 
 /// Bytes that are used up; zeroes where there are no more.
@@ -109,18 +109,18 @@ impl Script {
     pub fn of_secondary(input: &mut Input<'_>, ready: bool) -> Self {
         let mut script = Self::default();
         if ready {
-            script.bytes(&Message::CheckpointReady.encode());
+            script.bytes(&encode_message(Message::CheckpointReady));
         }
         while !input.is_empty() && script.main.len() < 64 {
             match input.byte() % 12 {
-                0 | 1 => script.bytes(&Message::CheckpointReady.encode()),
+                0 | 1 => script.bytes(&encode_message(Message::CheckpointReady)),
                 2..=5 => {
                     for message in [
                         Message::CheckpointReply,
                         Message::VmstateReceived,
                         Message::VmstateLoaded,
                     ] {
-                        script.bytes(&message.encode());
+                        script.bytes(&encode_message(message));
                     }
                 }
                 6 => {
@@ -198,8 +198,8 @@ impl Script {
     fn step(&mut self, input: &mut Input<'_>) {
         match input.byte() % 12 {
             0..=3 => self.checkpoint(input),
-            4 => self.bytes(&Message::CheckpointRequest.encode()),
-            5 => self.bytes(&Message::VmstateSend.encode()),
+            4 => self.bytes(&encode_message(Message::CheckpointRequest)),
+            5 => self.bytes(&encode_message(Message::VmstateSend)),
             6 => {
                 let bytes = self.section(input);
                 self.bytes(&bytes);
@@ -216,8 +216,8 @@ impl Script {
 
     /// All of a checkpoint, as it has to be.
     fn checkpoint(&mut self, input: &mut Input<'_>) {
-        self.bytes(&Message::CheckpointRequest.encode());
-        self.bytes(&Message::VmstateSend.encode());
+        self.bytes(&encode_message(Message::CheckpointRequest));
+        self.bytes(&encode_message(Message::VmstateSend));
         let mut ram = vec![3, 0, 0, 0, RAM];
         let (count, mut page) = (input.byte() % 4, u64::from(input.byte()));
         for _ in 0..count {

@@ -11,6 +11,8 @@ use super::options::{EtcdOptions, OptionsError};
 #[cfg(feature = "etcd-tls")]
 use super::tls;
 use super::{ANSWER, EtcdError};
+#[cfg(not(feature = "etcd-tls"))]
+use crate::arbiter::foreign::foreign;
 
 /// What [`EtcdOptions`] say, ready for use.
 #[derive(Debug)]
@@ -225,6 +227,6 @@ fn transport(error: ureq::Error) -> EtcdError {
 }
 
 #[cfg(not(feature = "etcd-tls"))]
-const fn transport(error: ureq::Error) -> EtcdError {
-    EtcdError::Transport(error)
+fn transport(error: ureq::Error) -> EtcdError {
+    EtcdError::Transport(foreign(&error))
 }

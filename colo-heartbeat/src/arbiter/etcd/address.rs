@@ -20,7 +20,7 @@ pub enum AddressError {
     /// An endpoint is not what it has to be.
     #[error("{0:?} is no HOST:PORT of an etcd")]
     Endpoint(String),
-    /// There are more than [`EtcdAddress::ENDPOINTS`].
+    /// There are too many.
     #[error("{0} endpoints of an etcd are too many")]
     Endpoints(usize),
     /// What is said to one of them in secret another would be told in the clear.
@@ -33,9 +33,9 @@ pub enum AddressError {
 
 impl EtcdAddress {
     /// How many endpoints there may be.
-    pub const ENDPOINTS: usize = 9;
+    pub(crate) const ENDPOINTS: usize = 9;
     /// How long a key may be, bytes.
-    pub const KEY_LEN: usize = 512;
+    pub(crate) const KEY_LEN: usize = 512;
 
     /// The key, if one was named.
     #[must_use]
@@ -45,7 +45,7 @@ impl EtcdAddress {
 
     /// Are the endpoints asked by TLS?
     #[must_use]
-    pub const fn is_https(&self) -> bool {
+    pub(crate) const fn is_https(&self) -> bool {
         self.is_https
     }
 

@@ -11,8 +11,7 @@ use crate::arbiter::register::{Content, ENTRY_LEN};
 
 /// Why an answer cannot be understood.
 #[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum CodecError {
+pub(super) enum CodecError {
     /// It is not the JSON that was to be expected.
     #[error("not the json of an answer")]
     Json(#[source] serde_json::Error),

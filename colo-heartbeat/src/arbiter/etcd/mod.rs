@@ -28,13 +28,15 @@ use std::error::Error;
 use std::time::{Duration, Instant};
 
 use access::Access;
+use codec::CodecError;
+use migration_stream::Escaped;
 
+use super::foreign::foreign;
 use super::register::{Content, ENTRY_LEN, Register};
-use super::{ArbiterError, RegisterArbiter};
+use super::{ArbiterError, RegisterArbiter, chain};
 
 pub use address::{AddressError, EtcdAddress};
-pub use codec::CodecError;
-pub use options::{ClientCertificate, Credential, EtcdOptions, OptionsError, User};
+pub use options::{Credential, EtcdOptions, OptionsError};
 
 /// An arbiter in etcd.
 pub type Etcd = RegisterArbiter<Gateway>;
@@ -72,7 +74,7 @@ struct History {
 pub enum EtcdError {
     /// No connection, or no answer in time.
     #[error("no answer")]
-    Transport(#[source] ureq::Error),
+    Transport(#[source] Box<dyn Error + Send + Sync>),
     /// There was no time left to ask.
     #[error("no time is left")]
     NoTime,
@@ -83,7 +85,7 @@ pub enum EtcdError {
     #[error("it does not accept this side, by its certificate or for want of one")]
     Alert(#[source] Box<dyn Error + Send + Sync>),
     /// It has not given a token for the password.
-    #[error("user {user:?} is not authenticated")]
+    #[error("user \"{}\" is not authenticated", Escaped(user))]
     Authentication {
         /// Who was to be.
         user: String,
@@ -92,7 +94,7 @@ pub enum EtcdError {
         source: Box<EtcdError>,
     },
     /// It refused the request.
-    #[error("refused with status {status}: {message}", message = migration_stream::Escaped(.message))]
+    #[error("refused with status {status}: {message}", message = Escaped(.message))]
     Refused {
         /// Of HTTP.
         status: u16,
@@ -101,7 +103,7 @@ pub enum EtcdError {
     },
     /// The answer is none.
     #[error("an answer that is none")]
-    Codec(#[from] CodecError),
+    Codec(#[source] Box<dyn Error + Send + Sync>),
     /// The endpoints belong to several clusters, which know nothing of each other.
     #[error("cluster {found:x} answers, and {expected:x} did before")]
     OtherCluster {
@@ -118,6 +120,12 @@ pub enum EtcdError {
         /// Of an earlier one.
         last: u64,
     },
+}
+
+impl From<CodecError> for EtcdError {
+    fn from(error: CodecError) -> Self {
+        Self::Codec(foreign(&error))
+    }
 }
 
 impl EtcdError {
@@ -242,6 +250,8 @@ impl Gateway {
             Ok(None) => false,
             // Certificate and key are not replaced at one moment.
             Err(error) => {
+                let error = chain(&error);
+                let error = Escaped(&error);
                 tracing::warn!(%error, "etcd's certificates or password were replaced by what is none");
                 false
             }

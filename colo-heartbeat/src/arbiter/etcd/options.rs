@@ -6,34 +6,55 @@ use std::fs::{self, File};
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
+use migration_stream::Escaped;
+
 /// How an etcd is spoken to. The default is in the clear, as nobody.
 #[derive(Clone, Debug, Default)]
 pub struct EtcdOptions {
-    /// The certificates, in PEM, of the authorities that may have issued etcd's. `https://` endpoints
-    /// need them.
-    pub ca: Option<Credential>,
-    /// What this side shows to an etcd that wants to see a certificate (`--client-cert-auth`).
-    pub client: Option<ClientCertificate>,
-    /// The user of etcd's that this side is, where its authentication is enabled.
-    pub user: Option<User>,
+    pub(super) ca: Option<Credential>,
+    pub(super) client: Option<ClientCertificate>,
+    pub(super) user: Option<User>,
+}
+
+impl EtcdOptions {
+    /// Accepts certificates of etcd's that the authorities in `certificates` (PEM) have issued. `https://`
+    /// endpoints need them, and no others may have them.
+    #[must_use]
+    pub fn authority(mut self, certificates: Credential) -> Self {
+        self.ca = Some(certificates);
+        self
+    }
+
+    /// Shows a certificate to an etcd that wants to see one (`--client-cert-auth`). `chain` is the certificate in
+    /// PEM, and behind it those between it and its authority's; `key` is its key in PEM, not encrypted.
+    #[must_use]
+    pub fn client(mut self, chain: Credential, key: Credential) -> Self {
+        self.client = Some(ClientCertificate { chain, key });
+        self
+    }
+
+    /// Authenticates as a user of etcd's. `password` is one line of text, with or without an end. Without
+    /// TLS the password is sent in the clear, which the log warns of.
+    #[must_use]
+    pub fn user(mut self, name: impl Into<String>, password: Credential) -> Self {
+        let name = name.into();
+        self.user = Some(User { name, password });
+        self
+    }
 }
 
 /// A certificate and its key.
 #[derive(Clone, Debug)]
-pub struct ClientCertificate {
-    /// The certificate in PEM, and behind it those between it and its authority's.
-    pub chain: Credential,
-    /// Its key in PEM, not encrypted.
-    pub key: Credential,
+pub(super) struct ClientCertificate {
+    pub(super) chain: Credential,
+    pub(super) key: Credential,
 }
 
 /// A user of etcd's.
 #[derive(Clone, Debug)]
-pub struct User {
-    /// What etcd calls it.
-    pub name: String,
-    /// Its password: one line of text, with or without an end.
-    pub password: Credential,
+pub(super) struct User {
+    pub(super) name: String,
+    pub(super) password: Credential,
 }
 
 /// What one side proves by who it, or the other, is: certificates, a key, a password. `Debug` says
@@ -50,12 +71,17 @@ enum Origin {
     Memory(String),
 }
 
+/// A path in a message.
+fn shown(path: &Path) -> String {
+    Escaped(&path.display().to_string()).to_string()
+}
+
 /// Why an etcd cannot be spoken to like that.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum OptionsError {
     /// A file cannot be read.
-    #[error("cannot read {}", file.display())]
+    #[error("cannot read {}", shown(file))]
     Read {
         /// The file.
         file: PathBuf,
@@ -64,7 +90,7 @@ pub enum OptionsError {
         source: io::Error,
     },
     /// A file is too long to be what it is taken for.
-    #[error("{} has more than {limit} bytes", file.display())]
+    #[error("{} has more than {limit} bytes", shown(file))]
     TooLong {
         /// The file.
         file: PathBuf,
@@ -72,19 +98,19 @@ pub enum OptionsError {
         limit: u64,
     },
     /// There is no certificate in it.
-    #[error("{origin} has no certificate in pem", origin = migration_stream::Escaped(.origin))]
+    #[error("{origin} has no certificate in pem", origin = Escaped(.origin))]
     NoCertificate {
         /// Where it was looked for.
         origin: String,
     },
     /// There is no key in it, or one that a passphrase is needed for.
-    #[error("{origin} has no key in pem, or an encrypted one", origin = migration_stream::Escaped(.origin))]
+    #[error("{origin} has no key in pem, or an encrypted one", origin = Escaped(.origin))]
     NoKey {
         /// Where it was looked for.
         origin: String,
     },
     /// What is in it cannot be read.
-    #[error("{origin} is damaged", origin = migration_stream::Escaped(.origin))]
+    #[error("{origin} is damaged", origin = Escaped(.origin))]
     Damaged {
         /// What was read.
         origin: String,
@@ -93,7 +119,7 @@ pub enum OptionsError {
         source: Box<dyn Error + Send + Sync>,
     },
     /// A key that cannot be used, or is another certificate's.
-    #[error("the key in {key} is of no use with the certificate in {chain}", key = migration_stream::Escaped(.key), chain = migration_stream::Escaped(.chain))]
+    #[error("the key in {key} is of no use with the certificate in {chain}", key = Escaped(.key), chain = Escaped(.chain))]
     Key {
         /// Where the key is from.
         key: String,
@@ -104,7 +130,7 @@ pub enum OptionsError {
         source: Box<dyn Error + Send + Sync>,
     },
     /// A password cannot be one.
-    #[error("{origin} has {what} instead of a password", origin = migration_stream::Escaped(.origin))]
+    #[error("{origin} has {what} instead of a password", origin = Escaped(.origin))]
     Password {
         /// Where it is from.
         origin: String,
@@ -127,7 +153,7 @@ pub enum OptionsError {
 
 impl Credential {
     /// The most that a file may have, bytes: a system's whole bundle of authorities is smaller.
-    pub const LIMIT: u64 = 1 << 20;
+    const LIMIT: u64 = 1 << 20;
 
     /// What is in a file. If that is a regular one it is read again when etcd refuses what was in it,
     /// because certificates and passwords are replaced while VMs run.

@@ -1,6 +1,6 @@
 //! The gateway against servers of the tests' own, which answer what no etcd does.
 
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::sync::mpsc::{Receiver, channel};
 use std::thread;
@@ -181,13 +181,7 @@ fn endpoints_of_two_clusters_or_one_that_has_lost_data_are_not_believed() {
 const PASSWORD: &str = "open sesame";
 
 fn user(password: &str) -> EtcdOptions {
-    EtcdOptions {
-        user: Some(User {
-            name: "colo".into(),
-            password: Credential::new("the test", password),
-        }),
-        ..EtcdOptions::default()
-    }
+    EtcdOptions::default().user("colo", Credential::new("the test", password))
 }
 
 fn token(token: &str) -> String {
@@ -410,13 +404,7 @@ fn a_password_is_one_line_of_a_file_and_read_again_when_it_is_refused() {
         let error = Gateway::new(
             &"a:1".parse().unwrap(),
             "k",
-            EtcdOptions {
-                user: Some(User {
-                    name: "colo".into(),
-                    password,
-                }),
-                ..EtcdOptions::default()
-            },
+            EtcdOptions::default().user("colo", password),
         )
         .unwrap_err();
         let said = format!("{} has {what} instead of a password", file.display());
@@ -430,13 +418,7 @@ fn a_password_is_one_line_of_a_file_and_read_again_when_it_is_refused() {
     std::fs::write(&file, "old").unwrap();
     let mut gateway = gateway_with(
         &endpoint,
-        EtcdOptions {
-            user: Some(User {
-                name: "colo".into(),
-                password: Credential::file(&file).unwrap(),
-            }),
-            ..EtcdOptions::default()
-        },
+        EtcdOptions::default().user("colo", Credential::file(&file).unwrap()),
     );
     assert!(gateway.read(patient()).is_err());
     assert_eq!(requests.iter().take(1).count(), 1);
@@ -465,10 +447,7 @@ fn options_that_do_not_fit_the_endpoints_are_refused() {
             .unwrap_err()
             .to_string()
     };
-    let ca = || EtcdOptions {
-        ca: Some(Credential::new("the test", "")),
-        ..EtcdOptions::default()
-    };
+    let ca = || EtcdOptions::default().authority(Credential::new("the test", ""));
     assert_eq!(
         new("a:1", ca()),
         "certificates are given, and the endpoints are not https://"
@@ -491,4 +470,46 @@ fn options_that_do_not_fit_the_endpoints_are_refused() {
             "https:// endpoints need the feature etcd-tls, which was not built"
         );
     }
+}
+
+/// Each error of a chain, as it is shown.
+fn shown(error: &dyn Error) -> Vec<String> {
+    let mut texts = vec![error.to_string()];
+    texts.extend(error.source().map(shown).into_iter().flatten());
+    texts
+}
+
+#[test]
+fn what_etcd_or_a_path_puts_into_an_error_moves_no_cursor() {
+    let is_plain = |text: &str| !text.contains(|c: char| c.is_control() || c == '\u{202e}');
+    let evil = "\x1b[2J\u{202e}";
+    let (escape, reversed) = (r"\u001b[2J", r"\u202e");
+    for answer in [
+        format!("{evil}\r\n\r\n"),
+        format!("HTTP/1.1 200 {evil}\r\n{evil}: {evil}\r\n\r\n"),
+        refuses("400 Bad Request", &format!("{escape}{reversed}")),
+        http("500 No", evil),
+        http("200 OK", evil),
+        http("200 OK", &format!(r#"{{"header":"{escape}{reversed}"}}"#)),
+        http(
+            "200 OK",
+            &format!(r#"{{"header":{{"cluster_id":"{escape}","revision":"{reversed}"}}}}"#),
+        ),
+    ] {
+        let (endpoint, _requests) = server(vec![answer.clone()]);
+        let error = gateway(&endpoint).read(patient()).unwrap_err();
+        assert!(is_plain(&error.chain()), "{answer:?}: {:?}", error.chain());
+        for text in shown(&error) {
+            assert!(is_plain(&text), "{answer:?}: {text:?}");
+        }
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let error = Credential::file(dir.path().join(evil)).unwrap_err();
+    assert!(is_plain(&error.to_string()), "{error:?}");
+    let error = ArbiterError::because(evil, io::Error::other(evil));
+    assert!(is_plain(&error.chain()), "{error:?}");
+    let name = user(PASSWORD).user(evil, Credential::new(evil, PASSWORD));
+    let (endpoint, _requests) = server(vec![refuses("400 Bad Request", "no")]);
+    let error = gateway_with(&endpoint, name).read(patient()).unwrap_err();
+    assert!(is_plain(&error.chain()), "{:?}", error.chain());
 }

@@ -17,6 +17,7 @@ use ureq::unversioned::transport::{
 
 use super::EtcdError;
 use super::options::{ClientCertificate, Credential, EtcdOptions, OptionsError};
+use crate::arbiter::foreign::foreign;
 
 /// The TLS of `https://` endpoints.
 pub(super) fn config(options: &EtcdOptions) -> Result<TlsConfig, OptionsError> {
@@ -54,7 +55,7 @@ fn client_certificate(
         .map_err(|error| OptionsError::Key {
             key: client.key.origin(),
             chain: client.chain.origin(),
-            source: error.into(),
+            source: foreign(&error),
         })?;
     let key = PrivateKey::from_pem(client.key.bytes()).map_err(|e| damaged(&client.key, e))?;
     Ok(ClientCert::new_with_certs(&chain, key))
@@ -116,21 +117,21 @@ pub(super) fn agent(config: Config) -> ureq::Agent {
 struct ToTheEnd;
 
 #[derive(Debug)]
-struct Heard<T>(T);
+struct PeerAlive<T>(T);
 
 impl<In: Transport> Connector<In> for ToTheEnd {
-    type Out = Heard<In>;
+    type Out = PeerAlive<In>;
 
     fn connect(
         &self,
         _: &ConnectionDetails,
         chained: Option<In>,
     ) -> Result<Option<Self::Out>, ureq::Error> {
-        Ok(chained.map(Heard))
+        Ok(chained.map(PeerAlive))
     }
 }
 
-impl<T: Transport> Transport for Heard<T> {
+impl<T: Transport> Transport for PeerAlive<T> {
     fn buffers(&mut self) -> &mut dyn Buffers {
         self.0.buffers()
     }
@@ -157,7 +158,7 @@ impl<T: Transport> Transport for Heard<T> {
 fn damaged(what: &Credential, error: impl Error + Send + Sync + 'static) -> OptionsError {
     OptionsError::Damaged {
         origin: what.origin(),
-        source: error.into(),
+        source: foreign(&error),
     }
 }
 
@@ -170,9 +171,9 @@ pub(super) fn refusal(error: ureq::Error) -> EtcdError {
     };
     match cause.cloned() {
         Some(cause @ rustls::Error::InvalidCertificate(_)) => {
-            EtcdError::ServerCertificate(cause.into())
+            EtcdError::ServerCertificate(foreign(&cause))
         }
-        Some(cause @ rustls::Error::AlertReceived(_)) => EtcdError::Alert(cause.into()),
-        _ => EtcdError::Transport(error),
+        Some(cause @ rustls::Error::AlertReceived(_)) => EtcdError::Alert(foreign(&cause)),
+        _ => EtcdError::Transport(foreign(&error)),
     }
 }

@@ -32,7 +32,7 @@ impl World {
             };
             match order {
                 Order::Renew | Order::Claim => {
-                    let deadline = tick_of(side.decider.patience(order, &view, now));
+                    let deadline = tick_of(side.decider.answer_deadline(order, &view, now));
                     let want = if order == Order::Claim {
                         Want::Claim
                     } else {
@@ -47,7 +47,7 @@ impl World {
                     side.colo = Colo::TookOver;
                     side.runs = true;
                 }
-                Order::GoOn => {
+                Order::Resume => {
                     side.runs = true;
                     side.stops = None;
                 }
@@ -55,7 +55,7 @@ impl World {
                     if side.runs {
                         // A quarter of the term is two ticks. One of the timeout is one and a half, and this
                         // decision half a tick late.
-                        let heard = view.hears_until.map_or(0, tick_of);
+                        let heard = view.liveness_until.map_or(0, tick_of);
                         let stopping = if heard + 1 >= tick { 1 } else { 2 };
                         side.stops = Some(tick + stopping + dawdling);
                     }

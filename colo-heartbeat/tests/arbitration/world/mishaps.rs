@@ -190,7 +190,7 @@ impl World {
             }
             Happens::Dies(role, seen) => self.die(role, seen),
             Happens::Quits(role) => {
-                // It says so, and gives its right up if that can be done at once.
+                // It says so, and gives its lease up if that can be done at once.
                 let side = self.side_mut(role);
                 let beat = side.peer.beat_now(Phase::Stopped, at(now));
                 side.send(beat);
@@ -225,7 +225,7 @@ impl World {
             Happens::Override(role) => {
                 self.die(other(role), true);
                 self.overridden = true;
-                let overruled = self.side_mut(role).decider.overrule();
+                let overruled = self.side_mut(role).decider.override_fence();
                 assert_eq!(overruled, Requested::Granted);
             }
             Happens::AnswerLost(role) => return Some(role),

@@ -25,7 +25,7 @@ impl World {
         }
         let alone = |side: &Side| side.up && side.decider.phase() == Phase::Alone;
         if alone(&self.primary) && alone(&self.secondary) {
-            return Err("both sides have the right for good".into());
+            return Err("both sides own the guest for good".into());
         }
         Ok(())
     }

@@ -8,7 +8,7 @@ use super::World;
 use super::side::{Request, Step, Way};
 use super::time::at;
 
-/// For a right that is given up, and the first hold of a process.
+/// For a lease that is given up, and the first hold of a process.
 pub(super) const PATIENT: u16 = 100;
 
 impl World {

@@ -55,7 +55,7 @@ pub(super) struct Side {
     pub(super) decider: Decider,
     pub(super) seat: Seat,
     pub(super) colo: Colo,
-    /// It holds the right, or COLO does without.
+    /// It holds the lease, or COLO does without.
     pub(super) entitled: bool,
     pub(super) runs: bool,
     /// Its guest runs until then, at the most.
@@ -69,15 +69,11 @@ pub(super) struct Side {
 
 impl Side {
     pub(super) fn new(role: Role, process: u64, now: u16) -> Self {
-        let rhythm = Rhythm {
-            role,
-            session: [1; 16],
-            process,
-            interval: INTERVAL,
-            missed: MISSED,
-            on_loss: OnHeartbeatLoss::Ask,
-            closed_is_loss: false,
-        };
+        let mut rhythm = Rhythm::new(role, [1; 16], OnHeartbeatLoss::Ask)
+            .expect("random numbers")
+            .interval(INTERVAL)
+            .missed(MISSED);
+        rhythm.process = process;
         Self {
             up: true,
             peer: Peer::new(rhythm, at(now)),
@@ -99,8 +95,8 @@ impl Side {
             colo: self.colo,
             peer: self.peer.state(),
             peer_phase: self.peer.phase(),
-            hears_until: self.peer.hears_until(),
-            relies_until: self.peer.relies_until(),
+            liveness_until: self.peer.liveness_until(),
+            peer_liveness_until: self.peer.peer_liveness_until(),
         }
     }
 

@@ -452,7 +452,7 @@ impl Migration {
         self.figures.operator_asks(true);
         let result = match self.heartbeat() {
             Some(heartbeat) if by_arbiter => heartbeat.take_over(),
-            Some(heartbeat) => heartbeat.overrule(),
+            Some(heartbeat) => heartbeat.override_fence(),
             None => Failover::request(&self.failover).map_err(TakeOverError::Refused),
         };
         result.map_err(|error| {

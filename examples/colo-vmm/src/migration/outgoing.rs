@@ -98,8 +98,8 @@ fn switched_over(vm: &SourceSide<'_>, plan: &MigrationPlan, switched: Switched, 
 fn give_up(vm: &SourceSide<'_>, error: &(dyn std::error::Error + 'static)) {
     match vm.heartbeat {
         None => {}
-        Some(heartbeat) if vm.peer_may_run => heartbeat.keep(),
-        Some(heartbeat) => heartbeat.give_up(),
+        Some(heartbeat) if vm.peer_may_run => heartbeat.claim(),
+        Some(heartbeat) => heartbeat.release(),
     }
     failed(vm.migration, vm.cancel, error);
 }
@@ -276,7 +276,7 @@ impl DeviceState for SourceSide<'_> {
         // They are sent next.
         self.peer_may_run = true;
         if let Some(heartbeat) = self.heartbeat {
-            heartbeat.begins();
+            heartbeat.colo_begins();
         }
         saved
     }

@@ -40,7 +40,7 @@ pub(super) fn decide<T: PageTransport, D: DirtyLog>(
     }
     if let Some(heartbeat) = vm.heartbeat.filter(|heartbeat| is_arbitrated(heartbeat)) {
         // Before the guest runs: the claim is what stops it if the other side has the right.
-        heartbeat.keep();
+        heartbeat.claim();
         return run_here(vm, unresolved, "the arbiter is asked who runs the guest");
     }
     let policy = plan.migrate_colo() && vm.heartbeat.is_none();
