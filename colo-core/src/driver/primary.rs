@@ -137,7 +137,7 @@ impl<T, D: DirtyLog> std::fmt::Debug for PrimaryLink<T, D> {
 /// for every checkpoint; nobody else does meanwhile. It holds the guest's output by `hooks.gate` and
 /// starts replication itself.
 ///
-/// What ends COLO is reported once by [`ColoObserver::colo_exit`]. With
+/// What ends COLO is reported once by [`ColoObserver::colo_exit`](crate::ColoObserver::colo_exit). With
 /// [`OnPeerLoss::Wait`](crate::OnPeerLoss::Wait) the driver then waits until somebody decides:
 /// [`FailoverHandle::request`](crate::FailoverHandle::request), [`ColoControl::quit`], or
 /// [`FailoverHandle::stop_for_good`](crate::FailoverHandle::stop_for_good), which a heartbeat calls.
@@ -145,7 +145,7 @@ impl<T, D: DirtyLog> std::fmt::Debug for PrimaryLink<T, D> {
 /// whether the VM runs, which is what a heartbeat has to be told (`colo_heartbeat::Heartbeat::colo_ended`).
 ///
 /// # Errors
-/// [`ProtocolMisuse`] is a mistake of this crate, never the peer's. It was reported by [`ColoObserver::colo_exit`]
+/// [`ProtocolMisuse`] is a mistake of this crate, never the peer's. It was reported by [`ColoObserver::colo_exit`](crate::ColoObserver::colo_exit)
 /// as [`Cause::Mistake`](crate::Cause::Mistake). The VM is left as it was.
 pub fn run_primary<T, D, V, R, G>(
     mut link: PrimaryLink<T, D>,

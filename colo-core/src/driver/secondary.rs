@@ -52,7 +52,7 @@ const HEAD_START: Duration = Duration::from_micros(200);
 /// with [`RequestError::Unfit`](crate::RequestError::Unfit).
 ///
 /// # Errors
-/// [`ProtocolMisuse`] is a mistake of this crate, never the peer's. It was reported by [`ColoObserver::colo_exit`]
+/// [`ProtocolMisuse`] is a mistake of this crate, never the peer's. It was reported by [`ColoObserver::colo_exit`](crate::ColoObserver::colo_exit)
 /// as [`Cause::Mistake`](crate::Cause::Mistake). The VM is left as it was.
 pub fn run_secondary<D, V, R, G>(
     link: SecondaryLink<D>,

@@ -31,7 +31,7 @@ impl<C: SourceObserver, D> SourceObserver for Vm<C, D> {
 }
 
 /// Where a migration is, as `query-migrate` calls it. What comes before is `setup`, what comes after
-/// is the result of [`Source::run`].
+/// is the result of [`Source::run`](super::Source::run).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SourceStatus {
     /// Memory is sent while the guest runs: `active`.
