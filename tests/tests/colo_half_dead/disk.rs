@@ -148,7 +148,10 @@ fn no_room_for_the_right() -> Result<()> {
     pair.set_up(PLAIN, DELAY)?;
     pair.migrate(PLAIN)?;
     let reason = pair.primary.wait_failure()?;
-    assert!(reason.contains("the arbiter does not grant this guest"), "{reason}");
+    assert!(
+        reason.contains("the arbiter does not grant this guest"),
+        "{reason}"
+    );
     assert!(reason.contains("No space left"), "{reason}");
     assert_eq!(pair.primary.status()?, "running");
     pair.primary.wait_lines(3)?;

@@ -1,0 +1,97 @@
+//! A VMM of one vCPU and a serial line, whose guest counts. It migrates to another process, to a file and
+//! back, and goes on when its process is killed. `README.md` says how to run it.
+
+mod colo;
+mod guest;
+mod machine;
+mod migrate;
+mod vcpu;
+
+use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
+
+use clap::{Parser, Subcommand};
+use colo_core::Outcome;
+use migration_stream::{BoxError, VmControl};
+use multifd::Address;
+
+use self::machine::Machine;
+
+/// A VMM of one vCPU whose guest counts.
+#[derive(Parser)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+    /// Multifd channels.
+    #[arg(long, global = true, default_value_t = 0)]
+    channels: u8,
+    /// Seconds that the guest runs before it leaves.
+    #[arg(long, global = true, default_value_t = 1.0)]
+    after: f64,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Runs the guest.
+    Run,
+    /// Runs the guest, and then sends it to another process.
+    Send { to: Address },
+    /// Waits for a guest, and runs it.
+    Receive { at: Address },
+    /// Runs the guest, and then writes it into a file.
+    Save { path: String },
+    /// Runs the guest that is in a file.
+    Restore { path: String },
+    /// Runs the guest, protected by a secondary.
+    Primary { to: Address, beats: Address },
+    /// Protects a primary's guest.
+    Secondary { at: Address, beats: Address },
+}
+
+fn main() -> Result<(), BoxError> {
+    let arguments = Arguments::parse();
+    let channels = arguments.channels;
+    let mut machine = Machine::new()?;
+    let log = machine.log()?;
+    let is_source = matches!(
+        arguments.command,
+        Command::Run | Command::Send { .. } | Command::Save { .. } | Command::Primary { .. }
+    );
+    if is_source {
+        machine.vm.resume()?;
+        thread::sleep(Duration::try_from_secs_f64(arguments.after)?);
+    }
+    match arguments.command {
+        Command::Run => {}
+        Command::Send { to } => return migrate::away(&mut machine, log, &to, channels).map(drop),
+        Command::Save { path } => return migrate::save(&mut machine, log, &path),
+        Command::Receive { at } => {
+            let store = Arc::clone(&machine.ram);
+            let arrived = migrate::here(&mut machine, store, &at, channels)?;
+            arrived.settle(&mut machine.vm)?.confirm()?;
+            machine.vm.resume()?;
+        }
+        Command::Restore { path } => {
+            migrate::restore(&mut machine, &path)?;
+            machine.vm.resume()?;
+        }
+        Command::Primary { to, beats } => {
+            went_on(colo::primary(machine, log, &to, beats, channels)?)?;
+        }
+        Command::Secondary { at, beats } => {
+            went_on(colo::secondary(machine, log, &at, beats, channels)?)?;
+        }
+    }
+    loop {
+        thread::park();
+    }
+}
+
+/// The guest runs here, if it went on here.
+fn went_on(outcome: Outcome) -> Result<(), BoxError> {
+    match outcome {
+        Outcome::TookOver => Ok(()),
+        other => Err(format!("the guest does not run here: {other:?}").into()),
+    }
+}
