@@ -7,43 +7,38 @@
 //! bytes are those of QEMU 7.2 to 11.1 (`migration/multifd*.c`).
 //!
 //! ```no_run
+//! use std::error::Error;
 //! use std::sync::Arc;
 //! use std::time::Duration;
 //!
-//! use migration_stream::ram::BlockId;
-//! use migration_stream::{GuestRam, PageStore, PageTransport, StreamWriter};
+//! use migration_stream::precopy::RamSetup;
+//! use migration_stream::{DirtyLog, GuestRam, PageStore, StreamWriter};
 //! use multifd::incoming::{Acceptor, Limits};
-//! use multifd::{Listener, MultifdConfig, RecvSet, SendSet, outgoing};
+//! use multifd::{IncomingPages, Listener, MultifdConfig, RecvSet, SendSet, outgoing};
 //!
-//! fn source(ram: Arc<dyn GuestRam>) -> Result<(), Box<dyn std::error::Error>> {
-//!     let config = MultifdConfig::default();
-//!     let limit = Duration::from_secs(30);
-//!     let out = outgoing::connect(
-//!         &"tcp:127.0.0.1:4444".parse()?,
-//!         Some(&config),
-//!         limit,
-//!         limit,
-//!         None,
-//!     )?;
-//!     let mut main = StreamWriter::new(out.main);
+//! /// What `Source::start` takes: the main stream, and the channels as the transport of RAM.
+//! fn source<D: DirtyLog>(
+//!     ram: Arc<dyn GuestRam>,
+//!     log: D,
+//! ) -> Result<(StreamWriter, RamSetup<SendSet, D>), Box<dyn Error>> {
+//!     let (config, limit) = (MultifdConfig::default(), Duration::from_secs(30));
+//!     let to = "tcp:target:4444".parse()?;
+//!     let out = outgoing::connect(&to, Some(&config), limit, limit, None)?;
 //!     let channels = out.channels.into_iter().map(Into::into).collect();
-//!     let mut pages = SendSet::start(ram, channels, &config)?;
-//!     pages.send(&mut main, BlockId::new(0), 0, 256)?; // between the main stream's sections
-//!     pages.sync(&mut main)?;
-//!     pages.join()?;
-//!     Ok(())
+//!     let transport = SendSet::start(ram, channels, &config)?;
+//!     Ok((StreamWriter::new(out.main), RamSetup { log, transport }))
 //! }
 //!
-//! fn destination<S: PageStore + 'static>(store: S) -> Result<S, Box<dyn std::error::Error>> {
+//! /// What `Target::load` takes: the store, and the channels that fill it.
+//! fn target<S: PageStore + 'static>(store: S) -> Result<IncomingPages<S>, Box<dyn Error>> {
 //!     let config = MultifdConfig::default();
-//!     let listener = Listener::bind(&"tcp:127.0.0.1:4444".parse()?)?;
+//!     let listener = Listener::bind(&"tcp:0.0.0.0:4444".parse()?)?;
 //!     let incoming = Acceptor::new(listener, Some(&config), Limits::default())?.accept(None)?;
-//!     let waker = incoming.main.share();
 //!     let channels = incoming.channels.into_iter().map(Into::into).collect();
-//!     let set = RecvSet::start(store, channels, &config, move |_| waker.shutdown())?;
-//!     let barrier = set.barrier(); // for whoever reads the main stream
-//!     # drop(barrier);
-//!     Ok(set.join()?.store)
+//!     // The loader of the main stream notices at once when a channel breaks.
+//!     let main = incoming.main.share();
+//!     let set = RecvSet::start(store, channels, &config, move |_| main.shutdown())?;
+//!     Ok(IncomingPages::multifd(set))
 //! }
 //! ```
 //!
@@ -86,3 +81,8 @@ pub use error::{ChannelError, Part};
 pub use pages::IncomingPages;
 pub use recv::{Joined, RecvBarrier, RecvCounters, RecvSet};
 pub use send::{LevelWatch, SendSet};
+
+/// Compiles the example of the README.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
