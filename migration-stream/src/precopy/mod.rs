@@ -1,17 +1,81 @@
-//! Precopy live migration: the source iterates over guest memory while the guest runs, stops it and
-//! switches over; the target loads.
+//! Precopy live migration: the source sends guest memory while the guest runs, pauses it and switches over;
+//! the target loads.
 //!
 //! ```text
 //! source                                     target
 //! header, configuration,
 //! OPEN_RETURN_PATH, PING          ->
+//! devices saved early             ->         parsed
 //! START ram (block list)          ->
 //!                                 <-         PONG
 //! PART ram ... while the guest runs ->       pages into the store
-//! [guest stops]
+//! [guest pauses]
 //! SWITCHOVER_START, END ram,
-//! FULL devices, EOF, description  ->
-//!                                 <-         SHUT(0): everything is loaded
+//! FULL devices, EOF, description  ->         parsed and staged
+//!                                            [channels joined, devices installed]
+//!                                 <-         SHUT(0): the guest is the target's
+//! ```
+//!
+//! Both sides, over a connected socket:
+//!
+//! ```no_run
+//! use std::sync::Arc;
+//! use std::time::Duration;
+//!
+//! use migration_stream::configuration::{Configuration, MachineName};
+//! use migration_stream::decoder::{ConfigurationRule, DecoderConfig};
+//! use migration_stream::io::FdChannel;
+//! use migration_stream::precopy::{
+//!     Limits, RamSetup, ReturnPathReader, Source, SourceConfig, SourceObserver, Target, TargetConfig,
+//! };
+//! use migration_stream::ram::{InStream, NoMultifd, ZeroPageDetection};
+//! use migration_stream::{
+//!     BoxError, DeviceState, DirtyLog, GuestRamMmap, StreamReader, StreamWriter, VmControl,
+//! };
+//!
+//! fn machine() -> Result<Configuration, BoxError> {
+//!     Ok(Configuration::new(MachineName::new("my-vmm-1")?))
+//! }
+//!
+//! /// Sends the running guest. If this fails the guest runs on.
+//! fn send<V: VmControl + DeviceState + SourceObserver>(
+//!     vm: &mut V,
+//!     ram: Arc<GuestRamMmap>,
+//!     log: impl DirtyLog,
+//!     socket: FdChannel,
+//! ) -> Result<(), BoxError> {
+//!     let config = SourceConfig {
+//!         configuration: Some(machine()?),
+//!         switchover_start: true, // false for a target that is a QEMU before 10.0
+//!         confirm_timeout: Duration::from_secs(30),
+//!     };
+//!     let out = StreamWriter::new(socket.share());
+//!     let answers = ReturnPathReader::new(socket);
+//!     let transport = InStream::new(ram, ZeroPageDetection::default());
+//!     let setup = RamSetup { log, transport };
+//!     let limits = Arc::new(Limits::default());
+//!     let source = Source::start(config, limits, out, Some(answers), setup, vm)?;
+//!     source.run(vm).completed()?;
+//!     Ok(())
+//! }
+//!
+//! /// Receives a guest, and resumes it.
+//! fn receive<V: VmControl + DeviceState>(
+//!     vm: &mut V,
+//!     ram: Arc<GuestRamMmap>,
+//!     socket: FdChannel,
+//! ) -> Result<(), BoxError> {
+//!     let config = TargetConfig {
+//!         decoder: DecoderConfig::new(ConfigurationRule::Matching(machine()?)),
+//!         max_devices: 1 << 20,
+//!     };
+//!     let reader = StreamReader::new(socket.share(), b"");
+//!     let target = Target::new(config, reader, Some(Box::new(socket)), &*ram);
+//!     let arrived = target.confirming_before_it_runs().load((ram, NoMultifd), vm)?;
+//!     arrived.settle(vm)?.confirm()?;
+//!     vm.resume()?;
+//!     Ok(())
+//! }
 //! ```
 //!
 //! Nothing here knows a socket, a thread or a hypervisor: see [`crate::io`], [`PageTransport`],
