@@ -64,6 +64,10 @@ impl FdChannel {
     /// Takes a connected descriptor over and makes it non-blocking. `limit` is how long one call
     /// may wait for the peer where no deadline was set.
     ///
+    /// It has to exceed every silence of a healthy peer: 10 to 30 s suit a migration. A source that pauses before
+    /// the switch-over is silent for as long as its operator likes; see
+    /// [`Target::allowing_pauses_of`](crate::precopy::Target::allowing_pauses_of).
+    ///
     /// # Errors
     /// Those of `fcntl`.
     pub fn new(fd: impl Into<OwnedFd>, limit: Duration) -> io::Result<Self> {

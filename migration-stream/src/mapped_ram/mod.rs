@@ -8,6 +8,13 @@
 //! [`StreamWriter::to_file`](crate::StreamWriter::to_file), and a [`FileWriter`] as the transport of
 //! [`Source`](crate::precopy::Source). Both can have several threads (in QEMU the channels of
 //! multifd), and move pages past the page cache.
+//!
+//! The source puts the capability into its configuration by itself. A target that compares configurations
+//! expects it: [`Configuration::with`](crate::configuration::Configuration::with)`(`[`MAPPED_RAM`]`)`. The bandwidth
+//! of [`Limits`](crate::precopy::Limits) holds for a file too. Who writes a file also makes it durable
+//! (`File::sync_all`).
+//!
+//! [`MAPPED_RAM`]: crate::configuration::MAPPED_RAM
 
 mod error;
 mod layout;

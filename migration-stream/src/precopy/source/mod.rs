@@ -43,9 +43,11 @@ pub struct SourceConfig {
     /// The configuration section, `None` for a stream without one. `x-ignore-shared` is put
     /// into it where the block table says so, `mapped-ram` where the transport does.
     pub configuration: Option<Configuration>,
-    /// Whether SWITCHOVER_START announces the final phase (machine types of QEMU 10.0 on).
+    /// Whether SWITCHOVER_START announces the final phase: `true`, unless the target is a QEMU before 10.0
+    /// or its machine type is of one.
     pub switchover_start: bool,
-    /// How long the destination may take to confirm, once everything was sent.
+    /// How long the destination may take to confirm, once everything was sent: for loading its devices. When
+    /// it has passed, the outcome is [unknown](HandOver::Unknown).
     pub confirm_timeout: Duration,
 }
 
