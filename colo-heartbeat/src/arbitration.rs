@@ -25,6 +25,9 @@ pub enum HoldError {
     /// The heartbeat has ended.
     #[error("the heartbeat has ended")]
     Ended,
+    /// Whoever waited for the lease does not want it any more.
+    #[error("waiting for the lease was cancelled")]
+    Cancelled,
 }
 
 /// Why a side does not go on alone.

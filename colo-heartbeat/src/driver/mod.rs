@@ -34,7 +34,7 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 use std::{fmt, io};
 
-use migration_stream::io::deadline_after;
+use migration_stream::io::{CancelToken, deadline_after};
 use multifd::Address;
 
 use self::beating::Beating;
@@ -48,6 +48,9 @@ use crate::failover::{ColoEnd, Failover};
 use crate::link::{Endpoint, Link};
 use crate::peer::{Peer, PeerState, Rhythm};
 use crate::policy::OnHeartbeatLoss;
+
+/// How often a wait for the arbiter looks whether it was cancelled.
+const CANCEL_POLL: Duration = Duration::from_millis(20);
 
 /// The guest, in the heartbeat's hands.
 pub trait Guest: Send + Sync {
@@ -156,11 +159,13 @@ impl Heartbeat {
     }
 
     /// Takes the lease for a primary that is about to enter COLO, before [`Heartbeat::colo_begins`]. Waits
-    /// for the arbiter for at most `limit`. Where no arbiter is asked, nothing happens.
+    /// for the arbiter for at most `limit`, and until `cancel` is cancelled. Where no arbiter is asked, nothing
+    /// happens.
     ///
     /// # Errors
-    /// The lease was not given: COLO must not begin.
-    pub fn hold(&self, limit: Duration) -> Result<(), HoldError> {
+    /// The lease was not given: COLO must not begin. After [`HoldError::Cancelled`] it may be granted late:
+    /// [`release`](Heartbeat::release) gives it up.
+    pub fn hold(&self, limit: Duration, cancel: Option<&CancelToken>) -> Result<(), HoldError> {
         if self.report().rhythm.on_loss != OnHeartbeatLoss::Ask {
             return Ok(());
         }
@@ -169,7 +174,17 @@ impl Heartbeat {
         self.questions
             .send(question)
             .map_err(|_| HoldError::Ended)?;
-        receiver.recv().map_err(|_| HoldError::Ended)?
+        loop {
+            match receiver.recv_timeout(CANCEL_POLL) {
+                Ok(answer) => return answer,
+                Err(RecvTimeoutError::Disconnected) => return Err(HoldError::Ended),
+                Err(RecvTimeoutError::Timeout) => {
+                    if cancel.is_some_and(CancelToken::is_cancelled) {
+                        return Err(HoldError::Cancelled);
+                    }
+                }
+            }
+        }
     }
 
     /// Says that the peer is about to get the last of what it needs to be in COLO: from now on this side is

@@ -307,14 +307,14 @@ fn a_lease_is_held_before_colo_renewed_in_it_and_its_loss_stops_the_guest() {
         (unreachable(), "the arbiter does not grant this guest"),
     ] {
         side.answers.send(answer).unwrap();
-        let refused = side.heartbeat.hold(LONG).unwrap_err();
+        let refused = side.heartbeat.hold(LONG, None).unwrap_err();
         assert_eq!(side.asked(), Order::Renew);
         assert_eq!(refused.to_string(), text);
     }
     // Each lasts for longer than this machine may be busy.
     let lease = || won(Some(Instant::now() + LONG));
     side.answers.send(lease()).unwrap();
-    side.heartbeat.hold(LONG).unwrap();
+    side.heartbeat.hold(LONG, None).unwrap();
     assert_eq!(side.asked(), Order::Renew);
     side.enter();
     for _ in 0..3 {
@@ -334,13 +334,32 @@ fn a_lease_is_held_before_colo_renewed_in_it_and_its_loss_stops_the_guest() {
     }
 }
 
+#[test]
+fn waiting_for_a_silent_arbiter_is_cancelled_and_the_next_wait_is_not() {
+    let endpoint = Endpoint::Connect(address("cancelled"));
+    let side = side(Role::Primary, OnHeartbeatLoss::Ask, endpoint, true);
+    let token = CancelToken::new().unwrap();
+    let refused = thread::scope(|scope| {
+        let waits = scope.spawn(|| side.heartbeat.hold(LONG, Some(&token)));
+        assert_eq!(side.asked.recv_timeout(LONG).unwrap(), Order::Renew);
+        token.cancel();
+        waits.join().unwrap().unwrap_err()
+    });
+    assert!(matches!(refused, HoldError::Cancelled), "{refused}");
+    // The answer comes late, and is nobody's.
+    side.answers.send(Answer::Lost(Owner::new(7))).unwrap();
+    side.heartbeat.release();
+    side.answers.send(won(None)).unwrap();
+    side.heartbeat.hold(LONG, None).unwrap();
+}
+
 /// A primary whose lease has expired, as nobody answers.
 fn suspended(name: &str) -> Side {
     let endpoint = Endpoint::Connect(address(name));
     let side = side(Role::Primary, OnHeartbeatLoss::Ask, endpoint, true);
     let until = Instant::now() + TERM;
     side.answers.send(won(Some(until))).unwrap();
-    side.heartbeat.hold(LONG).unwrap();
+    side.heartbeat.hold(LONG, None).unwrap();
     assert_eq!(side.asked(), Order::Renew);
     side.enter();
     // The arbiter is asked, and says nothing.
@@ -459,7 +478,7 @@ fn an_arbiter_that_is_silent_holds_no_beat_up_and_a_side_that_ends_says_so() {
         .answers
         .send(won(Some(Instant::now() + TERM)))
         .unwrap();
-    connects.heartbeat.hold(LONG).unwrap();
+    connects.heartbeat.hold(LONG, None).unwrap();
     connects.enter();
     listens.enter();
     // The hold and the renewal that nobody answers.

@@ -5,64 +5,51 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use migration_stream::ram::BlockId;
-use migration_stream::{DirtyLog, MemoryError, PAGE_SIZE};
+use migration_stream::{DirtyLog, KvmDirtyLog, MemoryError, PAGE_SIZE};
 use vm_memory::bitmap::AtomicBitmap;
 
 use crate::machine::MemorySlots;
 use crate::memory::Memory;
 
-/// KVM's dirty log: the kernel marks what vCPUs write, [`DirtyLog::sync`] fetches the bitmap of
-/// each memory slot and clears it.
-///
-/// No device of this VMM writes guest RAM, so KVM's word is all there is, but for a reset, after which
-/// every page is reported once. A VMM with DMA adds a [`SoftwareDirtyLog`] beside it.
+/// KVM's dirty log. No device of this VMM writes guest RAM, so KVM's word is all there is, but for a reset,
+/// after which every page is reported once. A VMM with DMA adds a [`SoftwareDirtyLog`] beside it.
 #[derive(Debug)]
-pub struct KvmDirtyLog {
+pub struct SlotsDirtyLog {
+    kvm: KvmDirtyLog,
     slots: Arc<MemorySlots>,
 }
 
-impl KvmDirtyLog {
-    pub(crate) const fn new(slots: Arc<MemorySlots>) -> Self {
-        Self { slots }
+impl SlotsDirtyLog {
+    pub(crate) fn new(slots: Arc<MemorySlots>) -> Self {
+        let kvm = slots.dirty_log();
+        Self { kvm, slots }
     }
 }
 
-fn backend(what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> MemoryError {
-    move |source| MemoryError::Backend {
-        what,
-        source: source.into(),
-    }
-}
-
-impl DirtyLog for KvmDirtyLog {
+impl DirtyLog for SlotsDirtyLog {
     fn start(&mut self) -> Result<(), MemoryError> {
         self.slots.take_rewritten();
-        self.slots
-            .set_logging(true)
-            .map_err(backend("kvm does not start logging writes"))
+        self.kvm.start()
     }
 
     fn sync(&mut self, sink: &mut dyn FnMut(BlockId, u64, u64)) -> Result<(), MemoryError> {
-        let is_rewritten = self.slots.take_rewritten();
-        for slot in self.slots.iter() {
-            if is_rewritten {
-                for first in (0..slot.pages()).step_by(64) {
-                    let count = (slot.pages() - first).min(64);
-                    sink(slot.block(), first, u64::MAX >> (64 - count));
+        if self.slots.take_rewritten() {
+            for region in self.slots.memory().regions() {
+                let pages = region.mapping.size() as u64 / PAGE_SIZE;
+                for first in (0..pages).step_by(64) {
+                    sink(
+                        region.block,
+                        first,
+                        u64::MAX >> (64 - (pages - first).min(64)),
+                    );
                 }
             }
-            let words = slot
-                .take_dirty()
-                .map_err(backend("kvm does not give its dirty log"))?;
-            report(slot.block(), &words, sink);
         }
-        Ok(())
+        self.kvm.sync(sink)
     }
 
     fn stop(&mut self) -> Result<(), MemoryError> {
-        self.slots
-            .set_logging(false)
-            .map_err(backend("kvm does not stop logging writes"))
+        self.kvm.stop()
     }
 }
 

@@ -44,7 +44,7 @@ fn heartbeat(
     role: colo_heartbeat::Role,
     endpoint: Endpoint,
     failover: &FailoverHandle,
-) -> Result<Heartbeat, BoxError> {
+) -> Result<Arc<Heartbeat>, BoxError> {
     let on_loss = match role {
         colo_heartbeat::Role::Primary => OnHeartbeatLoss::Stop,
         colo_heartbeat::Role::Secondary => OnHeartbeatLoss::TakeOver,
@@ -52,29 +52,26 @@ fn heartbeat(
     let rhythm = Rhythm::new(role, *b"a guest's uuid..", on_loss)?;
     let hold = Arc::new(Hold(machine.vm.control.clone()));
     let manual = Box::new(Manual);
-    Ok(Heartbeat::start(
-        rhythm,
-        endpoint,
-        failover.clone(),
-        manual,
-        hold,
-    )?)
+    let heartbeat = Heartbeat::start(rhythm, endpoint, failover.clone(), manual, hold)?;
+    Ok(Arc::new(heartbeat))
 }
 
-/// Protects the running guest by a secondary at `address`, whose heartbeat is at `beats`. Returns what has
-/// become of the guest.
+/// What has become of the guest, and the heartbeat, which lasts as long as the guest.
+pub type Ended = (Outcome, Arc<Heartbeat>);
+
+/// Protects the running guest by a secondary at `address`, whose heartbeat is at `beats`.
 pub fn primary(
     mut machine: Machine,
     log: KvmDirtyLog,
     address: &Address,
     beats: Address,
     count: u8,
-) -> Result<Outcome, BoxError> {
+) -> Result<Ended, BoxError> {
     let failover = FailoverHandle::new();
     let endpoint = Endpoint::Connect(beats);
     let role = colo_heartbeat::Role::Primary;
     let heartbeat = heartbeat(&machine, role, endpoint, &failover)?;
-    heartbeat.colo_begins();
+    machine.vm.control.heartbeat = Some(Arc::clone(&heartbeat));
     let switched = migrate::away(&mut machine, log, address, count)?;
     let control = ColoControl::new(Role::Primary, failover, EVERY, || {})?;
     let mut hooks = Hooks {
@@ -85,18 +82,18 @@ pub fn primary(
     let link = PrimaryLink::new(switched)?;
     let outcome = run_primary(link, &mut hooks, &control, DriverConfig::default())?;
     heartbeat.colo_ended(outcome);
-    Ok(outcome)
+    Ok((outcome, heartbeat))
 }
 
-/// Waits at `address` for a guest to protect, with a heartbeat at `beats`. Returns what has become of
-/// the guest, which runs here if this side took over.
+/// Waits at `address` for a guest to protect, with a heartbeat at `beats`. The guest runs here afterwards if
+/// this side took over.
 pub fn secondary(
     mut machine: Machine,
     log: KvmDirtyLog,
     address: &Address,
     beats: Address,
     count: u8,
-) -> Result<Outcome, BoxError> {
+) -> Result<Ended, BoxError> {
     let failover = FailoverHandle::new();
     let endpoint = Endpoint::Listen(beats);
     let role = colo_heartbeat::Role::Secondary;
@@ -126,5 +123,5 @@ pub fn secondary(
     let outcome = run_secondary(link, &mut hooks, &control, DriverConfig::default())?;
     vcpu.silent.store(false, Ordering::Relaxed);
     heartbeat.colo_ended(outcome);
-    Ok(outcome)
+    Ok((outcome, heartbeat))
 }

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
+use colo_heartbeat::Heartbeat;
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::Kvm;
 use migration_stream::ram::BlockId;
@@ -20,6 +21,8 @@ const MEMORY: usize = 16 << 20;
 pub struct Control {
     /// The one vCPU.
     pub vcpu: Arc<Vcpu>,
+    /// The heartbeat of the pair that a migration makes.
+    pub heartbeat: Option<Arc<Heartbeat>>,
 }
 
 impl VmControl for Control {
@@ -70,7 +73,10 @@ impl Machine {
         devices.register("vcpu", 0, Priority::Default, VcpuDevice(Arc::clone(&vcpu)))?;
         Ok(Self {
             vm: Vm {
-                control: Control { vcpu },
+                control: Control {
+                    vcpu,
+                    heartbeat: None,
+                },
                 devices,
             },
             ram: Arc::new(GuestRamMmap::over(memory, &["ram"])?),

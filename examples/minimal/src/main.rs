@@ -64,8 +64,14 @@ fn main() -> Result<(), BoxError> {
     }
     match arguments.command {
         Command::Run => {}
-        Command::Send { to } => return migrate::away(&mut machine, log, &to, channels).map(drop),
-        Command::Save { path } => return migrate::save(&mut machine, log, &path),
+        Command::Send { to } => match migrate::away(&mut machine, log, &to, channels) {
+            Ok(_) => return Ok(()),
+            Err(error) => stays(&*error),
+        },
+        Command::Save { path } => match migrate::save(&mut machine, log, &path) {
+            Ok(()) => return Ok(()),
+            Err(error) => stays(&*error),
+        },
         Command::Receive { at } => {
             let store = Arc::clone(&machine.ram);
             let arrived = migrate::here(&mut machine, store, &at, channels)?;
@@ -77,21 +83,35 @@ fn main() -> Result<(), BoxError> {
             machine.vm.resume()?;
         }
         Command::Primary { to, beats } => {
-            went_on(colo::primary(machine, log, &to, beats, channels)?)?;
+            let ended = colo::primary(machine, log, &to, beats, channels);
+            ended.map_or_else(|error| stays(&*error), went_on);
         }
         Command::Secondary { at, beats } => {
-            went_on(colo::secondary(machine, log, &at, beats, channels)?)?;
+            went_on(colo::secondary(machine, log, &at, beats, channels)?);
         }
     }
+    wait()
+}
+
+/// The vCPU's thread goes on.
+fn wait() -> ! {
     loop {
         thread::park();
     }
 }
 
-/// The guest runs here, if it went on here.
-fn went_on(outcome: Outcome) -> Result<(), BoxError> {
+/// The guest has not left. It runs on here, unless its outcome is unknown: then it stays paused.
+fn stays(error: &(dyn std::error::Error + 'static)) {
+    eprintln!("the guest stays: {error}");
+}
+
+/// COLO has ended. The heartbeat lasts as long as the guest.
+fn went_on((outcome, _heartbeat): colo::Ended) {
     match outcome {
-        Outcome::TookOver => Ok(()),
-        other => Err(format!("the guest does not run here: {other:?}").into()),
+        Outcome::TookOver => wait(),
+        other => {
+            eprintln!("the guest does not run here: {other:?}");
+            std::process::exit(1);
+        }
     }
 }

@@ -7,8 +7,8 @@ use std::time::Duration;
 use migration_stream::configuration::{Configuration, MachineName};
 use migration_stream::decoder::{ConfigurationRule, DecoderConfig};
 use migration_stream::precopy::{
-    Arrived, Limits, RamSetup, ReturnPathReader, Source, SourceConfig, SourceObserver,
-    SwitchedOver, Target, TargetConfig,
+    Arrived, Limits, RamSetup, ReturnPathReader, Source, SourceConfig, SourceEvent, SourceObserver,
+    SourceStatus, SwitchedOver, Target, TargetConfig,
 };
 use migration_stream::ram::{InStream, ZeroPageDetection};
 use migration_stream::{
@@ -25,7 +25,16 @@ use crate::machine::{Control, Machine};
 /// How long either side waits for the other.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-impl SourceObserver for Control {}
+impl SourceObserver for Control {
+    /// The devices are sent next: from then on the secondary may be in COLO.
+    fn event(&mut self, event: SourceEvent) {
+        if let (SourceEvent::Status(SourceStatus::Device), Some(heartbeat)) =
+            (event, &self.heartbeat)
+        {
+            heartbeat.colo_begins();
+        }
+    }
+}
 
 fn configuration() -> Result<Configuration, BoxError> {
     Ok(Configuration::new(MachineName::new("minimal-1")?))

@@ -111,6 +111,21 @@ fn migrates(channels: &str) -> Outcome {
     follow_each_other(&counts)
 }
 
+fn runs_on_if_it_cannot_leave() -> Outcome {
+    let dir = tempfile::tempdir()?;
+    let output = dir.path().join("output");
+    let nobody = unix(&dir, "nobody");
+    for arguments in [vec!["send", &nobody], vec!["primary", &nobody, &nobody]] {
+        let mut vmm = Vmm::start(&output, &[&arguments[..], &["--after", "0.1"]].concat())?;
+        thread::sleep(Duration::from_secs(1));
+        counts_on(&output, counts(&[&output])?.len())?;
+        assert!(vmm.0.try_wait()?.is_none(), "{arguments:?}");
+        drop(vmm);
+        follow_each_other(&counts(&[&output])?)?;
+    }
+    Ok(())
+}
+
 fn is_saved_and_restored() -> Outcome {
     let dir = tempfile::tempdir()?;
     let (before, after) = (dir.path().join("before"), dir.path().join("after"));
@@ -158,6 +173,10 @@ fn main() -> ExitCode {
         .with_ignored_flag(missing && !required)
     };
     let trials = vec![
+        trial(
+            "a_guest_that_cannot_leave_runs_on",
+            runs_on_if_it_cannot_leave,
+        ),
         trial("a_guest_that_counts_migrates", || migrates("0")),
         trial("a_guest_that_counts_migrates_by_channels", || migrates("2")),
         trial(

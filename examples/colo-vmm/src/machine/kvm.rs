@@ -24,7 +24,7 @@ use crate::devices::{
     MSR_TSC_DEADLINE, ModelRegisters, Pic, PicRole, Pit, PortBus, RESET_PORT, ResetPort,
     SerialPort, VcpuRegisters, Xsave,
 };
-use crate::dirty_log::KvmDirtyLog;
+use crate::dirty_log::SlotsDirtyLog;
 use crate::loader;
 use crate::memory::Memory;
 use crate::vcpu::{self, Vcpu, VcpuThread};
@@ -385,7 +385,7 @@ impl Machine for KvmMachine {
     }
 
     fn dirty_log(&self) -> Box<dyn DirtyLog> {
-        Box::new(KvmDirtyLog::new(Arc::clone(&self.slots)))
+        Box::new(SlotsDirtyLog::new(Arc::clone(&self.slots)))
     }
 
     fn throttle(&self) -> Box<dyn Throttle> {

@@ -36,7 +36,7 @@ pub(crate) use control::{Order, RunControl};
 pub use cpu::{CpuMask, CpuOptions, CpuidRegister, Register};
 pub use kvm::{KvmMachine, kvm_unavailable};
 pub use sim::SimMachine;
-pub use slots::{MemorySlots, Slot};
+pub use slots::MemorySlots;
 
 use crate::devices::KvmDeviceError;
 use crate::guest::WorkloadConfig;

@@ -54,7 +54,7 @@ pub(super) fn run(
         peer_may_run: false,
     };
     let begun = heartbeat
-        .map_or(Ok(()), watch)
+        .map_or(Ok(()), |heartbeat| watch(heartbeat, cancel))
         .and_then(|()| begin(&mut vm, plan, multifd, address));
     let (outcome, copy) = match begun {
         Ok((source, copy)) => (source.run(&mut vm), copy),
@@ -104,14 +104,14 @@ fn give_up(vm: &SourceSide<'_>, error: &(dyn std::error::Error + 'static)) {
     failed(vm.migration, vm.cancel, error);
 }
 
-/// Takes the right to run for the pair that is to be.
-fn watch(heartbeat: &Heartbeat) -> Result<(), BoxError> {
+/// Takes the lease for the pair that is to be.
+fn watch(heartbeat: &Heartbeat, cancel: &Cancel) -> Result<(), BoxError> {
     let report = heartbeat.report();
     // A primary that has gone on alone tries again, with the same or another secondary in its place.
     if let (Phase::Alone, Endpoint::Connect(address)) = (report.phase, report.endpoint) {
         heartbeat.new_pair(address)?;
     }
-    Ok(heartbeat.hold(CONNECT_TIMEOUT)?)
+    Ok(heartbeat.hold(CONNECT_TIMEOUT, Some(cancel.token()))?)
 }
 
 /// Connects, and begins the stream.

@@ -165,11 +165,6 @@ impl<S> Settled<S> {
         self.loaded.configuration()
     }
 
-    /// Returns whether the source still waits for an answer.
-    pub fn source_waits(&mut self) -> bool {
-        self.loaded.source_waits()
-    }
-
     /// Tells the source that the guest is this side's, if it has opened a return path, and returns the page
     /// store. The VMM resumes the guest.
     ///
