@@ -92,6 +92,8 @@ pub struct Dirtier {
 
 /// Where firmware loads a boot sector.
 const BOOT_ADDRESS: u16 = 0x7c00;
+/// How a boot sector ends.
+const BOOT_SIGNATURE: [u8; 2] = [0x55, 0xaa];
 
 impl Dirtier {
     /// Writes a disk with the boot sector on it, for [`crate::qemu::Machine::boot`].
@@ -106,6 +108,40 @@ impl Dirtier {
     #[must_use]
     pub fn boot_sector(&self) -> [u8; 512] {
         protected(&[&self.code()])
+    }
+
+    /// Checks that `memory`, all of a paused guest's from address 0 on, is this guest's: its boot sector was
+    /// loaded, and each page's first byte is the count of rounds, or one less behind where it stands.
+    ///
+    /// # Errors
+    /// Another guest's memory, or one that was not taken at one moment.
+    pub fn check(&self, memory: &[u8]) -> Result<()> {
+        let boot = usize::from(BOOT_ADDRESS);
+        if memory.get(boot + 510..boot + 512) != Some(&BOOT_SIGNATURE) {
+            return Err("no boot sector was loaded".into());
+        }
+        let first = usize::try_from(self.start)?;
+        let length = usize::try_from(self.pages)? * PAGE_SIZE;
+        let pages = memory
+            .get(first..first + length)
+            .ok_or("too little memory")?;
+        let mut rounds = pages.chunks(PAGE_SIZE).map(|page| page[0]);
+        let current = rounds.next().unwrap_or_default();
+        let behind = current.wrapping_sub(1);
+        let mut expected = current;
+        for (page, found) in rounds.enumerate() {
+            if found == behind {
+                expected = behind;
+            }
+            if found != expected {
+                return Err(format!(
+                    "page {}: round {found:#x}, not {expected:#x}; the first page: {current:#x}",
+                    page + 1
+                )
+                .into());
+            }
+        }
+        Ok(())
     }
 
     fn code(&self) -> Vec<u8> {
@@ -380,7 +416,7 @@ fn protected(code: &[&[u8]]) -> [u8; 512] {
     put(GDT + 16, &[0xff, 0xff, 0, 0, 0, 0x92, 0xcf, 0]);
     let [low, high, ..] = at(GDT);
     put(GDT_POINTER, &[0x17, 0x00, low, high, 0, 0]);
-    put(510, &[0x55, 0xaa]);
+    put(510, &BOOT_SIGNATURE);
     sector
 }
 
@@ -436,6 +472,31 @@ mod tests {
         assert_eq!(zero_pages(Content::Zero), 100);
         assert_eq!(zero_pages(Content::Random), 0);
         assert_eq!(zero_pages(Content::Mixed), 42);
+    }
+
+    #[test]
+    fn memory_of_a_dirtier_is_told_from_others_in_every_round() {
+        let guest = Dirtier {
+            start: 1 << 20,
+            pages: 3,
+        };
+        let memory = |rounds: [u8; 3]| {
+            let mut memory = vec![0; (1 << 20) + 3 * PAGE_SIZE];
+            memory[0x7c00..0x7e00].copy_from_slice(&guest.boot_sector());
+            for (page, round) in memory[1 << 20..].chunks_mut(PAGE_SIZE).zip(rounds) {
+                page[0] = round;
+            }
+            memory
+        };
+        for rounds in [[0; 3], [0, 255, 255], [0, 0, 255], [1, 0, 0], [7, 7, 6]] {
+            guest.check(&memory(rounds)).unwrap();
+        }
+        for rounds in [[7, 6, 7], [7, 7, 8], [7, 5, 5], [0, 1, 0]] {
+            let e = guest.check(&memory(rounds)).unwrap_err();
+            assert!(e.to_string().starts_with("page "), "{rounds:?}: {e}");
+        }
+        let e = guest.check(&vec![0; 2 << 20]).unwrap_err();
+        assert_eq!(e.to_string(), "no boot sector was loaded");
     }
 
     #[test]
