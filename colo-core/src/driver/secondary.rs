@@ -1,7 +1,6 @@
 //! The secondary over its channels.
 
-use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use migration_stream::io::Chunk;
 use migration_stream::precopy::{CheckpointComplete, CheckpointReceiver, PageIntake, TargetError};
@@ -31,12 +30,6 @@ pub struct SecondaryLink<D> {
     /// Who copies a checkpoint into the guest.
     pub pool: FlushPool,
 }
-
-/// How much sooner than this side's the primary's guest may go on, which has stood still for longer: the
-/// primary was told a moment ago that it may. On another host it hears of it about then. Where the two
-/// share processors, a vCPU of this side could otherwise take the one that the primary's thread was woken
-/// on, and keep it for a time slice of some ms.
-const HEAD_START: Duration = Duration::from_micros(200);
 
 /// Runs the secondary until COLO ends, in the calling thread. The cache is given back then, its
 /// threads joined.
@@ -239,7 +232,6 @@ impl<D: DirtyLog, V: ColoVm, R, G> Wire<V, R, G> for SecondaryWire<'_, D, V::Sta
             let error: &dyn std::error::Error = &error;
             tracing::warn!(error, "the ram cache keeps memory that it does not need");
         }
-        thread::sleep(HEAD_START);
     }
 
     fn disconnect(&mut self) {
