@@ -320,8 +320,8 @@ fn what_comes_along_with_packets_without_a_payload_is_what_it_would_be_alone() {
             &[],
         )
     };
-    // All at once, and in pieces that end where no packet does: few packets in a row, and so many
-    // that the channel lets them gather.
+    // All at once, and in pieces that end where no packet does: few packets in a row, and more than are
+    // read ahead.
     for (count, piece) in [(3, usize::MAX), (200, usize::MAX), (200, 1000), (7, 4097)] {
         let r = start(1);
         let mut bytes = Vec::new();

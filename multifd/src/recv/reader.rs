@@ -38,8 +38,8 @@ pub(super) struct Reader<'a, S> {
     index: u64,
     /// The next header, as far as it came along with what was before it, and maybe more of them.
     ahead: Ahead,
-    /// Packets without a payload since the last one with.
-    bare: u32,
+    /// The last packet had pages and no payload: zero pages alone.
+    is_bare: bool,
     /// The block of the last packet: a channel's packets are mostly of one.
     block: Option<BlockId>,
     /// Where the payload goes, one slice for pages that follow each other.
@@ -51,13 +51,6 @@ pub(super) struct Reader<'a, S> {
     /// Between packets a channel waits as long as the migration lasts: only its being shut ends that.
     idle_until: Instant,
 }
-
-/// After so many packets in a row that bring no bytes (zero pages, 16 MiB of them) a channel
-/// lets some gather: each takes a sender longer to find than this thread to take, and waking it
-/// for every one keeps the sender from its work.
-const MANY_BARE: u32 = 32;
-/// How long.
-const GATHER: Duration = Duration::from_micros(400);
 
 /// Bytes of device state for which memory is taken at a time.
 const DEVICE_STATE_STEP: usize = 1 << 20;
@@ -92,7 +85,7 @@ impl<'a, S: PageStore> Reader<'a, S> {
             id,
             index: 0,
             ahead: Ahead::new(),
-            bare: 0,
+            is_bare: false,
             block: None,
             landing: Vec::with_capacity(PAGES_PER_PACKET),
             compressed: vec![0; room],
@@ -152,16 +145,13 @@ impl<'a, S: PageStore> Reader<'a, S> {
                 None
             });
             if have == 0 {
-                if self.bare >= MANY_BARE {
-                    std::thread::sleep(GATHER);
-                }
                 // A read that found nothing would be one call more, and mostly there is nothing yet.
                 let waited = self.source.wait(None, Some(self.idle_until));
                 waited.map_err(|e| self.broken(Part::Header, e))?;
             }
-            // What is read here of a payload is copied once more: behind a packet without one mostly none
-            // follows, behind one with, nothing beyond the header is read.
-            match self.source.read(self.ahead.room(self.bare > 0)) {
+            // Payload bytes that are read here are copied once more. Zero pages mostly follow zero pages, so
+            // headers are read ahead behind them only.
+            match self.source.read(self.ahead.room(self.is_bare)) {
                 Ok(0) if have == 0 => return Ok(None),
                 Ok(0) => return Err(self.eof(Part::Header, have, wanted)),
                 Ok(n) => self.ahead.filled(n),
@@ -181,7 +171,7 @@ impl<'a, S: PageStore> Reader<'a, S> {
             (false, false) => After::Next,
         };
         self.taken.bytes = HEADER_LEN as u64;
-        let bare = std::mem::take(&mut self.bare);
+        self.is_bare = false;
         if !header.has_pages() {
             self.ahead.consume(HEADER_LEN);
             return Ok(after);
@@ -189,9 +179,7 @@ impl<'a, S: PageStore> Reader<'a, S> {
         let name = header.block().map_err(|e| self.bad(e))?;
         let (block, used_length) = self.find_block(name)?;
         let payload_len = header.payload_len() as usize;
-        if payload_len == 0 && !header.is_sync() {
-            self.bare = bare.saturating_add(1);
-        }
+        self.is_bare = payload_len == 0 && !header.is_sync();
         let mut offsets = [0; PAGES_PER_PACKET];
         let (normal, zero) = header
             .offsets(used_length, &mut offsets)
@@ -253,7 +241,7 @@ impl<'a, S: PageStore> Reader<'a, S> {
         let mut held = memory.as_ref().map(|memory| memory.begin());
         let len = header.payload_len as usize;
         self.taken.bytes = (DEVICE_STATE_HEADER_LEN + len) as u64;
-        self.bare = 0;
+        self.is_bare = false;
         self.ahead.consume(DEVICE_STATE_HEADER_LEN);
         let here = len.min(self.ahead.len());
         let mut payload = self.ahead.bytes()[..here].to_vec();
