@@ -3,10 +3,15 @@
 //! A small flush is copied with memmove: its pages are in the processor's caches afterwards, where
 //! the guest finds them when it resumes. A large one would only push everything else out of them,
 //! and pays for it: an ordinary store first reads the line that it overwrites. Streaming stores do
-//! not, which makes a large flush up to twice as fast. What is large depends on the processor.
+//! not, which makes a large flush up to twice as fast.
 #![allow(unsafe_code)] // streaming stores have no safe form
 
 use vm_memory::VolatileSlice;
+
+/// The size of a flush, bytes, from which on streaming stores are used. It exceeds the second-level cache of a
+/// core, and is a good part of what cores share.
+#[cfg(target_arch = "x86_64")]
+const LARGE: u64 = 8 << 20;
 
 /// Makes the copies of one flush on one thread.
 #[derive(Debug)]
@@ -18,7 +23,7 @@ impl Copier {
     /// For a flush of `bytes` in all.
     pub(crate) fn for_flush(bytes: u64) -> Self {
         #[cfg(target_arch = "x86_64")]
-        let streaming = bytes >= stream::pays_from();
+        let streaming = bytes >= LARGE;
         #[cfg(not(target_arch = "x86_64"))]
         let streaming = false;
         Self { streaming }
@@ -48,11 +53,9 @@ impl Drop for Copier {
 #[cfg(target_arch = "x86_64")]
 mod stream {
     use std::arch::x86_64::{
-        __cpuid, __m128i, _MM_HINT_NTA, _MM_HINT_T0, _mm_load_si128, _mm_prefetch, _mm_sfence,
+        __m128i, _MM_HINT_NTA, _MM_HINT_T0, _mm_load_si128, _mm_prefetch, _mm_sfence,
         _mm_stream_si128, _mm512_load_si512, _mm512_stream_si512,
     };
-    use std::sync::LazyLock;
-
     use vm_memory::VolatileSlice;
 
     /// One cache line, in the units of the SSE2 that every x86-64 has, and one unit of AVX-512.
@@ -61,26 +64,6 @@ mod stream {
     /// How far ahead to read, bytes: enough to hide the memory's latency from one core.
     const AHEAD: usize = 512;
     const AHEAD_WIDE: usize = 1024;
-
-    /// The size of a flush, bytes, below which streaming was not faster where this was measured.
-    pub(super) fn pays_from() -> u64 {
-        /// Asked once: in a virtual machine CPUID is the hypervisor's to answer.
-        static PAYS_FROM: LazyLock<u64> = LazyLock::new(|| match (is_by_intel(), is_wide()) {
-            // Emerald Rapids, whose third level is slow beside the 2 MiB of a core's second one.
-            (true, _) => 1 << 20,
-            // Zen 5 and Zen 3, whose third level has 32 MiB.
-            (false, true) => 16 << 20,
-            (false, false) => 8 << 20,
-        });
-        *PAYS_FROM
-    }
-
-    #[allow(unused_unsafe)] // `__cpuid` is unsafe in the oldest Rust that we build with
-    fn is_by_intel() -> bool {
-        // SAFETY: every x86-64 has CPUID, and its leaf 0.
-        let vendor = unsafe { __cpuid(0) };
-        [vendor.ebx, vendor.edx, vendor.ecx].map(u32::to_le_bytes) == [*b"Genu", *b"ineI", *b"ntel"]
-    }
 
     fn is_wide() -> bool {
         is_x86_feature_detected!("avx512f")
