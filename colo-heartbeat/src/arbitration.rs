@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use migration_stream::io::deadline_after;
 
-use multifd::Address;
+use migration_net::Address;
 
 use super::decision::{Order, StopReason};
 use crate::arbiter::{Answer, Arbiter, ArbiterError, Owner};

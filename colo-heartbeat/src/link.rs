@@ -6,8 +6,8 @@ use std::sync::mpsc::{Receiver, TryRecvError, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use migration_net::{Address, Listener, ResolvedAddress};
 use migration_stream::io::{deadline_after, deadline_from};
-use multifd::{Address, Listener, Route};
 use rustix::net::{RecvFlags, SendFlags};
 
 use super::beat::BEAT_LEN;
@@ -60,7 +60,7 @@ impl Stream {
 
 fn connect(address: &Address, limit: Duration) -> io::Result<Stream> {
     let deadline = deadline_after(limit);
-    let route = Route::new(address, deadline, None)?;
+    let route = ResolvedAddress::new(address, deadline, None)?;
     Stream::new(route.connect(deadline, None)?)
 }
 

@@ -9,41 +9,38 @@
 //! ```no_run
 //! use std::error::Error;
 //! use std::sync::Arc;
-//! use std::time::Duration;
 //!
+//! use migration_stream::io::FdChannel;
 //! use migration_stream::precopy::RamSetup;
-//! use migration_stream::{DirtyLog, GuestRam, PageStore, StreamWriter};
-//! use multifd::incoming::{Acceptor, Limits};
-//! use multifd::{IncomingPages, Listener, MultifdConfig, RecvSet, SendSet, outgoing};
+//! use migration_stream::{DirtyLog, GuestRam, PageStore};
+//! use multifd::{IncomingPages, MultifdConfig, RecvSet, SendSet};
 //!
-//! /// What `Source::start` takes: the main stream, and the channels as the transport of RAM.
+//! /// What `Source::start` takes beside the main stream: the channels as the transport of RAM.
 //! fn source<D: DirtyLog>(
 //!     ram: Arc<dyn GuestRam>,
 //!     log: D,
-//! ) -> Result<(StreamWriter, RamSetup<SendSet, D>), Box<dyn Error>> {
-//!     let (config, limit) = (MultifdConfig::default(), Duration::from_secs(30));
-//!     let to = "tcp:target:4444".parse()?;
-//!     let out = outgoing::connect(&to, Some(&config), limit, limit, None)?;
-//!     let channels = out.channels.into_iter().map(Into::into).collect();
-//!     let transport = SendSet::start(ram, channels, &config)?;
-//!     Ok((StreamWriter::new(out.main), RamSetup { log, transport }))
+//!     channels: Vec<FdChannel>,
+//! ) -> Result<RamSetup<SendSet, D>, Box<dyn Error>> {
+//!     let channels = channels.into_iter().map(Into::into).collect();
+//!     let transport = SendSet::start(ram, channels, &MultifdConfig::default())?;
+//!     Ok(RamSetup { log, transport })
 //! }
 //!
 //! /// What `Target::load` takes: the store, and the channels that fill it.
-//! fn target<S: PageStore + 'static>(store: S) -> Result<IncomingPages<S>, Box<dyn Error>> {
-//!     let config = MultifdConfig::default();
-//!     let listener = Listener::bind(&"tcp:0.0.0.0:4444".parse()?)?;
-//!     let incoming = Acceptor::new(listener, Some(&config), Limits::default())?.accept(None)?;
-//!     let channels = incoming.channels.into_iter().map(Into::into).collect();
+//! fn target<S: PageStore + 'static>(
+//!     store: S,
+//!     main: &FdChannel,
+//!     channels: Vec<FdChannel>,
+//! ) -> Result<IncomingPages<S>, Box<dyn Error>> {
+//!     let channels = channels.into_iter().map(Into::into).collect();
 //!     // The loader of the main stream notices at once when a channel breaks.
-//!     let main = incoming.main.share();
-//!     let set = RecvSet::start(store, channels, &config, move |_| main.shutdown())?;
+//!     let main = main.share();
+//!     let set = RecvSet::start(store, channels, &MultifdConfig::default(), move |_| main.shutdown())?;
 //!     Ok(IncomingPages::multifd(set))
 //! }
 //! ```
 //!
-//! - [`SendSet`] and [`RecvSet`]: the two ends, from connected channels.
-//! - [`incoming`] and [`outgoing`]: how to get those.
+//! - [`SendSet`] and [`RecvSet`]: the two ends, from connected channels (the crate `migration-net` connects them).
 //! - [`packet`], [`device_state`] and [`compression`]: what is on the wire.
 //!
 //! # Features
@@ -51,15 +48,13 @@
 //! - `zstd` (default): [`Compression::Zstd`] and [`Compression::ZstdAdaptive`].
 #![forbid(unsafe_code)]
 
-mod address;
 mod channel;
+mod channel_id;
 pub mod compression;
 mod config;
 mod crew;
 pub mod device_state;
 mod error;
-pub mod incoming;
-pub mod outgoing;
 pub mod packet;
 mod pages;
 mod patience;
@@ -67,15 +62,13 @@ mod recv;
 mod runs;
 mod send;
 
-pub use address::{Address, AddressError, AddressSyntax, KeepAlive, Listener, Route, TcpOptions};
 pub use channel::{RecvChannel, SendChannel};
+pub use channel_id::{ChannelCount, ChannelId};
 #[cfg(feature = "zlib")]
 pub use config::ZlibLevel;
 #[cfg(feature = "zstd")]
 pub use config::ZstdLevel;
-pub use config::{
-    ChannelCount, ChannelId, Compression, Flush, MultifdConfig, ZstdRange, ZstdRangeError,
-};
+pub use config::{Compression, Flush, MultifdConfig, ZstdRange, ZstdRangeError};
 pub use crew::AbortHandle;
 pub use error::{ChannelError, Part};
 pub use pages::IncomingPages;

@@ -3,6 +3,9 @@
 
 mod common;
 
+use std::net::{TcpListener, TcpStream};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -15,12 +18,7 @@ use migration_stream::unchanged::WhenToCompare;
 use migration_stream::{
     GuestRamMmap, PAGE_SIZE, PageBarrier, PageTransport, StreamWriter, TransportCounters,
 };
-use multifd::incoming::{Acceptor, Incoming, Limits};
-use multifd::outgoing::{Outgoing, connect};
-use multifd::{
-    Address, ChannelCount, Compression, Listener, MultifdConfig, RecvSet, SendSet, ZlibLevel,
-    ZstdLevel,
-};
+use multifd::{ChannelCount, Compression, MultifdConfig, RecvSet, SendSet, ZlibLevel, ZstdLevel};
 
 fn config(channels: u8, compression: Compression) -> MultifdConfig {
     MultifdConfig {
@@ -40,20 +38,43 @@ fn zstd() -> Compression {
     Compression::Zstd(ZstdLevel::default())
 }
 
-fn connections(address: &Address, config: &MultifdConfig) -> (Outgoing, Incoming) {
-    let listener = Listener::bind(address).unwrap();
-    let address = listener.address().clone();
-    let mut acceptor = Acceptor::new(listener, Some(config), Limits::default()).unwrap();
-    thread::scope(|scope| {
-        let incoming = scope.spawn(move || acceptor.accept(None).unwrap());
-        let mut outgoing = connect(&address, Some(config), LIMIT, LIMIT, None).unwrap();
-        migration_stream::io::ByteSink::write_all(
-            &mut outgoing.main,
-            &[migration_stream::io::Chunk::Bytes(b"QEVM")],
-        )
-        .unwrap();
-        (outgoing, incoming.join().unwrap())
-    })
+/// Where both ends meet.
+#[derive(Clone, Copy, Debug)]
+enum Over {
+    Tcp,
+    Unix,
+}
+
+/// The connected ends of the main channel and of the others.
+struct Ends {
+    main: FdChannel,
+    channels: Vec<FdChannel>,
+}
+
+fn connections(over: Over, config: &MultifdConfig) -> (Ends, Ends) {
+    let connection = || -> (OwnedFd, OwnedFd) {
+        match over {
+            Over::Unix => {
+                let (ours, theirs) = UnixStream::pair().unwrap();
+                (ours.into(), theirs.into())
+            }
+            Over::Tcp => {
+                let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+                let ours = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+                ours.set_nodelay(true).unwrap();
+                (ours.into(), listener.accept().unwrap().0.into())
+            }
+        }
+    };
+    let channel = |fd| FdChannel::new(fd, LIMIT).unwrap();
+    let pair = || {
+        let (ours, theirs) = connection();
+        (channel(ours), channel(theirs))
+    };
+    let (main, incoming_main) = pair();
+    let (ours, theirs) = config.channels.ids().map(|_| pair()).unzip();
+    let ends = |main, channels| Ends { main, channels };
+    (ends(main, ours), ends(incoming_main, theirs))
 }
 
 /// The main stream here carries nothing but the flushes.
@@ -80,9 +101,8 @@ struct Migration {
 const PAGES: [u64; 2] = [700, 33];
 
 impl Migration {
-    fn start(address: &Address, config: &MultifdConfig) -> Self {
-        let (outgoing, incoming) = connections(address, config);
-        assert_eq!(&incoming.prefix, b"QEVM");
+    fn start(over: Over, config: &MultifdConfig) -> Self {
+        let (outgoing, incoming) = connections(over, config);
         let ram = Arc::new(memory(&PAGES));
         let channels = outgoing.channels.into_iter().map(Into::into).collect();
         let send = SendSet::start(ram.clone(), channels, config).unwrap();
@@ -121,8 +141,8 @@ impl Migration {
 }
 
 /// A whole round, then rounds with few pages as checkpoints have them.
-fn migrate(address: &Address, config: &MultifdConfig) -> TransportCounters {
-    let mut m = Migration::start(address, config);
+fn migrate(over: Over, config: &MultifdConfig) -> TransportCounters {
+    let mut m = Migration::start(over, config);
     for page in (0..PAGES[0]).filter(|p| p % 3 != 0) {
         m.ram.fill(0, page, 0);
     }
@@ -143,15 +163,11 @@ fn migrate(address: &Address, config: &MultifdConfig) -> TransportCounters {
     m.finish()
 }
 
-fn tcp() -> Address {
-    "tcp:127.0.0.1:0".parse().unwrap()
-}
-
 #[test]
 fn every_page_arrives_over_tcp_by_any_number_of_channels() {
     for channels in [1, 2, 4] {
         for compression in [Compression::None, zlib(), zstd()] {
-            let counters = migrate(&tcp(), &config(channels, compression));
+            let counters = migrate(Over::Tcp, &config(channels, compression));
             assert!(
                 counters.normal_pages > 466 && counters.zero_pages > 234 + 32,
                 "{counters:?}"
@@ -162,21 +178,15 @@ fn every_page_arrives_over_tcp_by_any_number_of_channels() {
 
 #[test]
 fn every_page_arrives_over_unix_sockets() {
-    let dir = tempfile::tempdir().unwrap();
     for (channels, compression) in [(1, Compression::None), (2, zlib()), (3, zstd())] {
-        let path = dir.path().join(channels.to_string());
-        migrate(&Address::Unix(path), &config(channels, compression));
+        migrate(Over::Unix, &config(channels, compression));
     }
 }
 
 #[test]
 fn every_page_arrives_by_255_channels() {
-    migrate(&tcp(), &config(255, Compression::None));
-    let dir = tempfile::tempdir().unwrap();
-    migrate(
-        &Address::Unix(dir.path().join("socket")),
-        &config(255, Compression::None),
-    );
+    migrate(Over::Tcp, &config(255, Compression::None));
+    migrate(Over::Unix, &config(255, Compression::None));
 }
 
 #[test]
@@ -186,7 +196,7 @@ fn without_zero_page_detection_every_page_travels_with_its_data() {
             zero_pages: ZeroPageDetection::None,
             ..config(2, compression)
         };
-        assert_eq!(migrate(&tcp(), &config).zero_pages, 0);
+        assert_eq!(migrate(Over::Tcp, &config).zero_pages, 0);
     }
 }
 
@@ -197,7 +207,7 @@ fn every_page_arrives_without_being_copied_on_its_way_out() {
             zero_copy: true,
             ..config(channels, Compression::None)
         };
-        let counters = migrate(&tcp(), &zero_copy);
+        let counters = migrate(Over::Tcp, &zero_copy);
         // Loopback has no wire that could be waited for: the kernel copies for the receiver.
         assert!(counters.missed_zero_copy > 0, "{counters:?}");
         assert!(counters.normal_pages > 466, "{counters:?}");
@@ -206,19 +216,17 @@ fn every_page_arrives_without_being_copied_on_its_way_out() {
 
 #[test]
 fn pages_lent_to_a_local_peer_are_its_own_when_they_are_synchronised() {
-    let dir = tempfile::tempdir().unwrap();
-    let unix = |n| Address::Unix(dir.path().join(format!("socket{n}")));
-    for (address, lending) in [
-        (unix(0), Lending::Never),
-        (unix(1), Lending::UnixSockets),
-        (tcp(), Lending::UnixSockets),
-        (tcp(), Lending::UnixSocketsAndTcp),
+    for (over, lending) in [
+        (Over::Unix, Lending::Never),
+        (Over::Unix, Lending::UnixSockets),
+        (Over::Tcp, Lending::UnixSockets),
+        (Over::Tcp, Lending::UnixSocketsAndTcp),
     ] {
         let config = MultifdConfig {
             lending,
             ..config(2, Compression::None)
         };
-        let mut m = Migration::start(&address, &config);
+        let mut m = Migration::start(over, &config);
         for round in 1..10 {
             for page in 0..PAGES[0] {
                 m.ram.put(0, page, &[round; PAGE]);
@@ -239,18 +247,16 @@ fn pages_lent_to_a_local_peer_are_its_own_when_they_are_synchronised() {
 
 #[test]
 fn pages_sent_beside_are_read_when_they_have_drained() {
-    let dir = tempfile::tempdir().unwrap();
-    let unix = |n| Address::Unix(dir.path().join(format!("socket{n}")));
-    for (address, lending) in [
-        (unix(0), Lending::Never),
-        (unix(1), Lending::UnixSockets),
-        (tcp(), Lending::UnixSocketsAndTcp),
+    for (over, lending) in [
+        (Over::Unix, Lending::Never),
+        (Over::Unix, Lending::UnixSockets),
+        (Over::Tcp, Lending::UnixSocketsAndTcp),
     ] {
         let config = MultifdConfig {
             lending,
             ..config(2, Compression::None)
         };
-        let mut m = Migration::start(&address, &config);
+        let mut m = Migration::start(over, &config);
         m.send.beside().unwrap().keep_order();
         for round in 1..10 {
             for page in 0..PAGES[0] {
@@ -274,22 +280,21 @@ fn pages_sent_beside_are_read_when_they_have_drained() {
 
 #[test]
 fn what_cannot_be_sent_without_a_copy_is_refused() {
-    let start = |address: &Address, compression| {
+    let start = |over: Over, compression| {
         let config = MultifdConfig {
             zero_copy: true,
             ..config(2, compression)
         };
-        let (outgoing, _incoming) = connections(address, &config);
+        let (outgoing, _incoming) = connections(over, &config);
         let channels = outgoing.channels.into_iter().map(Into::into).collect();
         SendSet::start(Arc::new(memory(&PAGES)), channels, &config).unwrap_err()
     };
-    let compressed = start(&tcp(), zstd());
+    let compressed = start(Over::Tcp, zstd());
     assert!(matches!(
         common::cause(&compressed),
         (None, multifd::ChannelError::CompressedZeroCopy)
     ));
-    let dir = tempfile::tempdir().unwrap();
-    let unix = start(&Address::Unix(dir.path().join("socket")), Compression::None);
+    let unix = start(Over::Unix, Compression::None);
     assert!(matches!(
         common::cause(&unix),
         (Some(0), multifd::ChannelError::ZeroCopy { .. })
@@ -299,7 +304,7 @@ fn what_cannot_be_sent_without_a_copy_is_refused() {
 
 #[test]
 fn a_page_that_became_zero_is_zero_at_the_other_side() {
-    let mut m = Migration::start(&tcp(), &config(2, zstd()));
+    let mut m = Migration::start(Over::Tcp, &config(2, zstd()));
     m.ram.fill(0, 5, 0);
     m.send(0, 5, 1);
     m.sync();
@@ -313,7 +318,7 @@ fn a_page_that_became_zero_is_zero_at_the_other_side() {
 
 #[test]
 fn pages_asked_for_one_by_one_share_packets() {
-    let mut m = Migration::start(&tcp(), &config(1, Compression::None));
+    let mut m = Migration::start(Over::Tcp, &config(1, Compression::None));
     for page in 0..256 {
         m.ram.fill(0, page, 0);
         m.send(0, page, 1);
@@ -325,7 +330,7 @@ fn pages_asked_for_one_by_one_share_packets() {
 
 #[test]
 fn a_range_outside_guest_ram_is_refused_and_harms_nothing() {
-    let mut m = Migration::start(&tcp(), &config(2, Compression::None));
+    let mut m = Migration::start(Over::Tcp, &config(2, Compression::None));
     for (block, offset, pages) in [
         (0, PAGES[0] * PAGE_SIZE, 1),
         (0, 0, u64::MAX),
@@ -353,7 +358,7 @@ fn a_range_outside_guest_ram_is_refused_and_harms_nothing() {
 
 #[test]
 fn what_was_not_synced_is_written_before_the_sender_leaves() {
-    let mut m = Migration::start(&tcp(), &config(2, Compression::None));
+    let mut m = Migration::start(Over::Tcp, &config(2, Compression::None));
     for page in 0..300 {
         m.ram.fill(0, page, 0);
     }
@@ -363,7 +368,7 @@ fn what_was_not_synced_is_written_before_the_sender_leaves() {
 
 #[test]
 fn the_store_is_changed_while_no_channel_is_inside_a_packet() {
-    let mut m = Migration::start(&tcp(), &config(4, Compression::None));
+    let mut m = Migration::start(Over::Tcp, &config(4, Compression::None));
     for round in 0..20 {
         for page in 0..PAGES[0] {
             m.ram.put(0, page, &[round + 1; 8]);
@@ -381,7 +386,7 @@ fn the_store_is_changed_while_no_channel_is_inside_a_packet() {
 #[test]
 fn a_peer_that_is_idle_for_longer_than_the_channels_limit_is_no_error() {
     // In COLO nothing is sent between checkpoints, for as long as the user likes.
-    let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+    let (ours, theirs) = UnixStream::pair().unwrap();
     let short = Duration::from_millis(20);
     let config = config(1, Compression::None);
     let channels = vec![FdChannel::new(ours, short).unwrap().into()];
@@ -391,7 +396,7 @@ fn a_peer_that_is_idle_for_longer_than_the_channels_limit_is_no_error() {
     let ram = Arc::new(memory(&PAGES));
     ram.fill(0, 1, 1);
     let mut send = SendSet::start(ram.clone(), channels, &config).unwrap();
-    let (main, mut incoming_main) = std::os::unix::net::UnixStream::pair()
+    let (main, mut incoming_main) = UnixStream::pair()
         .map(|(a, b)| {
             (
                 FdChannel::new(a, LIMIT).unwrap(),
@@ -409,7 +414,7 @@ fn a_peer_that_is_idle_for_longer_than_the_channels_limit_is_no_error() {
 #[test]
 fn pages_sent_again_beside_the_main_stream_land_in_the_order_in_which_they_were_sent() {
     for channels in [1, 2, 5] {
-        let mut m = Migration::start(&tcp(), &config(channels, Compression::None));
+        let mut m = Migration::start(Over::Tcp, &config(channels, Compression::None));
         let beside = m.send.beside().unwrap();
         beside.keep_order();
         for round in 1..30 {
@@ -454,7 +459,7 @@ fn pages_that_are_as_they_were_sent_do_not_cross_and_no_packet_is_without_pages(
                 zero_copy,
                 ..config(3, compression)
             };
-            let mut m = Migration::start(&tcp(), &config);
+            let mut m = Migration::start(Over::Tcp, &config);
             for page in (0..PAGES[0]).filter(|p| p % 3 != 0) {
                 m.ram.fill(0, page, 0);
             }
@@ -494,7 +499,7 @@ fn pages_that_are_as_they_were_sent_do_not_cross_and_no_packet_is_without_pages(
 
 #[test]
 fn what_is_sent_beside_the_main_stream_while_the_guest_writes_is_what_was_compared() {
-    let mut m = Migration::start(&tcp(), &config(2, Compression::None));
+    let mut m = Migration::start(Over::Tcp, &config(2, Compression::None));
     m.send.beside().unwrap().keep_order();
     assert!(m.send.leave_out_unchanged(WhenToCompare::Always).unwrap());
     let stopped = AtomicBool::new(false);

@@ -8,6 +8,8 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use migration_net::incoming::{self, Acceptor};
+use migration_net::{Listener, outgoing};
 use migration_stream::configuration::{Configuration, MachineName};
 use migration_stream::decoder::{ConfigurationRule, DecoderConfig};
 use migration_stream::opaque_tail::{Tail, TailLimits};
@@ -19,10 +21,9 @@ use migration_stream::{
     BoxError, DirtyLog, GuestRam, GuestRamMmap, MemoryError, StreamReader, StreamWriter,
     TransportCounters, Vm, VmControl,
 };
-use multifd::incoming::{self, Acceptor};
 use multifd::{
-    ChannelCount, Compression, Flush, LevelWatch, Listener, MultifdConfig, RecvSet, SendSet,
-    ZlibLevel, ZstdLevel, ZstdRange, outgoing,
+    ChannelCount, Compression, Flush, LevelWatch, MultifdConfig, RecvSet, SendSet, ZlibLevel,
+    ZstdLevel, ZstdRange,
 };
 use serde_json::{Value, json};
 use tests::guest::{self, Checker, Content};

@@ -8,6 +8,8 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use migration_net::incoming::{self, Acceptor};
+use migration_net::{Listener, outgoing};
 use migration_stream::configuration::Configuration;
 use migration_stream::decoder::{ConfigurationRule, DecoderConfig};
 use migration_stream::io::{PositionedFile, open_direct};
@@ -25,8 +27,6 @@ use migration_stream::{
     BoxError, GuestRam, GuestRamMmap, PAGE_SIZE, PageTransport, StreamReader, StreamWriter,
     TransportCounters, Vm, VmControl,
 };
-use multifd::incoming::{self, Acceptor};
-use multifd::{Listener, outgoing};
 use serde_json::json;
 use tests::guest::{self, Dirtier};
 use tests::qemu::{Binary, Machine, Qemu};

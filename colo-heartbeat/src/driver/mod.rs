@@ -34,8 +34,8 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 use std::{fmt, io};
 
+use migration_net::Address;
 use migration_stream::io::{CancelToken, deadline_after};
-use multifd::Address;
 
 use self::beating::Beating;
 pub use self::shared::HeartbeatReport;

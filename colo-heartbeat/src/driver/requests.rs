@@ -3,7 +3,7 @@
 use std::io;
 use std::time::Instant;
 
-use multifd::Address;
+use migration_net::Address;
 
 use super::beating::Beating;
 use super::shared::lock;

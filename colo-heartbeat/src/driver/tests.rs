@@ -5,7 +5,7 @@ use std::error::Error;
 use std::path::PathBuf;
 use std::sync::mpsc::Receiver;
 
-use multifd::Address;
+use migration_net::Address;
 
 use super::*;
 use crate::arbiter::{Answer, Grant, Manual, Owner};

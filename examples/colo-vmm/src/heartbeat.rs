@@ -10,7 +10,7 @@ use colo_heartbeat::{
     Endpoint, Guest, Heartbeat, HeartbeatReport, OnHeartbeatLoss, PeerState, Phase, Rhythm, Role,
     StopReason,
 };
-use multifd::Address;
+use migration_net::Address;
 use qmp_types::ColoHeartbeat;
 use uuid::Uuid;
 

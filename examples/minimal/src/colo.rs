@@ -10,8 +10,8 @@ use colo_core::driver::{
 use colo_core::{ColoObserver, ColoStore, FailoverHandle, NoGate, NoReplication, Outcome, Role};
 use colo_heartbeat::arbiter::Manual;
 use colo_heartbeat::{Endpoint, Guest, Heartbeat, OnHeartbeatLoss, Rhythm, StopReason};
+use migration_net::Address;
 use migration_stream::{BoxError, KvmDirtyLog};
-use multifd::Address;
 use ram_cache::{CacheKind, DiscardControl, FlushPool};
 
 use crate::machine::{Control, Machine};

@@ -13,8 +13,8 @@ use std::time::Duration;
 
 use clap::{Parser, Subcommand};
 use colo_core::Outcome;
+use migration_net::Address;
 use migration_stream::{BoxError, VmControl};
-use multifd::Address;
 
 use self::machine::Machine;
 

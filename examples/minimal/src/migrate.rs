@@ -4,6 +4,8 @@ use std::fs::File;
 use std::sync::Arc;
 use std::time::Duration;
 
+use migration_net::incoming::{self, Acceptor};
+use migration_net::{Address, Listener, outgoing};
 use migration_stream::configuration::{Configuration, MachineName};
 use migration_stream::decoder::{ConfigurationRule, DecoderConfig};
 use migration_stream::precopy::{
@@ -14,10 +16,7 @@ use migration_stream::ram::{InStream, ZeroPageDetection};
 use migration_stream::{
     BoxError, GuestRam, KvmDirtyLog, PageStore, PageTransport, StreamReader, StreamWriter,
 };
-use multifd::incoming::{self, Acceptor};
-use multifd::{
-    Address, ChannelCount, IncomingPages, Listener, MultifdConfig, RecvSet, SendSet, outgoing,
-};
+use multifd::{ChannelCount, IncomingPages, MultifdConfig, RecvSet, SendSet};
 use vmstate::Staged;
 
 use crate::machine::{Control, Machine};

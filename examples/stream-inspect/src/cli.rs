@@ -7,9 +7,10 @@ use std::time::Duration;
 
 use clap::{Parser, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
+use migration_net::Address;
 use migration_stream::StreamReader;
 use migration_stream::io::PositionedFile;
-use multifd::{Address, ChannelCount, Compression, MultifdConfig, ZlibLevel, ZstdLevel};
+use multifd::{ChannelCount, Compression, MultifdConfig, ZlibLevel, ZstdLevel};
 
 use crate::extract::Extract;
 use crate::incoming::{ListenConfig, Listening};

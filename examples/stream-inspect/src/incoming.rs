@@ -6,6 +6,8 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use migration_net::incoming::{Acceptor, Limits};
+use migration_net::{Address, AddressError, Listener};
 use migration_stream::command::Command;
 use migration_stream::configuration::Configuration;
 use migration_stream::io::{
@@ -17,8 +19,7 @@ use migration_stream::return_path::ReturnPathMessage;
 use migration_stream::{
     MemoryError, PAGE_SIZE, PageBarrier, PageStore, StreamReader, TransportError,
 };
-use multifd::incoming::{Acceptor, Limits};
-use multifd::{Address, AddressError, Listener, MultifdConfig, RecvChannel, RecvSet};
+use multifd::{MultifdConfig, RecvChannel, RecvSet};
 use vm_memory::{MmapRegion, VolatileMemory, VolatileSlice};
 
 use crate::scan::{Beside, BesideBlock, Origin, ScanError};
@@ -354,7 +355,7 @@ pub enum IncomingError {
     Address(#[from] AddressError),
     /// The source's connections did not come.
     #[error("connections of the source")]
-    Accept(#[from] multifd::incoming::IncomingError),
+    Accept(#[from] migration_net::incoming::IncomingError),
     /// The connection to the source.
     #[error("the connection to the source")]
     Socket(#[source] io::Error),

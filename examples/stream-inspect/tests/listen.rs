@@ -8,8 +8,9 @@ use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
+use migration_net::Address;
 use multifd::packet::{Hello, PacketError};
-use multifd::{Address, ChannelCount, MultifdConfig};
+use multifd::{ChannelCount, MultifdConfig};
 use multifd::{ChannelError, ChannelId};
 use stream_inspect::incoming::{IncomingError, ListenConfig, Listening};
 use stream_inspect::scan::{ScanError, scan};

@@ -4,7 +4,7 @@ use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use multifd::{Address, AddressError};
+use migration_net::{Address, AddressError};
 use tool_support::input::STANDARD_INPUT;
 use tool_support::number::{self, NumberError};
 

@@ -6,6 +6,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use std::{fmt, io};
 
+use migration_net::incoming::{Acceptor, Limits};
+use migration_net::{Address, AddressError, Listener};
 use migration_stream::configuration::Configuration;
 use migration_stream::decoder::{ConfigurationRule, DecoderConfig};
 use migration_stream::early::EarlySections;
@@ -15,8 +17,7 @@ use migration_stream::opaque_tail::{TailError, TailLimits, tail_at_end};
 use migration_stream::precopy::{Loaded, Target, TargetConfig, TargetError};
 use migration_stream::ram::NoMultifd;
 use migration_stream::{PageBarrier, StreamReader, TransportError};
-use multifd::incoming::{Acceptor, Limits};
-use multifd::{Address, AddressError, Listener, MultifdConfig, RecvChannel, RecvSet};
+use multifd::{MultifdConfig, RecvChannel, RecvSet};
 
 use tool_support::device_state::Excess;
 use tool_support::input::{Input, InputError, find_stream};
@@ -477,7 +478,7 @@ pub enum IncomingError {
     Address(#[from] AddressError),
     /// The source's connections did not come.
     #[error("connections of the source")]
-    Accept(#[from] multifd::incoming::IncomingError),
+    Accept(#[from] migration_net::incoming::IncomingError),
     /// The file cannot be opened.
     #[error("opening {}", tool_support::Escaped(&.path.to_string_lossy()))]
     File {

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use migration_net::outgoing::{self, ConnectError};
 use migration_stream::configuration::{Configuration, MAPPED_RAM};
 use migration_stream::early::EarlySections;
 use migration_stream::io::{FileChannel, PositionedFile, open_direct};
@@ -22,7 +23,6 @@ use migration_stream::{
     BoxError, DeviceSections, DeviceState, DirtyLog, GuestRam, MemoryError, PageTransport, Parsed,
     StreamWriter, TransportError, VmControl,
 };
-use multifd::outgoing::{self, ConnectError};
 use multifd::{Flush, MultifdConfig, SendSet};
 
 use crate::arrival::{Arrival, LandedLog, NotComing};

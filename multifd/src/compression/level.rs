@@ -8,7 +8,8 @@
 
 use std::time::Duration;
 
-use crate::config::{ChannelCount, ZstdRange};
+use crate::channel_id::ChannelCount;
+use crate::config::ZstdRange;
 
 /// How long all channels are looked at before the level changes, for each of them.
 const WINDOW: Duration = Duration::from_millis(50);

@@ -4,7 +4,7 @@ use migration_stream::codec::IdStr;
 use migration_stream::section::InstanceId;
 
 use super::{MAGIC, Method, PAGES_PER_PACKET, VERSION};
-use crate::config::{ChannelCount, ChannelId};
+use crate::channel_id::{ChannelCount, ChannelId};
 
 /// What is wrong with a packet.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]

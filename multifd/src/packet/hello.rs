@@ -3,7 +3,7 @@
 use byteorder::{BigEndian, ByteOrder};
 
 use super::{HELLO_LEN, MAGIC, PacketError, VERSION, check_magic_and_version};
-use crate::config::{ChannelCount, ChannelId};
+use crate::channel_id::{ChannelCount, ChannelId};
 
 /// The first packet of a channel: which channel, of which VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -5,8 +5,9 @@ use std::sync::atomic::{AtomicI8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use crate::channel_id::ChannelCount;
 use crate::compression::{LevelControl, PacketTimes};
-use crate::config::{ChannelCount, ZstdRange};
+use crate::config::ZstdRange;
 
 /// Says at which level the channels of a [`SendSet`](super::SendSet) compress just now. It outlives the
 /// set.

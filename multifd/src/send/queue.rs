@@ -7,7 +7,7 @@ use std::time::Instant;
 use migration_stream::PAGE_SIZE;
 use migration_stream::ram::BlockId;
 
-use crate::config::ChannelCount;
+use crate::channel_id::ChannelCount;
 use crate::crew::Crew;
 use crate::device_state::DeviceStateHeader;
 use crate::packet::PAGES_PER_PACKET;

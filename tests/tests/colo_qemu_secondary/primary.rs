@@ -17,6 +17,7 @@ use colo_core::{
     CheckpointReport, ColoExit, ColoObserver, Deadlines, FailoverHandle, NoGate, NoReplication,
     Outcome, Resume, Role,
 };
+use migration_net::outgoing;
 use migration_stream::io::FdChannel;
 use migration_stream::precopy::{
     Control, Limits, Progress, RamSetup, ReturnPathReader, Source, SourceConfig, SourceObserver,
@@ -28,7 +29,7 @@ use migration_stream::{
     BoxError, DeviceSections, DeviceState, GuestRam, MemoryError, PAGE_SIZE, PageTransport, Parsed,
     StagedRam, StreamWriter, VmControl,
 };
-use multifd::{ChannelCount, MultifdConfig, SendSet, outgoing};
+use multifd::{ChannelCount, MultifdConfig, SendSet};
 use stream_relay::guest::{Devices, Guest};
 use tests::contents::{self, Contents};
 use tests::written::Written;

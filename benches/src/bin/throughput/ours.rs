@@ -5,6 +5,8 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use ::tests::{PATIENCE, Result};
+use migration_net::incoming::{self, Acceptor};
+use migration_net::{Listener, outgoing};
 use migration_stream::configuration::{Configuration, MachineName};
 use migration_stream::decoder::{ConfigurationRule, DecoderConfig};
 use migration_stream::opaque_tail::{Tail, TailLimits};
@@ -17,8 +19,7 @@ use migration_stream::{
     BoxError, DirtyLog, GuestRam, MemoryError, PageTransport, StreamReader, StreamWriter, Vm,
     VmControl,
 };
-use multifd::incoming::{self, Acceptor};
-use multifd::{Listener, MultifdConfig, RecvSet, SendSet, outgoing};
+use multifd::{MultifdConfig, RecvSet, SendSet};
 
 use crate::ram::Ram;
 

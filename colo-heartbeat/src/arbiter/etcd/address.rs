@@ -2,7 +2,7 @@
 
 use std::str::FromStr;
 
-use multifd::{Address, TcpOptions};
+use migration_net::{Address, TcpOptions};
 
 /// The endpoints of an etcd, and a key in it: `HOST:PORT[,HOST:PORT...][/KEY]`. `http://` may stand
 /// before an endpoint, and is meant where nothing does; `https://` stands before every one or none.

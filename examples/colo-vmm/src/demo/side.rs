@@ -15,7 +15,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use multifd::{Address, Route};
+use migration_net::{Address, ResolvedAddress};
 use qmp_types::{Client, ColoCheckpoint, Command, Event, QmpCapability, QmpError, ServerMessage};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -407,7 +407,8 @@ fn connect(
     loop {
         check_interrupt()?;
         let soon = Instant::now() + SLICE;
-        let connected = Route::new(&to, soon, None).and_then(|route| route.connect(soon, None));
+        let connected =
+            ResolvedAddress::new(&to, soon, None).and_then(|route| route.connect(soon, None));
         let refused = match connected {
             Ok(connection) => return Ok(connection.into()),
             Err(error) => error,

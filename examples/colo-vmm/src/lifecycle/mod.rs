@@ -20,7 +20,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
-use multifd::Address;
+use migration_net::Address;
 use qmp_types::MultiFdCompression;
 
 use self::procedure::Connection;

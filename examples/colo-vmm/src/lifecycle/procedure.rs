@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use multifd::Address;
+use migration_net::Address;
 use qmp_types::{
     ColoHeartbeat, ColoMode, ColoStatus, Command, Event, InetSocketAddress, Migrate,
     MigrateIncoming, MigrateSetParameters, MigrationAddress, MigrationCapability,

@@ -7,8 +7,8 @@ use std::os::unix::net::UnixStream;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use migration_net::ResolvedAddress;
 use migration_stream::Escaped;
-use multifd::Route;
 use qmp_types::{Client, ClientError, Command, Event, QmpError, ServerMessage};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
@@ -87,7 +87,7 @@ impl Remote {
 
     fn try_connect(name: &'static str, address: &QmpAddress) -> io::Result<Self> {
         let deadline = Instant::now() + PATIENCE;
-        let route = Route::new(&address.socket(), deadline, None)?;
+        let route = ResolvedAddress::new(&address.socket(), deadline, None)?;
         let connected = route.connect(deadline, None)?;
         let stream: Box<dyn Stream> = match address {
             QmpAddress::Unix(_) => Box::new(UnixStream::from(connected)),

@@ -2,7 +2,7 @@
 //!
 //! Every option of an address is done, or refused by its name.
 
-use multifd::{Address, AddressSyntax, KeepAlive, Listener, TcpOptions};
+use migration_net::{Address, AddressSyntax, KeepAlive, Listener, TcpOptions};
 use qmp_types::{InetSocketAddress, MigrationAddress, QmpError, SocketAddress};
 
 /// The socket of a peer that is to be connected to.

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use colo_core::driver::{PrimaryLink, run_primary};
 use colo_core::{MigrationPlan, Outcome, Resume, Role};
 use colo_heartbeat::{Endpoint, Heartbeat, Phase};
+use migration_net::{Address, outgoing};
 use migration_stream::io::{FdChannel, Lending};
 use migration_stream::precopy::{
     Control, HandOver, Progress, RamSetup, ReturnPathReader, Source, SourceConfig, SourceEvent,
@@ -19,7 +20,7 @@ use migration_stream::{
     BoxError, DeviceSections, DeviceState, DirtyLog, GuestRam, PageTransport, Parsed, StagedRam,
     StreamWriter, VmControl,
 };
-use multifd::{Address, MultifdConfig, SendChannel, SendSet, outgoing};
+use multifd::{MultifdConfig, SendChannel, SendSet};
 use qmp_types::{MigrationCapability, MigrationStatus, RunState};
 use vmstate::{ResetDone, Staged};
 

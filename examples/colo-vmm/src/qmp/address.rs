@@ -4,8 +4,8 @@ use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
+use migration_net::Address;
 use migration_stream::Escaped;
-use multifd::Address;
 
 /// Where the server listens.
 ///

@@ -3,7 +3,7 @@
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
-use multifd::Address;
+use migration_net::Address;
 use rustix::net::{RecvFlags, SendFlags, Shutdown};
 
 use super::address::QmpAddress;
@@ -11,7 +11,7 @@ use crate::error_chain::chain;
 
 /// A socket that clients connect to. None of its calls waits.
 #[derive(Debug)]
-pub(crate) struct Listener(multifd::Listener);
+pub(crate) struct Listener(migration_net::Listener);
 
 /// A connection. None of its calls waits.
 #[derive(Debug)]
@@ -20,7 +20,7 @@ pub(crate) struct Stream(OwnedFd);
 impl Listener {
     /// Listens. The address returned has the port that was found, if any was to be.
     pub(crate) fn bind(address: &QmpAddress) -> io::Result<(Self, QmpAddress)> {
-        let listener = multifd::Listener::bind(&address.socket())
+        let listener = migration_net::Listener::bind(&address.socket())
             .map_err(|error| io::Error::new(error.kind(), chain(&error)))?;
         let bound = match (address, listener.address()) {
             (QmpAddress::Tcp { host, .. }, Address::Tcp { port, .. }) => QmpAddress::Tcp {

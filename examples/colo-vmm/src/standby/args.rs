@@ -9,8 +9,9 @@ use std::time::{Duration, Instant};
 
 use clap::Args;
 use colo_core::{Deadlines, OnPeerLoss};
+use migration_net::Address;
 use migration_stream::Escaped;
-use multifd::{Address, ChannelCount, Compression, MultifdConfig, ZlibLevel, ZstdLevel};
+use multifd::{ChannelCount, Compression, MultifdConfig, ZlibLevel, ZstdLevel};
 use qmp_types::SessionConfig;
 use stream_relay::Channels;
 use stream_relay::endpoint::Endpoint;

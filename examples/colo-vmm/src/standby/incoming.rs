@@ -4,13 +4,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use colo_core::{ColoStore, StoreError};
+use migration_net::incoming::Incoming;
 use migration_stream::decoder::{ConfigurationRule, DecoderConfig};
 use migration_stream::io::CancelToken;
 use migration_stream::machine::MachineVersion;
 use migration_stream::opaque_tail::{TailError, TailLimits};
 use migration_stream::precopy::{Loaded, PageIntake, Target, TargetConfig, TargetError};
 use migration_stream::{StreamReader, TransportError};
-use multifd::incoming::Incoming;
 use multifd::{ChannelError, IncomingPages, RecvChannel, RecvSet};
 use ram_cache::{CacheKind, DiscardControl, DiscardInUse};
 use stream_relay::guest::{Devices, Guest};
@@ -116,7 +116,7 @@ fn is_loss(error: &TransportError) -> bool {
 pub enum TakeError {
     /// The primary's connections did not come.
     #[error("connections of the primary")]
-    Accept(#[from] multifd::incoming::IncomingError),
+    Accept(#[from] migration_net::incoming::IncomingError),
     /// The stream is not sound, or broke.
     #[error("the primary's stream")]
     Stream(#[source] TargetError),

@@ -50,9 +50,10 @@ use colo_core::{
     Cause, CheckpointReport, ColoExit, Deadlines, ExitReason, FailoverHandle, NoGate,
     NoReplication, OnPeerLoss, Outcome, ProtocolMisuse, Role,
 };
+use migration_net::incoming::{Acceptor, IncomingError, Limits};
+use migration_net::{Address, AddressError, Listener};
 use migration_stream::io::CancelToken;
-use multifd::incoming::{Acceptor, IncomingError, Limits};
-use multifd::{Address, AddressError, Listener, MultifdConfig};
+use multifd::MultifdConfig;
 use qmp_types::{
     ColoExitReason, ColoMode, Event, MigrationStatus, QmpError, RunState, SocketAddress,
 };

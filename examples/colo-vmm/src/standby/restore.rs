@@ -7,10 +7,10 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use migration_net::Address;
+use migration_net::outgoing::ConnectError;
 use migration_stream::Escaped;
 use migration_stream::ram::ZeroPageDetection;
-use multifd::Address;
-use multifd::outgoing::ConnectError;
 use stream_relay::Channels;
 use stream_relay::endpoint::Endpoint;
 use stream_relay::guest::Guest;
@@ -135,7 +135,7 @@ impl fmt::Display for Destination {
 /// Whether whoever is to listen there may only need more time. One that took a connection is not
 /// asked again: it may have begun to load.
 fn is_starting(error: &ConnectError) -> bool {
-    use multifd::incoming::Role;
+    use migration_net::incoming::Role;
 
     let (role, source) = match error {
         ConnectError::Refused { role, source, .. } | ConnectError::Io { role, source, .. } => {

@@ -10,7 +10,7 @@ use std::os::fd::AsFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::{Duration, Instant};
 
-use multifd::{Address, AddressError, Listener, Route};
+use migration_net::{Address, AddressError, Listener, ResolvedAddress};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 fn listen(text: &str) -> Listener {
@@ -19,7 +19,7 @@ fn listen(text: &str) -> Listener {
 
 fn connect(address: &Address) -> io::Result<std::os::fd::OwnedFd> {
     let deadline = Instant::now() + Duration::from_secs(5);
-    Route::new(address, deadline, None)?.connect(deadline, None)
+    ResolvedAddress::new(address, deadline, None)?.connect(deadline, None)
 }
 
 /// Whether a connection waits: what a driver that polls sees.
@@ -102,7 +102,7 @@ fn a_port_that_is_busy_in_one_family_is_busy() {
     let address: Address = format!("tcp:localhost:{port}").parse().unwrap();
     // Where the name has no IPv6 address there is nothing to be busy.
     let named = format!("tcp:localhost:{port},ipv6=on").parse().unwrap();
-    if Route::new(&named, Instant::now() + Duration::from_secs(5), None).is_ok() {
+    if ResolvedAddress::new(&named, Instant::now() + Duration::from_secs(5), None).is_ok() {
         let error = Listener::bind(&address).unwrap_err();
         assert!(matches!(error, AddressError::Busy { .. }), "{error}");
     }
@@ -187,7 +187,7 @@ fn a_peer_that_does_not_answer_costs_its_share_of_the_time_and_no_more() {
     let _full = UnixStream::connect(&path).unwrap();
     let begun = Instant::now();
     let deadline = begun + Duration::from_millis(100);
-    let route = Route::new(&Address::Unix(path), deadline, None).unwrap();
+    let route = ResolvedAddress::new(&Address::Unix(path), deadline, None).unwrap();
     let error = route.connect(deadline, None).unwrap_err();
     assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
     assert!(begun.elapsed() < Duration::from_secs(2));

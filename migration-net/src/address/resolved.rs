@@ -1,4 +1,4 @@
-//! Connecting to an address.
+//! Connecting to an address, whose name was looked up.
 
 use std::io;
 use std::net::SocketAddr;
@@ -18,7 +18,7 @@ const BACKLOG_POLL: Duration = Duration::from_millis(5);
 
 /// An address whose name was looked up, ready to be connected to as often as need be.
 #[derive(Clone, Debug)]
-pub struct Route {
+pub struct ResolvedAddress {
     to: Resolved,
 }
 
@@ -28,7 +28,7 @@ enum Resolved {
     Unix(SocketAddrUnix),
 }
 
-impl Route {
+impl ResolvedAddress {
     /// Looks the host's name up, by `deadline` and until `cancel` ends it. The system's resolver is
     /// not waited for any longer than that.
     ///

@@ -6,12 +6,12 @@ use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
 use migration_stream::io::{ByteSink, CancelToken, Chunk, FdChannel, deadline_after, is_cancelled};
+use multifd::packet::Hello;
+use multifd::{ChannelId, MultifdConfig};
 use rustix::net::sockopt;
 
-use crate::address::{Address, Route};
-use crate::config::{ChannelId, MultifdConfig};
+use crate::address::{Address, ResolvedAddress};
 use crate::incoming::Role;
-use crate::packet::Hello;
 
 /// What a connection to this host may hold that was sent and not read, bytes (the kernel doubles it for
 /// its own use). More, and the system's own choice grows to megabytes on each connection, has left
@@ -49,7 +49,7 @@ pub fn connect(
         limit,
         cancel,
     };
-    let to = Route::new(address, wait.deadline, cancel).map_err(|source| {
+    let to = ResolvedAddress::new(address, wait.deadline, cancel).map_err(|source| {
         if is_cancelled(&source) {
             return ConnectError::Cancelled {
                 address: address.clone(),
@@ -100,7 +100,7 @@ struct Wait<'a> {
 }
 
 fn open(
-    to: &Route,
+    to: &ResolvedAddress,
     address: &Address,
     role: Role,
     wait: Wait<'_>,

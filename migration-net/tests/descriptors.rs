@@ -7,7 +7,7 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
 
-use multifd::incoming::{Acceptor, Limits, Refusal};
+use migration_net::incoming::{Acceptor, Limits, Refusal};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use rustix::time::{ClockId, clock_gettime};
 

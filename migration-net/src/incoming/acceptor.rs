@@ -5,6 +5,7 @@ use std::os::fd::AsFd;
 use std::time::Instant;
 
 use migration_stream::io::{ByteSource, CancelToken, FdChannel};
+use multifd::MultifdConfig;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 
@@ -12,7 +13,6 @@ use super::classifier::{MAIN_MAGIC, Refusal};
 use super::collection::{Collection, Limits};
 use super::error::IncomingError;
 use crate::address::Listener;
-use crate::config::MultifdConfig;
 
 /// Connections that the kernel keeps until they are accepted. The source connects all channels at
 /// once, perhaps behind a flood: with a shorter backlog, connections are dropped and tried again a

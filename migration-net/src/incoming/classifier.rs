@@ -4,8 +4,8 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::config::{ChannelCount, ChannelId, MultifdConfig};
-use crate::packet::{HELLO_LEN, Hello, MAGIC, PacketError};
+use multifd::packet::{HELLO_LEN, Hello, MAGIC, PacketError};
+use multifd::{ChannelCount, ChannelId, MultifdConfig};
 
 /// The first bytes of a main stream, `QEVM`.
 pub const MAIN_MAGIC: [u8; 4] = *b"QEVM";

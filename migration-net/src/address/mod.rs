@@ -6,7 +6,7 @@
 //! | rule | where |
 //! |---|---|
 //! | An empty host is every address of this machine, of both IP families. | [`Listener`] |
-//! | A name with several addresses is listened on at all of them, and tried at each of them. | [`Listener`], [`Route`] |
+//! | A name with several addresses is listened on at all of them, and tried at each of them. | [`Listener`], [`ResolvedAddress`] |
 //! | A unix socket that a dead process left is replaced. The listener removes its own. | `socket_file` |
 //! | An option is done or refused by name. | [`TcpOptions`], [`AddressSyntax`] |
 
@@ -17,17 +17,17 @@ use std::{fmt, io};
 
 use migration_stream::Escaped;
 
-mod connect;
 mod listener;
 mod lookup;
 mod options;
 mod resolve;
+mod resolved;
 mod socket_file;
 mod wait;
 
-pub use connect::Route;
 pub use listener::Listener;
 pub use options::{AddressSyntax, KeepAlive, TcpOptions};
+pub use resolved::ResolvedAddress;
 
 /// The longest name of an abstract unix socket, bytes.
 const ABSTRACT_LEN: usize = 107;

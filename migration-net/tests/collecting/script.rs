@@ -4,7 +4,7 @@
 use std::io;
 use std::time::{Duration, Instant};
 
-use multifd::incoming::{Collection, IncomingError, Limits, Refusal, Role};
+use migration_net::incoming::{Collection, IncomingError, Limits, Refusal, Role};
 use multifd::packet::Hello;
 use multifd::{ChannelCount, ChannelId, MultifdConfig};
 

@@ -2,8 +2,6 @@
 
 #![allow(clippy::tests_outside_test_module)] // this whole file is tests
 
-mod common;
-
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::unix::net::UnixListener;
@@ -11,12 +9,15 @@ use std::sync::mpsc;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use common::LIMIT;
+use migration_net::Address;
+use migration_net::incoming::{Acceptor, Incoming, IncomingError, Limits, Refusal, Role};
+use migration_net::outgoing::{ConnectError, connect};
 use migration_stream::io::{ByteSource, CancelToken};
-use multifd::incoming::{Acceptor, Incoming, IncomingError, Limits, Refusal, Role};
-use multifd::outgoing::{ConnectError, connect};
 use multifd::packet::{Hello, PacketError};
-use multifd::{Address, ChannelCount, ChannelId, MultifdConfig};
+use multifd::{ChannelCount, ChannelId, MultifdConfig};
+
+/// Far longer than anything here takes, and short enough for a test to fail.
+const LIMIT: Duration = Duration::from_secs(20);
 
 /// Far beyond what a test waits for, unless the test says otherwise.
 const LIMITS: Limits = Limits {

@@ -2,8 +2,6 @@
 
 #![allow(clippy::tests_outside_test_module)] // this whole file is tests
 
-mod common;
-
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -12,12 +10,15 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use common::LIMIT;
+use migration_net::Listener;
+use migration_net::incoming::{Acceptor, Incoming, IncomingError, Limits, Refusal};
 use migration_stream::io::ByteSource;
-use multifd::incoming::{Acceptor, Incoming, IncomingError, Limits, Refusal};
 use multifd::packet::Hello;
-use multifd::{ChannelCount, ChannelId, Listener, MultifdConfig};
+use multifd::{ChannelCount, ChannelId, MultifdConfig};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+
+/// Far longer than anything here takes, and short enough for a test to fail.
+const LIMIT: Duration = Duration::from_secs(20);
 
 const FLOOD: usize = 1000;
 const UUID: [u8; 16] = [5; 16];

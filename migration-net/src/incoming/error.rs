@@ -2,8 +2,9 @@
 
 use std::io;
 
+use multifd::{ChannelCount, ChannelId};
+
 use super::classifier::{Refusal, Role};
-use crate::config::{ChannelCount, ChannelId};
 
 /// Why there is no incoming migration.
 #[derive(Debug, thiserror::Error)]

@@ -6,11 +6,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use migration_stream::io::deadline_from;
+use multifd::packet::PacketError;
+use multifd::{ChannelId, MultifdConfig};
 
 use super::classifier::{Classifier, Greeting, Refusal, Role};
 use super::error::IncomingError;
-use crate::config::{ChannelId, MultifdConfig};
-use crate::packet::PacketError;
 
 /// How long nobody is accepted after the host had no descriptor, or no memory, for a connection.
 const EXHAUSTED_PAUSE: Duration = Duration::from_millis(100);
