@@ -159,7 +159,7 @@ mod tests {
     }
 }
 
-/// Run with `RUSTFLAGS="--cfg loom" cargo test -p ram-cache --lib loom`.
+/// Run with `RUSTFLAGS="--cfg loom" cargo test -p colo-ram-cache --lib loom`.
 #[cfg(test)]
 #[cfg(loom)]
 mod loom_tests {

@@ -1,4 +1,4 @@
-//! Run with `RUSTFLAGS="--cfg loom" cargo test --release -p ram-cache --lib loom`.
+//! Run with `RUSTFLAGS="--cfg loom" cargo test --release -p colo-ram-cache --lib loom`.
 
 use loom::sync::Arc;
 use loom::thread;

@@ -1,4 +1,4 @@
-//! The derive macro of the [`vmstate`](https://docs.rs/vmstate) crate; use it through that crate,
+//! The derive macro of the `vmstate` crate; use it through that crate,
 //! whose documentation of `VmState` explains every attribute.
 #![forbid(unsafe_code)]
 
