@@ -7,16 +7,13 @@ use std::io::{BufWriter, Write as _};
 use std::sync::Arc;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use migration_stream::codec::IdStr;
-use migration_stream::configuration::{Configuration, MachineName};
-use migration_stream::header;
-use migration_stream::ram::{
-    BlockId, PageAddress, RAM_IDSTR, RAM_VERSION, RamBlock, RamBlockTable, RecordEncoder,
-    encode_end_of_section, encode_setup_list,
+use migration_stream::ram::{BlockId, RamBlock, RamBlockTable};
+use migration_stream::raw::header;
+use migration_stream::raw::ram::{
+    PageAddress, RAM_IDSTR, RAM_VERSION, RecordEncoder, encode_end_of_section, encode_setup_list,
 };
-use migration_stream::section::{
-    Announcement, InstanceId, SectionHeader, SectionId, encode_eof, encode_footer,
-};
+use migration_stream::raw::section::{Announcement, encode_eof, encode_footer};
+use migration_stream::{Configuration, IdStr, InstanceId, MachineName, SectionHeader, SectionId};
 use stream_inspect::scan::{FileOrigin, scan};
 
 const PAGES: u64 = (1 << 30) >> 12;

@@ -4,10 +4,9 @@ use std::hint::black_box;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use migration_stream::PAGE_SIZE;
-use migration_stream::codec::Reader;
-use migration_stream::ram::{
-    BlockId, PageAddress, RamBlock, RamBlockTable, Record, RecordDecoder, RecordEncoder,
-};
+use migration_stream::ram::{BlockId, RamBlock, RamBlockTable};
+use migration_stream::raw::codec::Reader;
+use migration_stream::raw::ram::{PageAddress, Record, RecordDecoder, RecordEncoder};
 
 const PAGES: u64 = 4096;
 

@@ -5,9 +5,10 @@ use std::hint::black_box;
 use std::sync::Arc;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use migration_stream::ram::{BlockId, PageAddress, RamBlock, RamBlockTable, zero_check};
-use migration_stream::unchanged::{ChangedPages, Unchanged, WhenToCompare};
-use migration_stream::{GuestRam, GuestRamMmap, PAGE_SIZE};
+use migration_stream::ram::{BlockId, RamBlock, RamBlockTable};
+use migration_stream::raw::ram::{PageAddress, zero_check};
+use migration_stream::raw::unchanged::{ChangedPages, Unchanged};
+use migration_stream::{GuestRam, GuestRamMmap, PAGE_SIZE, WhenToCompare};
 use vm_memory::VolatileSlice;
 
 const PAGE: usize = 4096;

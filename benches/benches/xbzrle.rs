@@ -3,7 +3,7 @@
 use std::hint::black_box;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use migration_stream::xbzrle::{Encoded, PageBytes, Runs, encode};
+use migration_stream::raw::xbzrle::{Encoded, PageBytes, Runs, encode};
 
 const PAGE: usize = 4096;
 

@@ -4,7 +4,7 @@
 use std::hint::black_box;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use migration_stream::ram::{fetch_for_zero_check, zero_check};
+use migration_stream::raw::ram::{fetch_for_zero_check, zero_check};
 use vm_memory::VolatileSlice;
 
 const PAGE: usize = 4096;

@@ -2,9 +2,10 @@
 
 use std::sync::Arc;
 
-use migration_stream::precopy::CheckpointComplete;
 use migration_stream::ram::{BlockId, RamBlock, RamBlockError, RamBlockTable};
-use migration_stream::{DirtyLog, GuestRamMmap, HeldChannels, MemoryError, PageStore};
+use migration_stream::raw::checkpoint::CheckpointComplete;
+use migration_stream::raw::transport::HeldChannels;
+use migration_stream::{DirtyLog, GuestRamMmap, MemoryError, PageStore};
 use ram_cache::{
     CacheBlockSpec, CacheError, CacheKind, DiscardInhibitor, FlushPool, FlushReport, GuestStopped,
     RamCache,

@@ -4,9 +4,9 @@
 #![allow(missing_docs)] // a target has no API
 
 use libfuzzer_sys::fuzz_target;
-use migration_stream::codec::Reader;
-use migration_stream::command::Command;
-use migration_stream::postcopy::{PackageDecoder, PackageItem, PackageStep, PostcopyOrder};
+use migration_stream::raw::codec::Reader;
+use migration_stream::raw::command::Command;
+use migration_stream::raw::postcopy::{PackageDecoder, PackageItem, PackageStep, PostcopyOrder};
 
 /// What the device of every section takes.
 const BODY: usize = 3;

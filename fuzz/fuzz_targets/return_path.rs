@@ -5,10 +5,10 @@
 
 use libfuzzer_sys::fuzz_target;
 use migration_stream::PAGE_SIZE;
-use migration_stream::codec::Reader;
-use migration_stream::postcopy::{ReceivedBitmap, RequestDecoder, RequestEncoder};
 use migration_stream::ram::{RamBlock, RamBlockTable};
-use migration_stream::return_path::ReturnPathMessage;
+use migration_stream::raw::codec::Reader;
+use migration_stream::raw::postcopy::{ReceivedBitmap, RequestDecoder, RequestEncoder};
+use migration_stream::raw::return_path::ReturnPathMessage;
 
 fn blocks() -> RamBlockTable {
     let block = |name, pages| RamBlock::new(name, pages * PAGE_SIZE).expect("a block");

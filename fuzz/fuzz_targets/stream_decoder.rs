@@ -3,12 +3,10 @@
 #![allow(missing_docs)] // a target has no API
 
 use libfuzzer_sys::fuzz_target;
-use migration_stream::codec::Reader;
-use migration_stream::decoder::{
-    ConfigurationRule, DecoderConfig, Item, RamItem, Step, StreamDecoder,
-};
 use migration_stream::ram::{RamBlock, RamBlockTable};
-use migration_stream::{DecodeError, PAGE_SIZE};
+use migration_stream::raw::codec::Reader;
+use migration_stream::raw::decoder::{Item, RamItem, Step, StreamDecoder};
+use migration_stream::{ConfigurationRule, DecodeError, DecoderConfig, PAGE_SIZE};
 
 fn decoder(choice: u8) -> StreamDecoder {
     let rule = if choice & 1 == 0 {

@@ -3,10 +3,9 @@
 #![allow(missing_docs)] // a target has no API
 
 use libfuzzer_sys::fuzz_target;
-use migration_stream::device_blob::encode_device_blob;
-use migration_stream::opaque_tail::{Tail, TailLimits};
-use migration_stream::section::SectionId;
-use migration_stream::vmdesc::VmDescription;
+use migration_stream::raw::device_blob::encode_device_blob;
+use migration_stream::raw::vmdesc::VmDescription;
+use migration_stream::{SectionId, Tail, TailLimits};
 use stream_inspect::fields::MAX_FIELDS;
 use stream_inspect::inspection::{Device, Extent, Inspection};
 use stream_inspect::state::Layouts;

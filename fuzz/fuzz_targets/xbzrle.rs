@@ -4,7 +4,7 @@
 #![allow(missing_docs)] // a target has no API
 
 use libfuzzer_sys::fuzz_target;
-use migration_stream::xbzrle::{Encoded, PageBytes, Runs, encode};
+use migration_stream::raw::xbzrle::{Encoded, PageBytes, Runs, encode};
 
 /// A page that begins as `bytes` says and goes on with `fill`.
 fn page(fill: u8, bytes: &[u8]) -> PageBytes {

@@ -5,11 +5,10 @@ use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::Instant;
 
-use migration_stream::decoder::{ConfigurationRule, DecoderConfig};
 use migration_stream::io::{ByteSource, PositionedFile, Readiness};
-use migration_stream::opaque_tail::TailLimits;
 use migration_stream::precopy::{Loaded, Target, TargetConfig, TargetError};
-use migration_stream::{PageBarrier, StreamReader};
+use migration_stream::raw::transport::PageBarrier;
+use migration_stream::{ConfigurationRule, DecoderConfig, StreamReader, TailLimits};
 use vm_memory::VolatileSlice;
 
 use crate::Store;

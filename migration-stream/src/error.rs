@@ -1,15 +1,14 @@
 //! The error of every decoder of the crate.
 
-use crate::codec::IdStrError;
-use crate::command::CommandError;
-use crate::configuration::ConfigurationError;
-use crate::container::ContainerError;
-use crate::dirty_bitmap::DirtyBitmapError;
-use crate::header::HeaderError;
-use crate::postcopy::{BitmapError, OrderError, PackageError};
-use crate::ram::RamError;
-use crate::return_path::ReturnPathError;
-use crate::section::SectionError;
+use crate::raw::command::CommandError;
+use crate::raw::container::ContainerError;
+use crate::raw::dirty_bitmap::DirtyBitmapError;
+use crate::raw::header::HeaderError;
+use crate::raw::postcopy::{BitmapError, OrderError, PackageError};
+use crate::raw::ram::RamError;
+use crate::raw::return_path::ReturnPathError;
+use crate::raw::section::SectionError;
+use crate::{ConfigurationError, IdStrError};
 
 /// What was wrong with received bytes, and where.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]

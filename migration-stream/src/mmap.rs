@@ -7,7 +7,8 @@ use vm_memory::bitmap::{AtomicBitmap, Bitmap};
 use vm_memory::mmap::MmapRegionError;
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, MmapRegion, VolatileSlice};
 
-use crate::ram::{BlockId, RamBlock, RamBlockError, RamBlockTable, zero_check};
+use crate::ram::{BlockId, RamBlock, RamBlockError, RamBlockTable};
+use crate::raw::ram::zero_check;
 use crate::{BitmapDirtyLog, GuestRam, MemoryError, PAGE_SIZE, PageStore};
 
 /// What a page is cleared with.

@@ -1,15 +1,15 @@
 //! How pages cross: records in the main stream, or multifd's channels beside it.
 
+use std::error;
 use std::sync::Arc;
 use std::time::Instant;
-use std::{error, fmt};
 
 use crate::io::CancelToken;
-use crate::mapped_ram::{MappedArea, MappedPages};
-use crate::ram::{BlockId, RamBlockTable, RamError, encode_setup_list};
-use crate::unchanged::WhenToCompare;
-use crate::xbzrle::XbzrleCounters;
-use crate::{GuestRam, PageStore, RateLimiter, StreamWriter};
+use crate::ram::{BlockId, RamBlockTable};
+use crate::raw::ram::encode_setup_list;
+use crate::raw::rate::RateLimiter;
+use crate::raw::transport::PagesBeside;
+use crate::{GuestRam, StreamWriter, WhenToCompare, XbzrleCounters};
 
 /// How pages leave. One transport serves precopy and every COLO checkpoint after it.
 pub trait PageTransport: Send {
@@ -49,7 +49,7 @@ pub trait PageTransport: Send {
     fn begin_round(&mut self) {}
 
     /// From now on pages are left out whose content was sent last, so that the receiver has it: see
-    /// [`unchanged`](crate::unchanged). Only for a receiver that keeps what it was sent whatever becomes of
+    /// [`unchanged`](crate::raw::unchanged). Only for a receiver that keeps what it was sent whatever becomes of
     /// its own memory, as COLO's secondary does. False if the transport leaves out none.
     ///
     /// # Errors
@@ -124,30 +124,6 @@ pub trait PageTransport: Send {
     fn beside(&mut self) -> Option<&mut dyn PagesBeside> {
         None
     }
-}
-
-/// Channels beside the main stream, for pages that belong to no section of it.
-pub trait PagesBeside {
-    /// From now on pages of one place, those of [`PageTransport::send`] included, land in the order
-    /// in which they were sent, without a [`PageTransport::sync`] in between.
-    fn keep_order(&mut self);
-
-    /// Sends pages as [`PageTransport::send`] does, and nothing on the main stream.
-    ///
-    /// # Errors
-    /// As there.
-    fn send_beside(
-        &mut self,
-        block: BlockId,
-        offset: u64,
-        pages: u64,
-    ) -> Result<(), TransportError>;
-
-    /// Returns when all that was sent has been read out of memory and has left.
-    ///
-    /// # Errors
-    /// As there.
-    fn drain(&mut self) -> Result<(), TransportError>;
 }
 
 impl<T: PageTransport + ?Sized> PageTransport for Box<T> {
@@ -229,87 +205,6 @@ pub struct TransportCounters {
     /// Synchronisations of a channel before which the kernel copied pages that were to be sent
     /// without (`dirty-sync-missed-zero-copy`).
     pub missed_zero_copy: u64,
-}
-
-/// What waits for the pages of other channels on the receiving side.
-pub trait PageBarrier: Send {
-    /// The main stream carried a MULTIFD_FLUSH record: returns when every channel has reached its
-    /// SYNC packet and all pages before it have landed, and lets the channels go on.
-    ///
-    /// # Errors
-    /// A channel broke or is late; for a stream without multifd, that the record came at all.
-    fn flush(&mut self) -> Result<(), TransportError>;
-
-    /// Whether pages come on channels, so that memory is complete only behind a
-    /// [`PageBarrier::flush`].
-    fn has_channels(&self) -> bool;
-
-    /// Checks that every channel was flushed behind its last page, and keeps the channels from
-    /// taking in another page as long as the result lives. [`HeldChannels::none`] where there are
-    /// no channels.
-    ///
-    /// # Errors
-    /// A page came on a channel after its last SYNC packet, or a packet that was begun does not
-    /// end before the deadline.
-    fn hold(&mut self) -> Result<HeldChannels, TransportError>;
-
-    /// Loads the pages of a block of a stream with `mapped-ram`, and returns when all are in the
-    /// store.
-    ///
-    /// # Errors
-    /// The file's, the store's; without a file that there is none.
-    fn load_mapped(
-        &mut self,
-        block: BlockId,
-        area: &MappedArea,
-        store: &dyn PageStore,
-    ) -> Result<MappedPages, TransportError> {
-        let _ = (block, area, store);
-        Err(TransportError::main(RamError::NoFile))
-    }
-
-    /// As [`PageTransport::set_deadline`].
-    fn set_deadline(&mut self, deadline: Option<Instant>);
-
-    /// Lets `token` end every wait for a channel, and the loading of a file. Without channels or a file nothing is
-    /// to be done.
-    fn set_cancel(&mut self, token: &CancelToken) {
-        let _ = token;
-    }
-
-    /// Returns the first error of the channels, as [`PageTransport::failure`] does: to be asked when the
-    /// main stream could not be read.
-    fn failure(&self) -> Option<TransportError> {
-        None
-    }
-}
-
-/// Channels that take in no page as long as this lives. They go on when it is dropped.
-#[must_use = "the channels go on when this is dropped"]
-pub struct HeldChannels(Option<Box<dyn Send>>);
-
-impl HeldChannels {
-    /// There are no channels to hold.
-    pub const fn none() -> Self {
-        Self(None)
-    }
-
-    /// Channels that go on when `guard` is dropped.
-    pub fn until_dropped(guard: impl Send + 'static) -> Self {
-        Self(Some(Box::new(guard)))
-    }
-
-    /// Whether there are channels.
-    #[must_use]
-    pub const fn is_any(&self) -> bool {
-        self.0.is_some()
-    }
-}
-
-impl fmt::Debug for HeldChannels {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("HeldChannels").field(&self.is_any()).finish()
-    }
 }
 
 /// Why pages could not cross.

@@ -6,8 +6,9 @@ use std::time::Instant;
 use std::{fmt, io};
 
 use crate::io::{ByteSink, CancelToken, Chunk, FileChannel, Lending, PositionedFile};
-use crate::ram::PageAddress;
-use crate::{GuestRam, PAGE_SIZE, RateLimiter};
+use crate::raw::ram::PageAddress;
+use crate::raw::rate::RateLimiter;
+use crate::{GuestRam, PAGE_SIZE};
 
 /// [`PAGE_SIZE`] as a length in memory.
 const PAGE_LEN: usize = 4096;

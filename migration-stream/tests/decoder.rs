@@ -5,17 +5,16 @@
 mod common;
 
 use common::{bytes_of, decode_all, table};
-use migration_stream::codec::{IdStr, Reader};
-use migration_stream::command::Command;
-use migration_stream::configuration::{Configuration, ConfigurationError, MachineName};
-use migration_stream::decoder::{
-    ConfigurationRule, DecoderConfig, Item, RamItem, Step, StreamDecoder,
+use migration_stream::ram::BlockId;
+use migration_stream::raw::codec::Reader;
+use migration_stream::raw::command::Command;
+use migration_stream::raw::decoder::{Item, RamItem, Step, StreamDecoder};
+use migration_stream::raw::ram::{PageAddress, RamError};
+use migration_stream::raw::section::{Announcement, Continuation, SectionError};
+use migration_stream::{
+    Cause, Configuration, ConfigurationError, ConfigurationRule, DecodeError, DecoderConfig, IdStr,
+    InstanceId, MachineName, SectionHeader, SectionId,
 };
-use migration_stream::ram::{BlockId, PageAddress, RamError};
-use migration_stream::section::{
-    Announcement, Continuation, InstanceId, SectionError, SectionHeader, SectionId,
-};
-use migration_stream::{Cause, DecodeError};
 
 /// Header and configuration of a q35 of QEMU 11.1, and the head of its RAM section, as captured.
 const START: &[u8] = b"QEVM\0\0\0\x03\x07\0\0\0\x0bpc-q35-11.1\
@@ -416,7 +415,7 @@ fn a_new_connection_goes_on_with_a_section_and_names_the_block_again() {
 
 mod checkpoint {
     use super::*;
-    use migration_stream::decoder::CheckpointDecoder;
+    use migration_stream::raw::decoder::CheckpointDecoder;
 
     fn decoder() -> CheckpointDecoder {
         let (bytes, _) = whole_stream();

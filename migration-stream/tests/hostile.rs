@@ -8,19 +8,20 @@ use std::collections::BTreeSet;
 use std::convert::Infallible;
 
 use common::{bytes_of, decode_all, payload_len};
-use migration_stream::PAGE_SIZE;
-use migration_stream::codec::{IdStr, Reader};
-use migration_stream::command::{Command, DiscardRange, PostcopyAdvice, RamDiscard};
-use migration_stream::configuration::{Configuration, MachineName};
-use migration_stream::decoder::{
-    ConfigurationRule, DecoderConfig, Item, RamItem, Step, StreamDecoder,
+use migration_stream::ram::{BlockId, RamBlock, RamBlockTable};
+use migration_stream::raw::codec::Reader;
+use migration_stream::raw::command::{Command, DiscardRange, PostcopyAdvice, RamDiscard};
+use migration_stream::raw::decoder::{Item, RamItem, Step, StreamDecoder};
+use migration_stream::raw::device_blob::{DeviceSection, decode_device_blob, encode_device_blob};
+use migration_stream::raw::opaque_tail::{Fed, OpaqueTail};
+use migration_stream::raw::ram::PageAddress;
+use migration_stream::raw::return_path::ReturnPathMessage;
+use migration_stream::raw::section::{Announcement, Continuation};
+use migration_stream::raw::vmdesc::VmDescription;
+use migration_stream::{
+    Configuration, ConfigurationRule, DecoderConfig, IdStr, InstanceId, MachineName, PAGE_SIZE,
+    SectionHeader, SectionId, TailLimits,
 };
-use migration_stream::device_blob::{DeviceSection, decode_device_blob, encode_device_blob};
-use migration_stream::opaque_tail::{Fed, OpaqueTail, TailLimits};
-use migration_stream::ram::{BlockId, PageAddress, RamBlock, RamBlockTable};
-use migration_stream::return_path::ReturnPathMessage;
-use migration_stream::section::{Announcement, Continuation, InstanceId, SectionHeader, SectionId};
-use migration_stream::vmdesc::VmDescription;
 use proptest::collection::{btree_set, vec};
 use proptest::prelude::*;
 use proptest::sample::Index;
@@ -378,7 +379,7 @@ proptest! {
                 Step::Item(item) => start += payload_len(&item),
                 Step::NeedMore { at_least } => {
                     let rest = visible.len() - r.consumed();
-                    prop_assert!(rest + at_least <= migration_stream::decoder::MAX_ITEM_LEN);
+                    prop_assert!(rest + at_least <= migration_stream::raw::decoder::MAX_ITEM_LEN);
                     break;
                 }
             }

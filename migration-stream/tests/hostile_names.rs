@@ -3,17 +3,18 @@
 
 use std::error::Error;
 
-use migration_stream::codec::{IdStr, Reader};
-use migration_stream::configuration::{Configuration, MachineName};
-use migration_stream::decoder::{ConfigurationRule, DecoderConfig, StreamDecoder};
-use migration_stream::dirty_bitmap::DirtyBitmapDecoder;
-use migration_stream::header;
-use migration_stream::opaque_tail::{Tail, TailLimits};
-use migration_stream::ram::{
-    RAM_IDSTR, RAM_VERSION, RamBlock, RamBlockTable, RecordDecoder, encode_setup_list,
+use migration_stream::ram::{RamBlock, RamBlockTable};
+use migration_stream::raw::codec::Reader;
+use migration_stream::raw::decoder::StreamDecoder;
+use migration_stream::raw::dirty_bitmap::DirtyBitmapDecoder;
+use migration_stream::raw::header;
+use migration_stream::raw::ram::{RAM_IDSTR, RAM_VERSION, RecordDecoder, encode_setup_list};
+use migration_stream::raw::section::Announcement;
+use migration_stream::raw::vmdesc::VmDescription;
+use migration_stream::{
+    Configuration, ConfigurationRule, DecoderConfig, IdStr, InstanceId, MachineName, SectionHeader,
+    SectionId, Tail, TailLimits,
 };
-use migration_stream::section::{Announcement, InstanceId, SectionHeader, SectionId};
-use migration_stream::vmdesc::VmDescription;
 
 /// A control sequence, one of C1, a line break, a bell, a character that turns text around, an invisible
 /// one.
@@ -52,7 +53,7 @@ fn refused(config: DecoderConfig, blocks: Option<RamBlockTable>, bytes: &[u8]) -
         match decoder.next(&mut r) {
             Err(e) => return e,
             Ok(step) => assert!(
-                matches!(step, migration_stream::decoder::Step::Item(_)),
+                matches!(step, migration_stream::raw::decoder::Step::Item(_)),
                 "{step:?}"
             ),
         }

@@ -4,12 +4,11 @@
 
 use std::time::{Duration, Instant};
 
-use migration_stream::codec::{IdStr, Reader};
-use migration_stream::device_blob::{DeviceSection, encode_device_blob};
-use migration_stream::opaque_tail::{Fed, OpaqueTail, Tail, TailError, TailLimits};
-use migration_stream::section::{
-    Announcement, InstanceId, SectionHeader, SectionId, encode_footer, encode_vm_description,
-};
+use migration_stream::raw::codec::Reader;
+use migration_stream::raw::device_blob::{DeviceSection, encode_device_blob};
+use migration_stream::raw::opaque_tail::{Fed, OpaqueTail};
+use migration_stream::raw::section::{Announcement, encode_footer, encode_vm_description};
+use migration_stream::{IdStr, InstanceId, SectionHeader, SectionId, Tail, TailError, TailLimits};
 
 const SECTIONS: u32 = 2000;
 /// A pass over all bytes takes a fraction of a second without optimisation; one for each section, an

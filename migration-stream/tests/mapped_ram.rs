@@ -12,17 +12,15 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use common::guest::{Guest, Log, Pages, configuration, memory};
-use migration_stream::decoder::{ConfigurationRule, DecoderConfig};
 use migration_stream::io::{PositionedFile, open_direct};
 use migration_stream::mapped_ram::{FileReader, FileWriter, MappedRamError};
-use migration_stream::opaque_tail::TailLimits;
 use migration_stream::precopy::{
     Limits, RamSetup, Source, SourceConfig, SourceError, Target, TargetConfig, TargetError,
 };
 use migration_stream::ram::ZeroPageDetection;
 use migration_stream::{
-    GuestRam, GuestRamMmap, PAGE_SIZE, StreamReader, StreamWriter, TransportCounters,
-    TransportError,
+    ConfigurationRule, DecoderConfig, GuestRam, GuestRamMmap, PAGE_SIZE, StreamReader,
+    StreamWriter, TailLimits, TransportCounters, TransportError,
 };
 use vm_memory::VolatileSlice;
 

@@ -2,14 +2,14 @@
 //! microvm as QEMU 11.1.3 sends them (from the first FULL section on; no guest memory is in them).
 #![allow(clippy::tests_outside_test_module)] // this whole file is tests
 
-use migration_stream::codec::{IdStr, Reader};
-use migration_stream::device_blob::{DeviceSection, encode_device_blob};
 use migration_stream::io::PositionedFile;
-use migration_stream::opaque_tail::{Fed, OpaqueTail, Tail, TailError, TailLimits, tail_at_end};
-use migration_stream::section::{
-    Announcement, InstanceId, SectionHeader, SectionId, encode_eof, encode_footer,
-    encode_vm_description,
+use migration_stream::raw::codec::Reader;
+use migration_stream::raw::device_blob::{DeviceSection, encode_device_blob};
+use migration_stream::raw::opaque_tail::{Fed, OpaqueTail, tail_at_end};
+use migration_stream::raw::section::{
+    Announcement, encode_eof, encode_footer, encode_vm_description,
 };
+use migration_stream::{IdStr, InstanceId, SectionHeader, SectionId, Tail, TailError, TailLimits};
 
 const Q35: &[u8] = include_bytes!("data/q35-11.1.3.tail");
 const MICROVM: &[u8] = include_bytes!("data/microvm-11.1.3.tail");

@@ -33,26 +33,25 @@ use std::time::Duration;
 use common::guest::memory;
 use common::loads::{Loads, load as load_by};
 use common::{bytes_of, decode_all, table};
-use migration_stream::codec::{IdStr, Reader};
-use migration_stream::command::{
+use migration_stream::io::{ByteSink, ByteSource, Chunk, FdChannel};
+use migration_stream::precopy::{Target, TargetConfig, TargetError};
+use migration_stream::raw::codec::Reader;
+use migration_stream::raw::command::{
     Command, CommandError, CommandNumber, DiscardRange, PostcopyAdvice, RamDiscard,
 };
-use migration_stream::configuration::{Configuration, MachineName};
-use migration_stream::decoder::{ConfigurationRule, DecoderConfig, Item, RamItem, StreamDecoder};
-use migration_stream::header::HeaderError;
-use migration_stream::io::{ByteSink, ByteSource, Chunk, FdChannel};
-use migration_stream::postcopy::{OrderError, PostcopyState};
-use migration_stream::precopy::{Target, TargetConfig, TargetError};
-use migration_stream::ram::{
+use migration_stream::raw::decoder::{Item, RamItem, StreamDecoder};
+use migration_stream::raw::header::HeaderError;
+use migration_stream::raw::postcopy::{OrderError, PostcopyState};
+use migration_stream::raw::ram::{
     RamError, Record, RecordDecoder, SetupDecoder, SetupFields, encode_end_of_section,
     encode_multifd_flush, encode_setup_list,
 };
-use migration_stream::return_path::ReturnPathMessage;
-use migration_stream::section::{
-    Announcement, Continuation, InstanceId, SectionError, SectionHeader, SectionId,
+use migration_stream::raw::return_path::ReturnPathMessage;
+use migration_stream::raw::section::{Announcement, Continuation, SectionError};
+use migration_stream::{
+    BoxError, Cause, Configuration, ConfigurationRule, DecoderConfig, IdStr, InstanceId,
+    MachineName, Parsed, SectionHeader, SectionId, StreamReader,
 };
-use migration_stream::{BoxError, Parsed};
-use migration_stream::{Cause, StreamReader};
 
 const START: &[u8] = b"QEVM\0\0\0\x03\x07\0\0\0\x0bpc-q35-11.1\
     \x01\0\0\0\x01\x03ram\0\0\0\0\0\0\0\x04";

@@ -213,7 +213,7 @@ pub enum Flush {
     EachRound,
     /// At the end of every RAM section, without a record (machine types up to 8.0; QEMU's property
     /// `multifd-flush-after-each-section`). The receiving side is told by
-    /// [`DecoderConfig::flush_each_section`](migration_stream::decoder::DecoderConfig).
+    /// [`DecoderConfig::flush_each_section`](migration_stream::DecoderConfig).
     EachSection,
 }
 

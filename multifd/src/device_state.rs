@@ -15,8 +15,7 @@
 use std::error;
 
 use byteorder::{BigEndian, ByteOrder};
-use migration_stream::codec::IdStr;
-use migration_stream::section::InstanceId;
+use migration_stream::{IdStr, InstanceId};
 
 use crate::packet::{FLAG_DEVICE_STATE, MAGIC, PREFIX_LEN, PacketError, VERSION};
 

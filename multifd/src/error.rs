@@ -4,9 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use std::{error, fmt, io};
 
-use migration_stream::codec::IdStr;
-use migration_stream::section::InstanceId;
-use migration_stream::{MemoryError, TransportError};
+use migration_stream::{IdStr, InstanceId, MemoryError, TransportError};
 
 use crate::compression::CompressionError;
 use crate::packet::{Method, PacketError};

@@ -4,7 +4,8 @@ use std::time::Instant;
 
 use migration_stream::precopy::PageIntake;
 use migration_stream::ram::NoMultifd;
-use migration_stream::{PageBarrier, PageStore, TransportError};
+use migration_stream::raw::transport::PageBarrier;
+use migration_stream::{PageStore, TransportError};
 
 use crate::{RecvBarrier, RecvCounters, RecvSet};
 

@@ -9,8 +9,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use common::LIMIT;
-use migration_stream::PageBarrier;
 use migration_stream::io::{CancelToken, FdChannel};
+use migration_stream::raw::transport::PageBarrier;
 use multifd::{ChannelCount, ChannelError, MultifdConfig, RecvSet};
 
 /// Long enough that what is to be cancelled waits by then.

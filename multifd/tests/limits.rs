@@ -7,7 +7,6 @@ use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use migration_stream::configuration::{Configuration, MachineName};
 use migration_stream::io::FdChannel;
 use migration_stream::precopy::{
     Control, HandOver, Limits, Progress, RamSetup, Source, SourceConfig, SourceError,
@@ -15,8 +14,8 @@ use migration_stream::precopy::{
 };
 use migration_stream::ram::{BlockId, InStream, RamBlock, RamBlockTable, ZeroPageDetection};
 use migration_stream::{
-    BoxError, DirtyLog, GuestRam, GuestRamMmap, MemoryError, PAGE_SIZE, PageTransport,
-    StreamWriter, Vm, VmControl,
+    BoxError, Configuration, DirtyLog, GuestRam, GuestRamMmap, MachineName, MemoryError, PAGE_SIZE,
+    PageTransport, StreamWriter, Vm, VmControl,
 };
 use multifd::{ChannelCount, Compression, MultifdConfig, SendSet};
 use vm_memory::{Bytes, VolatileMemory};

@@ -14,9 +14,9 @@ use std::time::{Duration, Instant};
 use common::{LIMIT, PAGE, Pages, memory};
 use migration_stream::io::{ByteSource, FdChannel, Lending};
 use migration_stream::ram::{BlockId, ZeroPageDetection};
-use migration_stream::unchanged::WhenToCompare;
+use migration_stream::raw::transport::PageBarrier;
 use migration_stream::{
-    GuestRamMmap, PAGE_SIZE, PageBarrier, PageTransport, StreamWriter, TransportCounters,
+    GuestRamMmap, PAGE_SIZE, PageTransport, StreamWriter, TransportCounters, WhenToCompare,
 };
 use multifd::{ChannelCount, Compression, MultifdConfig, RecvSet, SendSet, ZlibLevel, ZstdLevel};
 

@@ -13,10 +13,9 @@ use std::time::{Duration, Instant};
 use common::{
     LIMIT, PAGE, Pages, Receiver, cause, memory, receiver, receiver_into, sharing, text, write,
 };
-use migration_stream::codec::IdStr;
 use migration_stream::io::FdChannel;
-use migration_stream::section::InstanceId;
-use migration_stream::{GuestRamMmap, PageBarrier};
+use migration_stream::raw::transport::PageBarrier;
+use migration_stream::{GuestRamMmap, IdStr, InstanceId};
 use multifd::device_state::{DeviceId, DeviceStateHeader, DeviceStateSink};
 use multifd::packet::{HEADER_LEN, Method, PacketError, PacketFlags, PacketHeader};
 use multifd::{ChannelCount, ChannelError, Compression, MultifdConfig, Part, RecvSet, ZstdLevel};

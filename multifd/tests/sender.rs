@@ -11,12 +11,11 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use common::{LIMIT, Pages, cause, memory, text};
-use migration_stream::codec::IdStr;
 use migration_stream::io::{ByteSink, Chunk, FdChannel, Lending};
 use migration_stream::ram::{BlockId, ZeroPageDetection};
-use migration_stream::section::InstanceId;
-use migration_stream::unchanged::WhenToCompare;
-use migration_stream::{GuestRamMmap, PageTransport, StreamWriter};
+use migration_stream::{
+    GuestRamMmap, IdStr, InstanceId, PageTransport, StreamWriter, WhenToCompare,
+};
 use multifd::device_state::{DeviceId, DeviceStateHeader};
 use multifd::packet::{HEADER_LEN, Method, PacketView};
 use multifd::{ChannelCount, ChannelError, Flush, MultifdConfig, SendChannel, SendSet};

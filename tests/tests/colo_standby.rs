@@ -273,7 +273,7 @@ fn held(qemu: &Binary, kind: &str, accel: Accel, way: Way) -> Result<()> {
     let stored = contents::of(&*guest.memory)?;
     contents::compare("of the primary", &memory, &stored)?;
     let own = guest.devices.tail.followed_by(&blob)?;
-    let sections = |tail: &migration_stream::opaque_tail::Tail| {
+    let sections = |tail: &migration_stream::Tail| {
         let sections = tail.sections();
         let sections = sections.map(|s| (s.header.idstr, s.header.instance, s.body.to_vec()));
         sections.collect::<Vec<_>>()

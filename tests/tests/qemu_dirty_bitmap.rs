@@ -8,27 +8,22 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use migration_stream::codec::Reader;
-use migration_stream::configuration::Configuration;
-use migration_stream::decoder::{
-    ConfigurationRule, DecoderConfig, Item, RamItem, Step, StreamDecoder,
-};
-use migration_stream::dirty_bitmap::{
-    BitmapSections, Chunk, ChunkKind, DIRTY_BITMAP_IDSTR, DirtyBitmapDecoder, DirtyBitmapEncoder,
-    MigratedBitmap,
-};
 use migration_stream::io::FdChannel;
-use migration_stream::machine::MachineVersion;
-use migration_stream::opaque_tail::{Tail, TailLimits};
 use migration_stream::precopy::{
     Limits, RamSetup, ReturnPathReader, Source, SourceConfig, SourceObserver, Target, TargetConfig,
 };
 use migration_stream::ram::{
     BlockId, InStream, NoMultifd, RamBlock, RamBlockTable, ZeroPageDetection,
 };
+use migration_stream::raw::codec::Reader;
+use migration_stream::raw::decoder::{Item, RamItem, Step, StreamDecoder};
+use migration_stream::raw::dirty_bitmap::{
+    BitmapSections, Chunk, ChunkKind, DIRTY_BITMAP_IDSTR, DirtyBitmapDecoder, DirtyBitmapEncoder,
+    MigratedBitmap,
+};
 use migration_stream::{
-    BoxError, DirtyLog, GuestRam, GuestRamMmap, MemoryError, StreamReader, StreamWriter, Vm,
-    VmControl,
+    BoxError, Configuration, ConfigurationRule, DecoderConfig, DirtyLog, GuestRam, GuestRamMmap,
+    MachineVersion, MemoryError, StreamReader, StreamWriter, Tail, TailLimits, Vm, VmControl,
 };
 use serde_json::{Value, json};
 use stream_inspect::inspection::Part;
@@ -281,7 +276,7 @@ impl Sections {
                 Item::Section(header) if header.idstr.as_str() == DIRTY_BITMAP_IDSTR => {
                     assert_eq!(
                         (header.instance.0, header.version),
-                        (0, migration_stream::dirty_bitmap::DIRTY_BITMAP_VERSION)
+                        (0, migration_stream::raw::dirty_bitmap::DIRTY_BITMAP_VERSION)
                     );
                     id = Some(header.id);
                     at += chunks.take(&stream[at..], at as u64)?;

@@ -7,9 +7,9 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::thread;
 
-use migration_stream::command::CommandNumber;
-use migration_stream::machine::MachineVersion;
+use migration_stream::MachineVersion;
 use migration_stream::ram::ZeroPageDetection;
+use migration_stream::raw::command::CommandNumber;
 use serde_json::{Value, json};
 use stream_inspect::incoming::{ListenConfig, Listening};
 use stream_inspect::inspection::Inspection;

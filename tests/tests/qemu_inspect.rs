@@ -8,16 +8,17 @@ use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
-use migration_stream::PAGE_SIZE;
-use migration_stream::codec::IdStr;
-use migration_stream::configuration::{Configuration, MachineName};
-use migration_stream::header;
-use migration_stream::ram::{
-    RAM_IDSTR, RAM_VERSION, RamBlock, RamBlockTable, encode_end_of_section, encode_setup_list,
+use migration_stream::ram::{RamBlock, RamBlockTable};
+use migration_stream::raw::header;
+use migration_stream::raw::ram::{
+    RAM_IDSTR, RAM_VERSION, encode_end_of_section, encode_setup_list,
 };
-use migration_stream::section::{
-    Announcement, Continuation, InstanceId, SectionHeader, SectionId, encode_continuation,
-    encode_eof, encode_footer, encode_vm_description,
+use migration_stream::raw::section::{
+    Announcement, Continuation, encode_continuation, encode_eof, encode_footer,
+    encode_vm_description,
+};
+use migration_stream::{
+    Configuration, IdStr, InstanceId, MachineName, PAGE_SIZE, SectionHeader, SectionId,
 };
 use multifd::{ChannelCount, Compression, MultifdConfig, ZstdLevel};
 use serde_json::json;

@@ -6,13 +6,11 @@ use std::num::NonZeroU8;
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use migration_stream::StreamReader;
-use migration_stream::decoder::{ConfigurationRule, DecoderConfig};
 use migration_stream::io::PositionedFile;
 use migration_stream::mapped_ram::{FileReader, MappedRamError};
-use migration_stream::opaque_tail::TailLimits;
 use migration_stream::precopy::{Target, TargetConfig, TargetError};
 use migration_stream::ram::{RamBlock, RamBlockTable};
+use migration_stream::{ConfigurationRule, DecoderConfig, StreamReader, TailLimits};
 use serde_json::json;
 use tests::guest::{self, Content};
 use tests::qemu::{Binary, Machine};

@@ -10,16 +10,14 @@ use std::time::{Duration, Instant};
 
 use migration_net::incoming::{self, Acceptor};
 use migration_net::{Listener, outgoing};
-use migration_stream::configuration::{Configuration, MachineName};
-use migration_stream::decoder::{ConfigurationRule, DecoderConfig};
-use migration_stream::opaque_tail::{Tail, TailLimits};
 use migration_stream::precopy::{
     Limits, RamSetup, ReturnPathReader, Source, SourceConfig, SourceObserver, Target, TargetConfig,
 };
 use migration_stream::ram::{BlockId, RamBlock, RamBlockTable, ZeroPageDetection};
 use migration_stream::{
-    BoxError, DirtyLog, GuestRam, GuestRamMmap, MemoryError, StreamReader, StreamWriter,
-    TransportCounters, Vm, VmControl,
+    BoxError, Configuration, ConfigurationRule, DecoderConfig, DirtyLog, GuestRam, GuestRamMmap,
+    MachineName, MemoryError, StreamReader, StreamWriter, Tail, TailLimits, TransportCounters, Vm,
+    VmControl,
 };
 use multifd::{
     ChannelCount, Compression, Flush, LevelWatch, MultifdConfig, RecvSet, SendSet, ZlibLevel,

@@ -10,19 +10,18 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::process::ExitCode;
 use std::time::Duration;
 
-use migration_stream::PAGE_SIZE;
-use migration_stream::codec::Reader;
-use migration_stream::command::{Command, CommandNumber};
-use migration_stream::decoder::{
-    ConfigurationRule, DecoderConfig, Item, MAX_ITEM_LEN, RamItem, Step, StreamDecoder,
-};
-use migration_stream::postcopy::{
+use migration_stream::ram::{BlockId, RamBlockTable};
+use migration_stream::raw::codec::Reader;
+use migration_stream::raw::command::{Command, CommandNumber};
+use migration_stream::raw::decoder::{Item, MAX_ITEM_LEN, RamItem, Step, StreamDecoder};
+use migration_stream::raw::postcopy::{
     EndOfStream, PackageDecoder, PackageEncoder, PackageItem, PackageStep, PageRequest,
     PostcopyOrder, PostcopyRecords, PostcopyState, ReceivedBitmap, RequestEncoder,
 };
-use migration_stream::ram::{BlockId, PageAddress, RamBlockTable, Record};
-use migration_stream::return_path::ReturnPathMessage;
-use migration_stream::section::{SectionId, encode_footer};
+use migration_stream::raw::ram::{PageAddress, Record};
+use migration_stream::raw::return_path::ReturnPathMessage;
+use migration_stream::raw::section::encode_footer;
+use migration_stream::{ConfigurationRule, DecoderConfig, PAGE_SIZE, SectionId};
 use serde_json::{Value, json};
 use tests::guest::{self, Content};
 use tests::qemu::{Binary, Machine, Qemu};

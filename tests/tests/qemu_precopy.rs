@@ -10,11 +10,8 @@ use std::time::{Duration, Instant};
 
 use migration_net::incoming::{self, Acceptor};
 use migration_net::{Listener, outgoing};
-use migration_stream::configuration::Configuration;
-use migration_stream::decoder::{ConfigurationRule, DecoderConfig};
 use migration_stream::io::{PositionedFile, open_direct};
 use migration_stream::mapped_ram::FileWriter;
-use migration_stream::opaque_tail::{Tail, TailLimits};
 use migration_stream::precopy::{
     Control, Limits, Progress, RamSetup, ReturnPathReader, Source, SourceConfig, SourceObserver,
     SourceStatus, SwitchoverAcks, Target, TargetConfig,
@@ -22,10 +19,10 @@ use migration_stream::precopy::{
 use migration_stream::ram::{
     BlockId, InStream, NoMultifd, RamBlock, RamBlockTable, ZeroPageDetection,
 };
-use migration_stream::xbzrle::PageCache;
 use migration_stream::{
-    BoxError, GuestRam, GuestRamMmap, PAGE_SIZE, PageTransport, StreamReader, StreamWriter,
-    TransportCounters, Vm, VmControl,
+    BoxError, Configuration, ConfigurationRule, DecoderConfig, GuestRam, GuestRamMmap, PAGE_SIZE,
+    PageCache, PageTransport, StreamReader, StreamWriter, Tail, TailLimits, TransportCounters, Vm,
+    VmControl,
 };
 use serde_json::json;
 use tests::guest::{self, Dirtier};

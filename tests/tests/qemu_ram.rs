@@ -8,11 +8,9 @@ use std::thread::{self, JoinHandle};
 
 use migration_net::Listener;
 use migration_net::incoming::{Acceptor, Limits};
-use migration_stream::decoder::{ConfigurationRule, DecoderConfig};
-use migration_stream::opaque_tail::TailLimits;
 use migration_stream::precopy::{Loaded, Received, Target, TargetConfig};
 use migration_stream::ram::{NoMultifd, RamBlock, RamBlockTable};
-use migration_stream::{GuestRamMmap, StreamReader};
+use migration_stream::{ConfigurationRule, DecoderConfig, GuestRamMmap, StreamReader, TailLimits};
 use multifd::{ChannelCount, Compression, MultifdConfig, RecvSet, ZlibLevel};
 use serde_json::json;
 use tempfile::TempDir;

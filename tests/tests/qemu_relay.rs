@@ -10,9 +10,8 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use migration_stream::GuestRam;
-use migration_stream::machine::MachineVersion;
 use migration_stream::ram::ZeroPageDetection;
+use migration_stream::{GuestRam, MachineVersion};
 use multifd::{ChannelCount, Compression, ZlibLevel, ZstdLevel};
 use serde_json::{Value, json};
 use stream_relay::cli::chain;

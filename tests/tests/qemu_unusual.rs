@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
-use migration_stream::machine::MachineVersion;
+use migration_stream::MachineVersion;
 use migration_stream::ram::ZeroPageDetection;
 use multifd::{ChannelCount, Compression};
 use serde_json::{Value, json};

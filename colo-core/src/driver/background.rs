@@ -3,8 +3,9 @@
 use std::time::{Duration, Instant};
 
 use migration_stream::io::deadline_from;
-use migration_stream::precopy::{Budget, RamSender};
-use migration_stream::{DirtyLog, PAGE_SIZE, PageTransport, TokenBucket};
+use migration_stream::raw::checkpoint::{Budget, RamSender};
+use migration_stream::raw::rate::TokenBucket;
+use migration_stream::{DirtyLog, PAGE_SIZE, PageTransport};
 
 use super::{ColoControl, StepError};
 

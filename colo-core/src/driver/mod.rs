@@ -16,9 +16,8 @@ mod wake;
 use std::io;
 use std::time::Instant;
 
-use migration_stream::TransportError;
 use migration_stream::precopy::{SourceError, TargetError};
-use migration_stream::unchanged::WhenToCompare;
+use migration_stream::{TransportError, WhenToCompare};
 use multifd::ChannelError;
 
 pub use background::BackgroundTransfer;
@@ -93,7 +92,7 @@ impl DriverConfig {
     }
 
     /// Primary: leaves pages out of checkpoints that the secondary has already, which takes a comparison
-    /// of dirty pages. By default none are compared. See [`migration_stream::unchanged`].
+    /// of dirty pages. By default none are compared. See [`migration_stream::raw::unchanged`].
     #[must_use]
     pub fn elide_unchanged(mut self, when: impl Into<Option<WhenToCompare>>) -> Self {
         self.elide_unchanged = when.into();

@@ -4,11 +4,12 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use migration_stream::io::{ByteSource, Chunk, Readiness};
-use migration_stream::precopy::{FIRST_DEVICE_SECTION, RamSender, SwitchedOver};
-use migration_stream::section::encode_eof;
-use migration_stream::unchanged::WhenToCompare;
+use migration_stream::precopy::SwitchedOver;
+use migration_stream::raw::checkpoint::{FIRST_DEVICE_SECTION, RamSender};
+use migration_stream::raw::section::encode_eof;
 use migration_stream::{
     DeviceSections, DeviceState, DirtyLog, PAGE_SIZE, PageTransport, StagedRam, StreamWriter,
+    WhenToCompare,
 };
 
 use super::background::Background;

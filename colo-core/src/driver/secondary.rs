@@ -3,8 +3,10 @@
 use std::time::Instant;
 
 use migration_stream::io::Chunk;
-use migration_stream::precopy::{CheckpointComplete, CheckpointReceiver, PageIntake, TargetError};
-use migration_stream::{BoxError, DirtyLog, HeldChannels};
+use migration_stream::precopy::{PageIntake, TargetError};
+use migration_stream::raw::checkpoint::{CheckpointComplete, CheckpointReceiver};
+use migration_stream::raw::transport::HeldChannels;
+use migration_stream::{BoxError, DirtyLog};
 use multifd::{IncomingPages, RecvCounters};
 use ram_cache::{FlushPool, GuestStopped};
 

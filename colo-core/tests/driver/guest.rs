@@ -10,10 +10,9 @@ use std::time::Instant;
 use colo_core::{CheckpointReport, ColoExit, ColoObserver, PacketGate, Replication, Role, VmError};
 use migration_stream::precopy::{Control, Progress, SourceObserver};
 use migration_stream::ram::{BlockId, RamBlock, RamBlockTable};
-use migration_stream::section::SectionHeader;
 use migration_stream::{
     BoxError, DeviceSections, DeviceState, DirtyLog, GuestRamMmap, MemoryError, PAGE_SIZE, Parsed,
-    VmControl,
+    SectionHeader, VmControl,
 };
 use vm_memory::{Bytes, VolatileMemory};
 

@@ -21,7 +21,7 @@ use colo_core::{
 };
 use migration_stream::Cause as DecodeCause;
 use migration_stream::precopy::{SourceError, TargetError};
-use migration_stream::ram::RamError;
+use migration_stream::raw::ram::RamError;
 use ram_cache::CacheKind;
 use rig::{How, LIMIT, NEVER, Side, WAYS, end, migrated, migrated_by, patient};
 

@@ -17,16 +17,16 @@ use colo_core::{
     Cause, CheckpointReport, ColoExit, ColoStore, Deadlines, ExitReason, FailoverHandle, Message,
     Outcome, Resume, Role,
 };
-use migration_stream::decoder::{ConfigurationRule, DecoderConfig};
 use migration_stream::io::{ByteSink, ByteSource, Chunk, FdChannel};
 use migration_stream::precopy::{
-    CheckpointReceiver, FIRST_DEVICE_SECTION, Limits, PageIntake, RamSetup, ReturnPathReader,
-    Source, SourceConfig, SourceError, SwitchedOver, Target, TargetConfig, TargetError,
+    Limits, PageIntake, RamSetup, ReturnPathReader, Source, SourceConfig, SourceError,
+    SwitchedOver, Target, TargetConfig, TargetError,
 };
 use migration_stream::ram::{InStream, ZeroPageDetection};
-use migration_stream::xbzrle::PageCache;
+use migration_stream::raw::checkpoint::{CheckpointReceiver, FIRST_DEVICE_SECTION};
 use migration_stream::{
-    DeviceSections, DeviceState, GuestRam, PageTransport, StagedRam, StreamReader, StreamWriter,
+    ConfigurationRule, DecoderConfig, DeviceSections, DeviceState, GuestRam, PageCache,
+    PageTransport, StagedRam, StreamReader, StreamWriter,
 };
 use multifd::{ChannelCount, IncomingPages, MultifdConfig, RecvSet, SendSet};
 use ram_cache::{CacheKind, DiscardControl, FlushPool};

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use colo_core::Cause;
 use colo_core::driver::{BackgroundTransfer, DriverConfig};
-use migration_stream::unchanged::WhenToCompare;
+use migration_stream::WhenToCompare;
 use proptest::prelude::*;
 
 use crate::rig::{How, LIMIT, NEVER, Side, WAYS, end, migrated, patient};

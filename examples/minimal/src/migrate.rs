@@ -6,15 +6,14 @@ use std::time::Duration;
 
 use migration_net::incoming::{self, Acceptor};
 use migration_net::{Address, Listener, outgoing};
-use migration_stream::configuration::{Configuration, MachineName};
-use migration_stream::decoder::{ConfigurationRule, DecoderConfig};
 use migration_stream::precopy::{
     Arrived, Limits, RamSetup, ReturnPathReader, Source, SourceConfig, SourceEvent, SourceObserver,
     SourceStatus, SwitchedOver, Target, TargetConfig,
 };
 use migration_stream::ram::{InStream, ZeroPageDetection};
 use migration_stream::{
-    BoxError, GuestRam, KvmDirtyLog, PageStore, PageTransport, StreamReader, StreamWriter,
+    BoxError, Configuration, ConfigurationRule, DecoderConfig, GuestRam, KvmDirtyLog, MachineName,
+    PageStore, PageTransport, StreamReader, StreamWriter,
 };
 use multifd::{ChannelCount, IncomingPages, MultifdConfig, RecvSet, SendSet};
 use vmstate::Staged;

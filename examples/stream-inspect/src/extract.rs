@@ -6,8 +6,9 @@ use std::io;
 use std::path::{Component, Path, PathBuf};
 
 use migration_stream::io::PositionedFile;
-use migration_stream::ram::{BlockId, PageAddress, RamBlockTable};
-use migration_stream::xbzrle::{Run, Runs, XbzrleError};
+use migration_stream::ram::{BlockId, RamBlockTable};
+use migration_stream::raw::ram::PageAddress;
+use migration_stream::raw::xbzrle::{Run, Runs, XbzrleError};
 use migration_stream::{Escaped, PAGE_SIZE};
 
 use crate::pages::PageSet;

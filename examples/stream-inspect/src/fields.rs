@@ -13,7 +13,7 @@
 //!
 //! Fields of one name become a list. A subsection is an object under its own name, behind the fields.
 
-use migration_stream::codec::Reader;
+use migration_stream::raw::codec::Reader;
 use serde::Deserialize;
 use serde_json::{Map, Value};
 

@@ -8,16 +8,15 @@ use std::time::{Duration, Instant};
 
 use migration_net::incoming::{Acceptor, Limits};
 use migration_net::{Address, AddressError, Listener};
-use migration_stream::command::Command;
-use migration_stream::configuration::Configuration;
 use migration_stream::io::{
     ByteSink, ByteSource, CancelToken, Chunk, FdChannel, PositionedFile, Readiness,
 };
-use migration_stream::machine::MachineVersion;
 use migration_stream::ram::{BlockId, RamBlockTable};
-use migration_stream::return_path::ReturnPathMessage;
+use migration_stream::raw::command::Command;
+use migration_stream::raw::return_path::ReturnPathMessage;
+use migration_stream::raw::transport::PageBarrier;
 use migration_stream::{
-    MemoryError, PAGE_SIZE, PageBarrier, PageStore, StreamReader, TransportError,
+    Configuration, MachineVersion, MemoryError, PAGE_SIZE, PageStore, StreamReader, TransportError,
 };
 use multifd::{MultifdConfig, RecvChannel, RecvSet};
 use vm_memory::{MmapRegion, VolatileMemory, VolatileSlice};

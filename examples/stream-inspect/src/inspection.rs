@@ -2,11 +2,10 @@
 
 use std::time::Duration;
 
-use migration_stream::command::CommandNumber;
-use migration_stream::configuration::Configuration;
-use migration_stream::dirty_bitmap::MigratedBitmap;
 use migration_stream::ram::RamBlock;
-use migration_stream::section::{SectionHeader, SectionId};
+use migration_stream::raw::command::CommandNumber;
+use migration_stream::raw::dirty_bitmap::MigratedBitmap;
+use migration_stream::{Configuration, SectionHeader, SectionId};
 
 /// A part of a stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

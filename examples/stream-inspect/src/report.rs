@@ -3,9 +3,8 @@
 use std::fmt::{self, Write as _};
 use std::time::Duration;
 
-use migration_stream::Escaped;
-use migration_stream::dirty_bitmap::MigratedBitmap;
-use migration_stream::section::SectionHeader;
+use migration_stream::raw::dirty_bitmap::MigratedBitmap;
+use migration_stream::{Escaped, SectionHeader};
 use serde_json::Value;
 
 use crate::inspection::{Extent, Inspection, Part};

@@ -1,8 +1,7 @@
 //! A stream as JSON, in the shapes of QEMU's `scripts/analyze-migration.py` (10.0) with `-d state`
 //! and `-d desc`.
 
-use migration_stream::Escaped;
-use migration_stream::section::SectionId;
+use migration_stream::{Escaped, SectionId};
 use serde::{Deserialize, Serialize};
 use serde_json::ser::{PrettyFormatter, Serializer};
 use serde_json::{Map, Value};

@@ -5,13 +5,12 @@ use std::fs;
 use std::path::Path;
 use std::sync::Arc;
 
-use migration_stream::StreamReader;
-use migration_stream::configuration::{Configuration, MachineName};
-use migration_stream::decoder::DecoderConfig;
-use migration_stream::header;
 use migration_stream::io::PositionedFile;
-use migration_stream::ram::{RAM_IDSTR, RAM_VERSION, RamBlock, RamBlockTable, encode_setup_list};
-use migration_stream::section::Announcement;
+use migration_stream::ram::{RamBlock, RamBlockTable};
+use migration_stream::raw::header;
+use migration_stream::raw::ram::{RAM_IDSTR, RAM_VERSION, encode_setup_list};
+use migration_stream::raw::section::Announcement;
+use migration_stream::{Configuration, DecoderConfig, MachineName, StreamReader};
 use stream_inspect::extract::Extract;
 use stream_inspect::inspection::{Inspection, Part};
 use stream_inspect::report::Report;

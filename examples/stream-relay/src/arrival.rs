@@ -3,10 +3,9 @@
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use migration_stream::configuration::Configuration;
-use migration_stream::early::EarlySections;
 use migration_stream::ram::BlockId;
-use migration_stream::{DirtyLog, MemoryError};
+use migration_stream::raw::early::EarlySections;
+use migration_stream::{Configuration, DirtyLog, MemoryError};
 
 use crate::guest::Devices;
 use crate::memory::Memory;
@@ -151,11 +150,9 @@ pub struct NotComing;
 mod tests {
     use std::thread;
 
-    use migration_stream::configuration::MachineName;
-    use migration_stream::dirty_bitmap::BitmapSections;
-    use migration_stream::opaque_tail::{Tail, TailLimits};
     use migration_stream::ram::{RamBlock, RamBlockTable};
-    use migration_stream::{PAGE_SIZE, PageStore};
+    use migration_stream::raw::dirty_bitmap::BitmapSections;
+    use migration_stream::{MachineName, PAGE_SIZE, PageStore, Tail, TailLimits};
 
     use super::*;
 

@@ -21,7 +21,7 @@ use crate::outgoing::OutgoingConfig;
 use crate::progress::{Progress, Stage};
 use crate::relay::{Origin, Relay, Report};
 use crate::{Access, Channels};
-use migration_stream::machine::MachineVersion;
+use migration_stream::MachineVersion;
 pub use tool_support::errors::chain;
 use tool_support::number;
 use tool_support::output::say;

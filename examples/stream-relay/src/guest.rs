@@ -3,15 +3,14 @@
 use std::convert::Infallible;
 use std::sync::Arc;
 
-use migration_stream::configuration::Configuration;
-use migration_stream::dirty_bitmap::BitmapSections;
-use migration_stream::early::EarlySections;
-use migration_stream::opaque_tail::Tail;
-use migration_stream::section::SectionHeader;
-use migration_stream::{BoxError, DeviceSections, DeviceState, Parsed};
+use migration_stream::raw::dirty_bitmap::BitmapSections;
+use migration_stream::raw::early::EarlySections;
+use migration_stream::{
+    BoxError, Configuration, DeviceSections, DeviceState, Parsed, SectionHeader, Tail,
+};
 
 use crate::memory::Memory;
-use migration_stream::machine::MachineVersion;
+use migration_stream::MachineVersion;
 
 /// All that a stream says of a guest.
 #[derive(Clone, Debug)]

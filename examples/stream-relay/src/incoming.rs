@@ -8,15 +8,17 @@ use std::{fmt, io};
 
 use migration_net::incoming::{Acceptor, Limits};
 use migration_net::{Address, AddressError, Listener};
-use migration_stream::configuration::Configuration;
-use migration_stream::decoder::{ConfigurationRule, DecoderConfig};
-use migration_stream::early::EarlySections;
 use migration_stream::io::{CancelToken, FdChannel, PositionedFile, open_direct};
 use migration_stream::mapped_ram::FileReader;
-use migration_stream::opaque_tail::{TailError, TailLimits, tail_at_end};
 use migration_stream::precopy::{Loaded, Target, TargetConfig, TargetError};
 use migration_stream::ram::NoMultifd;
-use migration_stream::{PageBarrier, StreamReader, TransportError};
+use migration_stream::raw::early::EarlySections;
+use migration_stream::raw::opaque_tail::tail_at_end;
+use migration_stream::raw::transport::PageBarrier;
+use migration_stream::{
+    Configuration, ConfigurationRule, DecoderConfig, StreamReader, TailError, TailLimits,
+    TransportError,
+};
 use multifd::{MultifdConfig, RecvChannel, RecvSet};
 
 use tool_support::device_state::Excess;
@@ -28,7 +30,7 @@ use crate::guest::{Devices, Guest, version};
 use crate::memory::{HoldError, Memory};
 use crate::progress::{Figures, Progress, Stage};
 use crate::{Access, Channels};
-use migration_stream::machine::MachineVersion;
+use migration_stream::MachineVersion;
 
 /// Where a guest comes from, and how.
 #[derive(Clone, Debug)]

@@ -164,7 +164,8 @@ pub enum HoldError {
 
 #[cfg(test)]
 mod tests {
-    use migration_stream::ram::{RamBlock, zero_check};
+    use migration_stream::ram::RamBlock;
+    use migration_stream::raw::ram::zero_check;
 
     use super::*;
 

@@ -8,20 +8,18 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use migration_net::outgoing::{self, ConnectError};
-use migration_stream::configuration::{Configuration, MAPPED_RAM};
-use migration_stream::early::EarlySections;
 use migration_stream::io::{FileChannel, PositionedFile, open_direct};
-use migration_stream::machine::MachineVersion;
 use migration_stream::mapped_ram::FileWriter;
 use migration_stream::precopy::{
     Control, HandOver, Limits, RamSetup, ReturnPathReader, Source, SourceConfig, SourceError,
     SourceObserver, Unresolved,
 };
 use migration_stream::ram::{BlockId, InStream, ZeroPageDetection};
-use migration_stream::section::SectionHeader;
+use migration_stream::raw::configuration::MAPPED_RAM;
+use migration_stream::raw::early::EarlySections;
 use migration_stream::{
-    BoxError, DeviceSections, DeviceState, DirtyLog, GuestRam, MemoryError, PageTransport, Parsed,
-    StreamWriter, TransportError, VmControl,
+    BoxError, Configuration, DeviceSections, DeviceState, DirtyLog, GuestRam, MachineVersion,
+    MemoryError, PageTransport, Parsed, SectionHeader, StreamWriter, TransportError, VmControl,
 };
 use multifd::{Flush, MultifdConfig, SendSet};
 

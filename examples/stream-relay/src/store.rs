@@ -19,16 +19,15 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use migration_stream::codec::IdStr;
-use migration_stream::configuration::{
-    Configuration, ConfigurationError, IGNORE_SHARED, MachineName,
+use migration_stream::ram::{BlockId, RamBlock, RamBlockError, RamBlockTable};
+use migration_stream::raw::configuration::IGNORE_SHARED;
+use migration_stream::raw::dirty_bitmap::BitmapSections;
+use migration_stream::raw::early::{EarlyError, EarlySections};
+use migration_stream::raw::ram::zero_check;
+use migration_stream::{
+    Configuration, ConfigurationError, DecodeError, GuestRam, IdStr, MachineName, MemoryError,
+    PAGE_SIZE, SectionId, Tail, TailError,
 };
-use migration_stream::dirty_bitmap::BitmapSections;
-use migration_stream::early::{EarlyError, EarlySections};
-use migration_stream::opaque_tail::{Tail, TailError};
-use migration_stream::ram::{BlockId, RamBlock, RamBlockError, RamBlockTable, zero_check};
-use migration_stream::section::SectionId;
-use migration_stream::{DecodeError, GuestRam, MemoryError, PAGE_SIZE};
 use rustix::fs::SeekFrom;
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};

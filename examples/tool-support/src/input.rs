@@ -12,9 +12,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use migration_stream::codec::Reader;
-use migration_stream::container::{ContainerError, LibvirtHeader};
 use migration_stream::io::FdChannel;
+use migration_stream::raw::codec::Reader;
+use migration_stream::raw::container::{ContainerError, LibvirtHeader};
 use migration_stream::{DecodeError, Escaped, StreamReader};
 
 /// The name of standard input.

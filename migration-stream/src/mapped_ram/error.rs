@@ -2,9 +2,9 @@
 
 use std::io;
 
-use super::layout::LayoutError;
 use crate::MemoryError;
 use crate::ram::BlockId;
+use crate::raw::mapped_ram::LayoutError;
 
 /// Why pages could not be read from a file, or written to one.
 #[derive(Debug, thiserror::Error)]

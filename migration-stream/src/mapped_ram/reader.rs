@@ -7,24 +7,18 @@ use std::thread;
 use std::time::Instant;
 
 use super::error::MappedRamError;
-use super::layout::MappedArea;
 use crate::io::{CancelToken, PositionedFile};
-use crate::ram::{BlockId, RamError};
-use crate::{HeldChannels, PAGE_SIZE, PageBarrier, PageStore, TransportError, prepare_range};
+use crate::ram::BlockId;
+use crate::raw::mapped_ram::{MappedArea, MappedPages};
+use crate::raw::prepare_range;
+use crate::raw::ram::RamError;
+use crate::raw::transport::{HeldChannels, PageBarrier};
+use crate::{PAGE_SIZE, PageStore, TransportError};
 
 /// Pages of one read at most: 4 MiB.
 const RUN_PAGES: u64 = 1024;
 /// How much of a bitmap is held at a time, bytes: that of 2 GiB.
 const BITMAP_PIECE: usize = 64 << 10;
-
-/// How many pages a block had.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct MappedPages {
-    /// In the file.
-    pub normal: u64,
-    /// Zero, which the file has not.
-    pub zero: u64,
-}
 
 /// Loads the pages of a file, a [`PageBarrier`]. Its errors' source is [`MappedRamError`].
 pub struct FileReader {

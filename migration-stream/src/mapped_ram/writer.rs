@@ -7,13 +7,15 @@ use std::thread::{self, JoinHandle};
 use std::time::Instant;
 
 use super::error::MappedRamError;
-use super::layout::{HEADER_LEN, MappedArea};
-use crate::codec::put_counted;
-use crate::configuration::MAPPED_RAM;
 use crate::io::{CancelToken, PositionedFile};
-use crate::ram::{BlockId, RamBlockTable, ZeroPageDetection, put_total, zero_check};
+use crate::ram::{BlockId, RamBlockTable, ZeroPageDetection};
+use crate::raw::codec::put_counted;
+use crate::raw::configuration::MAPPED_RAM;
+use crate::raw::mapped_ram::{HEADER_LEN, MappedArea};
+use crate::raw::ram::{put_total, zero_check};
+use crate::raw::rate::RateLimiter;
 use crate::{
-    GuestRam, MemoryError, PAGE_SIZE, PageTransport, RateLimiter, StreamWriter, TransportCounters,
+    GuestRam, MemoryError, PAGE_SIZE, PageTransport, StreamWriter, TransportCounters,
     TransportError,
 };
 

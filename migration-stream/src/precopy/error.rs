@@ -2,9 +2,8 @@
 
 use std::io;
 
-use crate::command::CommandNumber;
-use crate::section::SectionId;
-use crate::{MemoryError, TransportError};
+use crate::raw::command::CommandNumber;
+use crate::{MemoryError, SectionId, TransportError};
 
 pub use crate::BoxError;
 
@@ -223,10 +222,10 @@ pub enum TargetError {
     },
     /// A device section before RAM is not as long as it seemed.
     #[error(transparent)]
-    Early(#[from] crate::early::EarlyError),
+    Early(#[from] crate::raw::early::EarlyError),
     /// Device sections taken as they are do not end, or not as their description says.
     #[error("device sections")]
-    Tail(#[from] crate::opaque_tail::TailError),
+    Tail(#[from] crate::TailError),
     /// The [token](crate::StreamReader::set_cancel) of the stream's reader ended it.
     #[error("the migration was cancelled")]
     Cancelled,

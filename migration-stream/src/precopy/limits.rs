@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use crate::RateLimiter;
+use crate::raw::rate::RateLimiter;
 
 /// Bandwidth and downtime limits, shared between the migration and whoever sets them.
 ///

@@ -22,15 +22,14 @@
 //! use std::sync::Arc;
 //! use std::time::Duration;
 //!
-//! use migration_stream::configuration::{Configuration, MachineName};
-//! use migration_stream::decoder::{ConfigurationRule, DecoderConfig};
 //! use migration_stream::io::FdChannel;
 //! use migration_stream::precopy::{
 //!     Limits, RamSetup, ReturnPathReader, Source, SourceConfig, SourceObserver, Target, TargetConfig,
 //! };
 //! use migration_stream::ram::{InStream, NoMultifd, ZeroPageDetection};
 //! use migration_stream::{
-//!     BoxError, DeviceState, DirtyLog, GuestRamMmap, StreamReader, StreamWriter, VmControl,
+//!     BoxError, Configuration, ConfigurationRule, DecoderConfig, DeviceState, DirtyLog, GuestRamMmap,
+//!     MachineName, StreamReader, StreamWriter, VmControl,
 //! };
 //!
 //! fn machine() -> Result<Configuration, BoxError> {

@@ -7,14 +7,13 @@ use std::time::Instant;
 use super::error::SourceError;
 use super::heat::Heat;
 use super::pending::PendingPages;
+use crate::raw::ram::{RAM_VERSION, encode_end_of_section};
+use crate::raw::section;
+use crate::raw::section::{Announcement, Continuation};
 #[cfg(feature = "staged")]
-use crate::StagedRam;
-use crate::codec::IdStr;
-use crate::ram::{RAM_VERSION, encode_end_of_section};
-use crate::section::{self, Announcement, Continuation, InstanceId, SectionHeader, SectionId};
-use crate::unchanged::WhenToCompare;
 use crate::{
-    DirtyLog, GuestRam, PAGE_SIZE, PageTransport, StreamWriter, TransportCounters, TransportError,
+    DirtyLog, GuestRam, IdStr, InstanceId, PAGE_SIZE, PageTransport, SectionHeader, SectionId,
+    StagedRam, StreamWriter, TransportCounters, TransportError, WhenToCompare,
 };
 
 /// Pages are taken from the bitmap in runs of at most this many: a multifd packet's worth. Budgets

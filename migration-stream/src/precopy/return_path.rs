@@ -5,9 +5,9 @@ use std::{fmt, io};
 
 use super::error::SourceError;
 use super::handover::{Answer, CONFIRMS_FIRST};
-use crate::codec::Reader;
 use crate::io::{ByteSource, CancelToken};
-use crate::return_path::ReturnPathMessage as Message;
+use crate::raw::codec::Reader;
+use crate::raw::return_path::ReturnPathMessage as Message;
 
 /// The value of the PING behind device sections before RAM. A destination answers in order: the PONG says
 /// that it has taken them.

@@ -26,10 +26,9 @@ use std::time::Instant;
 
 pub use sections::DeviceSections;
 
-use crate::Escaped;
-use crate::device_blob::decode_device_blob;
-use crate::dirty_bitmap::{Chunk, MigratedBitmap};
-use crate::section::SectionHeader;
+use crate::raw::device_blob::decode_device_blob;
+use crate::raw::dirty_bitmap::{Chunk, MigratedBitmap};
+use crate::{Escaped, SectionHeader};
 
 /// An error of the VMM's own. It is kept as the source of the library's error.
 pub type BoxError = Box<dyn Error + Send + Sync>;

@@ -3,8 +3,7 @@
 use std::convert::Infallible;
 
 use super::{BoxError, DeviceSections, DeviceState, Parsed};
-use crate::opaque_tail::Tail;
-use crate::section::SectionHeader;
+use crate::{SectionHeader, Tail};
 
 /// Sections as they came, saved again with their description. Of a checkpoint they are told apart by what
 /// they were like before ([`Tail::followed_by`]); one by one they cannot be loaded.

@@ -1,9 +1,9 @@
 //! Device sections on their way out.
 
 use super::BoxError;
-use crate::codec::IdStr;
-use crate::device_blob::DeviceSection;
-use crate::section::{Announcement, InstanceId, SectionHeader, SectionId};
+use crate::raw::device_blob::DeviceSection;
+use crate::raw::section::Announcement;
+use crate::{IdStr, InstanceId, SectionHeader, SectionId};
 
 /// Where [`DeviceState`](super::DeviceState) saves the devices: numbers and frames their sections.
 #[derive(Debug)]

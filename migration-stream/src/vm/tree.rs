@@ -3,8 +3,7 @@
 use vmstate::{DeviceTree, ResetDone, SavedSection, Staged, StagedSection};
 
 use super::{BoxError, DeviceSections, DeviceState, Parsed};
-use crate::PAGE_SIZE;
-use crate::section::SectionHeader;
+use crate::{PAGE_SIZE, SectionHeader};
 
 fn push(sections: &[SavedSection], out: &mut DeviceSections<'_>) -> Result<(), BoxError> {
     sections

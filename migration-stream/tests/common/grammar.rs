@@ -6,13 +6,13 @@ use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use migration_stream::decoder::{ConfigurationRule, DecoderConfig};
 use migration_stream::io::{ByteSink, ByteSource, Chunk, Readiness};
-use migration_stream::opaque_tail::TailLimits;
 use migration_stream::precopy::{Loaded, Settled, Target, TargetConfig, TargetError};
 use migration_stream::ram::{NoMultifd, RamBlock, RamBlockTable};
-use migration_stream::section::SectionHeader;
-use migration_stream::{BoxError, GuestRamMmap, PAGE_SIZE, Parsed, StreamReader};
+use migration_stream::{
+    BoxError, ConfigurationRule, DecoderConfig, GuestRamMmap, PAGE_SIZE, Parsed, SectionHeader,
+    StreamReader, TailLimits,
+};
 use vm_memory::VolatileSlice;
 
 #[path = "loads.rs"]

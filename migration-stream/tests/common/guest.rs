@@ -3,13 +3,11 @@
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use migration_stream::configuration::{Configuration, MachineName};
 use migration_stream::precopy::{Control, Progress, SourceEvent, SourceObserver, SourceStatus};
 use migration_stream::ram::{BlockId, RamBlock, RamBlockTable};
-use migration_stream::section::SectionHeader;
 use migration_stream::{
-    BoxError, DeviceSections, DeviceState, DirtyLog, GuestRamMmap, MemoryError, PAGE_SIZE, Parsed,
-    VmControl,
+    BoxError, Configuration, DeviceSections, DeviceState, DirtyLog, GuestRamMmap, MachineName,
+    MemoryError, PAGE_SIZE, Parsed, SectionHeader, VmControl,
 };
 use vm_memory::{Bytes, MmapRegion, VolatileMemory};
 

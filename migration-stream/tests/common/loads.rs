@@ -1,10 +1,9 @@
 //! A VMM of which only the loading of devices matters.
 
-use migration_stream::dirty_bitmap::{Chunk, MigratedBitmap};
 use migration_stream::precopy::{Settled, Target, TargetError};
 use migration_stream::ram::NoMultifd;
-use migration_stream::section::SectionHeader;
-use migration_stream::{BoxError, DeviceSections, DeviceState, PageStore, Parsed};
+use migration_stream::raw::dirty_bitmap::{Chunk, MigratedBitmap};
+use migration_stream::{BoxError, DeviceSections, DeviceState, PageStore, Parsed, SectionHeader};
 
 /// Loads devices.
 pub trait Loads {

@@ -4,16 +4,17 @@
 pub mod guest;
 pub mod loads;
 
-use migration_stream::codec::Reader;
-use migration_stream::decoder::{Item, RamItem, Step, StreamDecoder};
-use migration_stream::ram::{
-    RamBlock, RamBlockTable, RecordEncoder, encode_end_of_section, encode_multifd_flush,
-    encode_setup_list,
+use migration_stream::ram::{RamBlock, RamBlockTable};
+use migration_stream::raw::codec::Reader;
+use migration_stream::raw::decoder::{Item, RamItem, Step, StreamDecoder};
+use migration_stream::raw::header;
+use migration_stream::raw::ram::{
+    RecordEncoder, encode_end_of_section, encode_multifd_flush, encode_setup_list,
 };
-use migration_stream::section::{
+use migration_stream::raw::section::{
     encode_continuation, encode_eof, encode_footer, encode_vm_description,
 };
-use migration_stream::{DecodeError, PAGE_SIZE, header};
+use migration_stream::{DecodeError, PAGE_SIZE};
 
 pub fn table(blocks: &[(&str, u64)]) -> RamBlockTable {
     RamBlockTable::new(

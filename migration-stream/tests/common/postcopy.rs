@@ -1,12 +1,15 @@
 //! Postcopy's codecs on bytes from anywhere: bitmaps of received pages, requests for pages, page records,
 //! ranges to discard. Shared by a seeded test and the fuzz target `postcopy`.
 
-use migration_stream::codec::{IdStr, Reader};
-use migration_stream::command::Command;
-use migration_stream::postcopy::{PostcopyRecords, ReceivedBitmap, RequestDecoder, RequestEncoder};
-use migration_stream::ram::{PageAddress, RamBlock, RamBlockTable, Record, RecordDecoder};
-use migration_stream::return_path::ReturnPathMessage;
-use migration_stream::{DecodeError, PAGE_SIZE};
+use migration_stream::ram::{RamBlock, RamBlockTable};
+use migration_stream::raw::codec::Reader;
+use migration_stream::raw::command::Command;
+use migration_stream::raw::postcopy::{
+    PostcopyRecords, ReceivedBitmap, RequestDecoder, RequestEncoder,
+};
+use migration_stream::raw::ram::{PageAddress, Record, RecordDecoder};
+use migration_stream::raw::return_path::ReturnPathMessage;
+use migration_stream::{DecodeError, IdStr, PAGE_SIZE};
 
 /// What came of the bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

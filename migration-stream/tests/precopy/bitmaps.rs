@@ -1,16 +1,13 @@
 //! Dirty bitmaps of disks beside the guest: kept, shown to a VMM, or refused.
 
-use migration_stream::codec::IdStr;
-use migration_stream::dirty_bitmap::{
-    self, BitmapFlags, Chunk, DirtyBitmapEncoder, DirtyBitmapError, MigratedBitmap,
-};
-use migration_stream::opaque_tail::TailLimits;
 use migration_stream::precopy::TargetError;
 use migration_stream::ram::NoMultifd;
-use migration_stream::section::{
-    Continuation, SectionHeader, SectionId, encode_continuation, encode_footer,
+use migration_stream::raw::dirty_bitmap;
+use migration_stream::raw::dirty_bitmap::{
+    BitmapFlags, Chunk, DirtyBitmapEncoder, DirtyBitmapError, MigratedBitmap,
 };
-use migration_stream::{BoxError, Parsed};
+use migration_stream::raw::section::{Continuation, encode_continuation, encode_footer};
+use migration_stream::{BoxError, IdStr, Parsed, SectionHeader, SectionId, TailLimits};
 
 use crate::common::guest::memory;
 use crate::common::loads::{Loads, load};

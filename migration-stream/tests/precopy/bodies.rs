@@ -3,11 +3,11 @@
 use std::sync::mpsc;
 use std::thread;
 
-use migration_stream::decoder::{ConfigurationRule, DecoderConfig};
 use migration_stream::io::{ByteSink, ByteSource, Chunk};
 use migration_stream::precopy::{Target, TargetConfig, TargetError};
-use migration_stream::section::SectionHeader;
-use migration_stream::{BoxError, GuestRamMmap, Parsed, StreamReader};
+use migration_stream::{
+    BoxError, ConfigurationRule, DecoderConfig, GuestRamMmap, Parsed, SectionHeader, StreamReader,
+};
 
 use crate::common::guest::memory;
 use crate::common::loads::{Loads, load as load_by};

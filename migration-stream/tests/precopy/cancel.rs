@@ -5,11 +5,13 @@ use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use migration_stream::decoder::{ConfigurationRule, DecoderConfig};
 use migration_stream::io::{CancelToken, FdChannel};
 use migration_stream::precopy::{SourceError, Target, TargetConfig, TargetError};
 use migration_stream::ram::NoMultifd;
-use migration_stream::{GuestRamMmap, PageBarrier, StreamReader, StreamWriter};
+use migration_stream::raw::transport::PageBarrier;
+use migration_stream::{
+    ConfigurationRule, DecoderConfig, GuestRamMmap, StreamReader, StreamWriter,
+};
 
 use crate::common::guest::{configuration, memory};
 use crate::common::loads::{Only, load as load_by};
@@ -62,7 +64,7 @@ fn cancelled<T>(wait: impl FnOnce(&CancelToken) -> Result<T, TargetError>) {
 /// What a source writes up to its first page.
 fn beginning() -> Vec<u8> {
     let mut bytes = Vec::new();
-    migration_stream::header::encode(&mut bytes);
+    migration_stream::raw::header::encode(&mut bytes);
     configuration("test").encode(&mut bytes);
     bytes
 }
@@ -85,7 +87,7 @@ fn a_source_that_never_lets_the_target_wait_does_not_keep_it_from_ending() {
     let mut stream = beginning();
     // Commands that say nothing, without end.
     let mut commands = bytes::BytesMut::new();
-    migration_stream::command::Command::OpenReturnPath.encode(&mut commands);
+    migration_stream::raw::command::Command::OpenReturnPath.encode(&mut commands);
     stream.extend_from_slice(&commands);
     let repeated = commands.repeat(10_000);
     let (a, b) = channels();
@@ -146,8 +148,11 @@ impl PageBarrier for Channels {
     fn has_channels(&self) -> bool {
         true
     }
-    fn hold(&mut self) -> Result<migration_stream::HeldChannels, migration_stream::TransportError> {
-        Ok(migration_stream::HeldChannels::none())
+    fn hold(
+        &mut self,
+    ) -> Result<migration_stream::raw::transport::HeldChannels, migration_stream::TransportError>
+    {
+        Ok(migration_stream::raw::transport::HeldChannels::none())
     }
     fn set_deadline(&mut self, _: Option<Instant>) {}
     fn set_cancel(&mut self, token: &CancelToken) {

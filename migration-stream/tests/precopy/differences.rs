@@ -5,8 +5,7 @@ use std::time::Duration;
 
 use migration_stream::precopy::{SourceError, Target, TargetError};
 use migration_stream::ram::{InStream, NoMultifd, ZeroPageDetection};
-use migration_stream::xbzrle::PageCache;
-use migration_stream::{GuestRamMmap, PAGE_SIZE};
+use migration_stream::{GuestRamMmap, PAGE_SIZE, PageCache};
 
 use crate::common::guest::{Pages, memory};
 use crate::common::loads::{Only, load};

@@ -4,15 +4,15 @@
 use std::thread;
 use std::time::{Duration, Instant};
 
-use migration_stream::command::{Command, PostcopyAdvice};
-use migration_stream::decoder::{ConfigurationRule, DecoderConfig};
-use migration_stream::early::EarlySections;
 use migration_stream::io::{ByteSink, ByteSource, Chunk};
-use migration_stream::opaque_tail::{Tail, TailLimits};
 use migration_stream::precopy::{SourceEvent, SourceStatus, Target, TargetConfig, TargetError};
 use migration_stream::ram::NoMultifd;
-use migration_stream::section::{SectionHeader, SectionId};
-use migration_stream::{BoxError, GuestRamMmap, Parsed, StreamReader};
+use migration_stream::raw::command::{Command, PostcopyAdvice};
+use migration_stream::raw::early::EarlySections;
+use migration_stream::{
+    BoxError, ConfigurationRule, DecoderConfig, GuestRamMmap, Parsed, SectionHeader, SectionId,
+    StreamReader, Tail, TailLimits,
+};
 
 use crate::common::guest::memory;
 use crate::common::loads::{Loads, load};

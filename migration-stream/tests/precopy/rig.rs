@@ -4,16 +4,16 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::Duration;
 
-use migration_stream::configuration::Configuration;
-use migration_stream::decoder::{ConfigurationRule, DecoderConfig};
 use migration_stream::io::{ByteSource, FdChannel};
 use migration_stream::precopy::{
     Limits, RamSetup, Received, ReturnPathReader, Source, SourceConfig, SourceError, SwitchedOver,
     Target, TargetConfig, TargetError,
 };
 use migration_stream::ram::{InStream, ZeroPageDetection};
-use migration_stream::section::{InstanceId, SectionHeader};
-use migration_stream::{BoxError, GuestRam, GuestRamMmap, Parsed, StreamReader, StreamWriter};
+use migration_stream::{
+    BoxError, Configuration, ConfigurationRule, DecoderConfig, GuestRam, GuestRamMmap, InstanceId,
+    Parsed, SectionHeader, StreamReader, StreamWriter,
+};
 
 use crate::common::guest::{Guest, Log, Pages, configuration, memory};
 use crate::common::loads::{Loads, load};

@@ -4,18 +4,16 @@ use std::io;
 use std::os::fd::BorrowedFd;
 use std::time::Instant;
 
-use migration_stream::PAGE_SIZE;
-use migration_stream::codec::IdStr;
-use migration_stream::command::Command;
-use migration_stream::header;
 use migration_stream::io::{ByteSource, Readiness};
-use migration_stream::ram::{
-    RAM_VERSION, RamBlock, RamBlockTable, encode_end_of_section, encode_setup_list,
+use migration_stream::ram::{RamBlock, RamBlockTable};
+use migration_stream::raw::command::Command;
+use migration_stream::raw::header;
+use migration_stream::raw::ram::{RAM_VERSION, encode_end_of_section, encode_setup_list};
+use migration_stream::raw::section::{
+    Announcement, Continuation, encode_continuation, encode_eof, encode_footer,
+    encode_vm_description,
 };
-use migration_stream::section::{
-    Announcement, Continuation, InstanceId, SectionHeader, SectionId, encode_continuation,
-    encode_eof, encode_footer, encode_vm_description,
-};
+use migration_stream::{IdStr, InstanceId, PAGE_SIZE, SectionHeader, SectionId};
 use vm_memory::VolatileSlice;
 
 use crate::common::guest::configuration;

@@ -4,14 +4,13 @@
 use std::sync::Arc;
 
 use bytes::BytesMut;
-use migration_stream::command::Command;
-use migration_stream::decoder::{ConfigurationRule, DecoderConfig};
 use migration_stream::io::{ByteSink, ByteSource, Chunk, FdChannel};
-use migration_stream::opaque_tail::TailLimits;
 use migration_stream::precopy::{Loaded, SourceError, Target, TargetConfig, TargetError};
 use migration_stream::ram::NoMultifd;
-use migration_stream::section::encode_eof;
-use migration_stream::{GuestRamMmap, StreamReader, header};
+use migration_stream::raw::command::Command;
+use migration_stream::raw::header;
+use migration_stream::raw::section::encode_eof;
+use migration_stream::{ConfigurationRule, DecoderConfig, GuestRamMmap, StreamReader, TailLimits};
 
 use crate::common::guest::{Pages, configuration, memory};
 use crate::rig::{BLOCKS, channels, send, source, target};

@@ -1,7 +1,6 @@
 //! What can be wrong with a packet.
 
-use migration_stream::codec::IdStr;
-use migration_stream::section::InstanceId;
+use migration_stream::{IdStr, InstanceId};
 
 use super::{MAGIC, Method, PAGES_PER_PACKET, VERSION};
 use crate::channel_id::{ChannelCount, ChannelId};

@@ -18,7 +18,8 @@ use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use migration_stream::io::CancelToken;
-use migration_stream::{HeldChannels, PageBarrier, PageStore, TransportError};
+use migration_stream::raw::transport::{HeldChannels, PageBarrier};
+use migration_stream::{PageStore, TransportError};
 
 use crate::channel::RecvChannel;
 use crate::config::{Compression, MultifdConfig};

@@ -5,7 +5,8 @@ use std::time::{Duration, Instant};
 
 use migration_stream::io::{ByteSource, deadline_after};
 use migration_stream::ram::BlockId;
-use migration_stream::{MemoryError, PageStore, prepare_range};
+use migration_stream::raw::prepare_range;
+use migration_stream::{MemoryError, PageStore};
 use vm_memory::VolatileSlice;
 
 use super::ahead::Ahead;

@@ -18,13 +18,14 @@ use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use migration_stream::io::CancelToken;
-use migration_stream::ram::{
-    BlockId, PageAddress, RecordEncoder, ZeroPageDetection, encode_multifd_flush, zero_check,
-};
-use migration_stream::unchanged::{Sent, Unchanged, WhenToCompare};
+use migration_stream::ram::{BlockId, ZeroPageDetection};
+use migration_stream::raw::ram::{PageAddress, RecordEncoder, encode_multifd_flush, zero_check};
+use migration_stream::raw::rate::RateLimiter;
+use migration_stream::raw::transport::PagesBeside;
+use migration_stream::raw::unchanged::{Sent, Unchanged};
 use migration_stream::{
-    GuestRam, MemoryError, PAGE_SIZE, PageTransport, PagesBeside, RateLimiter, StreamWriter,
-    TransportCounters, TransportError,
+    GuestRam, MemoryError, PAGE_SIZE, PageTransport, StreamWriter, TransportCounters,
+    TransportError, WhenToCompare,
 };
 
 use crate::channel::{IsClosed, SendChannel};

@@ -295,8 +295,7 @@ impl Crew<Queue> {
 
 #[cfg(test)]
 mod tests {
-    use migration_stream::codec::IdStr;
-    use migration_stream::section::InstanceId;
+    use migration_stream::{IdStr, InstanceId};
 
     use super::*;
     use crate::device_state::DeviceId;

@@ -6,11 +6,11 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use migration_stream::io::{ByteSink, Chunk};
-use migration_stream::ram::{BlockId, PageAddress, fetch_for_zero_check, zero_check};
-use migration_stream::unchanged::{ChangedPages, Sent, Unchanged};
-use migration_stream::{
-    GuestRam, MemoryError, PAGE_SIZE, RateLimiter, TransportCounters, Work as Busy,
-};
+use migration_stream::ram::BlockId;
+use migration_stream::raw::ram::{PageAddress, fetch_for_zero_check, zero_check};
+use migration_stream::raw::rate::{RateLimiter, Work as Busy};
+use migration_stream::raw::unchanged::{ChangedPages, Sent, Unchanged};
+use migration_stream::{GuestRam, MemoryError, PAGE_SIZE, TransportCounters};
 use vm_memory::VolatileSlice;
 
 use super::level::{LevelWatch, Pace};

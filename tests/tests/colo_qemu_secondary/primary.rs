@@ -23,11 +23,9 @@ use migration_stream::precopy::{
     Control, Limits, Progress, RamSetup, ReturnPathReader, Source, SourceConfig, SourceObserver,
 };
 use migration_stream::ram::{BlockId, InStream, ZeroPageDetection};
-use migration_stream::section::SectionHeader;
-use migration_stream::unchanged::WhenToCompare;
 use migration_stream::{
     BoxError, DeviceSections, DeviceState, GuestRam, MemoryError, PAGE_SIZE, PageTransport, Parsed,
-    StagedRam, StreamWriter, VmControl,
+    SectionHeader, StagedRam, StreamWriter, VmControl, WhenToCompare,
 };
 use multifd::{ChannelCount, MultifdConfig, SendSet};
 use stream_relay::guest::{Devices, Guest};

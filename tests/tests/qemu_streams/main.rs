@@ -7,10 +7,10 @@ use std::fs;
 use std::path::Path;
 use std::process::ExitCode;
 
-use migration_stream::codec::Reader;
-use migration_stream::command::Command;
-use migration_stream::decoder::{Item, RamItem};
-use migration_stream::return_path::ReturnPathMessage;
+use migration_stream::raw::codec::Reader;
+use migration_stream::raw::command::Command;
+use migration_stream::raw::decoder::{Item, RamItem};
+use migration_stream::raw::return_path::ReturnPathMessage;
 use serde_json::{Value, json};
 use tests::capture::{self, Tap};
 use tests::guest::{self, Content, Dirtier};

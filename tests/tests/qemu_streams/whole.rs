@@ -3,14 +3,12 @@
 
 use std::collections::HashMap;
 
-use migration_stream::PAGE_SIZE;
-use migration_stream::codec::Reader;
-use migration_stream::configuration::Configuration;
-use migration_stream::decoder::{
-    ConfigurationRule, DecoderConfig, Item, RamItem, Step, StreamDecoder,
-};
-use migration_stream::ram::{self, PageAddress, RamBlockTable, RecordEncoder};
-use migration_stream::section::{self, SectionId};
+use migration_stream::ram::RamBlockTable;
+use migration_stream::raw::codec::Reader;
+use migration_stream::raw::decoder::{Item, RamItem, Step, StreamDecoder};
+use migration_stream::raw::ram::{PageAddress, RecordEncoder};
+use migration_stream::raw::{ram, section};
+use migration_stream::{Configuration, ConfigurationRule, DecoderConfig, PAGE_SIZE, SectionId};
 use tests::Result;
 
 /// Everything that stood in a stream, in order, with the payloads beside their items.
@@ -59,7 +57,7 @@ impl Whole {
         let mut records = RecordEncoder::new();
         for (item, payload) in &self.parts {
             match item {
-                Item::Header => migration_stream::header::encode(&mut out),
+                Item::Header => migration_stream::raw::header::encode(&mut out),
                 Item::Configuration(configuration) => configuration.encode(&mut out),
                 Item::Command(command) => command.encode(&mut out),
                 Item::Section(header) => header.encode(&mut out),

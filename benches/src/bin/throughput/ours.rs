@@ -7,17 +7,14 @@ use std::time::{Duration, Instant};
 use ::tests::{PATIENCE, Result};
 use migration_net::incoming::{self, Acceptor};
 use migration_net::{Listener, outgoing};
-use migration_stream::configuration::{Configuration, MachineName};
-use migration_stream::decoder::{ConfigurationRule, DecoderConfig};
-use migration_stream::opaque_tail::{Tail, TailLimits};
 use migration_stream::precopy::{
     Limits, Loaded, RamSetup, ReturnPathReader, Source, SourceConfig, SourceObserver, Target,
     TargetConfig, TargetError,
 };
 use migration_stream::ram::{BlockId, InStream, NoMultifd, ZeroPageDetection};
 use migration_stream::{
-    BoxError, DirtyLog, GuestRam, MemoryError, PageTransport, StreamReader, StreamWriter, Vm,
-    VmControl,
+    BoxError, Configuration, ConfigurationRule, DecoderConfig, DirtyLog, GuestRam, MachineName,
+    MemoryError, PageTransport, StreamReader, StreamWriter, Tail, TailLimits, Vm, VmControl,
 };
 use multifd::{MultifdConfig, RecvSet, SendSet};
 

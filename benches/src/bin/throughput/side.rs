@@ -15,7 +15,7 @@ use ::tests::vmm;
 use benches::link::Cable;
 use benches::usage::CpuTime;
 use benches::way::Way;
-use migration_stream::opaque_tail::{Tail, TailLimits};
+use migration_stream::{Tail, TailLimits};
 use serde::{Deserialize, Serialize};
 
 use crate::ours::{Receiver, send};

@@ -7,8 +7,9 @@ use colo_core::driver::{BackgroundTransfer, ColoControl, Hooks, PrimaryLink, run
 use colo_core::{FailoverHandle, Role};
 use migration_stream::precopy::{Progress, RamSetup, ReturnPathReader, SourceStatus, SwitchedOver};
 use migration_stream::ram::{InStream, ZeroPageDetection};
-use migration_stream::section::SectionId;
-use migration_stream::{GuestRam, PageTransport, StagedRam, StreamWriter, TransportCounters};
+use migration_stream::{
+    GuestRam, PageTransport, SectionId, StagedRam, StreamWriter, TransportCounters,
+};
 use multifd::{ChannelCount, MultifdConfig, SendChannel, SendSet};
 
 use super::channel::{Read, Write, failure};

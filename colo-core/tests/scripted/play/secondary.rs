@@ -5,16 +5,17 @@ use std::time::Duration;
 
 use colo_core::driver::{ColoControl, DriverConfig, Hooks, SecondaryLink, run_secondary};
 use colo_core::{Cause, ColoMode, ColoStore, Deadlines, FailoverHandle, OnPeerLoss, Outcome, Role};
-use migration_stream::StreamReader;
-use migration_stream::command::Command;
-use migration_stream::decoder::{ConfigurationRule, DecoderConfig};
 use migration_stream::precopy::{Target, TargetConfig};
-use migration_stream::ram::{encode_end_of_section, encode_multifd_flush, encode_setup_list};
-use migration_stream::section::{
-    Announcement, Continuation, InstanceId, SectionHeader, SectionId, encode_continuation,
-    encode_eof, encode_footer, encode_vm_description,
+use migration_stream::raw::command::Command;
+use migration_stream::raw::header;
+use migration_stream::raw::ram::{encode_end_of_section, encode_multifd_flush, encode_setup_list};
+use migration_stream::raw::section::{
+    Announcement, Continuation, encode_continuation, encode_eof, encode_footer,
+    encode_vm_description,
 };
-use migration_stream::{codec::IdStr, header};
+use migration_stream::{
+    ConfigurationRule, DecoderConfig, IdStr, InstanceId, SectionHeader, SectionId, StreamReader,
+};
 use multifd::{ChannelCount, IncomingPages, MultifdConfig, RecvChannel, RecvSet};
 use ram_cache::{CacheKind, DiscardControl, FlushPool};
 

@@ -10,10 +10,9 @@ use colo_core::{
     StepPhase, VmError, Wait,
 };
 use migration_stream::ram::{BlockId, RamBlock, RamBlockTable};
-use migration_stream::section::SectionHeader;
 use migration_stream::{
     BoxError, DeviceSections, DeviceState, DirtyLog, GuestRamMmap, MemoryError, PAGE_SIZE, Parsed,
-    VmControl,
+    SectionHeader, VmControl,
 };
 use vm_memory::{Bytes as _, VolatileMemory};
 

@@ -6,8 +6,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use colo_core::{OnPeerLoss, Resume};
-use migration_stream::Escaped;
-use migration_stream::unchanged::WhenToCompare;
+use migration_stream::{Escaped, WhenToCompare};
 use qmp_types::MigrationAddress;
 use ram_cache::CacheKind;
 

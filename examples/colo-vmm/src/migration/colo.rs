@@ -9,9 +9,8 @@ use colo_core::{
     CheckpointReport, ColoExit, ColoObserver, ExitReason, NoReplication, OnPeerLoss, Outcome, Role,
     Step, StepPhase,
 };
-use migration_stream::precopy::FIRST_DEVICE_SECTION;
-use migration_stream::section::SectionHeader;
-use migration_stream::{BoxError, DeviceSections, DeviceState, Parsed, VmControl};
+use migration_stream::raw::checkpoint::FIRST_DEVICE_SECTION;
+use migration_stream::{BoxError, DeviceSections, DeviceState, Parsed, SectionHeader, VmControl};
 use qmp_types::{ColoCheckpoint, ColoCheckpointStep, ColoExitReason, ColoMode, Event};
 use qmp_types::{MigrationStatus, RunState};
 use twox_hash::XxHash64;

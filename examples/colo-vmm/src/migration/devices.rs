@@ -3,8 +3,7 @@
 //! A machine has two trees: its devices, and what both sides have to have in common. The latter travels
 //! before RAM, is compared there, and is never installed.
 
-use migration_stream::section::SectionHeader;
-use migration_stream::{BoxError, DeviceSections, DeviceState, PAGE_SIZE, Parsed};
+use migration_stream::{BoxError, DeviceSections, DeviceState, PAGE_SIZE, Parsed, SectionHeader};
 use vmstate::{ResetDone, Staged, StagedSection, VmState};
 
 use crate::devices::CpuModelState;

@@ -9,11 +9,10 @@ use colo_core::driver::{SecondaryLink, run_secondary};
 use colo_core::{ColoStore, MigrationPlan, Role};
 use migration_net::incoming::{Acceptor, Incoming, IncomingError, Limits};
 use migration_net::{Address, Listener};
-use migration_stream::decoder::{ConfigurationRule, DecoderConfig};
 use migration_stream::precopy::{Arrived, Target, TargetConfig, TargetError};
-use migration_stream::section::SectionHeader;
 use migration_stream::{
-    BoxError, DeviceSections, DeviceState, GuestRamMmap, PageStore, Parsed, StreamReader,
+    BoxError, ConfigurationRule, DecoderConfig, DeviceSections, DeviceState, GuestRamMmap,
+    PageStore, Parsed, SectionHeader, StreamReader,
 };
 use multifd::{IncomingPages, MultifdConfig, RecvChannel, RecvSet};
 use qmp_types::{MigrationStatus, RunState, SocketAddress};

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use colo_core::{Deadlines, OnPeerLoss, Resume};
-use migration_stream::unchanged::WhenToCompare;
+use migration_stream::WhenToCompare;
 use multifd::ZstdRange;
 use ram_cache::CacheKind;
 use uuid::Uuid;

@@ -14,11 +14,9 @@ use migration_stream::precopy::{
     SourceObserver, SourceStatus, SwitchedOver,
 };
 use migration_stream::ram::InStream;
-use migration_stream::section::SectionHeader;
-use migration_stream::xbzrle::PageCache;
 use migration_stream::{
-    BoxError, DeviceSections, DeviceState, DirtyLog, GuestRam, PageTransport, Parsed, StagedRam,
-    StreamWriter, VmControl,
+    BoxError, DeviceSections, DeviceState, DirtyLog, GuestRam, PageCache, PageTransport, Parsed,
+    SectionHeader, StagedRam, StreamWriter, VmControl,
 };
 use multifd::{MultifdConfig, SendChannel, SendSet};
 use qmp_types::{MigrationCapability, MigrationStatus, RunState};

@@ -3,10 +3,9 @@
 use std::time::Duration;
 
 use colo_core::MigrationPlan;
-use migration_stream::configuration::{Configuration, MachineName};
 use migration_stream::io::Lending;
 use migration_stream::precopy::{BoxError, Limits, ThrottleConfig, ThrottleMeans};
-use migration_stream::ram;
+use migration_stream::{Configuration, MachineName, ram};
 use multifd::{ChannelCount, Compression, MultifdConfig, ZlibLevel, ZstdLevel};
 use qmp_types::{
     MigrationCapability, MultiFdCompression, Parameters, QmpError, Settings, Support,

@@ -5,11 +5,10 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use colo_core::{CheckpointReport, ColoExit, ColoObserver};
-use migration_stream::early::EarlySections;
 use migration_stream::ram::BlockId;
-use migration_stream::section::SectionHeader;
+use migration_stream::raw::early::EarlySections;
 use migration_stream::{
-    BoxError, DeviceSections, DeviceState, DirtyLog, MemoryError, Parsed, VmControl,
+    BoxError, DeviceSections, DeviceState, DirtyLog, MemoryError, Parsed, SectionHeader, VmControl,
 };
 use stream_relay::guest::{Devices, Guest};
 

@@ -5,12 +5,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use colo_core::{ColoStore, StoreError};
 use migration_net::incoming::Incoming;
-use migration_stream::decoder::{ConfigurationRule, DecoderConfig};
 use migration_stream::io::CancelToken;
-use migration_stream::machine::MachineVersion;
-use migration_stream::opaque_tail::{TailError, TailLimits};
 use migration_stream::precopy::{Loaded, PageIntake, Target, TargetConfig, TargetError};
-use migration_stream::{StreamReader, TransportError};
+use migration_stream::{
+    ConfigurationRule, DecoderConfig, MachineVersion, StreamReader, TailError, TailLimits,
+    TransportError,
+};
 use multifd::{ChannelError, IncomingPages, RecvChannel, RecvSet};
 use ram_cache::{CacheKind, DiscardControl, DiscardInUse};
 use stream_relay::guest::{Devices, Guest};

@@ -3,9 +3,10 @@
 use std::io;
 use std::time::{Duration, Instant};
 
-use migration_stream::early::find_end;
-use migration_stream::opaque_tail::{Fed, OpaqueTail, Tail, tail_at_end};
-use migration_stream::section::{Announcement, SectionHeader, SectionType};
+use migration_stream::raw::early::find_end;
+use migration_stream::raw::opaque_tail::{Fed, OpaqueTail, tail_at_end};
+use migration_stream::raw::section::{Announcement, SectionType};
+use migration_stream::{SectionHeader, Tail};
 
 use super::{Ram, Scan, ScanError};
 use crate::inspection::{Device, Extent, Inspection, Part, Section};

@@ -2,11 +2,8 @@
 
 use std::io;
 
-use migration_stream::DecodeError;
-use migration_stream::codec::IdStr;
-use migration_stream::early::EarlyError;
-use migration_stream::opaque_tail::TailError;
-use migration_stream::section::SectionId;
+use migration_stream::raw::early::EarlyError;
+use migration_stream::{DecodeError, IdStr, SectionId, TailError};
 use tool_support::device_state::Excess;
 
 use crate::extract::ExtractError;

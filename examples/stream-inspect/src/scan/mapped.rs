@@ -3,8 +3,8 @@
 use std::ops::Range;
 
 use migration_stream::PAGE_SIZE;
-use migration_stream::mapped_ram::MappedArea;
 use migration_stream::ram::BlockId;
+use migration_stream::raw::mapped_ram::MappedArea;
 
 use super::file::read_exact;
 use super::{Scan, ScanError};

@@ -12,18 +12,18 @@ mod meter;
 mod origin;
 mod ram;
 
-use migration_stream::codec::Reader;
-use migration_stream::command::{Command, CommandNumber};
-use migration_stream::decoder::{
-    ConfigurationRule, DecoderConfig, Item, MAX_ITEM_LEN, Step, StreamDecoder,
+use migration_stream::ram::BlockId;
+use migration_stream::raw::codec::Reader;
+use migration_stream::raw::command::{Command, CommandNumber};
+use migration_stream::raw::decoder::{Item, MAX_ITEM_LEN, Step, StreamDecoder};
+use migration_stream::raw::dirty_bitmap::{DIRTY_BITMAP_IDSTR, DirtyBitmapDecoder};
+use migration_stream::raw::early::EarlySections;
+use migration_stream::raw::mapped_ram::MappedArea;
+use migration_stream::raw::ram::RAM_IDSTR;
+use migration_stream::raw::section::{Announcement, Continuation};
+use migration_stream::{
+    Cause, ConfigurationRule, DecoderConfig, SectionId, StreamReader, TailLimits,
 };
-use migration_stream::dirty_bitmap::{DIRTY_BITMAP_IDSTR, DirtyBitmapDecoder};
-use migration_stream::early::EarlySections;
-use migration_stream::mapped_ram::MappedArea;
-use migration_stream::opaque_tail::TailLimits;
-use migration_stream::ram::{BlockId, RAM_IDSTR};
-use migration_stream::section::{Announcement, Continuation, SectionId};
-use migration_stream::{Cause, StreamReader};
 
 pub use self::error::ScanError;
 use self::meter::Meter;

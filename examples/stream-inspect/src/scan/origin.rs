@@ -3,11 +3,10 @@
 use std::fmt;
 use std::sync::Arc;
 
-use migration_stream::StreamReader;
-use migration_stream::command::Command;
-use migration_stream::configuration::Configuration;
 use migration_stream::io::PositionedFile;
 use migration_stream::ram::RamBlockTable;
+use migration_stream::raw::command::Command;
+use migration_stream::{Configuration, StreamReader};
 
 use super::ScanError;
 use crate::pages::PageSet;

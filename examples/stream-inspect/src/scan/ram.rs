@@ -1,8 +1,9 @@
 //! Pages in the stream, and the list of the blocks that they are of.
 
 use migration_stream::PAGE_SIZE;
-use migration_stream::decoder::{MAX_ITEM_LEN, RamItem};
-use migration_stream::ram::{PageAddress, RamBlockTable};
+use migration_stream::ram::RamBlockTable;
+use migration_stream::raw::decoder::{MAX_ITEM_LEN, RamItem};
+use migration_stream::raw::ram::PageAddress;
 
 use super::{Scan, ScanError};
 use crate::inspection::{Block, Part};

@@ -1,18 +1,18 @@
 //! Streams that no QEMU is needed for.
 #![allow(dead_code)] // not every test wants each of them
 
-use migration_stream::codec::IdStr;
-use migration_stream::configuration::{Configuration, MAPPED_RAM, MachineName};
-use migration_stream::header;
-use migration_stream::mapped_ram::MappedArea;
-use migration_stream::ram::{
-    BlockId, PageAddress, RAM_IDSTR, RAM_VERSION, RamBlock, RamBlockTable, RecordEncoder,
-    encode_end_of_section, encode_setup_list,
+use migration_stream::ram::{BlockId, RamBlock, RamBlockTable};
+use migration_stream::raw::configuration::MAPPED_RAM;
+use migration_stream::raw::header;
+use migration_stream::raw::mapped_ram::MappedArea;
+use migration_stream::raw::ram::{
+    PageAddress, RAM_IDSTR, RAM_VERSION, RecordEncoder, encode_end_of_section, encode_setup_list,
 };
-use migration_stream::section::{
-    Announcement, Continuation, InstanceId, SectionHeader, SectionId, encode_continuation,
-    encode_eof, encode_footer, encode_vm_description,
+use migration_stream::raw::section::{
+    Announcement, Continuation, encode_continuation, encode_eof, encode_footer,
+    encode_vm_description,
 };
+use migration_stream::{Configuration, IdStr, InstanceId, MachineName, SectionHeader, SectionId};
 
 /// Its RAM section.
 pub const RAM: SectionId = SectionId(2);

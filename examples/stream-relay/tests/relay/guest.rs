@@ -2,16 +2,13 @@
 
 use std::sync::Arc;
 
-use migration_stream::GuestRam;
-use migration_stream::codec::IdStr;
-use migration_stream::configuration::{Configuration, MAPPED_RAM, MachineName};
-use migration_stream::dirty_bitmap::{
-    self, BitmapFlags, BitmapSections, Chunk, DirtyBitmapEncoder,
-};
-use migration_stream::early::EarlySections;
-use migration_stream::opaque_tail::{Tail, TailLimits};
 use migration_stream::ram::{BlockId, RamBlock, RamBlockTable};
-use migration_stream::section::{Continuation, SectionId, encode_continuation, encode_footer};
+use migration_stream::raw::configuration::MAPPED_RAM;
+use migration_stream::raw::dirty_bitmap;
+use migration_stream::raw::dirty_bitmap::{BitmapFlags, BitmapSections, Chunk, DirtyBitmapEncoder};
+use migration_stream::raw::early::EarlySections;
+use migration_stream::raw::section::{Continuation, encode_continuation, encode_footer};
+use migration_stream::{Configuration, GuestRam, IdStr, MachineName, SectionId, Tail, TailLimits};
 use stream_relay::guest::{Devices, Guest};
 use stream_relay::memory::Memory;
 

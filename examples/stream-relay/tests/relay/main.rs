@@ -12,7 +12,7 @@ mod store;
 use std::sync::Arc;
 use std::thread;
 
-use migration_stream::machine::MachineVersion;
+use migration_stream::MachineVersion;
 use stream_relay::endpoint::Endpoint;
 use stream_relay::incoming::Incoming;
 use stream_relay::outgoing::{OutgoingConfig, OutgoingError};

@@ -22,13 +22,13 @@ use super::limits::{Bandwidth, Limits};
 use super::ram::{RamSender, RamSetup};
 use super::return_path::{EARLY_TAKEN, ReturnPathReader};
 use super::throttle::{Throttle, ThrottleConfig, ThrottleConfigError, Throttling};
-use crate::command::Command;
-use crate::configuration::{Configuration, IGNORE_SHARED};
 use crate::io::CancelToken;
-use crate::section::SectionId;
+use crate::raw::command::Command;
+use crate::raw::configuration::IGNORE_SHARED;
+use crate::raw::header;
 use crate::{
-    DeviceSections, DeviceState, DirtyLog, PAGE_SIZE, PageTransport, StreamWriter, VmControl,
-    header,
+    Configuration, DeviceSections, DeviceState, DirtyLog, PAGE_SIZE, PageTransport, SectionId,
+    StreamWriter, VmControl,
 };
 
 /// The section id of RAM.

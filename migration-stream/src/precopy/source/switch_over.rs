@@ -9,12 +9,12 @@ use super::{
     Control, HandOver, PING, Source, SourceEvent, SourceObserver, SourceStatus, SwitchedOver,
     Unresolved,
 };
-use crate::command::Command;
 use crate::io::deadline_after;
 use crate::precopy::error::SourceError;
 use crate::precopy::handover::{Offer, Verdict, verdict};
 use crate::precopy::return_path::Heard;
-use crate::section;
+use crate::raw::command::Command;
+use crate::raw::section;
 use crate::{DeviceSections, DeviceState, DirtyLog, PageTransport};
 
 /// How often a source that pauses before the switch-over sends a PING, so that its target does not take

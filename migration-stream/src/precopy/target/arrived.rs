@@ -17,9 +17,9 @@
 use super::checkpoints::CheckpointReceiver;
 use super::loaded::{Loaded, UnconfirmedReceiver};
 use super::pages::Received;
-use crate::configuration::Configuration;
 use crate::precopy::TargetError;
-use crate::{DeviceState, PageBarrier, PageStore, TransportError};
+use crate::raw::transport::PageBarrier;
+use crate::{Configuration, DeviceState, PageStore, TransportError};
 
 /// Where the pages of an incoming migration go, and the threads that put them there.
 ///

@@ -8,11 +8,12 @@ use bytes::BytesMut;
 use super::complete::{CheckpointComplete, Progress};
 use super::link::Link;
 use super::pages::{Pages, Received};
-use crate::decoder::{CheckpointDecoder, Item};
 use crate::io::{ByteSink, Chunk};
 use crate::precopy::TargetError;
-use crate::return_path::ReturnPathMessage;
-use crate::{PageBarrier, PageStore, StreamReader};
+use crate::raw::decoder::{CheckpointDecoder, Item};
+use crate::raw::return_path::ReturnPathMessage;
+use crate::raw::transport::PageBarrier;
+use crate::{PageStore, StreamReader};
 
 /// The receiving side of COLO's checkpoints.
 pub struct CheckpointReceiver {

@@ -12,9 +12,9 @@
 use std::fmt;
 
 use super::pages::Received;
-use crate::HeldChannels;
-use crate::decoder::{Item, RamItem};
-use crate::section::Continuation;
+use crate::raw::decoder::{Item, RamItem};
+use crate::raw::section::Continuation;
+use crate::raw::transport::HeldChannels;
 
 /// What EOF came too early for.
 const END: &str = "the end section of ram, with which a checkpoint's memory is complete";
@@ -27,8 +27,9 @@ const FLUSH: &str = "a multifd flush in the end section of ram, behind the pages
 /// makes of it. Dropping it drops the checkpoint.
 ///
 /// ```compile_fail,E0451
-/// use migration_stream::HeldChannels;
-/// use migration_stream::precopy::{CheckpointComplete, Received};
+/// use migration_stream::raw::transport::HeldChannels;
+/// use migration_stream::precopy::Received;
+/// use migration_stream::raw::checkpoint::CheckpointComplete;
 ///
 /// let claimed = CheckpointComplete {
 ///     received: Received::default(),
@@ -123,7 +124,7 @@ impl Progress {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::section::SectionId;
+    use crate::SectionId;
 
     const PART: Item = continuation(Continuation::Part);
     const END_SECTION: Item = continuation(Continuation::End);

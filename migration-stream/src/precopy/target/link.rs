@@ -6,15 +6,15 @@ use std::{fmt, io};
 
 use bytes::BytesMut;
 
-use crate::codec::Reader;
-use crate::command::Command;
-use crate::decoder::{Item, MAX_ITEM_LEN, Step};
 use crate::io::{ByteSink, CancelToken, Chunk};
-use crate::postcopy::PostcopyOrder;
 use crate::precopy::TargetError;
 use crate::precopy::handover::{CONFIRMS_FIRST, WHO_CONFIRMS};
 use crate::precopy::switchover_ack::SwitchoverAcks;
-use crate::return_path::ReturnPathMessage;
+use crate::raw::codec::Reader;
+use crate::raw::command::Command;
+use crate::raw::decoder::{Item, MAX_ITEM_LEN, Step};
+use crate::raw::postcopy::PostcopyOrder;
+use crate::raw::return_path::ReturnPathMessage;
 use crate::{DecodeError, StreamReader};
 
 /// A pause that does not end.

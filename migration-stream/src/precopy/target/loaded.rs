@@ -3,14 +3,13 @@
 use super::checkpoints::CheckpointReceiver;
 use super::link::Link;
 use super::pages::Received;
-use crate::DecodeError;
-use crate::configuration::Configuration;
-use crate::decoder::StreamDecoder;
-use crate::dirty_bitmap::BitmapSections;
 use crate::io::CancelToken;
 use crate::precopy::TargetError;
-use crate::ram::RamError;
-use crate::return_path::ReturnPathMessage;
+use crate::raw::decoder::StreamDecoder;
+use crate::raw::dirty_bitmap::BitmapSections;
+use crate::raw::ram::RamError;
+use crate::raw::return_path::ReturnPathMessage;
+use crate::{Configuration, DecodeError};
 
 /// A guest that was taken over, devices included. The source stands still until
 /// [`Loaded::confirm`] and may still take the guest back before.

@@ -29,16 +29,19 @@ use self::sections::{Devices, check_bitmap_section};
 use self::vm::Collector;
 use super::error::TargetError;
 use super::switchover_ack::SwitchoverAcks;
-use crate::configuration::Configuration;
-use crate::decoder::{DecoderConfig, Item, RamItem, StreamDecoder};
-use crate::dirty_bitmap::{BitmapSections, DIRTY_BITMAP_IDSTR};
-use crate::early::EarlySections;
 use crate::io::ByteSink;
-use crate::mapped_ram::MappedArea;
-use crate::opaque_tail::{Tail, TailLimits};
-use crate::ram::{BlockId, RAM_IDSTR, RamBlockTable};
-use crate::section::{Announcement, Continuation, SectionHeader, SectionId};
-use crate::{DeviceState, PageBarrier, PageStore, StreamReader};
+use crate::ram::{BlockId, RamBlockTable};
+use crate::raw::decoder::{Item, RamItem, StreamDecoder};
+use crate::raw::dirty_bitmap::{BitmapSections, DIRTY_BITMAP_IDSTR};
+use crate::raw::early::EarlySections;
+use crate::raw::mapped_ram::MappedArea;
+use crate::raw::ram::RAM_IDSTR;
+use crate::raw::section::{Announcement, Continuation};
+use crate::raw::transport::PageBarrier;
+use crate::{
+    Configuration, DecoderConfig, DeviceState, PageStore, SectionHeader, SectionId, StreamReader,
+    Tail, TailLimits,
+};
 
 /// What a target expects and bounds.
 #[derive(Clone, Debug)]

@@ -3,12 +3,14 @@
 use vm_memory::VolatileSlice;
 
 use super::link::Link;
-use crate::decoder::{MAX_ITEM_LEN, RamItem};
-use crate::mapped_ram::MappedArea;
 use crate::precopy::TargetError;
-use crate::ram::{BlockId, PageAddress, RamError};
-use crate::xbzrle::{Run, Runs};
-use crate::{DecodeError, MemoryError, PAGE_SIZE, PageBarrier, PageStore};
+use crate::ram::BlockId;
+use crate::raw::decoder::{MAX_ITEM_LEN, RamItem};
+use crate::raw::mapped_ram::MappedArea;
+use crate::raw::ram::{PageAddress, RamError};
+use crate::raw::transport::PageBarrier;
+use crate::raw::xbzrle::{Run, Runs};
+use crate::{DecodeError, MemoryError, PAGE_SIZE, PageStore};
 
 /// [`PAGE_SIZE`] as a length in memory.
 #[allow(clippy::cast_possible_truncation)] // 4096

@@ -5,14 +5,14 @@ use std::time::Duration;
 
 use super::link::Link;
 use super::vm::SectionLoader;
-use crate::DecodeError;
-use crate::codec::Reader;
-use crate::decoder::MAX_ITEM_LEN;
-use crate::dirty_bitmap::{BitmapSections, DIRTY_BITMAP_IDSTR, DIRTY_BITMAP_VERSION};
-use crate::early::{EarlySections, find_end};
-use crate::opaque_tail::{Fed, OpaqueTail, Tail, TailLimits};
 use crate::precopy::{BoxError, TargetError};
-use crate::section::{Continuation, InstanceId, SectionError, SectionHeader, SectionId};
+use crate::raw::codec::Reader;
+use crate::raw::decoder::MAX_ITEM_LEN;
+use crate::raw::dirty_bitmap::{BitmapSections, DIRTY_BITMAP_IDSTR, DIRTY_BITMAP_VERSION};
+use crate::raw::early::{EarlySections, find_end};
+use crate::raw::opaque_tail::{Fed, OpaqueTail};
+use crate::raw::section::{Continuation, SectionError};
+use crate::{DecodeError, InstanceId, SectionHeader, SectionId, Tail, TailLimits};
 
 /// How long a device section's next bytes are waited for before the VMM is shown what there is,
 /// the first time.

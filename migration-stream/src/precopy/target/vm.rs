@@ -1,8 +1,7 @@
 //! The devices of a VMM, as the walk through the stream sees them.
 
-use crate::dirty_bitmap::{Chunk, MigratedBitmap};
-use crate::section::SectionHeader;
-use crate::{BoxError, DeviceState, Parsed};
+use crate::raw::dirty_bitmap::{Chunk, MigratedBitmap};
+use crate::{BoxError, DeviceState, Parsed, SectionHeader};
 
 /// Takes device sections in.
 pub(super) trait SectionLoader {
