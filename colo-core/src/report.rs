@@ -12,7 +12,7 @@ pub struct CheckpointReport {
     /// Counts from 1.
     pub number: u64,
     /// How long this side's guest did not run: from the beginning of [`Step::PauseVm`] until the VM
-    /// was let go in [`Step::ResumeVm`].
+    /// was resumed in [`Step::ResumeVm`].
     pub pause: Duration,
     /// Primary: how long the checkpoint's RAM and device state took to leave.
     pub transfer: Duration,
@@ -84,9 +84,9 @@ impl CheckpointMeter {
         self.report.steps.push((step, time));
     }
 
-    /// The VM was let go, in the step that ends next.
-    pub(crate) const fn resumed(&mut self, let_go: Instant) {
-        self.resumed = Some(let_go);
+    /// The VM was resumed, in the step that ends next.
+    pub(crate) const fn resumed(&mut self, at: Instant) {
+        self.resumed = Some(at);
     }
 
     /// RAM has crossed.

@@ -25,7 +25,7 @@
 //! What is promised with [`OnHeartbeatLoss::Ask`] and a leasing arbiter: the two guests never both
 //! run after the arbiter has decided, as long as a guest can be stopped within a quarter of the term
 //! and of the timeout. A *process* that does not run for longer (`SIGSTOP`, a host that sleeps)
-//! cannot stop its guest in that time: when it is let go on, its guest may run until its heartbeat
+//! cannot stop its guest in that time: when it is resumed, its guest may run until its heartbeat
 //! thread is scheduled, a moment later.
 //!
 //! | module | what |

@@ -12,7 +12,7 @@ use common::{LIMIT, Pages, cause, memory};
 use migration_net::incoming::{Acceptor, IncomingError, Limits};
 use migration_net::outgoing::connect;
 use migration_net::{Address, Listener};
-use migration_stream::io::{ByteSink, Chunk, Lending};
+use migration_stream::io::{ByteSink, Chunk, SendMode};
 use migration_stream::ram::{BlockId, ZeroPageDetection};
 use migration_stream::raw::transport::PageBarrier;
 use migration_stream::{PageTransport, StreamWriter, TransportError};
@@ -25,7 +25,7 @@ fn config(channels: u8) -> MultifdConfig {
         channels: ChannelCount::new(channels).unwrap(),
         zero_pages: ZeroPageDetection::None,
         stall_limit: LIMIT,
-        lending: Lending::Never,
+        send_mode: SendMode::Copy,
         ..MultifdConfig::default()
     }
 }

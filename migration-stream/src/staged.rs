@@ -133,7 +133,7 @@ impl StagedRam {
     }
 
     /// What is read from now on is the guest's memory; a round is over, and all of it was read.
-    pub(crate) fn let_go(&self) {
+    pub(crate) fn release(&self) {
         self.kept.store(false, Ordering::Release);
         for (of_block, copies) in self.use_of().iter_mut().zip(self.copies.regions()) {
             of_block.end_round(copies);
@@ -271,7 +271,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_kept_is_read_whatever_the_guest_writes_until_it_is_let_go() {
+    fn what_was_kept_is_read_whatever_the_guest_writes_until_it_is_released() {
         for still in [false, true] {
             let (guest, staged) = staged();
             for page in 0..PAGES {
@@ -289,7 +289,7 @@ mod tests {
             assert_eq!(read(&staged, 0), [1; PAGE_LEN]);
             assert_eq!(read(&staged, 70), [2; PAGE_LEN]);
             assert_eq!(read(&staged, PAGES - 1), [1; PAGE_LEN]);
-            staged.let_go();
+            staged.release();
             assert_eq!(read(&staged, 70), [9; PAGE_LEN]);
         }
     }
@@ -303,7 +303,7 @@ mod tests {
             if round == 0 {
                 staged.copy(&[run(0, 1000)], true).unwrap();
             }
-            staged.let_go();
+            staged.release();
             let pages = staged.resident_bytes() / PAGE_SIZE;
             assert_eq!(pages, if round < 2 { 1000 } else { 10 }, "round {round}");
         }

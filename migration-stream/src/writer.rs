@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Instant;
 use std::{fmt, io};
 
-use crate::io::{ByteSink, CancelToken, Chunk, FileChannel, Lending, PositionedFile};
+use crate::io::{ByteSink, CancelToken, Chunk, FileChannel, PositionedFile, SendMode};
 use crate::raw::ram::PageAddress;
 use crate::raw::rate::RateLimiter;
 use crate::{GuestRam, PAGE_SIZE};
@@ -171,21 +171,22 @@ impl StreamWriter {
         self.offset
     }
 
-    /// Lends pages to a peer on the same host, see [`ByteSink::lend_to_local_peer`]; whether it does. What
-    /// is sent of a page is then what it holds when the peer takes it, at the latest before
-    /// [`StreamWriter::let_go`] returns. It pays over unix sockets; over TCP, with a header before each page,
-    /// copying is quicker.
-    pub fn lend_to_local_peer(&mut self, lending: Lending) -> bool {
-        self.sink.lend_to_local_peer(lending)
+    /// Chooses how pages are sent. With a mode that does not copy, what is sent of a page is what it holds later, at
+    /// the latest before [`StreamWriter::wait_until_released`] returns.
+    ///
+    /// # Errors
+    /// [`io::ErrorKind::Unsupported`]: the sink cannot, and sends copies as before.
+    pub fn set_send_mode(&mut self, mode: SendMode) -> io::Result<()> {
+        self.sink.set_send_mode(mode)
     }
 
     /// Writes what is held back, and waits until nobody reads guest memory for the stream any more.
     ///
     /// # Errors
     /// The sink's; [`io::ErrorKind::TimedOut`] when the deadline passes.
-    pub fn let_go(&mut self) -> io::Result<()> {
+    pub fn wait_until_released(&mut self) -> io::Result<()> {
         self.flush()?;
-        self.sink.finish_zero_copy().map(drop)
+        self.sink.wait_until_released().map(drop)
     }
 
     /// Has every byte paid for before it is written.

@@ -3,7 +3,7 @@
 use std::str::FromStr;
 use std::time::Duration;
 
-use migration_stream::io::Lending;
+use migration_stream::io::SendMode;
 use migration_stream::ram::ZeroPageDetection;
 
 use crate::channel_id::ChannelCount;
@@ -232,13 +232,12 @@ pub struct MultifdConfig {
     pub zero_pages: ZeroPageDetection,
     /// Sender only: when the channels are synchronised.
     pub flush: Flush,
-    /// Sender only: pages are not copied on their way into the kernel (`MSG_ZEROCOPY`, QEMU's
-    /// `zero-copy-send`). Needs TCP, no compression, and memory that the process may lock.
-    pub zero_copy: bool,
-    /// Sender only: over which connections pages that are not compressed are lent to a peer on the
-    /// same host, none unless asked for. It has taken them when a synchronisation is over. [`Lending`] says
-    /// where it is safe.
-    pub lending: Lending,
+    /// Sender only: how pages are sent that are not compressed.
+    ///
+    /// [`SendMode::ZeroCopy`] is QEMU's `zero-copy-send`. It needs TCP, no compression, and memory that the process may
+    /// lock; without one of them the set does not start. With [`SendMode::Splice`] channels that are no unix sockets
+    /// send copies; it says where it is safe. No page is read any more when a synchronisation is over.
+    pub send_mode: SendMode,
     /// The VM's UUID, all zero if it has none.
     pub uuid: [u8; 16],
     /// Receiver only: memory that all channels together may take for what the peer sends, bytes.
@@ -262,8 +261,7 @@ impl Default for MultifdConfig {
             compression: Compression::None,
             zero_pages: ZeroPageDetection::Multifd,
             flush: Flush::EachRound,
-            zero_copy: false,
-            lending: Lending::default(),
+            send_mode: SendMode::Copy,
             uuid: [0; 16],
             receive_memory: 512 << 20,
             stall_limit: Duration::from_secs(30),
@@ -276,8 +274,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn pages_are_copied_unless_lending_is_asked_for() {
-        assert_eq!(MultifdConfig::default().lending, Lending::Never);
+    fn pages_are_copied_unless_another_mode_is_asked_for() {
+        assert_eq!(MultifdConfig::default().send_mode, SendMode::Copy);
     }
 
     #[test]

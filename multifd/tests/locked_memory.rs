@@ -7,7 +7,7 @@ use std::net::{TcpListener, TcpStream};
 use std::sync::Arc;
 
 use common::{LIMIT, Pages, memory};
-use migration_stream::io::FdChannel;
+use migration_stream::io::{FdChannel, SendMode};
 use migration_stream::ram::BlockId;
 use migration_stream::{PageTransport, StreamWriter};
 use multifd::{ChannelCount, ChannelError, MultifdConfig, SendSet};
@@ -38,7 +38,7 @@ fn the_error_names_the_limit_on_locked_memory() {
 
     let config = MultifdConfig {
         channels: ChannelCount::new(1).unwrap(),
-        zero_copy: true,
+        send_mode: SendMode::ZeroCopy,
         stall_limit: LIMIT,
         ..MultifdConfig::default()
     };

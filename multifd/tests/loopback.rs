@@ -12,7 +12,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use common::{LIMIT, PAGE, Pages, memory};
-use migration_stream::io::{ByteSource, FdChannel, Lending};
+use migration_stream::io::{ByteSource, FdChannel, SendMode};
 use migration_stream::ram::{BlockId, ZeroPageDetection};
 use migration_stream::raw::transport::PageBarrier;
 use migration_stream::{
@@ -204,7 +204,7 @@ fn without_zero_page_detection_every_page_travels_with_its_data() {
 fn every_page_arrives_without_being_copied_on_its_way_out() {
     for channels in [1, 3] {
         let zero_copy = MultifdConfig {
-            zero_copy: true,
+            send_mode: SendMode::ZeroCopy,
             ..config(channels, Compression::None)
         };
         let counters = migrate(Over::Tcp, &zero_copy);
@@ -215,15 +215,16 @@ fn every_page_arrives_without_being_copied_on_its_way_out() {
 }
 
 #[test]
-fn pages_lent_to_a_local_peer_are_its_own_when_they_are_synchronised() {
-    for (over, lending) in [
-        (Over::Unix, Lending::Never),
-        (Over::Unix, Lending::UnixSockets),
-        (Over::Tcp, Lending::UnixSockets),
-        (Over::Tcp, Lending::UnixSocketsAndTcp),
+fn spliced_pages_are_the_peers_own_when_they_are_synchronised() {
+    for (over, send_mode) in [
+        (Over::Unix, SendMode::Copy),
+        (Over::Unix, SendMode::Splice),
+        // Copies all the same.
+        (Over::Tcp, SendMode::Splice),
+        (Over::Tcp, SendMode::ZeroCopy),
     ] {
         let config = MultifdConfig {
-            lending,
+            send_mode,
             ..config(2, Compression::None)
         };
         let mut m = Migration::start(over, &config);
@@ -247,13 +248,13 @@ fn pages_lent_to_a_local_peer_are_its_own_when_they_are_synchronised() {
 
 #[test]
 fn pages_sent_beside_are_read_when_they_have_drained() {
-    for (over, lending) in [
-        (Over::Unix, Lending::Never),
-        (Over::Unix, Lending::UnixSockets),
-        (Over::Tcp, Lending::UnixSocketsAndTcp),
+    for (over, send_mode) in [
+        (Over::Unix, SendMode::Copy),
+        (Over::Unix, SendMode::Splice),
+        (Over::Tcp, SendMode::ZeroCopy),
     ] {
         let config = MultifdConfig {
-            lending,
+            send_mode,
             ..config(2, Compression::None)
         };
         let mut m = Migration::start(over, &config);
@@ -282,7 +283,7 @@ fn pages_sent_beside_are_read_when_they_have_drained() {
 fn what_cannot_be_sent_without_a_copy_is_refused() {
     let start = |over: Over, compression| {
         let config = MultifdConfig {
-            zero_copy: true,
+            send_mode: SendMode::ZeroCopy,
             ..config(2, compression)
         };
         let (outgoing, _incoming) = connections(over, &config);
@@ -448,15 +449,15 @@ fn pages_sent_again_beside_the_main_stream_land_in_the_order_in_which_they_were_
 #[test]
 fn pages_that_are_as_they_were_sent_do_not_cross_and_no_packet_is_without_pages() {
     for compression in [Compression::None, zlib(), zstd()] {
-        let both = [false, true];
+        let both = [SendMode::Copy, SendMode::ZeroCopy];
         let ways = if compression == Compression::None {
             &both[..]
         } else {
             &both[..1]
         };
-        for &zero_copy in ways {
+        for &send_mode in ways {
             let config = MultifdConfig {
-                zero_copy,
+                send_mode,
                 ..config(3, compression)
             };
             let mut m = Migration::start(Over::Tcp, &config);

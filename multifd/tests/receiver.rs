@@ -162,7 +162,7 @@ fn until(what: &str, mut holds: impl FnMut() -> bool) {
 }
 
 #[test]
-fn channels_that_are_held_take_in_no_page_until_they_are_let_go_on() {
+fn channels_that_are_held_take_in_no_page_until_they_are_released() {
     let r = start(2);
     for peer in &r.peers {
         write(peer, &[pages(&[0]), sync()].concat());

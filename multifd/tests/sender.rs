@@ -11,7 +11,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use common::{LIMIT, Pages, cause, memory, text};
-use migration_stream::io::{ByteSink, Chunk, FdChannel, Lending};
+use migration_stream::io::{ByteSink, Chunk, FdChannel, SendMode};
 use migration_stream::ram::{BlockId, ZeroPageDetection};
 use migration_stream::{
     GuestRamMmap, IdStr, InstanceId, PageTransport, StreamWriter, WhenToCompare,
@@ -28,7 +28,7 @@ fn config(channels: u8) -> MultifdConfig {
         zero_pages: ZeroPageDetection::None,
         stall_limit: LIMIT,
         // The peers of these tests read when all is over.
-        lending: Lending::Never,
+        send_mode: SendMode::Copy,
         ..MultifdConfig::default()
     }
 }

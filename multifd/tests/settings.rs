@@ -7,7 +7,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
 use common::{LIMIT, Pages, cause, memory, text};
-use migration_stream::io::{FdChannel, Lending};
+use migration_stream::io::{FdChannel, SendMode};
 use migration_stream::ram::{BlockId, ZeroPageDetection};
 use migration_stream::raw::transport::PageBarrier;
 use migration_stream::{PageTransport, StreamWriter, TransportError};
@@ -24,7 +24,7 @@ fn config(channels: u8) -> MultifdConfig {
         channels: ChannelCount::new(channels).unwrap(),
         zero_pages: ZeroPageDetection::None,
         stall_limit: LIMIT,
-        lending: Lending::Never,
+        send_mode: SendMode::Copy,
         ..MultifdConfig::default()
     }
 }

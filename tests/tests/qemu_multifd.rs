@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use migration_net::incoming::{self, Acceptor};
 use migration_net::{Listener, outgoing};
+use migration_stream::io::SendMode;
 use migration_stream::precopy::{
     Limits, RamSetup, ReturnPathReader, Source, SourceConfig, SourceObserver, Target, TargetConfig,
 };
@@ -88,7 +89,7 @@ fn main() -> ExitCode {
                     q,
                     &newest(q),
                     MultifdConfig {
-                        zero_copy: true,
+                        send_mode: SendMode::ZeroCopy,
                         ..config(2, PLAIN(), Multifd)
                     },
                 )
@@ -170,7 +171,10 @@ fn relay_with(qemu: &Binary, machine: &str, mut config: MultifdConfig) -> Result
     compare_files(&from, &to)?;
     assert_eq!(sent.zero_pages > 0, zero_pages != ZeroPageDetection::None);
     // Over loopback there is always a copy, which only zero-copy counts.
-    assert_eq!(sent.missed_zero_copy > 0, config.zero_copy);
+    assert_eq!(
+        sent.missed_zero_copy > 0,
+        config.send_mode == SendMode::ZeroCopy
+    );
     Ok(())
 }
 
@@ -245,7 +249,7 @@ fn compare_files(from: &Path, to: &Path) -> Result<()> {
 
 fn configure(vm: &mut Qemu, qemu: &Binary, config: &MultifdConfig) -> Result<()> {
     vm.qmp.enable(&["return-path", "multifd"])?;
-    if config.zero_copy {
+    if config.send_mode == SendMode::ZeroCopy {
         vm.qmp.enable(&["zero-copy-send"])?;
     }
     let compression = match config.compression {

@@ -402,7 +402,7 @@ fn lock(file: &File, byte: libc::off_t) -> Result<bool, Errno> {
 
 fn unlock(file: &File, byte: libc::off_t) {
     if let Err(error) = fcntl(file, FcntlArg::F_OFD_SETLK(&range(libc::F_UNLCK, byte))) {
-        tracing::warn!(%error, byte, "a lock was not let go");
+        tracing::warn!(%error, byte, "a lock was not released");
     }
 }
 

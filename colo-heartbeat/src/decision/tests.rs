@@ -252,7 +252,7 @@ mod beginning {
 }
 
 #[test]
-fn a_primary_that_an_operator_let_go_on_is_not_woken_while_the_arbiter_is_asked() {
+fn a_primary_that_an_operator_resumed_is_not_woken_while_the_arbiter_is_asked() {
     let now = Instant::now();
     let (mut primary, view) = paired(Role::Primary, now);
     primary.held(Some(now + ms(100)), now);

@@ -210,7 +210,7 @@ impl Vm {
         Ok(())
     }
 
-    /// Lets the guest run, if it does not. Returns when it was let go.
+    /// Lets the guest run, if it does not. Returns when it was resumed.
     ///
     /// # Errors
     /// The machine's; the run state is as before.
@@ -223,7 +223,7 @@ impl Vm {
             return Err(MachineError::Fenced);
         }
         let ran = inner.state == RunState::Running;
-        let let_go = if inner.suspended {
+        let resumed = if inner.suspended {
             Instant::now()
         } else {
             inner.machine.resume()?
@@ -232,7 +232,7 @@ impl Vm {
         if !ran && !inner.suspended {
             self.events.publish(&Event::Resume);
         }
-        Ok(let_go)
+        Ok(resumed)
     }
 
     /// The guest has ended by itself, and its machine is stopped.

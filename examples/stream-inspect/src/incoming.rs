@@ -340,8 +340,8 @@ impl ByteSource for Counted {
         ByteSource::set_cancel(&mut self.source, token);
     }
 
-    fn confirm_when_it_suits(&mut self) {
-        self.source.confirm_when_it_suits();
+    fn set_quick_ack(&mut self, on: bool) {
+        self.source.set_quick_ack(on);
     }
 }
 

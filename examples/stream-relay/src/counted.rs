@@ -51,8 +51,8 @@ impl<T: ByteSource> ByteSource for Counted<T> {
         self.inner.set_cancel(token);
     }
 
-    fn confirm_when_it_suits(&mut self) {
-        self.inner.confirm_when_it_suits();
+    fn set_quick_ack(&mut self, on: bool) {
+        self.inner.set_quick_ack(on);
     }
 
     fn seek(&mut self, offset: u64) -> io::Result<()> {

@@ -10,20 +10,17 @@ use vm_memory::VolatileSlice;
 mod cancel;
 mod deadline;
 #[cfg(feature = "fd")]
+mod descriptor;
+#[cfg(feature = "fd")]
 mod fd;
 mod file;
 #[cfg(feature = "fd")]
-mod lent;
-#[cfg(feature = "fd")]
-mod local_peer;
-#[cfg(feature = "fd")]
 mod positioned;
+mod send_mode;
 #[cfg(feature = "fd")]
-mod signal;
+mod sys;
 #[cfg(feature = "fd")]
-mod socket;
-#[cfg(feature = "fd")]
-mod zero_copy;
+mod tuning;
 pub use cancel::{CancelToken, is_cancelled};
 pub use deadline::{deadline_after, deadline_from};
 #[cfg(feature = "fd")]
@@ -31,8 +28,9 @@ pub use fd::FdChannel;
 pub use file::{FileChannel, PositionedFile};
 #[cfg(feature = "fd")]
 pub use positioned::open_direct;
+pub use send_mode::SendMode;
 #[cfg(feature = "fd")]
-pub use signal::without_write_signals;
+pub use sys::signal::without_write_signals;
 
 /// What became ready in [`ByteSource::wait`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -71,31 +69,6 @@ impl Chunk<'_> {
     }
 }
 
-/// Over which connections to a peer on the same host guest memory is lent to it (splice sending): the connection
-/// refers to the pages, and the peer copies them once. By default pages are copied, into the connection and out
-/// of it.
-///
-/// Lending is safe only where the process at the other end of the connection reads the bytes. The sender knows
-/// when they have been taken out of the connection, and takes them to be copied then. A proxy that moves them by
-/// `splice(2)` (systemd-socket-proxyd, haproxy) still refers to the pages afterwards: the receiver gets whatever
-/// the guest has written to them since, and a checkpoint is torn. So switch it on only where the connection goes
-/// straight to a receiver that is known to read, such as this workspace's programs or QEMU.
-///
-/// A filter of system calls has to allow `pipe2`, `vmsplice` and `splice` for it, and over TCP a socket of
-/// `AF_NETLINK`; where the system refuses one, pages are copied.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Lending {
-    /// Over none: pages are copied, and the peer need not read for a synchronisation to end.
-    #[default]
-    Never,
-    /// Over unix sockets.
-    UnixSockets,
-    /// Over TCP within one network namespace too. It takes work off the sender and gives it to
-    /// the peer: good for one channel or where the sender is waited for, as in a COLO checkpoint, and not
-    /// for several channels that have all processors busy between them, where TCP's own work is most.
-    UnixSocketsAndTcp,
-}
-
 /// The outgoing direction of a channel.
 pub trait ByteSink: Send {
     /// Writes all chunks in order, as one gather write where the transport can.
@@ -132,29 +105,23 @@ pub trait ByteSink: Send {
         None
     }
 
-    /// Lets the kernel read guest memory when it transmits it, instead of copying it before
-    /// [`ByteSink::write_all`] returns. What is sent is what the memory holds then.
+    /// Chooses how guest memory is sent, before the first write. Copies are sent until then.
     ///
     /// # Errors
-    /// [`io::ErrorKind::Unsupported`]: the transport cannot.
-    fn enable_zero_copy(&mut self) -> io::Result<()> {
-        Err(io::ErrorKind::Unsupported.into())
+    /// [`io::ErrorKind::Unsupported`]: the transport cannot, and sends copies as before.
+    fn set_send_mode(&mut self, mode: SendMode) -> io::Result<()> {
+        match mode {
+            SendMode::Copy => Ok(()),
+            _ => Err(io::ErrorKind::Unsupported.into()),
+        }
     }
 
-    /// Lends guest memory to a peer on the same host instead of copying it, where `lending` has it, the
-    /// transport can, and the peer is seen to be there; whether it does. What is sent is what the memory
-    /// holds when the peer takes it, at the latest before [`ByteSink::finish_zero_copy`] returns.
-    fn lend_to_local_peer(&mut self, lending: Lending) -> bool {
-        let _ = lending;
-        false
-    }
-
-    /// Waits until neither the kernel nor a local peer reads guest memory any more, and returns how
-    /// many of the sends since the last call the kernel copied after all.
+    /// Waits until neither the kernel nor the peer reads guest memory for what was written, and returns how many sends
+    /// of [`SendMode::ZeroCopy`] since the last call the kernel copied after all.
     ///
     /// # Errors
     /// [`io::ErrorKind::TimedOut`] when the deadline passes; whatever the transport reports.
-    fn finish_zero_copy(&mut self) -> io::Result<u64> {
+    fn wait_until_released(&mut self) -> io::Result<u64> {
         Ok(0)
     }
 }
@@ -199,9 +166,11 @@ pub trait ByteSource: Send {
         let _ = token;
     }
 
-    /// The peer never waits for confirmations before it sends on (it has `TCP_NODELAY`): none need be
-    /// hastened, which costs a timer for every wait.
-    fn confirm_when_it_suits(&mut self) {}
+    /// Says whether received bytes are to be acknowledged soon when no more follow. A transport that can does so
+    /// until told otherwise. It costs a timer for every wait, and saves nothing where the peer has `TCP_NODELAY`.
+    fn set_quick_ack(&mut self, on: bool) {
+        let _ = on;
+    }
 
     /// What is read next comes from byte `offset` of the file that this is.
     ///
@@ -244,14 +213,11 @@ impl<T: ByteSink + ?Sized> ByteSink for Box<T> {
     fn taken(&self) -> Option<u64> {
         (**self).taken()
     }
-    fn enable_zero_copy(&mut self) -> io::Result<()> {
-        (**self).enable_zero_copy()
+    fn set_send_mode(&mut self, mode: SendMode) -> io::Result<()> {
+        (**self).set_send_mode(mode)
     }
-    fn lend_to_local_peer(&mut self, lending: Lending) -> bool {
-        (**self).lend_to_local_peer(lending)
-    }
-    fn finish_zero_copy(&mut self) -> io::Result<u64> {
-        (**self).finish_zero_copy()
+    fn wait_until_released(&mut self) -> io::Result<u64> {
+        (**self).wait_until_released()
     }
 }
 
@@ -278,8 +244,8 @@ impl<T: ByteSource + ?Sized> ByteSource for Box<T> {
     fn set_cancel(&mut self, token: &CancelToken) {
         (**self).set_cancel(token);
     }
-    fn confirm_when_it_suits(&mut self) {
-        (**self).confirm_when_it_suits();
+    fn set_quick_ack(&mut self, on: bool) {
+        (**self).set_quick_ack(on);
     }
     fn seek(&mut self, offset: u64) -> io::Result<()> {
         (**self).seek(offset)

@@ -1,17 +1,17 @@
-//! [`PositionedFile`] for the standard library's files. `unsafe` is for reads and writes of guest
-//! memory, which has no Rust reference to pass to the standard library.
-#![allow(unsafe_code)]
+//! [`PositionedFile`] for the standard library's files.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
-use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 
+use rustix::fs::OFlags;
+use rustix::io::Errno;
 use vm_memory::VolatileSlice;
 
 use super::PositionedFile;
-use super::signal::without_failure_signals;
+use super::sys;
+use super::sys::signal::without_failure_signals;
 
 /// Opens a file whose reads and writes do not go through the page cache (`O_DIRECT`, QEMU's parameter
 /// `direct-io`). Only whole pages at page boundaries can be read and written: the pages of a file with
@@ -21,10 +21,10 @@ use super::signal::without_failure_signals;
 /// [`io::ErrorKind::Unsupported`] where the file system has no such files; those of opening it.
 pub fn open_direct(path: &Path, options: &mut OpenOptions) -> io::Result<File> {
     options
-        .custom_flags(libc::O_DIRECT)
+        .custom_flags(OFlags::DIRECT.bits().cast_signed())
         .open(path)
-        .map_err(|e| match e.raw_os_error() {
-            Some(libc::EINVAL) => io::Error::new(
+        .map_err(|e| match Errno::from_io_error(&e) {
+            Some(Errno::INVAL) => io::Error::new(
                 io::ErrorKind::Unsupported,
                 "the file system has no direct I/O",
             ),
@@ -43,41 +43,17 @@ impl PositionedFile for File {
 
     fn read_guest(&self, offset: u64, guest: &VolatileSlice<'_>) -> io::Result<()> {
         whole(guest, offset, |rest, at| {
-            // SAFETY: the guard's pointer is valid for writes of `rest.len()` bytes for as long as
-            // the slice is borrowed, which is for the call; the kernel writes no further.
-            let n = unsafe {
-                libc::pread(
-                    self.as_raw_fd(),
-                    rest.ptr_guard_mut().as_ptr().cast(),
-                    rest.len(),
-                    at,
-                )
-            };
-            match usize::try_from(n) {
-                Ok(0) => Err(io::ErrorKind::UnexpectedEof.into()),
-                Ok(n) => Ok(n),
-                Err(_) => Err(io::Error::last_os_error()),
+            match sys::read_at(self, rest, at)? {
+                0 => Err(io::ErrorKind::UnexpectedEof.into()),
+                n => Ok(n),
             }
         })
     }
 
     fn write_guest(&self, offset: u64, guest: &VolatileSlice<'_>) -> io::Result<()> {
-        let write = |rest: &VolatileSlice<'_>, at| {
-            // SAFETY: the guard's pointer is valid for reads of `rest.len()` bytes for as long as
-            // the slice is borrowed, which is for the call.
-            let n = unsafe {
-                libc::pwrite(
-                    self.as_raw_fd(),
-                    rest.ptr_guard().as_ptr().cast(),
-                    rest.len(),
-                    at,
-                )
-            };
-            match usize::try_from(n) {
-                Ok(0) => Err(io::ErrorKind::WriteZero.into()),
-                Ok(n) => Ok(n),
-                Err(_) => Err(io::Error::last_os_error()),
-            }
+        let write = |rest: &VolatileSlice<'_>, at| match sys::write_at(self, rest, at)? {
+            0 => Err(io::ErrorKind::WriteZero.into()),
+            n => Ok(n),
         };
         without_failure_signals(|| whole(guest, offset, write))
     }
@@ -97,14 +73,14 @@ impl PositionedFile for File {
 fn whole(
     guest: &VolatileSlice<'_>,
     offset: u64,
-    part: impl Fn(&VolatileSlice<'_>, libc::off_t) -> io::Result<usize>,
+    part: impl Fn(&VolatileSlice<'_>, i64) -> io::Result<usize>,
 ) -> io::Result<()> {
     let mut done = 0;
     while done < guest.len() {
         let rest = guest.offset(done).map_err(io::Error::other)?;
         let at = offset
             .checked_add(done as u64)
-            .and_then(|at| libc::off_t::try_from(at).ok())
+            .and_then(|at| i64::try_from(at).ok())
             .ok_or(io::ErrorKind::FileTooLarge)?;
         done += retry(|| part(&rest, at))?;
     }

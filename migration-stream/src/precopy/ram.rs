@@ -309,7 +309,7 @@ impl<T: PageTransport, D: DirtyLog> RamSender<T, D> {
     ) -> Result<u64, SourceError> {
         self.begin_end(out)?;
         let pages = self.send_end(out)?;
-        staged.let_go();
+        staged.release();
         Ok(pages)
     }
 

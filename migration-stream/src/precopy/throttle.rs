@@ -350,7 +350,7 @@ mod tests {
     }
 
     #[test]
-    fn a_guest_is_let_go_when_the_migration_ends() {
+    fn a_guest_runs_at_full_speed_when_the_migration_ends() {
         for config in [ThrottleConfig::AUTO_CONVERGE, ThrottleConfig::DIRTY_LIMIT] {
             let vcpus = Vcpus::default();
             let mut throttling = Throttling::new(config, Box::new(vcpus.clone()), 0).unwrap();

@@ -271,9 +271,9 @@ impl PageTransport for InStream {
         Ok(())
     }
 
-    /// The records are in order with everything else in the stream. Pages that were lent are waited for.
+    /// The records are in order with everything else in the stream. Pages that were not copied are waited for.
     fn sync(&mut self, main: &mut StreamWriter) -> Result<(), TransportError> {
-        main.let_go().map_err(TransportError::main)
+        main.wait_until_released().map_err(TransportError::main)
     }
 
     fn begin_round(&mut self) {
@@ -510,19 +510,19 @@ mod tests {
         );
     }
 
-    /// Until the peer has taken them, the guest must not change them.
+    /// Until then the guest must not change them.
     #[cfg(feature = "fd")]
     #[test]
-    fn a_synchronisation_waits_until_the_peer_has_taken_what_was_lent() {
+    fn a_synchronisation_waits_until_the_peer_has_read_the_spliced_pages() {
         use std::os::unix::net::UnixStream;
         use std::time::Duration;
 
-        use crate::io::{ByteSource, FdChannel, Lending};
+        use crate::io::{ByteSource, FdChannel, SendMode};
 
         let limit = Duration::from_millis(20);
         let (a, b) = UnixStream::pair().unwrap();
         let mut main = StreamWriter::new(FdChannel::new(a, limit).unwrap());
-        assert!(main.lend_to_local_peer(Lending::UnixSockets));
+        main.set_send_mode(SendMode::Splice).unwrap();
         let ram = ram();
         let mut pages = InStream::new(Arc::clone(&ram) as _, ZeroPageDetection::None);
         pages

@@ -21,7 +21,7 @@ impl Throttle for Vcpus {
 }
 
 #[test]
-fn a_guest_that_writes_faster_than_the_link_is_slowed_down_and_let_go_at_the_switchover() {
+fn a_guest_that_writes_faster_than_the_link_is_slowed_down_until_the_switchover() {
     let (_, mut guest) = source();
     guest.writes_left = 1 << 40;
     guest.downtime = Duration::ZERO;

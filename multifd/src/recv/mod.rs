@@ -152,7 +152,7 @@ impl<S: PageStore + 'static> RecvSet<S> {
         let mut threads = Threads::new(Arc::clone(&crew));
         for (id, mut source) in (0..count).zip(sources) {
             // Packets leave a sender at once, QEMU as well.
-            source.confirm_when_it_suits();
+            source.set_quick_ack(false);
             let decoder = config
                 .compression
                 .decoder(config.receive_memory / usize::from(count))

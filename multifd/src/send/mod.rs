@@ -17,7 +17,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
-use migration_stream::io::CancelToken;
+use migration_stream::io::{CancelToken, SendMode};
 use migration_stream::ram::{BlockId, ZeroPageDetection};
 use migration_stream::raw::ram::{PageAddress, RecordEncoder, encode_multifd_flush, zero_check};
 use migration_stream::raw::rate::RateLimiter;
@@ -96,7 +96,7 @@ impl SendSet {
             }));
         }
         let is_compressed = config.compression != Compression::None;
-        if config.zero_copy && is_compressed {
+        if config.send_mode == SendMode::ZeroCopy && is_compressed {
             return Err(TransportError::main(ChannelError::CompressedZeroCopy));
         }
         let method = config.compression.method();
@@ -115,19 +115,20 @@ impl SendSet {
             method,
         };
         let peers: Vec<_> = peers.iter().map(peer).collect();
-        if config.zero_copy {
+        let mut is_uncopied = false;
+        // What was compressed is our own bytes, of which copies are sent.
+        if config.send_mode != SendMode::Copy && !is_compressed {
             for (id, sink) in config.channels.ids().zip(&mut sinks) {
-                sink.enable_zero_copy().map_err(|e| {
-                    let source = Arc::new(e);
-                    TransportError::channel(id.get(), ChannelError::ZeroCopy { source })
-                })?;
-            }
-        }
-        let mut is_uncopied = config.zero_copy;
-        if !config.zero_copy && !is_compressed {
-            for sink in &mut sinks {
-                // Where there is no way to lend, pages are copied.
-                is_uncopied |= sink.lend_to_local_peer(config.lending);
+                match (sink.set_send_mode(config.send_mode), config.send_mode) {
+                    (Ok(()), _) => is_uncopied = true,
+                    // Over anything but a unix socket pages are copied.
+                    (Err(_), SendMode::Splice) => {}
+                    (Err(e), _) => {
+                        let source = Arc::new(e);
+                        let error = ChannelError::ZeroCopy { source };
+                        return Err(TransportError::channel(id.get(), error));
+                    }
+                }
             }
         }
         let crew = Arc::new(Crew::new(

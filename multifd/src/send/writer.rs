@@ -169,7 +169,7 @@ impl<'a> Writer<'a> {
                     if due == Due::Sync {
                         self.write_sync()?;
                     }
-                    self.let_go()?;
+                    self.wait_until_released()?;
                     points += 1;
                     crew.settled();
                 }
@@ -337,10 +337,10 @@ impl<'a> Writer<'a> {
 
     /// Waits until nobody reads guest memory for what was sent: from here on the guest may change it,
     /// and newer content of a page may leave on another channel.
-    fn let_go(&mut self) -> Result<(), ChannelError> {
+    fn wait_until_released(&mut self) -> Result<(), ChannelError> {
         let copied = self
             .sink
-            .finish_zero_copy()
+            .wait_until_released()
             .map_err(|e| write_failed(&self.peer, self.index, Part::Payload, e))?;
         if copied > 0 {
             self.totals.missed_zero_copy.fetch_add(1, Ordering::Relaxed);

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use clap::Args;
 use colo_core::Deadlines;
+use migration_stream::io::SendMode;
 use multifd::ZstdRange;
 use qmp_types::{RunState, SessionConfig};
 use uuid::Uuid;
@@ -107,17 +108,14 @@ pub(super) struct RunArgs {
     /// is for COLO: it arrives faster then, and takes up as much as it may ever have.
     #[arg(long)]
     prealloc: bool,
-    /// Do not ask for huge pages for guest RAM. With them there are fewer page faults, and pages are
-    /// lent (--splice-send) at less cost, but a byte that is written may take 2 MiB.
+    /// Do not ask for huge pages for guest RAM. With them there are fewer page faults, but a byte
+    /// that is written may take 2 MiB.
     #[arg(long)]
     no_huge_pages: bool,
-    /// Lend pages to a peer on the same host instead of copying them into the connection. Only where the
+    /// As a source over unix sockets, splice pages into the connection instead of copying them. Only where the
     /// connection goes straight to the peer: a proxy that moves bytes by `splice(2)` would tear checkpoints.
     #[arg(long)]
     splice_send: bool,
-    /// Copy pages into the connections to a peer on the same host: the default.
-    #[arg(long, overrides_with = "splice_send")]
-    no_lending: bool,
     /// As a source with multifd compressed by zstd, go up with the level where the network is the
     /// bottleneck and down where the processors are, within -7 to 12 (auto:MIN:MAX: within others,
     /// -100 to 20) [default: the parameter `multifd-zstd-level`].
@@ -166,7 +164,10 @@ impl RunArgs {
             resume: self.resume.into(),
             skip_unchanged: self.skip_unchanged.into(),
             gap: self.gap_bandwidth.map(|mib| mib.saturating_mul(1 << 20)),
-            lends: self.splice_send && !self.no_lending,
+            send_mode: match self.splice_send {
+                true => SendMode::Splice,
+                false => SendMode::Copy,
+            },
             zstd_level: self.zstd_level,
             max_device_state: mebibytes(self.max_device_state),
             prealloc: self.prealloc,

@@ -85,7 +85,7 @@ impl RunControl {
         self.pausing() && self.lock().running == 0
     }
 
-    /// Begins a round, and says when its threads were let go. The caller has made sure that the
+    /// Begins a round, and says when its threads were resumed. The caller has made sure that the
     /// machine is stopped.
     pub fn resume(&self) -> Result<Instant, MachineError> {
         let mut round = self.lock();
@@ -97,9 +97,9 @@ impl RunControl {
         self.pausing.store(false, Ordering::Release);
         drop(round);
         // Before: the threads may be given the processor that this one is on.
-        let let_go = Instant::now();
+        let resumed = Instant::now();
         self.started.notify_all();
-        Ok(let_go)
+        Ok(resumed)
     }
 
     /// Ends the round and returns when every thread is out of the guest. `kick` makes those

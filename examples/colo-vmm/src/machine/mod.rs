@@ -170,7 +170,7 @@ pub trait Machine: Send {
     fn state(&self) -> RunState;
 
     /// Lets the guest run, its clocks continuing from where they stood. Nothing happens if it
-    /// runs already. Returns when it was let go: the threads of a guest that runs may keep this one
+    /// runs already. Returns when it was resumed: the threads of a guest that runs may keep this one
     /// from its processor before it can look at a clock itself.
     ///
     /// # Errors

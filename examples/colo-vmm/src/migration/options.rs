@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use colo_core::{Deadlines, OnPeerLoss, Resume};
 use migration_stream::WhenToCompare;
+use migration_stream::io::SendMode;
 use multifd::ZstdRange;
 use ram_cache::CacheKind;
 use uuid::Uuid;
@@ -32,8 +33,8 @@ pub struct MigrationOptions {
     pub resume: Resume,
     /// As a primary, how much is sent between checkpoints at most, bytes a second, 0 for no limit; `None` if nothing is.
     pub gap: Option<u64>,
-    /// As a source, lend pages to a peer on the same host.
-    pub lends: bool,
+    /// As a source without the capability `zero-copy-send`, how pages are sent.
+    pub send_mode: SendMode,
     /// As a source with zstd, between which levels it chooses, whatever `multifd-zstd-level` says.
     pub zstd_level: Option<ZstdRange>,
     /// How much device state a guest that comes in may have, bytes: each section of a migration, and all
@@ -59,7 +60,7 @@ impl Default for MigrationOptions {
             output_commit: false,
             resume: Resume::default(),
             gap: None,
-            lends: false,
+            send_mode: SendMode::Copy,
             zstd_level: None,
             max_device_state: 64 << 20,
             prealloc: false,

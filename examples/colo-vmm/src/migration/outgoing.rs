@@ -8,7 +8,7 @@ use colo_core::driver::{PrimaryLink, run_primary};
 use colo_core::{MigrationPlan, Outcome, Resume, Role};
 use colo_heartbeat::{Endpoint, Heartbeat, Phase};
 use migration_net::{Address, outgoing};
-use migration_stream::io::{FdChannel, Lending};
+use migration_stream::io::{FdChannel, SendMode};
 use migration_stream::precopy::{
     Control, HandOver, Progress, RamSetup, ReturnPathReader, Source, SourceConfig, SourceEvent,
     SourceObserver, SourceStatus, SwitchedOver,
@@ -173,9 +173,12 @@ fn begin(
     };
     let mut out = StreamWriter::new(main.share());
     out.set_cancel(vm.cancel.token());
-    if multifd.is_none() && migration.options.lends {
-        // Where there is no way to lend, pages are copied. Over TCP that is quicker for a main stream.
-        out.lend_to_local_peer(Lending::UnixSockets);
+    // Over anything but a unix socket pages are copied.
+    if multifd.is_none()
+        && migration.options.send_mode == SendMode::Splice
+        && let Err(error) = out.set_send_mode(SendMode::Splice)
+    {
+        tracing::debug!(%error, "pages are copied");
     }
     let mut source = Source::start(
         SourceConfig {

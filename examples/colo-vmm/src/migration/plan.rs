@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use colo_core::MigrationPlan;
-use migration_stream::io::Lending;
+use migration_stream::io::SendMode;
 use migration_stream::precopy::{BoxError, Limits, ThrottleConfig, ThrottleMeans};
 use migration_stream::{Configuration, MachineName, ram};
 use multifd::{ChannelCount, Compression, MultifdConfig, ZlibLevel, ZstdLevel};
@@ -88,12 +88,9 @@ impl Migration {
                 channels,
                 compression,
                 zero_pages: zero_pages(parameters),
-                zero_copy: settings.has(MigrationCapability::ZeroCopySend),
-                lending: match (self.options.lends, capabilities.x_colo) {
-                    (false, _) => Lending::Never,
-                    // A checkpoint's pause waits for the sender.
-                    (true, true) => Lending::UnixSocketsAndTcp,
-                    (true, false) => Lending::UnixSockets,
+                send_mode: match settings.has(MigrationCapability::ZeroCopySend) {
+                    true => SendMode::ZeroCopy,
+                    false => self.options.send_mode,
                 },
                 uuid: self.options.uuid.map_or([0; 16], Uuid::into_bytes),
                 stall_limit: self.options.io_limit,

@@ -4,7 +4,8 @@ use std::os::unix::net::UnixStream;
 use std::thread;
 
 use super::*;
-use crate::io::is_cancelled;
+use crate::io::sys::MAX_IOVECS;
+use crate::io::{deadline_after, is_cancelled};
 
 const SHORT: Duration = Duration::from_millis(20);
 
@@ -69,12 +70,12 @@ fn a_silent_peer_is_an_error_when_the_deadline_has_passed() {
 
 #[test]
 fn a_limit_without_an_end_is_no_limit() {
-    for (a, b) in [pair(), tcp_pair()] {
+    for ((a, b), mode) in [(pair(), SendMode::Splice), (tcp_pair(), SendMode::ZeroCopy)] {
         let [mut a, mut b] = [a, b].map(|channel| FdChannel {
             limit: Duration::MAX,
             ..channel
         });
-        assert!(a.lend_to_local_peer(Lending::UnixSocketsAndTcp));
+        a.set_send_mode(mode).unwrap();
         let mut pages = vec![7u8; 8 << 20];
         let reader = thread::spawn(move || {
             let (mut n, mut buf) = (0, vec![0; 1 << 20]);
@@ -85,7 +86,7 @@ fn a_limit_without_an_end_is_no_limit() {
         });
         let guest = VolatileSlice::from(pages.as_mut_slice());
         a.write_all(&[Chunk::Guest(guest)]).unwrap();
-        a.finish_zero_copy().unwrap();
+        a.wait_until_released().unwrap();
         let mut b = reader.join().unwrap();
         let writer = thread::spawn(move || a.write_all(&[Chunk::Bytes(b"z")]).map(|()| a));
         let far = Some(deadline_after(Duration::MAX));
@@ -106,34 +107,12 @@ fn a_peer_that_takes_nothing_is_an_error_when_the_deadline_has_passed() {
 }
 
 #[test]
-fn bytes_below_the_mark_are_read_at_the_deadline_and_by_the_next_reader() {
-    let (mut a, mut b) = tcp_pair();
-    let mut landed = vec![0u8; 4 * LOW_WATER];
-    let slice = VolatileSlice::from(landed.as_mut_slice());
-    // Nothing comes, then less than the mark, then all the rest.
-    let silent = b.read_scatter(&[slice], &mut []).unwrap_err();
-    assert_eq!(silent.kind(), io::ErrorKind::TimedOut);
-    assert_eq!(b.low_water.load(Ordering::Relaxed), LOW_WATER);
-    a.write_all(&[Chunk::Bytes(&[7; 10])]).unwrap();
-    assert_eq!(b.read_scatter(&[slice], &mut []).unwrap(), 10);
-    // What another handle waits for is not as much.
-    let mut other = b.share();
-    other.set_read_deadline(Some(Instant::now() + Duration::from_secs(60)));
-    let late = thread::spawn(move || other.read(&mut [0; 4]).unwrap());
-    thread::sleep(SHORT);
-    a.write_all(&[Chunk::Bytes(&[8; 4])]).unwrap();
-    assert_eq!(late.join().unwrap(), 4);
-    assert_eq!(landed[..11], [7, 7, 7, 7, 7, 7, 7, 7, 7, 7, 0]);
-}
-
-#[test]
-fn what_tcp_has_received_is_confirmed_at_once_by_who_waits() {
+fn what_tcp_has_received_is_acknowledged_at_once_by_who_waits() {
     let (_peer, mut channel) = tcp_pair();
-    let (level, name) = (libc::IPPROTO_TCP, libc::TCP_QUICKACK);
-    let is_prompt = |channel: &FdChannel| option(channel.as_fd(), level, name).unwrap() == 1;
+    let is_prompt = |channel: &FdChannel| sockopt::tcp_quickack(channel).unwrap();
     let be_late = |channel: &FdChannel| {
         // As after something was sent.
-        set_option(channel.as_fd(), level, name, 0).unwrap();
+        sockopt::set_tcp_quickack(channel, false).unwrap();
         assert!(!is_prompt(channel));
     };
     be_late(&channel);
@@ -142,202 +121,182 @@ fn what_tcp_has_received_is_confirmed_at_once_by_who_waits() {
     be_late(&channel);
     channel.wait(None, Some(Instant::now() + SHORT)).unwrap();
     assert!(is_prompt(&channel));
-    // Nobody waits for the confirmation.
-    channel.confirm_when_it_suits();
-    be_late(&channel);
-    channel.read(&mut [0; 4]).unwrap_err();
-    assert!(!is_prompt(&channel));
-}
-
-#[test]
-fn what_is_lent_is_what_the_memory_holds_when_the_peer_takes_it() {
-    for (mut a, mut b) in [pair(), tcp_pair()] {
-        assert!(a.lend_to_local_peer(Lending::UnixSocketsAndTcp));
-        let mut pages = vec![7u8; 3 * 4096];
-        let guest = VolatileSlice::from(pages.as_mut_slice());
-        let (odd, rest) = guest.split_at(100).unwrap();
-        a.write_all(&[Chunk::Bytes(b"ab"), Chunk::Guest(odd), Chunk::Guest(rest)])
-            .unwrap();
-        let late = a.finish_zero_copy().unwrap_err();
-        assert_eq!(late.kind(), io::ErrorKind::TimedOut, "{late}");
-        guest.subslice(4096, 4096).unwrap().copy_from(&[8u8; 4096]);
-        let reader = thread::spawn(move || {
-            let mut landed = vec![0; 2 + 3 * 4096];
-            let mut n = 0;
-            while n < landed.len() {
-                n += b.read(&mut landed[n..]).unwrap();
-            }
-            landed
-        });
-        a.set_write_deadline(Some(Instant::now() + Duration::from_secs(60)));
-        assert_eq!(a.finish_zero_copy().unwrap(), 0);
-        let landed = reader.join().unwrap();
-        assert_eq!(landed, [&b"ab"[..], &pages].concat());
-        assert_eq!(pages[4096..8192], [8; 4096]);
+    // Nobody waits for the acknowledgement.
+    channel.set_quick_ack(false);
+    for mut handle in [channel.share(), channel] {
+        be_late(&handle);
+        handle.read(&mut [0; 4]).unwrap_err();
+        assert!(!is_prompt(&handle));
+        handle.set_quick_ack(true);
+        handle.read(&mut [0; 4]).unwrap_err();
+        assert!(is_prompt(&handle));
     }
 }
 
 #[test]
-fn much_more_than_the_socket_holds_is_lent_as_the_peer_takes_it() {
-    for (mut a, mut b) in [pair(), tcp_pair()] {
-        b.set_read_deadline(Some(Instant::now() + Duration::from_secs(60)));
-        assert!(a.lend_to_local_peer(Lending::UnixSocketsAndTcp));
-        let mut pages: Vec<u8> = (0..8_usize << 20)
-            .map(|i| (i / 4096 + i).to_le_bytes()[0])
-            .collect();
-        let sent = pages.clone();
-        let reader = thread::spawn(move || {
-            let mut landed = vec![0; 8 << 20];
-            let slice = VolatileSlice::from(landed.as_mut_slice());
-            let mut n = 0;
-            while n < slice.len() {
-                n += b
-                    .read_scatter(&[slice.offset(n).unwrap()], &mut [])
-                    .unwrap();
-            }
-            landed
-        });
-        a.set_write_deadline(Some(Instant::now() + Duration::from_secs(60)));
-        let guest = VolatileSlice::from(pages.as_mut_slice());
-        let pieces: Vec<_> = (0..guest.len())
-            .step_by(4096)
-            .map(|at| Chunk::Guest(guest.subslice(at, 4096).unwrap()))
-            .collect();
-        a.write_all(&pieces).unwrap();
-        a.finish_zero_copy().unwrap();
-        assert!(reader.join().unwrap() == sent);
-    }
-}
-
-#[test]
-fn pieces_of_our_own_between_lent_pages_may_be_written_again_at_once() {
-    const RECORDS: usize = 3000;
-    // Together more than there is room for, and one that is too long to be lent.
-    const HEADERS: [usize; 3] = [8, 256, 4000];
-    for (mut a, mut b) in [pair(), tcp_pair()] {
-        b.set_read_deadline(Some(Instant::now() + Duration::from_secs(60)));
-        a.set_write_deadline(Some(Instant::now() + Duration::from_secs(60)));
-        assert!(a.lend_to_local_peer(Lending::UnixSocketsAndTcp));
-        let mut page = vec![7u8; 4096];
-        let sent: Vec<u8> = (0..RECORDS)
-            .flat_map(|i| {
-                let header = vec![i.to_le_bytes()[0]; HEADERS[i % HEADERS.len()]];
-                [header, page.clone()].concat()
-            })
-            .collect();
-        let wanted = sent.len();
-        let reader = thread::spawn(move || {
-            let mut landed = vec![0; wanted];
-            let mut n = 0;
-            while n < wanted {
-                n += b.read(&mut landed[n..]).unwrap();
-            }
-            landed
-        });
-        let guest = VolatileSlice::from(page.as_mut_slice());
-        let mut headers = [[0u8; 4000]; 2];
-        for i in (0..RECORDS).step_by(2) {
-            for (of, header) in (i..).zip(&mut headers) {
-                header.fill(of.to_le_bytes()[0]);
-            }
-            let [first, second] = &headers;
-            a.write_all(&[
-                Chunk::Bytes(&first[..HEADERS[i % HEADERS.len()]]),
-                Chunk::Guest(guest),
-                Chunk::Bytes(&second[..HEADERS[(i + 1) % HEADERS.len()]]),
-                Chunk::Guest(guest),
-            ])
-            .unwrap();
-            if i == RECORDS / 2 {
-                a.finish_zero_copy().unwrap();
-            }
-        }
-        a.finish_zero_copy().unwrap();
-        assert!(reader.join().unwrap() == sent);
-    }
-}
-
-#[test]
-fn last_page_that_is_lent_does_not_wait_for_more() {
-    // TCP holds a segment that is not full for 200 ms if it is told that there is more.
-    let (mut a, mut b) = tcp_pair();
-    set_option(a.as_fd(), libc::IPPROTO_TCP, libc::TCP_NODELAY, 1).unwrap();
-    assert!(a.lend_to_local_peer(Lending::UnixSocketsAndTcp));
-    let mut page = vec![7u8; 4096];
-    let guest = VolatileSlice::from(page.as_mut_slice());
-    // Its acknowledgement may be late; the page is there when the write returns.
-    a.set_write_deadline(Some(Instant::now() + Duration::from_secs(60)));
-    for _ in 0..20 {
-        a.write_all(&[Chunk::Bytes(b"header"), Chunk::Guest(guest)])
-            .unwrap();
+fn a_spliced_page_is_what_the_memory_holds_when_the_peer_reads_it() {
+    let (mut a, mut b) = pair();
+    a.set_send_mode(SendMode::Splice).unwrap();
+    let mut pages = vec![7u8; 3 * 4096];
+    let guest = VolatileSlice::from(pages.as_mut_slice());
+    let (odd, rest) = guest.split_at(100).unwrap();
+    a.write_all(&[Chunk::Bytes(b"ab"), Chunk::Guest(odd), Chunk::Guest(rest)])
+        .unwrap();
+    let late = a.wait_until_released().unwrap_err();
+    assert_eq!(late.kind(), io::ErrorKind::TimedOut, "{late}");
+    guest.subslice(4096, 4096).unwrap().copy_from(&[8u8; 4096]);
+    let reader = thread::spawn(move || {
+        let mut landed = vec![0; 2 + 3 * 4096];
         let mut n = 0;
-        while n < 6 + 4096 {
-            n += b.read(&mut [0; 8192]).unwrap();
+        while n < landed.len() {
+            n += b.read(&mut landed[n..]).unwrap();
         }
-        a.finish_zero_copy().unwrap();
-    }
+        landed
+    });
+    a.set_write_deadline(Some(Instant::now() + Duration::from_secs(60)));
+    assert_eq!(a.wait_until_released().unwrap(), 0);
+    let landed = reader.join().unwrap();
+    assert_eq!(landed, [&b"ab"[..], &pages].concat());
+    assert_eq!(pages[4096..8192], [8; 4096]);
 }
 
 #[test]
-fn a_peer_that_has_gone_takes_nothing_that_is_lent() {
+fn much_more_than_the_socket_holds_is_spliced_as_the_peer_reads_it() {
+    let (mut a, mut b) = pair();
+    b.set_read_deadline(Some(Instant::now() + Duration::from_secs(60)));
+    a.set_send_mode(SendMode::Splice).unwrap();
+    let mut pages: Vec<u8> = (0..8_usize << 20)
+        .map(|i| (i / 4096 + i).to_le_bytes()[0])
+        .collect();
+    let sent = pages.clone();
+    let reader = thread::spawn(move || {
+        let mut landed = vec![0; 8 << 20];
+        let slice = VolatileSlice::from(landed.as_mut_slice());
+        let mut n = 0;
+        while n < slice.len() {
+            n += b
+                .read_scatter(&[slice.offset(n).unwrap()], &mut [])
+                .unwrap();
+        }
+        landed
+    });
+    a.set_write_deadline(Some(Instant::now() + Duration::from_secs(60)));
+    let guest = VolatileSlice::from(pages.as_mut_slice());
+    let pieces: Vec<_> = (0..guest.len())
+        .step_by(4096)
+        .map(|at| Chunk::Guest(guest.subslice(at, 4096).unwrap()))
+        .collect();
+    a.write_all(&pieces).unwrap();
+    a.wait_until_released().unwrap();
+    assert!(reader.join().unwrap() == sent);
+}
+
+#[test]
+fn pieces_of_our_own_between_spliced_pages_may_be_written_again_at_once() {
+    const RECORDS: usize = 3000;
+    // Together more than there is room for, and one that is too long to be spliced.
+    const HEADERS: [usize; 3] = [8, 256, 4000];
+    let (mut a, mut b) = pair();
+    b.set_read_deadline(Some(Instant::now() + Duration::from_secs(60)));
+    a.set_write_deadline(Some(Instant::now() + Duration::from_secs(60)));
+    a.set_send_mode(SendMode::Splice).unwrap();
+    let mut page = vec![7u8; 4096];
+    let sent: Vec<u8> = (0..RECORDS)
+        .flat_map(|i| {
+            let header = vec![i.to_le_bytes()[0]; HEADERS[i % HEADERS.len()]];
+            [header, page.clone()].concat()
+        })
+        .collect();
+    let wanted = sent.len();
+    let reader = thread::spawn(move || {
+        let mut landed = vec![0; wanted];
+        let mut n = 0;
+        while n < wanted {
+            n += b.read(&mut landed[n..]).unwrap();
+        }
+        landed
+    });
+    let guest = VolatileSlice::from(page.as_mut_slice());
+    let mut headers = [[0u8; 4000]; 2];
+    for i in (0..RECORDS).step_by(2) {
+        for (of, header) in (i..).zip(&mut headers) {
+            header.fill(of.to_le_bytes()[0]);
+        }
+        let [first, second] = &headers;
+        a.write_all(&[
+            Chunk::Bytes(&first[..HEADERS[i % HEADERS.len()]]),
+            Chunk::Guest(guest),
+            Chunk::Bytes(&second[..HEADERS[(i + 1) % HEADERS.len()]]),
+            Chunk::Guest(guest),
+        ])
+        .unwrap();
+        if i == RECORDS / 2 {
+            a.wait_until_released().unwrap();
+        }
+    }
+    a.wait_until_released().unwrap();
+    assert!(reader.join().unwrap() == sent);
+}
+
+#[test]
+fn a_peer_that_has_gone_takes_no_spliced_page() {
     let mut page = vec![7u8; 4096];
     let guest = VolatileSlice::from(page.as_mut_slice());
-    for (mut a, b) in [pair(), tcp_pair()] {
-        assert!(a.lend_to_local_peer(Lending::UnixSocketsAndTcp));
-        drop(b);
-        // TCP hears of it by what it sends.
-        let gone = (0..10)
-            .find_map(|_| a.write_all(&[Chunk::Guest(guest)]).err())
-            .unwrap();
+    let (mut a, b) = pair();
+    a.set_send_mode(SendMode::Splice).unwrap();
+    drop(b);
+    let gone = a.write_all(&[Chunk::Guest(guest)]).unwrap_err();
+    assert_eq!(gone.kind(), io::ErrorKind::BrokenPipe, "{gone}");
+}
+
+#[test]
+fn nobody_waits_for_a_peer_that_goes_without_reading_spliced_pages() {
+    let mut page = vec![7u8; 4096];
+    let guest = VolatileSlice::from(page.as_mut_slice());
+    let far = Some(Instant::now() + Duration::from_secs(600));
+    let (mut a, b) = pair();
+    a.set_send_mode(SendMode::Splice).unwrap();
+    a.write_all(&[Chunk::Guest(guest)]).unwrap();
+    drop(b);
+    a.set_write_deadline(far);
+    // It reads nothing any more, whether that is said or not.
+    if let Err(gone) = a.wait_until_released() {
         assert_eq!(gone.kind(), io::ErrorKind::BrokenPipe, "{gone}");
     }
-}
-
-#[test]
-fn nobody_waits_for_a_peer_that_goes_with_what_was_lent_to_it() {
-    let mut page = vec![7u8; 4096];
-    let guest = VolatileSlice::from(page.as_mut_slice());
-    for (mut a, b) in [pair(), tcp_pair()] {
-        assert!(a.lend_to_local_peer(Lending::UnixSocketsAndTcp));
-        a.write_all(&[Chunk::Guest(guest)]).unwrap();
-        drop(b);
-        a.set_write_deadline(Some(Instant::now() + Duration::from_secs(600)));
-        // It reads nothing any more, whether that is said or not.
-        if let Err(gone) = a.finish_zero_copy() {
-            assert_eq!(gone.kind(), io::ErrorKind::BrokenPipe, "{gone}");
-        }
-    }
     // Nor when it is we who have closed the connection.
-    for (mut a, _b) in [pair(), tcp_pair()] {
-        assert!(a.lend_to_local_peer(Lending::UnixSocketsAndTcp));
-        a.write_all(&[Chunk::Guest(guest)]).unwrap();
-        a.set_write_deadline(Some(Instant::now() + Duration::from_secs(600)));
-        a.share().shutdown();
-        let closed = a.finish_zero_copy().unwrap_err();
-        assert_eq!(closed.kind(), io::ErrorKind::BrokenPipe, "{closed}");
-    }
+    let (mut a, _b) = pair();
+    a.set_send_mode(SendMode::Splice).unwrap();
+    a.write_all(&[Chunk::Guest(guest)]).unwrap();
+    a.set_write_deadline(far);
+    a.share().shutdown();
+    let closed = a.wait_until_released().unwrap_err();
+    assert_eq!(closed.kind(), io::ErrorKind::BrokenPipe, "{closed}");
 }
 
 #[test]
-fn only_a_stream_socket_whose_peer_is_here_is_lent_to() {
+fn pages_are_spliced_over_unix_stream_sockets_alone_and_only_when_asked() {
     let (_, pipe) = std::io::pipe().unwrap();
     let file = tempfile::tempfile().unwrap();
     let (datagram, _other) = std::os::unix::net::UnixDatagram::pair().unwrap();
-    // Its peer could be anywhere.
-    let unconnected = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    let others = [
-        pipe.into(),
-        file.into(),
-        datagram.into(),
-        unconnected.into(),
-    ];
-    for other in others as [OwnedFd; 4] {
-        let mut channel = FdChannel::new(other, SHORT).unwrap();
-        assert!(!channel.lend_to_local_peer(Lending::UnixSocketsAndTcp));
+    let others: [OwnedFd; 3] = [pipe.into(), file.into(), datagram.into()];
+    let others = others.map(|other| FdChannel::new(other, SHORT).unwrap());
+    for mut other in others.into_iter().chain([tcp_pair().0]) {
+        let refused = other.set_send_mode(SendMode::Splice).unwrap_err();
+        assert_eq!(refused.kind(), io::ErrorKind::Unsupported, "{refused}");
+        // It goes on with copies.
+        assert!(other.taken().is_some());
     }
-    assert!(!pair().0.lend_to_local_peer(Lending::Never));
-    assert!(pair().0.lend_to_local_peer(Lending::UnixSockets));
-    assert!(!tcp_pair().0.lend_to_local_peer(Lending::UnixSockets));
+    let (mut a, _b) = pair();
+    let mut page = vec![7u8; 4096];
+    let guest = [Chunk::Guest(VolatileSlice::from(page.as_mut_slice()))];
+    a.write_all(&guest).unwrap();
+    assert_eq!(a.taken(), Some(4096));
+    a.wait_until_released().unwrap();
+    a.set_send_mode(SendMode::Splice).unwrap();
+    // Another handle sends copies.
+    let mut other = a.share();
+    other.write_all(&guest).unwrap();
+    assert_eq!((other.taken(), a.taken()), (Some(4096), None));
 }
 
 /// Cancels while a call waits, and says how that ended.
@@ -376,28 +335,27 @@ fn every_wait_ends_when_it_is_cancelled() {
             }
         });
     }
-    for (a, _b) in [pair(), tcp_pair()] {
-        cancelled(a, |a| {
-            assert!(a.lend_to_local_peer(Lending::UnixSocketsAndTcp));
-            a.write_all(&[Chunk::Guest(guest)])
-        });
-    }
-    for (a, _b) in [pair(), tcp_pair()] {
-        cancelled(a, |a| {
-            assert!(a.lend_to_local_peer(Lending::UnixSocketsAndTcp));
-            a.write_all(&[Chunk::Guest(guest.subslice(0, 4096).unwrap())])
-                .unwrap();
-            a.finish_zero_copy().map(drop)
-        });
-        let (_other, unread) = tcp_pair();
+    let (a, _b) = pair();
+    cancelled(a, |a| {
+        a.set_send_mode(SendMode::Splice).unwrap();
+        a.write_all(&[Chunk::Guest(guest)])
+    });
+    let (a, _b) = pair();
+    cancelled(a, |a| {
+        a.set_send_mode(SendMode::Splice).unwrap();
+        a.write_all(&[Chunk::Guest(guest.subslice(0, 4096).unwrap())])
+            .unwrap();
+        a.wait_until_released().map(drop)
+    });
+    for (_other, unread) in [pair(), tcp_pair()] {
         cancelled(unread, |c| c.wait(None, None).map(drop));
     }
     let (a, _b) = tcp_pair();
     cancelled(a, |a| {
         // Loopback copies; a full socket is what is waited for.
-        a.enable_zero_copy().unwrap();
+        a.set_send_mode(SendMode::ZeroCopy).unwrap();
         a.write_all(&[Chunk::Guest(guest)])?;
-        a.finish_zero_copy().map(drop)
+        a.wait_until_released().map(drop)
     });
 }
 

@@ -4,7 +4,6 @@
 //! SIGPIPE when the peer has gone; a write beyond the process's file size limit raises SIGXFSZ. What the process
 //! does about them is the host's choice, not a library's: both are blocked for the calling thread around such a
 //! call and taken away behind it.
-#![allow(unsafe_code)]
 
 use std::{io, mem, ptr};
 
@@ -26,7 +25,9 @@ pub fn without_write_signals<T>(call: impl FnOnce() -> io::Result<T>) -> io::Res
 }
 
 /// Does the same for a call that raises a signal only when it writes nothing and fails: one system call less.
-pub(super) fn without_failure_signals<T>(call: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+pub(in crate::io) fn without_failure_signals<T>(
+    call: impl FnOnce() -> io::Result<T>,
+) -> io::Result<T> {
     let blocked = Blocked::new()?;
     let result = call();
     if result.is_err() {

@@ -11,7 +11,7 @@ use std::time::Duration;
 use vm_memory::VolatileSlice;
 
 use super::*;
-use crate::io::{ByteSink, Chunk, FdChannel, Lending, PositionedFile};
+use crate::io::{ByteSink, Chunk, FdChannel, PositionedFile, SendMode};
 
 /// Set in the process in which the signals are deadly.
 const CHILD: &str = "MIGRATION_STREAM_DEADLY_SIGNALS";
@@ -66,6 +66,16 @@ fn sockets() -> [(OwnedFd, OwnedFd); 2] {
     [(a.into(), b.into()), (c.into(), d.into())]
 }
 
+/// A connection that has such a mode.
+fn socket_for(mode: SendMode) -> (OwnedFd, OwnedFd) {
+    let [unix, tcp] = sockets();
+    if mode == SendMode::ZeroCopy {
+        tcp
+    } else {
+        unix
+    }
+}
+
 fn channel(fd: impl Into<OwnedFd>) -> FdChannel {
     FdChannel::new(fd, Duration::from_secs(10)).unwrap()
 }
@@ -81,16 +91,18 @@ fn every_write_that_can_raise_one() {
         drop(theirs);
         gone(&write_to_the_end(&mut channel(ours)));
     }
-    for (ours, theirs) in sockets() {
+    for mode in [SendMode::ZeroCopy, SendMode::Splice] {
+        let (ours, theirs) = socket_for(mode);
         let mut ours = channel(ours);
-        assert!(ours.lend_to_local_peer(Lending::UnixSocketsAndTcp));
+        ours.set_send_mode(mode).unwrap();
         drop(theirs);
         gone(&write_to_the_end(&mut ours));
     }
     // The peer goes while much is on its way.
-    for (ours, theirs) in sockets() {
+    for mode in [SendMode::ZeroCopy, SendMode::Splice] {
+        let (ours, theirs) = socket_for(mode);
         let mut ours = channel(ours);
-        assert!(ours.lend_to_local_peer(Lending::UnixSocketsAndTcp));
+        ours.set_send_mode(mode).unwrap();
         let reader = std::thread::spawn(move || {
             File::from(theirs)
                 .read_exact(&mut vec![0; 300_000])
