@@ -21,7 +21,7 @@
 //! # Features
 //!
 //! `fd` (default): `io::FdChannel`. `staged` (default): `StagedRam`, memory of a paused guest that is
-//! sent while the guest runs on. `unchanged` (default): fingerprints of pages, from a crate that builds C
+//! sent while the guest runs on. `unchanged`: fingerprints of pages, from a crate that builds C
 //! code; without it pages are always sent. `vmstate`: a tree of that crate's devices is a [`DeviceState`].
 //! `kvm`: `KvmDirtyLog`.
 #![deny(unsafe_code)]

@@ -1,6 +1,5 @@
 //! What both sides must have set to the same before they connect: nothing of it is negotiated.
 
-use std::str::FromStr;
 use std::time::Duration;
 
 use migration_stream::io::SendMode;
@@ -8,6 +7,11 @@ use migration_stream::ram::ZeroPageDetection;
 
 use crate::channel_id::ChannelCount;
 use crate::packet::Method;
+
+#[cfg(feature = "zstd-adaptive")]
+mod zstd_range;
+#[cfg(feature = "zstd-adaptive")]
+pub use zstd_range::{ZstdRange, ZstdRangeError};
 
 /// How the channels compress their pages (QEMU's `multifd-compression`).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -25,7 +29,7 @@ pub enum Compression {
     /// The same at a level that goes up where the network holds pages up, and down where the
     /// processor does ([`LevelControl`](crate::compression::LevelControl)). A change of level begins a
     /// new frame; any receiver of zstd takes that.
-    #[cfg(feature = "zstd")]
+    #[cfg(feature = "zstd-adaptive")]
     ZstdAdaptive(ZstdRange),
 }
 
@@ -38,14 +42,16 @@ impl Compression {
             #[cfg(feature = "zlib")]
             Self::Zlib(_) => Method::Zlib,
             #[cfg(feature = "zstd")]
-            Self::Zstd(_) | Self::ZstdAdaptive(_) => Method::Zstd,
+            Self::Zstd(_) => Method::Zstd,
+            #[cfg(feature = "zstd-adaptive")]
+            Self::ZstdAdaptive(_) => Method::Zstd,
         }
     }
 
     /// The levels to choose from, if the level is one that adapts.
+    #[cfg(feature = "zstd-adaptive")]
     pub(crate) const fn range(self) -> Option<ZstdRange> {
         match self {
-            #[cfg(feature = "zstd")]
             Self::ZstdAdaptive(range) => Some(range),
             _ => None,
         }
@@ -92,116 +98,6 @@ level! {
 level! {
     /// How hard zstd tries: 0 to 20, 1 unless said otherwise (QEMU's `multifd-zstd-level`).
     ZstdLevel, 20
-}
-
-/// Levels of zstd from which one is chosen: the negative ones, which are faster than 1 and leave
-/// more, and the positive ones. There is no 0, which is zstd's name for 3.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct ZstdRange {
-    min: i8,
-    max: i8,
-}
-
-impl ZstdRange {
-    /// The fastest level that can be asked for: it finds little but long repetitions.
-    pub const MIN: i8 = -100;
-    /// The slowest, as in QEMU.
-    pub const MAX: i8 = 20;
-
-    /// The levels from `min` to `max`; `None` if there are none, for 0 at either end, and beyond
-    /// [`MIN`](Self::MIN) and [`MAX`](Self::MAX).
-    #[must_use]
-    pub const fn new(min: i8, max: i8) -> Option<Self> {
-        let is_range = Self::MIN <= min && min <= max && max <= Self::MAX;
-        if is_range && min != 0 && max != 0 {
-            Some(Self { min, max })
-        } else {
-            None
-        }
-    }
-
-    /// The fastest.
-    #[must_use]
-    pub const fn min(self) -> i8 {
-        self.min
-    }
-
-    /// The slowest.
-    #[must_use]
-    pub const fn max(self) -> i8 {
-        self.max
-    }
-
-    /// Where a set of channels begins: at 1, or as near to it as there is.
-    #[must_use]
-    pub fn first(self) -> i8 {
-        1.clamp(self.min, self.max)
-    }
-
-    /// The next slower one, or the same if it is the slowest.
-    pub(crate) fn above(self, level: i8) -> i8 {
-        let next = if level == -1 {
-            1
-        } else {
-            level.saturating_add(1)
-        };
-        next.min(self.max)
-    }
-
-    /// The next faster one, or the same if it is the fastest.
-    pub(crate) fn below(self, level: i8) -> i8 {
-        let next = if level == 1 {
-            -1
-        } else {
-            level.saturating_sub(1)
-        };
-        next.max(self.min)
-    }
-}
-
-impl Default for ZstdRange {
-    /// From -7 to 12, which takes ten times as long and leaves half as much.
-    fn default() -> Self {
-        Self { min: -7, max: 12 }
-    }
-}
-
-impl FromStr for ZstdRange {
-    type Err = ZstdRangeError;
-
-    /// As options of programs have it: `auto`, or `auto:MIN:MAX`.
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        if text == "auto" {
-            return Ok(Self::default());
-        }
-        let range = text
-            .strip_prefix("auto:")
-            .and_then(|range| range.split_once(':'))
-            .and_then(|(min, max)| Some((min.parse().ok()?, max.parse().ok()?)));
-        let (min, max) = range.ok_or_else(|| ZstdRangeError::Form(text.to_owned()))?;
-        Self::new(min, max).ok_or(ZstdRangeError::Levels { min, max })
-    }
-}
-
-/// Why a text is no [`ZstdRange`].
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[non_exhaustive]
-pub enum ZstdRangeError {
-    /// It does not look like one.
-    #[error("'{0}' is neither auto nor auto:MIN:MAX")]
-    Form(String),
-    /// There are no such levels.
-    #[error(
-        "no levels from {min} to {max}: expected {} to {}, without 0 at either end",
-        ZstdRange::MIN,
-        ZstdRange::MAX
-    )]
-    Levels {
-        /// The first.
-        min: i8,
-        /// The last.
-        max: i8,
-    },
 }
 
 /// When the channels are synchronised with the main stream.
@@ -276,38 +172,5 @@ mod tests {
     #[test]
     fn pages_are_copied_unless_another_mode_is_asked_for() {
         assert_eq!(MultifdConfig::default().send_mode, SendMode::Copy);
-    }
-
-    #[test]
-    fn levels_that_adapt_are_read_as_options_have_them() {
-        let range = |min, max| ZstdRange::new(min, max).unwrap();
-        assert_eq!("auto".parse(), Ok(ZstdRange::default()));
-        assert_eq!("auto:-3:9".parse(), Ok(range(-3, 9)));
-        assert_eq!("auto:5:5".parse(), Ok(range(5, 5)));
-        for text in [
-            "",
-            "9",
-            "auto:",
-            "auto:1",
-            "auto:1:x",
-            "auto:1:1000",
-            "Auto",
-        ] {
-            let form = ZstdRangeError::Form(text.to_owned());
-            assert_eq!(text.parse::<ZstdRange>(), Err(form));
-        }
-        for (min, max) in [(0, 5), (-5, 0), (5, 4), (-101, 1), (1, 21)] {
-            let levels = ZstdRangeError::Levels { min, max };
-            assert_eq!(
-                format!("auto:{min}:{max}").parse::<ZstdRange>(),
-                Err(levels)
-            );
-        }
-    }
-
-    #[test]
-    fn channels_begin_at_one_or_as_near_to_it_as_there_is() {
-        let first = |min, max| ZstdRange::new(min, max).unwrap().first();
-        assert_eq!((first(-7, 12), first(4, 9), first(-9, -2)), (1, 4, -2));
     }
 }

@@ -45,7 +45,8 @@
 //!
 //! # Features
 //! - `zlib` (default): [`Compression::Zlib`].
-//! - `zstd` (default): [`Compression::Zstd`] and [`Compression::ZstdAdaptive`].
+//! - `zstd`: [`Compression::Zstd`]. It builds C code.
+//! - `zstd-adaptive`: [`Compression::ZstdAdaptive`], whose level follows network and processors; with `zstd`.
 #![forbid(unsafe_code)]
 
 mod channel;
@@ -68,12 +69,16 @@ pub use channel_id::{ChannelCount, ChannelId};
 pub use config::ZlibLevel;
 #[cfg(feature = "zstd")]
 pub use config::ZstdLevel;
-pub use config::{Compression, Flush, MultifdConfig, ZstdRange, ZstdRangeError};
+pub use config::{Compression, Flush, MultifdConfig};
+#[cfg(feature = "zstd-adaptive")]
+pub use config::{ZstdRange, ZstdRangeError};
 pub use crew::AbortHandle;
 pub use error::{ChannelError, Part};
 pub use pages::IncomingPages;
 pub use recv::{Joined, RecvBarrier, RecvCounters, RecvSet};
-pub use send::{LevelWatch, SendSet};
+#[cfg(feature = "zstd-adaptive")]
+pub use send::LevelWatch;
+pub use send::SendSet;
 
 /// Compiles the example of the README.
 #[cfg(doctest)]

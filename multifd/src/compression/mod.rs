@@ -14,12 +14,14 @@ use vm_memory::VolatileSlice;
 use crate::config::Compression;
 use crate::packet::{MAX_COMPRESSED_LEN, Method};
 
+#[cfg(feature = "zstd-adaptive")]
 mod level;
 #[cfg(feature = "zlib")]
 mod zlib;
 #[cfg(feature = "zstd")]
 mod zstd;
 
+#[cfg(feature = "zstd-adaptive")]
 pub use level::{LevelControl, PacketTimes};
 
 /// Bytes that are copied out of, or into, guest memory at a time: a codec needs a Rust slice, and
@@ -78,7 +80,7 @@ impl Compression {
             Self::Zlib(level) => Ok(Some(Box::new(zlib::ZlibEncoder::new(level)))),
             #[cfg(feature = "zstd")]
             Self::Zstd(level) => Ok(Some(Box::new(zstd::ZstdEncoder::new(level.get().into())?))),
-            #[cfg(feature = "zstd")]
+            #[cfg(feature = "zstd-adaptive")]
             Self::ZstdAdaptive(range) => Ok(Some(Box::new(zstd::ZstdEncoder::new(
                 range.first().into(),
             )?))),
@@ -103,7 +105,7 @@ impl Compression {
             #[cfg(feature = "zlib")]
             Self::Zlib(_) => Ok(Some(Box::new(zlib::ZlibDecoder::new()))),
             #[cfg(feature = "zstd")]
-            Self::Zstd(_) | Self::ZstdAdaptive(_) => Ok(Some(Box::new(zstd::ZstdDecoder::new(
+            _ => Ok(Some(Box::new(zstd::ZstdDecoder::new(
                 memory - FIXED_MEMORY,
             )?))),
         }

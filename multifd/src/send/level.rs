@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use crate::channel_id::ChannelCount;
 use crate::compression::{LevelControl, PacketTimes};
-use crate::config::ZstdRange;
+use crate::config::{Compression, ZstdRange};
 
 /// Says at which level the channels of a [`SendSet`](super::SendSet) compress just now. It outlives the
 /// set.
@@ -22,7 +22,12 @@ struct Shared {
 }
 
 impl LevelWatch {
-    pub(super) fn new(range: ZstdRange, channels: ChannelCount) -> Self {
+    /// The level of channels that compress so, if it is one that adapts.
+    pub(super) fn of(compression: Compression, channels: ChannelCount) -> Option<Self> {
+        compression.range().map(|range| Self::new(range, channels))
+    }
+
+    fn new(range: ZstdRange, channels: ChannelCount) -> Self {
         let control = LevelControl::new(range, channels);
         Self(Arc::new(Shared {
             level: AtomicI8::new(control.level()),

@@ -7,6 +7,10 @@
 //! Where pages are sent again without a sync point in between (COLO, between two checkpoints), each
 //! place in memory has its own channel instead: see [`PagesBeside::keep_order`].
 
+#[cfg(feature = "zstd-adaptive")]
+mod level;
+#[cfg(not(feature = "zstd-adaptive"))]
+#[path = "no_level.rs"]
 mod level;
 mod places;
 mod queue;
@@ -35,7 +39,10 @@ use crate::device_state::{DeviceId, DeviceStateHeader};
 use crate::error::{ChannelError, Failure};
 use crate::packet::PAGES_PER_PACKET;
 use crate::patience::Patience;
+#[cfg(feature = "zstd-adaptive")]
 pub use level::LevelWatch;
+#[cfg(not(feature = "zstd-adaptive"))]
+use level::LevelWatch;
 use places::Places;
 use queue::{Awaited, Batch, DeviceState, Due, Queue, Work};
 use writer::{Peer, Totals, Writer};
@@ -66,6 +73,7 @@ pub struct SendSet {
     /// Guest memory may still be read when a packet of it is written.
     is_uncopied: bool,
     /// The level of all channels, if it adapts.
+    #[cfg(feature = "zstd-adaptive")]
     level: Option<LevelWatch>,
     /// Zero pages go on the main stream.
     main_zero: Option<MainZero>,
@@ -137,8 +145,7 @@ impl SendSet {
             config.stall_limit,
         ));
         let totals = Arc::new(Totals::default());
-        let range = config.compression.range();
-        let level = range.map(|range| LevelWatch::new(range, config.channels));
+        let level = LevelWatch::of(config.compression, config.channels);
         let mut threads = Threads::new(Arc::clone(&crew));
         for ((id, sink), its) in (0..count).zip(sinks).zip(&peers) {
             let its = peer(&its.is_closed);
@@ -173,6 +180,7 @@ impl SendSet {
             flush: config.flush,
             is_compressed,
             is_uncopied,
+            #[cfg(feature = "zstd-adaptive")]
             level,
             main_zero: (config.zero_pages == ZeroPageDetection::Legacy).then(MainZero::default),
         })
@@ -180,6 +188,7 @@ impl SendSet {
 
     /// Says at which level the channels compress, if it is one that adapts
     /// ([`Compression::ZstdAdaptive`]).
+    #[cfg(feature = "zstd-adaptive")]
     #[must_use]
     pub fn level(&self) -> Option<LevelWatch> {
         self.level.clone()
