@@ -1,7 +1,7 @@
 //! Sends the memory of a guest that writes by four channels over socket pairs. The guest is a thread that
 //! counts in its memory.
 //!
-//! `cargo run -p multifd --example channels`
+//! `cargo run -p migration-multifd --example channels`
 
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

@@ -1,6 +1,6 @@
 //! A QMP session over a socket pair: a VMM that answers, and a tool that asks.
 //!
-//! `cargo run -p qmp-types --example session`
+//! `cargo run -p migration-qmp-types --example session`
 
 use std::error::Error;
 use std::io::{Read, Write};

@@ -1,6 +1,6 @@
 //! Two checkpoints of a secondary: one is committed, the other never becomes complete.
 //!
-//! `cargo run -p ram-cache --example checkpoint`
+//! `cargo run -p colo-ram-cache --example checkpoint`
 
 use std::error::Error;
 use std::sync::Arc;

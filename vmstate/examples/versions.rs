@@ -1,6 +1,6 @@
 //! A device of two releases: each loads what the other has saved, or says why it cannot.
 //!
-//! `cargo run -p vmstate --example versions`
+//! `cargo run -p migration-vmstate --example versions`
 
 use std::error::Error;
 

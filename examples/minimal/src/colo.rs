@@ -36,6 +36,7 @@ impl Guest for Hold {
     fn resume(&self) {}
 }
 
+// ANCHOR: heartbeat
 /// The secondary goes on by itself when the primary is lost; a primary that has lost its secondary stops.
 /// That is right where the two cannot lose each other and both live, as on one host; elsewhere an
 /// arbiter decides.
@@ -55,10 +56,12 @@ fn heartbeat(
     let heartbeat = Heartbeat::start(rhythm, endpoint, failover.clone(), manual, hold)?;
     Ok(Arc::new(heartbeat))
 }
+// ANCHOR_END: heartbeat
 
 /// What has become of the guest, and the heartbeat, which lasts as long as the guest.
 pub type Ended = (Outcome, Arc<Heartbeat>);
 
+// ANCHOR: primary
 /// Protects the running guest by a secondary at `address`, whose heartbeat is at `beats`.
 pub fn primary(
     mut machine: Machine,
@@ -84,7 +87,9 @@ pub fn primary(
     heartbeat.colo_ended(outcome);
     Ok((outcome, heartbeat))
 }
+// ANCHOR_END: primary
 
+// ANCHOR: secondary
 /// Waits at `address` for a guest to protect, with a heartbeat at `beats`. The guest runs here afterwards if
 /// this side took over.
 pub fn secondary(
@@ -125,3 +130,4 @@ pub fn secondary(
     heartbeat.colo_ended(outcome);
     Ok((outcome, heartbeat))
 }
+// ANCHOR_END: secondary

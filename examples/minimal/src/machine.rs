@@ -25,6 +25,7 @@ pub struct Control {
     pub heartbeat: Option<Arc<Heartbeat>>,
 }
 
+// ANCHOR: control
 impl VmControl for Control {
     fn pause(&mut self) -> Result<(), BoxError> {
         self.vcpu.pause();
@@ -37,6 +38,7 @@ impl VmControl for Control {
         Ok(resumed)
     }
 }
+// ANCHOR_END: control
 
 /// A machine whose guest is paused at its entry.
 pub struct Machine {
@@ -52,6 +54,7 @@ impl Machine {
     pub fn new() -> Result<Self, BoxError> {
         let vm = Arc::new(Kvm::new()?.create_vm()?);
         // The VM may reach its memory for as long as the process lives.
+        // ANCHOR: memory
         let memory: &'static GuestMemoryMmap<()> = Box::leak(Box::new(
             GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY)])?,
         ));
@@ -66,9 +69,11 @@ impl Machine {
         unsafe { vm.set_user_memory_region(region)? };
         // SAFETY: as above; the slot was given to the VM like this.
         let log = unsafe { KvmDirtyLog::new(Arc::clone(&vm), vec![(BlockId::new(0), region)]) };
+        // ANCHOR_END: memory
         memory.write_slice(&guest::code()?, GuestAddress(guest::ENTRY.into()))?;
 
         let vcpu = Vcpu::start(vm.create_vcpu(0)?)?;
+        // ANCHOR: machine
         let mut devices = DeviceTree::new();
         devices.register("vcpu", 0, Priority::Default, VcpuDevice(Arc::clone(&vcpu)))?;
         Ok(Self {
@@ -82,6 +87,7 @@ impl Machine {
             ram: Arc::new(GuestRamMmap::over(memory, &["ram"])?),
             log: Some(log),
         })
+        // ANCHOR_END: machine
     }
 
     /// Returns the log of what the vCPU writes, once.

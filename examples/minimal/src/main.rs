@@ -72,12 +72,14 @@ fn main() -> Result<(), BoxError> {
             Ok(()) => return Ok(()),
             Err(error) => stays(&*error),
         },
+        // ANCHOR: receive
         Command::Receive { at } => {
             let store = Arc::clone(&machine.ram);
             let arrived = migrate::here(&mut machine, store, &at, channels)?;
             arrived.settle(&mut machine.vm)?.confirm()?;
             machine.vm.resume()?;
         }
+        // ANCHOR_END: receive
         Command::Restore { path } => {
             migrate::restore(&mut machine, &path)?;
             machine.vm.resume()?;

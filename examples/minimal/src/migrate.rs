@@ -23,6 +23,7 @@ use crate::machine::{Control, Machine};
 /// How long either side waits for the other.
 const PATIENCE: Duration = Duration::from_secs(10);
 
+// ANCHOR: observer
 impl SourceObserver for Control {
     /// The devices are sent next: from then on the secondary may be in COLO.
     fn event(&mut self, event: SourceEvent) {
@@ -33,6 +34,7 @@ impl SourceObserver for Control {
         }
     }
 }
+// ANCHOR_END: observer
 
 fn configuration() -> Result<Configuration, BoxError> {
     Ok(Configuration::new(MachineName::new("minimal-1")?))
@@ -56,6 +58,7 @@ fn channels(count: u8) -> Option<MultifdConfig> {
 /// What is left of the source when the guest has gone.
 pub type Gone = SwitchedOver<Box<dyn PageTransport>, KvmDirtyLog>;
 
+// ANCHOR: send
 fn send(
     machine: &mut Machine,
     log: KvmDirtyLog,
@@ -72,7 +75,9 @@ fn send(
     let source = Source::start(config, limits, out, return_path, setup, &mut machine.vm)?;
     Ok(source.run(&mut machine.vm).completed()?)
 }
+// ANCHOR_END: send
 
+// ANCHOR: away
 /// Sends the running guest to `address`, by `count` channels. If this fails the guest runs on.
 pub fn away(
     machine: &mut Machine,
@@ -94,10 +99,12 @@ pub fn away(
     let return_path = ReturnPathReader::new(connected.main);
     send(machine, log, out, Some(return_path), transport)
 }
+// ANCHOR_END: away
 
 /// A guest that has arrived, and where its pages are.
 pub type Here<S> = Arrived<IncomingPages<S>, Staged>;
 
+// ANCHOR: here
 /// Waits at `address` for a guest that comes by `count` channels, and receives it into `store`.
 pub fn here<S: PageStore + 'static>(
     machine: &mut Machine,
@@ -126,7 +133,9 @@ pub fn here<S: PageStore + 'static>(
         .confirming_before_it_runs()
         .load(pages, &mut machine.vm)?)
 }
+// ANCHOR_END: here
 
+// ANCHOR: save
 /// Writes the guest into a file, as a stream.
 pub fn save(machine: &mut Machine, log: KvmDirtyLog, path: &str) -> Result<(), BoxError> {
     let file = Arc::new(File::create(path)?);
@@ -136,7 +145,9 @@ pub fn save(machine: &mut Machine, log: KvmDirtyLog, path: &str) -> Result<(), B
     send(machine, log, out, None, transport)?;
     Ok(file.sync_all()?)
 }
+// ANCHOR_END: save
 
+// ANCHOR: restore
 /// Reads a guest out of a file.
 pub fn restore(machine: &mut Machine, path: &str) -> Result<(), BoxError> {
     let reader = StreamReader::from_file(Arc::new(File::open(path)?), 0);
@@ -146,3 +157,4 @@ pub fn restore(machine: &mut Machine, path: &str) -> Result<(), BoxError> {
     arrived.settle(&mut machine.vm)?.confirm()?;
     Ok(())
 }
+// ANCHOR_END: restore

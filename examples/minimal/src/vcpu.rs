@@ -112,6 +112,7 @@ impl Vcpu {
         }
     }
 
+    // ANCHOR: pause
     /// Pauses the guest, and returns when it stands still.
     pub fn pause(&self) {
         let mut run = lock(&self.run);
@@ -123,6 +124,7 @@ impl Vcpu {
             run = (self.changed.wait(run)).unwrap_or_else(PoisonError::into_inner);
         }
     }
+    // ANCHOR_END: pause
 
     /// Resumes the guest.
     pub fn resume(&self) {
@@ -131,6 +133,7 @@ impl Vcpu {
     }
 }
 
+// ANCHOR: state
 /// The registers: what travels of the vCPU.
 #[derive(Clone, Debug, Default, VmState)]
 #[vmstate(name = "vcpu", version = 1)]
@@ -145,6 +148,7 @@ pub struct VcpuState {
     idt: u64,
     idt_limit: u16,
 }
+// ANCHOR_END: state
 
 /// A vCPU in the device tree.
 #[derive(Debug)]
@@ -153,6 +157,7 @@ pub struct VcpuDevice(pub Arc<Vcpu>);
 impl Device for VcpuDevice {
     type State = VcpuState;
 
+    // ANCHOR: save
     fn save(&mut self) -> Result<VcpuState, DeviceError> {
         let fd = lock(&self.0.fd);
         let (r, s) = (fd.get_regs()?, fd.get_sregs()?);
@@ -168,6 +173,7 @@ impl Device for VcpuDevice {
             idt_limit: s.idt.limit,
         })
     }
+    // ANCHOR_END: save
 
     fn reset(&mut self) -> Result<(), DeviceError> {
         Ok(())
