@@ -1,4 +1,4 @@
-//! The thread that asks the arbiter, which may be slow, and what those who wait for it are told.
+//! The thread that asks the arbiter, which may be slow, and its answers to other threads.
 
 use std::io;
 use std::sync::Arc;
@@ -25,7 +25,7 @@ pub enum HoldError {
     /// The heartbeat has ended.
     #[error("the heartbeat has ended")]
     Ended,
-    /// Whoever waited for the lease does not want it any more.
+    /// The wait was cancelled.
     #[error("waiting for the lease was cancelled")]
     Cancelled,
 }
@@ -37,10 +37,10 @@ pub enum TakeOverError {
     /// Another side owns the guest, and uses it.
     #[error("another side owns this guest ({0})")]
     Lost(Owner),
-    /// The arbiter did not answer, or not yet.
+    /// The arbiter did not answer in time. It may do so later.
     #[error("the arbiter does not grant this guest")]
     Unreachable(#[source] ArbiterError),
-    /// The heartbeat is not lost: the primary owns the guest.
+    /// The primary is alive, and owns the guest.
     #[error("the other side owns this guest, and is alive")]
     PeerAlive,
     /// This side's guest may not run any more.
@@ -58,7 +58,7 @@ pub enum TakeOverError {
 }
 
 impl TakeOverError {
-    /// The same for another one who has asked.
+    /// Returns a copy for another caller.
     pub(super) fn again(&self) -> Self {
         match self {
             Self::Lost(owner) => Self::Lost(*owner),
@@ -73,10 +73,10 @@ impl TakeOverError {
     }
 }
 
-/// Where one who wants this side to go on alone waits for what becomes of it.
+/// Where the caller of a take-over waits for its result.
 pub(super) type Reply = Sender<Result<(), TakeOverError>>;
 
-/// Somebody wants this side to go on alone.
+/// A request to go on alone.
 pub(super) enum Request {
     /// By the arbiter's word.
     Ask(Reply),

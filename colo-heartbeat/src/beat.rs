@@ -28,19 +28,19 @@ pub const BEAT_LEN: usize = 64;
 const MAGIC: [u8; 4] = *b"CLHB";
 const VERSION: u16 = 1;
 
-/// What has become of a side.
+/// Where a side is in the life of its pair.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Phase {
-    /// One of two, or not yet in COLO.
+    /// It is one of two sides, or not yet in COLO.
     #[default]
     Paired,
-    /// It has lost the other, and asks whether it may go on.
+    /// It has lost the other side, and asks the arbiter.
     Asking,
     /// It goes on alone.
     Alone,
-    /// Its guest stands still for good.
+    /// Its guest is stopped for good.
     Stopped,
-    /// Its guest is suspended, as its lease has expired, until the arbiter has said who owns it.
+    /// Its guest is suspended, because its lease has expired, until the arbiter names the owner.
     Suspended,
 }
 
@@ -65,7 +65,7 @@ pub struct Beat {
     pub on_loss: OnHeartbeatLoss,
 }
 
-/// Why bytes are no beat of the peer's. The connection they came on is closed.
+/// Why bytes are no beat of the peer's. Their connection is closed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum BeatError {
@@ -90,7 +90,7 @@ pub enum BeatError {
     /// The peer was started again: its guest is not the one of this pair.
     #[error("heartbeat of another process than the peer's")]
     Process,
-    /// From a process with this side's number, which no arbiter could tell from this side.
+    /// The process has this side's number. No arbiter could tell the two apart.
     #[error("the other side's process has the same number as this one")]
     SameProcess,
     /// Not newer than the last one.
@@ -101,7 +101,7 @@ pub enum BeatError {
         /// The last one's.
         last: u64,
     },
-    /// Both sides are set to take over, which a broken link would make two guests of.
+    /// Both sides are set to take over. A broken link would make two guests.
     #[error("both sides are set to take over")]
     BothTakeOver,
     /// One side asks an arbiter, and the other goes on or stops by itself.

@@ -33,7 +33,7 @@ pub enum ColoState {
     Undecided,
 }
 
-/// What has become of this side's guest when COLO has ended.
+/// Whether this side's guest runs when COLO has ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum ColoEnd {
     /// The guest runs on this side, alone.
@@ -45,7 +45,7 @@ pub enum ColoEnd {
 /// Why COLO did not take a failover request. Several operators may be told of one refusal.
 pub(crate) type Refusal = Arc<dyn Error + Send + Sync>;
 
-/// COLO's failover on this side, in the heartbeat's hands.
+/// COLO's failover on this side, as the heartbeat requests it.
 ///
 /// With feature `colo-core`, `colo_core::FailoverHandle` implements it. Every method is called by the
 /// heartbeat's thread and must return at once.
@@ -59,8 +59,8 @@ pub trait Failover: Send {
     /// Outside COLO, a failover is under way already, or this side's guest cannot run.
     fn request(&self) -> Result<(), Arc<dyn Error + Send + Sync>>;
 
-    /// Says that this side's guest was stopped and never runs again: COLO ends, and every later
-    /// request is refused. Called after [`Guest::stop_for_good`](crate::Guest::stop_for_good).
+    /// Tells that this side's guest was stopped and never runs again: COLO ends, and every later request is
+    /// refused. Called after [`Guest::stop_for_good`](crate::Guest::stop_for_good).
     fn stop_for_good(&self);
 }
 

@@ -1,32 +1,31 @@
-//! The heartbeat of a pair: a connection of its own on which both sides say, every 50 ms, that they
-//! live, and what is done when one of them is not heard any more.
+//! The heartbeat of a COLO pair, and the decision which side goes on when one side is lost.
 //!
-//! QEMU has no heartbeat, so the format is this project's ([`raw::Beat`]). The parts without I/O are
-//! [`raw::Peer`] (who was heard when), and [`raw::Decider`] (what to do about it); [`Heartbeat`] runs them in
-//! threads of its own, so that neither a checkpoint nor a stopped guest starves them. Time is
-//! monotonic everywhere: setting a host's clock changes nothing.
+//! Both sides send a beat every 50 ms on a connection of their own. QEMU has no heartbeat, so the format is
+//! this project's ([`raw::Beat`]). [`raw::Peer`] (liveness) and [`raw::Decider`] (decisions) have no I/O.
+//! [`Heartbeat`] runs them in threads of its own, so neither a checkpoint nor a paused guest delays a beat.
+//! All times are of a monotonic clock.
 //!
-//! What is lost: three beats in a row (configurable) were not heard, or were not answered. A
-//! connection that breaks is made again, and counts only by the beats that are missing meanwhile,
-//! unless [`Rhythm::closed_is_loss`] says otherwise. A side judges its peer by what it has read at its
-//! last look, and does not count time in which it should have looked and was not scheduled. Its
-//! thread asks for the highest priority there is without being a real-time one, so that it is not late
-//! itself on a host that is busy; who may not have that priority goes on without.
+//! # Liveness
+//! - The peer is lost when three beats in a row were not received, or not answered. The number is configurable.
+//! - A connection that breaks is made again. Only missing beats count as a loss, unless
+//!   [`Rhythm::closed_is_loss`] is set.
+//! - A side does not count time in which it was not scheduled itself. Its thread raises its priority where
+//!   that is permitted.
 //!
-//! Without a heartbeat nobody notices a host that was frozen. A primary that stands still for longer than
-//! its secondary waits (`SIGSTOP`, a host that sleeps), and wakes when the secondary has taken over, is a
-//! second guest. With [`OnHeartbeatLoss::TakeOver`] on the secondary and a heartbeat it runs until its
-//! thread has heard that the secondary goes on alone; only an arbiter rules that time out.
+//! # Ownership
+//! Without a heartbeat nobody notices a frozen host. A primary that was frozen (`SIGSTOP`, a host that sleeps)
+//! while its secondary took over is a second guest when it wakes. With [`OnHeartbeatLoss::TakeOver`] on the
+//! secondary the primary's guest runs until its heartbeat thread has received the secondary's beat. Only an
+//! arbiter excludes that time.
 //!
-//! Whoever can connect can beat: beats carry the guest's UUID and the process's number, and no
-//! secret. The heartbeat belongs on a network that only the pair can reach. A flood of connections
-//! that do not beat delays no beat, and keeps no peer out.
+//! With [`OnHeartbeatLoss::Ask`] and a leasing arbiter the two guests never both run after the arbiter has
+//! decided, as long as a guest can be stopped within a quarter of the term and of the timeout. A *process*
+//! that is stopped for longer cannot do that: its guest may run, after it is woken, until its heartbeat
+//! thread is scheduled.
 //!
-//! What is promised with [`OnHeartbeatLoss::Ask`] and a leasing arbiter: the two guests never both
-//! run after the arbiter has decided, as long as a guest can be stopped within a quarter of the term
-//! and of the timeout. A *process* that does not run for longer (`SIGSTOP`, a host that sleeps)
-//! cannot stop its guest in that time: when it is resumed, its guest may run until its heartbeat
-//! thread is scheduled, a moment later.
+//! # Trust
+//! Beats carry the guest's UUID and the process's number, and no secret. The heartbeat belongs on a network
+//! that only the pair can reach. A flood of connections delays no beat, and keeps no peer out.
 //!
 //! | module | what |
 //! |---|---|

@@ -1,4 +1,4 @@
-//! The heartbeat's connection: made, lost and made again, never waited for.
+//! The heartbeat's connection: made, lost and made again. No call waits.
 
 use std::io::{self, ErrorKind};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -15,24 +15,24 @@ use super::beat::BEAT_LEN;
 /// Which end of the connection a side is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Endpoint {
-    /// It waits there.
+    /// It listens at this address.
     Listen(Address),
-    /// It goes there.
+    /// It connects to this address.
     Connect(Address),
 }
 
-/// Connections on which no beat of the peer's was heard yet ("candidates"), at most.
+/// The most connections without a beat of the peer's yet ("candidates").
 const CANDIDATES: usize = 64;
 /// How long a candidate may be silent.
 const CANDIDATE_LIMIT: Duration = Duration::from_secs(5);
-/// How long a candidate can count on, however many others come: the peer beats at once when it has
+/// For how long a candidate is kept however many others connect. The peer beats as soon as it has
 /// connected.
 const CANDIDATE_GRACE: Duration = Duration::from_millis(100);
-/// Connections that are accepted between two looks at everything else: what a flood can cost a beat.
+/// The most connections accepted in one turn of the thread: what a flood can cost a beat.
 const ACCEPTS: usize = 8;
-/// Beats that are taken from one connection between two looks at everything else.
+/// The most beats read from one connection in one turn of the thread.
 const BEATS: usize = 16;
-/// How long nobody is accepted after the host had no descriptor, or no memory, for a connection.
+/// The pause of accepting after the host had no descriptor or no memory for a connection.
 const EXHAUSTED_PAUSE: Duration = Duration::from_millis(100);
 
 /// A connection, none of whose calls waits.
@@ -127,14 +127,13 @@ pub(super) enum LinkEvent {
     Closed,
 }
 
-/// Connections to the peer, or to whoever says that it is.
+/// Connections to the peer, or to processes that claim to be the peer.
 ///
 /// # Floods
-/// The heartbeat's thread must not be kept from its beats by whoever connects, and a peer that
-/// connects again must be heard:
+/// A flood of connections must neither delay beats nor keep out a peer that connects again:
 /// 1. A turn of the thread accepts at most [`ACCEPTS`] connections and takes at most [`BEATS`] beats of
 ///    each.
-/// 2. A connection on which the peer was heard gives way to none but its own successor.
+/// 2. A connection with a beat of the peer's gives way only to its own successor.
 /// 3. At most [`CANDIDATES`] others are open. When another connects, the older half of these stay; the
 ///    oldest of the younger half gives way, but not before it has had [`CANDIDATE_GRACE`]. Until then
 ///    nobody is accepted.

@@ -1,4 +1,4 @@
-//! What is known of the peer: which beats were heard of it, and which of ours it has heard.
+//! The liveness of the peer: which of its beats were received, and which of ours it has answered.
 
 use std::collections::VecDeque;
 use std::io;
@@ -77,69 +77,68 @@ impl Rhythm {
     }
 }
 
-/// The peer as its beats show it.
+/// The liveness of the peer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum PeerState {
-    /// It was never heard.
+    /// No beat was ever received.
     Unheard,
-    /// It was heard in time, and hears this side.
+    /// Its beats arrive in time, and answer this side's.
     Alive,
-    /// It was heard, and is not any more, or does not hear this side any more.
+    /// Its beats do not arrive any more, or do not answer this side's.
     Lost,
 }
 
-/// What a loss is concluded from, for whoever reads of it.
+/// The figures behind a loss, for logs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Silence {
-    /// How long ago the peer was heard; `None` if it never was.
+    /// The age of the last beat; `None` if there was none.
     pub heard: Option<Duration>,
-    /// How long the first beat that it has not answered is waited for; `None` if it has answered all.
+    /// The age of the first unanswered beat of this side; `None` if all were answered.
     pub unanswered: Option<Duration>,
-    /// How much of the first this side did not look, which is not counted against the peer.
+    /// The part of `heard` in which this side was not scheduled. It does not count against the peer.
     pub overslept: Duration,
 }
 
-/// Beats that the peer has not answered yet are remembered, as many as these.
+/// How many unanswered beats are remembered.
 const UNANSWERED: usize = 64;
 
-/// A moment, and how long this side had overslept until then.
+/// A moment, and for how long this side had not been scheduled until then.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct Moment {
     at: Instant,
     overslept: Duration,
 }
 
-/// The heartbeat of a pair as one side sees it, without I/O: time comes in as an argument, from a
-/// clock that never goes back.
+/// The peer's liveness on one side, without I/O. Time is an argument, from a monotonic clock.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Peer {
     rhythm: Rhythm,
     /// Number of the next beat, and when it is due.
     next: u64,
     due: Instant,
-    /// When our beats were sent, those that the peer has not said to have seen.
+    /// When the unanswered beats of this side were sent.
     sent: VecDeque<(u64, Moment)>,
-    /// The first of them, which may be older than those that are remembered.
+    /// The first unanswered beat. It may be older than those in `sent`.
     unanswered: Option<Moment>,
-    /// The last beat heard, and when.
+    /// The last beat received, and when.
     heard: Option<(Beat, Moment)>,
-    /// When the newest of our beats that it has heard was sent.
+    /// When the newest answered beat was sent.
     answered: Option<Instant>,
-    /// The same, of those that it has answered as one of two.
+    /// The same, of the beats that the peer answered in the phase `Paired`.
     relied_on: Option<Instant>,
-    /// When it was first heard.
+    /// When its first beat was received.
     since: Option<Moment>,
-    /// When this side has last looked for beats.
+    /// When this side last read beats.
     looked: Instant,
-    /// How long it should have looked and did not, in all.
+    /// For how long this side was not scheduled, in all.
     overslept: Duration,
     closed: bool,
-    /// No other process than the one that was heard is the peer any more.
+    /// The peer is the process that was received, and no other.
     pinned: bool,
 }
 
 impl Peer {
-    /// A peer that was not heard yet.
+    /// Returns a peer of which no beat was received yet.
     #[must_use]
     pub fn new(rhythm: Rhythm, now: Instant) -> Self {
         Self {
@@ -159,7 +158,7 @@ impl Peer {
         }
     }
 
-    /// The same side, as the primary of a new pair: its peer was not heard yet.
+    /// Returns this side as the primary of a new pair. No beat of its peer was received yet.
     #[must_use]
     pub fn renewed(&self, now: Instant) -> Self {
         let rhythm = Rhythm {
@@ -173,20 +172,20 @@ impl Peer {
         }
     }
 
-    /// How this side beats.
+    /// Returns how this side beats.
     #[must_use]
     pub const fn rhythm(&self) -> &Rhythm {
         &self.rhythm
     }
 
-    /// COLO begins: a peer that is started again from now on is not the peer.
+    /// Pins the peer's process: COLO begins, and a process that is started later is not the peer.
     pub fn pin(&mut self) {
         self.pinned = true;
     }
 
-    /// This side is about to take all the beats that have come. It does so every
-    /// [`Rhythm::interval`] at least, if its host lets it; what it is later than by another one says
-    /// nothing of the peer, and is returned.
+    /// Notes that this side is about to read all beats that have arrived. It does so at least every
+    /// [`Rhythm::interval`]. Returns by how much it is late beyond a second interval: that time says nothing of
+    /// the peer.
     pub fn look(&mut self, now: Instant) -> Duration {
         let gap = now.saturating_duration_since(self.looked);
         let late = gap.saturating_sub(self.rhythm.interval.saturating_mul(2));
@@ -195,7 +194,7 @@ impl Peer {
         late
     }
 
-    /// When it last did.
+    /// Returns when beats were last read.
     #[must_use]
     pub const fn looked(&self) -> Instant {
         self.looked
@@ -208,15 +207,15 @@ impl Peer {
         }
     }
 
-    /// What a time that begins at `moment` is reckoned from: later by what was overslept since.
+    /// Returns `moment`, moved later by the time in which this side was not scheduled since.
     fn awake_since(&self, moment: Moment) -> Instant {
         deadline_from(moment.at, self.overslept.saturating_sub(moment.overslept))
     }
 
-    /// A beat has arrived.
+    /// Takes a beat that has arrived.
     ///
     /// # Errors
-    /// It is none, or not the peer's; the connection it came on is of no use.
+    /// The bytes are no beat, or not the peer's: the connection is to be closed.
     pub fn receive(&mut self, bytes: &[u8; BEAT_LEN], now: Instant) -> Result<(), BeatError> {
         let beat = Beat::decode(bytes)?;
         if beat.session != self.rhythm.session {
@@ -276,18 +275,18 @@ impl Peer {
         Ok(())
     }
 
-    /// The connection has ended.
+    /// Notes that the connection has ended.
     pub fn disconnected(&mut self) {
         self.closed = self.heard.is_some();
     }
 
-    /// When a beat is due.
+    /// Returns when a beat is due.
     #[must_use]
     pub const fn due(&self) -> Instant {
         self.due
     }
 
-    /// The beat that is due now, if there is one. Beats that were missed are not made up for.
+    /// Returns the beat that is due now. Missed beats are not made up for.
     pub fn beat(&mut self, phase: Phase, now: Instant) -> Option<[u8; BEAT_LEN]> {
         if now < self.due {
             return None;
@@ -299,7 +298,7 @@ impl Peer {
         Some(self.beat_now(phase, now))
     }
 
-    /// A beat out of turn: for a new connection, or a phase that the peer should know of.
+    /// Returns a beat out of turn: for a new connection, or a new phase.
     pub fn beat_now(&mut self, phase: Phase, now: Instant) -> [u8; BEAT_LEN] {
         let sequence = self.next;
         self.next += 1;
@@ -323,7 +322,7 @@ impl Peer {
         .encode()
     }
 
-    /// When the peer is lost, if nothing is heard until then.
+    /// Returns when the peer is lost, if no beat arrives until then.
     #[must_use]
     pub fn lost_at(&self) -> Option<Instant> {
         let (beat, heard) = self.heard?;
@@ -339,8 +338,8 @@ impl Peer {
         Some(deaf.map_or(silent, |deaf| deaf.min(silent)))
     }
 
-    /// What is known of the peer, as of the last [look](Peer::look): what may have come since is not
-    /// held against it, however late it has become meanwhile.
+    /// Returns the peer's liveness as of the last [look](Peer::look). Time since then does not count against
+    /// it: beats may have arrived.
     #[must_use]
     pub fn state(&self) -> PeerState {
         match self.lost_at() {
@@ -351,14 +350,14 @@ impl Peer {
         }
     }
 
-    /// How long ago it was heard.
+    /// Returns the age of the last beat.
     #[must_use]
     pub fn age(&self, now: Instant) -> Option<Duration> {
         self.heard
             .map(|(_, heard)| now.saturating_duration_since(heard.at))
     }
 
-    /// How long it has been silent.
+    /// Returns the figures behind a loss.
     #[must_use]
     pub fn silence(&self, now: Instant) -> Silence {
         let since = |moment: Moment| now.saturating_duration_since(moment.at);
@@ -371,15 +370,14 @@ impl Peer {
         }
     }
 
-    /// What it has last said of itself.
+    /// Returns the phase in its last beat.
     #[must_use]
     pub fn phase(&self) -> Option<Phase> {
         self.heard.map(|(beat, _)| beat.phase)
     }
 
-    /// Returns until when its liveness is proven: it certainly does not claim the guest before. That is its
-    /// own timeout after the newest beat was sent that it has answered as one of two, less a quarter to stop
-    /// a guest in.
+    /// Returns until when its liveness is proven. It does not claim the guest before. That is its own timeout
+    /// after the newest beat that it answered in the phase `Paired` was sent, less a quarter to stop a guest in.
     #[must_use]
     pub fn liveness_until(&self) -> Option<Instant> {
         let (beat, _) = self.heard?;
@@ -389,9 +387,8 @@ impl Peer {
         ))
     }
 
-    /// Returns until when it may run its guest because this side has answered it: no earlier than what it
-    /// takes for [`Peer::liveness_until`] if this side answers as one of two no more. A side that claims
-    /// waits for that.
+    /// Returns until when the peer may run its guest because this side has answered it: no earlier than the
+    /// peer's own [`Peer::liveness_until`] if this side leaves the phase `Paired`. A claim waits for that.
     #[must_use]
     pub fn peer_liveness_until(&self) -> Option<Instant> {
         let (beat, heard) = self.heard?;

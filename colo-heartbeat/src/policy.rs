@@ -1,15 +1,15 @@
-//! What a side does when it has lost its peer.
+//! The policy of a side that has lost its peer.
 
 use std::fmt;
 
 /// What a side does when it has lost its peer.
 ///
-/// Both sides of a pair ask, or neither does; at most one takes over. Sides that do not fit refuse
+/// Both sides of a pair ask, or neither does. At most one takes over. Sides whose policies do not fit refuse
 /// each other's beats.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum OnHeartbeatLoss {
-    /// It goes on alone. Where the hosts can lose each other and both live, for a time both guests
-    /// may run: until the other side has noticed too, and stopped.
+    /// It goes on alone. Where both hosts can live and lose each other, both guests may run until the other
+    /// side has noticed the loss and stopped.
     TakeOver,
     /// It asks the arbiter.
     Ask,

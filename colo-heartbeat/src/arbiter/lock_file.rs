@@ -45,15 +45,15 @@ const BEAT_AT: u64 = 512;
 /// Its length, bytes.
 const BEAT_LEN: usize = 64;
 
-/// A file that says who may run a guest.
+/// An arbiter in a file that both hosts have.
 ///
-/// On a local file system, or one whose locks work across its hosts, an owner that dies is known at
-/// once. On NFS 4 the server lets a dead host's locks go after its own lease (90 s on Linux); until
-/// then the beat that does not change decides, after the term. A term has to be shorter than
-/// that, and the mount must not be one with `nolock` or `local_lock`.
+/// On a file system whose locks work across its hosts, the death of an owner is known at once. On NFS 4 the
+/// server releases a dead host's locks after its own lease (90 s on Linux). Until then the owner's beat in the
+/// file decides, after the term: the term has to be shorter than that lease, and the mount must not have
+/// `nolock` or `local_lock`.
 ///
-/// A side that is stopped in the moment in which it claims keeps the other's claim waiting until it goes
-/// on or its process ends. One that is stopped while it renews does not.
+/// A process that is stopped while it *claims* blocks other claims until it goes on or ends. A process that is
+/// stopped while it renews blocks nobody.
 #[derive(Debug)]
 pub struct LockFile {
     path: PathBuf,
@@ -74,8 +74,8 @@ pub struct LockFile {
 type Beat = Vec<u8>;
 
 impl LockFile {
-    /// The file at `path`, made when it is first used, for the guest of `session`. `term` is how
-    /// long a lease lasts that is not renewed, the same on both sides.
+    /// Returns the arbiter in the file at `path` for the guest of `session`. The file is made at its first use.
+    /// `term` is how long a lease lasts without renewal, the same on both sides.
     #[must_use]
     pub fn new(path: impl Into<PathBuf>, session: [u8; 16], me: Owner, term: Duration) -> Self {
         Self {

@@ -44,15 +44,14 @@ pub use lock_file::LockFile;
 pub use record::Owner;
 pub use register::{Content, Register, RegisterArbiter};
 
-/// What an arbiter says.
+/// An arbiter's answer.
 #[derive(Debug)]
 pub enum Answer {
     /// This side owns the guest.
     Won(Grant),
     /// Another side owns it for good.
     Lost(Owner),
-    /// The arbiter did not answer in time, or not with anything that could be understood. The
-    /// owner is who it was.
+    /// The arbiter did not answer in time, or its answer could not be understood. The owner is unchanged.
     Unreachable(ArbiterError),
 }
 
@@ -61,9 +60,9 @@ pub enum Answer {
 pub struct Grant {
     /// How often ownership has changed hands.
     pub generation: u64,
-    /// When the guest has to stand still if the lease has not been renewed; `None` if it is for
-    /// good. Reckoned from before the arbiter was asked, and earlier than the arbiter's own end of
-    /// the lease by a quarter: the time to stop a guest in.
+    /// When the guest has to be paused unless the lease was renewed; `None` if ownership is final. It is reckoned
+    /// from before the arbiter was asked, and a quarter earlier than the lease's end: the time to stop a guest
+    /// in.
     pub until: Option<Instant>,
 }
 
@@ -79,7 +78,7 @@ pub struct ArbiterError {
 }
 
 impl ArbiterError {
-    /// An error of the arbiter's own.
+    /// Returns an error without a cause.
     pub fn new(what: impl Into<String>) -> Self {
         Self {
             what: what.into(),
@@ -93,7 +92,7 @@ impl ArbiterError {
         Escaped(&chain(self)).to_string()
     }
 
-    /// With the error behind it.
+    /// Returns an error with its cause.
     pub fn because(
         what: impl Into<String>,
         source: impl Into<Box<dyn std::error::Error + Send + Sync>>,

@@ -52,19 +52,17 @@ use crate::policy::OnHeartbeatLoss;
 /// How often a wait for the arbiter looks whether it was cancelled.
 const CANCEL_POLL: Duration = Duration::from_millis(20);
 
-/// The guest, in the heartbeat's hands.
+/// The guest, as the heartbeat stops and suspends it.
 pub trait Guest: Send + Sync {
-    /// Stops the guest for good: neither COLO nor an operator may let it run again. Returns when it
-    /// stands still. Called at most once, in the heartbeat's thread. A driver of COLO that runs is
-    /// told by the heartbeat itself, and ends.
+    /// Stops the guest for good: neither COLO nor an operator may resume it. Returns when the guest is stopped.
+    /// Called at most once, in the heartbeat's thread. The heartbeat itself ends a driver of COLO that runs.
     fn stop_for_good(&self, reason: StopReason);
 
-    /// Stops the guest until [`Guest::resume`] or [`Guest::stop_for_good`]: neither COLO nor an
-    /// operator may let it run meanwhile, and neither is told that it does not. Returns when it stands
-    /// still.
+    /// Suspends the guest until [`Guest::resume`] or [`Guest::stop_for_good`]: neither COLO nor an operator may
+    /// resume it meanwhile, and neither is told. Returns when the guest is paused.
     fn suspend(&self);
 
-    /// Ends [`Guest::suspend`]: the guest runs if it would have without.
+    /// Ends [`Guest::suspend`]: the guest runs, unless something else has paused it.
     fn resume(&self);
 }
 
@@ -187,7 +185,7 @@ impl Heartbeat {
         }
     }
 
-    /// Says that the peer is about to get the last of what it needs to be in COLO: from now on this side is
+    /// Tells that the peer is about to receive the last thing that it needs to be in COLO. From now on this side is
     /// one of two, whatever its heartbeat says of the other.
     ///
     /// To be called before that is sent: by a primary in `DeviceState::save`, after
@@ -236,18 +234,17 @@ impl Heartbeat {
         self.shared.wake();
     }
 
-    /// Has this side go on alone, for an operator who believes that the other side is lost. Where an
-    /// arbiter is asked, this waits until it has granted the guest; otherwise it is
-    /// [`Failover::request`].
+    /// Makes this side go on alone, for an operator who believes that the other side is lost. With
+    /// [`OnHeartbeatLoss::Ask`] this waits for the arbiter's grant. Otherwise it is [`Failover::request`].
     ///
     /// # Errors
-    /// Nothing was done. Where the arbiter has refused or could not be asked, COLO goes on.
+    /// Nothing was done, and COLO goes on.
     pub fn take_over(&self) -> Result<(), TakeOverError> {
         self.request(Request::Ask)
     }
 
-    /// Overrides the fence: has this side go on alone whatever the arbiter says, for an operator who has made sure
-    /// that the other side cannot run. If it can, two guests run. The arbiter is told when it can be
+    /// Overrides the fence: makes this side go on alone whatever the arbiter says, for an operator who has made
+    /// sure that the other side cannot run. If it can, two guests run. The arbiter is told as soon as it can be
     /// reached.
     ///
     /// # Errors
@@ -275,14 +272,14 @@ impl Heartbeat {
         })
     }
 
-    /// Says that COLO has ended on this side, and what has become of the guest. Takes the outcome of
+    /// Tells that COLO has ended on this side, and whether the guest runs here. Takes the outcome of
     /// `colo_core`'s drivers as it is.
     pub fn colo_ended(&self, end: impl Into<ColoEnd>) {
         *lock(&self.shared.ended) = Some(end.into());
         self.shared.wake();
     }
 
-    /// What is known now.
+    /// Returns what is known now.
     #[must_use]
     pub fn report(&self) -> HeartbeatReport {
         let (mut report, at) = lock(&self.shared.report).clone();

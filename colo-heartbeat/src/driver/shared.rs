@@ -15,35 +15,35 @@ use crate::failover::ColoEnd;
 use crate::link::Endpoint;
 use crate::peer::{PeerState, Rhythm};
 
-/// What is known of the heartbeat.
+/// The state of a heartbeat.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct HeartbeatReport {
-    /// The peer.
+    /// The peer's liveness.
     pub peer: PeerState,
-    /// How long ago it was heard.
+    /// The age of its last beat.
     pub peer_age: Option<Duration>,
-    /// What it has said of itself.
+    /// The phase in its last beat.
     pub peer_phase: Option<Phase>,
-    /// Is there a connection on which it was heard?
+    /// Whether there is a connection with beats of the peer's.
     pub connected: bool,
-    /// This side.
+    /// This side's phase.
     pub phase: Phase,
-    /// Why it has stopped, or is suspended until the arbiter answers.
+    /// Why this side's guest has stopped, or is suspended until the arbiter answers.
     pub stop: Option<StopReason>,
-    /// How it beats.
+    /// How this side beats.
     pub rhythm: Rhythm,
-    /// Where.
+    /// Which end of the connection this side is.
     pub endpoint: Endpoint,
     /// The arbiter's kind.
     pub arbiter: &'static str,
-    /// How long a lease of it lasts without renewal.
+    /// How long a lease lasts without renewal.
     pub term: Option<Duration>,
-    /// What it has last said, `None` before it was asked.
+    /// The arbiter's last answer, `None` before the first.
     pub answer: Option<String>,
-    /// The generation of what it has last granted.
+    /// The generation of the last grant.
     pub generation: Option<u64>,
-    /// Why beats were last refused.
+    /// Why a beat was last refused.
     pub refused: Option<String>,
 }
 
