@@ -131,7 +131,7 @@ impl FailoverHandle {
     }
 
     /// Asks this side to go on alone: QMP `x-colo-lost-heartbeat`. Returns at once; the end is
-    /// reported by COLO_EXIT. Whoever asks has made sure that the other side's VM does not run.
+    /// reported by COLO_EXIT. The caller has made sure that the other side's VM does not run.
     ///
     /// # Errors
     /// Outside COLO, a request is being carried out already, or this side's VM cannot go on.

@@ -1,4 +1,4 @@
-//! What a checkpoint cost.
+//! The cost of a checkpoint.
 
 use std::time::{Duration, Instant};
 
@@ -14,19 +14,19 @@ pub struct CheckpointReport {
     /// How long this side's guest did not run: from the beginning of [`Step::PauseVm`] until the VM
     /// was resumed in [`Step::ResumeVm`].
     pub pause: Duration,
-    /// Primary: how long the checkpoint's RAM and device state took to leave.
+    /// Primary: how long the sending of the checkpoint's RAM and device state took.
     pub transfer: Duration,
     /// Primary: from the beginning of [`Step::PauseVm`] until the secondary had loaded the checkpoint.
     /// The pause ends there, or before with another [`Resume`](crate::Resume).
     pub until_loaded: Duration,
     /// The steps in order, each with the time it took.
     pub steps: Vec<(Step, Duration)>,
-    /// Bytes of RAM on the wire, with their headers, on all channels. On the secondary those that were
-    /// received since the checkpoint before.
+    /// Bytes of RAM on the wire, with their headers, on all channels. On the secondary, bytes received since the
+    /// checkpoint before.
     pub ram_bytes: u64,
-    /// Pages of the checkpoint, zero pages included. On the secondary those that were received on
-    /// all channels since the checkpoint before, by background transfer or in it. On the primary those that the
-    /// dirty log named, of which `unchanged_pages` did not cross.
+    /// Pages of the checkpoint, zero pages included. On the secondary, pages received on all channels since the
+    /// checkpoint before, in the background transfer or in the checkpoint. On the primary, pages that the dirty log
+    /// named; `unchanged_pages` of them did not cross.
     pub dirty_pages: u64,
     /// Primary: pages sent by background transfer since the checkpoint before.
     pub background_pages: u64,
@@ -84,7 +84,7 @@ impl CheckpointMeter {
         self.report.steps.push((step, time));
     }
 
-    /// The VM was resumed, in the step that ends next.
+    /// Notes when the VM was resumed, in the step that ends next.
     pub(crate) const fn resumed(&mut self, at: Instant) {
         self.resumed = Some(at);
     }
@@ -100,7 +100,7 @@ impl CheckpointMeter {
         self.report.background_pages += pages;
     }
 
-    /// So many pages were compared, and left out, since COLO began.
+    /// Takes the numbers of pages compared and elided since COLO began.
     pub(crate) const fn elided(&mut self, compared: u64, unchanged: u64) {
         self.report.compared_pages = compared.saturating_sub(self.elided.0);
         self.report.unchanged_pages = unchanged.saturating_sub(self.elided.1);

@@ -25,7 +25,7 @@ qapi_enum! {
         ReturnPath = "return-path",
         /// Wait for `migrate-continue` before the hand-over.
         PauseBeforeSwitchover = "pause-before-switchover",
-        /// Pages over several channels beside the main one.
+        /// Pages over several channels in addition to the main one.
         Multifd = "multifd",
         /// Dirty bitmaps of block devices.
         DirtyBitmaps = "dirty-bitmaps",

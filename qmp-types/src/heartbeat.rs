@@ -6,12 +6,12 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct ColoHeartbeat {
-    /// The other side: `unheard`, `alive` or `lost`.
+    /// The other side's liveness: `unheard`, `alive` or `lost`.
     pub peer: String,
-    /// How long ago it was last heard, microseconds.
+    /// The age of the other side's last beat, microseconds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub peer_age_us: Option<u64>,
-    /// Whether there is a connection on which it was heard.
+    /// Whether there is a connection with beats of the other side.
     pub connected: bool,
     /// Where beats are exchanged, as a URI, and whether this side listens there.
     pub address: String,
@@ -21,22 +21,22 @@ pub struct ColoHeartbeat {
     pub interval: u64,
     /// How many beats have to be missing for the other side to be lost.
     pub missed: u32,
-    /// What is done then: `take-over`, `ask` or `stop`.
+    /// The policy when the other side is lost: `take-over`, `ask` or `stop`.
     pub policy: String,
-    /// This side: `paired`, `asking`, `alone`, `stopped` or `suspended`.
+    /// This side's phase: `paired`, `asking`, `alone`, `stopped` or `suspended`.
     pub state: String,
-    /// Why its guest was stopped for good, or stands still until the arbiter has answered.
+    /// Why this side's guest was stopped for good, or is suspended until the arbiter answers.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stop_reason: Option<String>,
     /// Which arbiter is asked: `none`, `file`, `etcd`.
     pub arbiter: String,
-    /// What it has last answered.
+    /// The arbiter's last answer.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub arbiter_state: Option<String>,
-    /// How often the right to run had changed hands when this side was last given it.
+    /// How often ownership had changed hands at this side's last grant.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub generation: Option<u64>,
-    /// Why beats were last refused.
+    /// Why a beat was last refused.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub refused: Option<String>,
 }

@@ -94,12 +94,11 @@ pub struct ColoFigures {
     /// The last one; absent before the first.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub last: Option<LastCheckpoint>,
-    /// How long ago the other side's heartbeat was heard, µs; absent without a heartbeat, and before
-    /// the first.
+    /// The age of the other side's last beat, µs; absent without a heartbeat, and before the first beat.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub heartbeat_age_us: Option<u64>,
-    /// The most that is sent between checkpoints, bytes a second, 0 for no limit: what
-    /// `x-set-colo-gap-bandwidth` changes. Absent where no pages are, as on a secondary.
+    /// The limit of the background transfer, bytes a second, 0 for no limit; `x-set-colo-gap-bandwidth` changes
+    /// it. Absent without background transfer, as on a secondary.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub gap_bandwidth: Option<u64>,
 }
@@ -112,13 +111,13 @@ pub struct LastCheckpoint {
     pub pause_us: u64,
     /// How long ago it was completed, ms.
     pub age_ms: u64,
-    /// Its memory on the wire, bytes; on a secondary without what came on multifd channels.
+    /// Its memory on the wire, bytes, on all channels.
     pub ram_bytes: u64,
     /// Its device state, bytes.
     pub device_bytes: u64,
     /// Pages that had been written.
     pub dirty_pages: u64,
-    /// Those that were not sent, because the secondary has their content.
+    /// Dirty pages that were not sent, because the secondary has their content.
     #[serde(default)]
     pub unchanged_pages: u64,
 }

@@ -202,7 +202,7 @@ impl Session {
         Some(request)
     }
 
-    /// What has come of a command.
+    /// Takes the result of a command.
     pub fn reply(&mut self, id: RequestId, result: CommandResult) {
         self.write_reply(&result, id.client_id.as_ref());
         if !id.oob {

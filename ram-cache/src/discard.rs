@@ -36,7 +36,7 @@ struct Holders {
 }
 
 impl DiscardControl {
-    /// A VM in which nobody requires and nobody forbids discard.
+    /// Returns the control of a VM in which discard is neither required nor forbidden.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
@@ -58,7 +58,7 @@ impl DiscardControl {
         })
     }
 
-    /// For whoever would be broken by a discard (the RAM cache): forbids discard while the guard
+    /// For parts that a discard would break (the RAM cache): forbids discard while the guard
     /// lives. Several may hold such a guard. Waits for a discard under way in
     /// [`DiscardControl::discard`] to end.
     ///

@@ -1,16 +1,15 @@
 //! Where a COLO secondary keeps checkpoints until they are complete.
 //!
-//! Under COLO a secondary VM runs its own guest while the primary sends it checkpoints. The pages
-//! of a checkpoint must not reach the running guest before the checkpoint is complete, so they are
-//! received into a cache, and put in place when both VMs are stopped and all of the checkpoint is there.
+//! Under COLO a secondary VM runs its own guest while the primary sends checkpoints. Pages of a checkpoint must not
+//! reach the running guest before the checkpoint is complete. They are received into a cache, and put in place
+//! when both VMs are paused and all pages have arrived.
 //!
-//! Two caches do that, behind one trait: [`MirrorCache`] is a second copy of RAM, which is QEMU's
+//! Two caches do this, behind one trait: [`MirrorCache`] is a second copy of RAM, which is QEMU's
 //! design (`migration/ram.c`, 11.1); [`CowCache`] makes the guest's memory a private mapping of the last
 //! checkpoint, so that only what the two sides have dirtied is there twice.
 //!
-//! What holds at every checkpoint: cache and received pages are the primary's RAM, and every page that
-//! the secondary dirtied or that was received is looked after. So after the commit the guest equals the
-//! primary.
+//! Invariant at every checkpoint: cache and received pages together are the primary's RAM, and every page that the
+//! secondary dirtied or received is recorded. After the commit the guest therefore equals the primary.
 //!
 //! ```
 //! use std::sync::Arc;
@@ -26,7 +25,7 @@
 //! let block = CacheBlockSpec::whole_region("pc.ram", Arc::clone(&guest));
 //! let cache = CacheKind::Cow.make(vec![block], discard.disable()?)?;
 //!
-//! // Precopy: what arrives is the guest's memory.
+//! // Precopy: pages are the guest's memory.
 //! cache.prepare(0, 0, 4096)?.write_slice(&[1; 4096], 0)?;
 //! cache.landed(0, 0, 4096)?;
 //!
@@ -35,7 +34,7 @@
 //! cache.prepare(0, PAGE_SIZE, 4096)?.write_slice(&[2; 4096], 0)?;
 //! cache.landed(0, PAGE_SIZE, 4096)?;
 //!
-//! // The guest is stopped; its own dirty log (page 0) is put back by the same commit.
+//! // The guest is paused. The same commit puts back the page of its own dirty log, page 0.
 //! cache.or_dirty_word(0, 0, 0b1)?;
 //! let stopped = GuestStopped::witnessed_by(&guest);
 //! let report = cache.commit(stopped, &pool)?;
@@ -43,19 +42,19 @@
 //! // Before it runs again.
 //! cache.tidy(stopped)?;
 //!
-//! // The channels have been joined: the memory goes. The guest's is a mapping of the checkpoint, which ballooning
-//! // would show; behind a mirror it is allowed again.
+//! // The channels have been joined: the memory is given back. The guest's memory stays a mapping of the
+//! // checkpoint, which ballooning would expose. With a mirror it would be allowed again.
 //! cache.release();
 //! assert!(!discard.allowed());
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
 //! * [`RamCache`], [`CacheKind`], [`CacheBlockSpec`]: what a cache does, and for what memory.
-//! * [`MirrorCache`], [`CowCache`]: the two there are.
-//! * [`FlushPool`], [`FlushReport`], [`GuestStopped`]: getting a checkpoint into the guest.
+//! * [`MirrorCache`], [`CowCache`]: the two caches.
+//! * [`FlushPool`], [`FlushReport`], [`GuestStopped`]: the commit.
 //! * [`DirtyBitmap`]: one atomic bit per page.
-//! * [`Populate`], [`advise_huge_pages`]: guest memory that is there before the first page comes.
-//! * [`DiscardControl`]: no page of the guest is discarded behind the cache's back.
+//! * [`Populate`], [`advise_huge_pages`]: guest memory that is there before the first page arrives.
+//! * [`DiscardControl`]: keeps pages of the guest from being discarded under the cache.
 #![deny(unsafe_code)]
 
 mod bitmap;

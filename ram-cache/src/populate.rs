@@ -100,7 +100,7 @@ struct Work {
 }
 
 impl Populate {
-    /// Begins, on so many threads. The memory is not unmapped before they have ended.
+    /// Begins, on `threads` threads. The memory is not unmapped before they have ended.
     ///
     /// # Errors
     /// [`PopulateError::Spawn`].
@@ -135,7 +135,7 @@ impl Populate {
         Ok(started)
     }
 
-    /// Has it end soon, whatever is left.
+    /// Ends it soon, whatever is left.
     pub fn cancel(&self) {
         self.work.is_over.store(true, Ordering::Relaxed);
     }

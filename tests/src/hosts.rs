@@ -23,7 +23,7 @@ pub const HEARTBEAT: u16 = 7001;
 
 /// Between checkpoints, ms.
 const DELAY: u32 = 20;
-/// How long a right to run lasts, ms.
+/// How long a lease lasts, ms.
 const TERM: u32 = 2000;
 /// Lines that show that the guest goes on.
 const ENCORE: u64 = 3;

@@ -83,7 +83,7 @@ enum Arbiter<'a> {
     Etcd(&'a Etcd),
 }
 
-/// How long a right to run lasts, ms.
+/// How long a lease lasts, ms.
 const TERM: u32 = 2000;
 
 /// A pair in COLO that beats slowly enough for a busy machine.

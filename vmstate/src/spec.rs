@@ -1,4 +1,4 @@
-//! What the description of a state says of a field besides its bytes.
+//! What the description of a state says of a field, in addition to its bytes.
 
 use crate::field::FieldType;
 
@@ -26,7 +26,7 @@ impl FieldSpec {
         }
     }
 
-    /// Its type is called `info` instead of what the Rust type says.
+    /// The name of its type, in place of the one that follows from the Rust type.
     #[must_use]
     pub const fn info(mut self, info: &'static str) -> Self {
         self.info = Some(info);

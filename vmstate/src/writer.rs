@@ -19,7 +19,7 @@ pub struct Writer {
     bytes: Vec<u8>,
     /// The first contradiction found; the bytes are worth nothing then.
     error: Option<SaveError>,
-    /// The descriptions being written, innermost last; `None` when nobody wants to know.
+    /// The descriptions being written, innermost last; `None` without a description.
     open: Option<Vec<Description>>,
 }
 

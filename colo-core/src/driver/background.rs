@@ -68,7 +68,7 @@ impl Background {
         control: &ColoControl,
     ) -> Option<Self> {
         if !ram.begin_ahead() {
-            tracing::info!("pages are sent in checkpoints only: there are no channels beside");
+            tracing::info!("no background transfer: the transport has no channels");
             return None;
         }
         control.background_begins(config.bandwidth);

@@ -181,7 +181,7 @@ impl Record {
 pub enum RecordError {
     /// It is not one, or was written in part. Nobody is granted anything until an operator has
     /// removed it.
-    #[error("not a record of who may run")]
+    #[error("not an ownership record")]
     Damaged,
     /// It belongs to another pair.
     #[error("the record of another guest")]

@@ -26,7 +26,7 @@ pub struct ArbiterArgs {
         value_name = "none|file:PATH|etcd:HOST:PORT,..."
     )]
     arbiter: ArbiterArg,
-    /// How long a right to run lasts that is not renewed, ms; the same on both sides.
+    /// How long a lease lasts without renewal, ms; the same on both sides.
     #[arg(long, value_name = "MS", default_value_t = 1000, value_parser = clap::value_parser!(u64).range(100..=60_000))]
     arbiter_term: u64,
     /// The certificates of the authorities that etcd's may come from, in PEM: for https:// endpoints.

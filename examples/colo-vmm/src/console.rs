@@ -11,7 +11,7 @@
 //! What a primary was about to let out when it died is lost, as on a line with noise: whoever waits
 //! for an answer asks again.
 //!
-//! The guest does not notice that nobody takes what it says: a disk that is full, a pipe that nobody
+//! The guest does not notice that its output is not read: a disk that is full, a pipe that nobody
 //! reads ([`Outlet`](crate::outlet::Outlet)). That is lost, as on a real line, and a warning says so.
 
 use std::io::{self, ErrorKind, Write};
@@ -117,7 +117,7 @@ impl Shared {
         match error {
             Some(error) => {
                 if self.unheard == 0 {
-                    tracing::warn!(%error, "nobody takes the guest's serial output: it is lost");
+                    tracing::warn!(%error, "the serial line's reader takes nothing: the guest's output is lost");
                 }
                 self.unheard += rest.len() as u64;
             }

@@ -52,7 +52,7 @@ fn closed(error: io::Error) -> io::Error {
 
 /// Nobody reads standard output any more.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("nobody reads the output")]
+#[error("the reader of the output has closed it")]
 pub struct Closed;
 
 /// Whether the error, or one of its causes, is that nobody reads standard output.

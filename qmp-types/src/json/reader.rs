@@ -13,7 +13,7 @@ const STRAY_MAX: usize = 40;
 pub struct Limits {
     /// Bytes of all its tokens, white space not counted.
     pub bytes: usize,
-    /// Tokens. Each may cost some tens of bytes of memory beside its text.
+    /// Tokens. Each may cost some tens of bytes of memory in addition to its text.
     pub tokens: usize,
     /// Objects and lists inside each other.
     pub depth: usize,

@@ -13,13 +13,13 @@ use crate::error::CacheError;
 use crate::pagemap::Pagemap;
 use crate::{PAGE_BYTES, mapping};
 
-/// Asking for one page costs as much as being told of so many: what lies closer is asked for at once.
+/// A query for one page costs as much as the answer for this many pages: pages that lie closer share a query.
 const NEAR: usize = 24;
 
 /// A cache line, bytes.
 const LINE: usize = 64;
 
-/// The guest may keep one in so many pages although it has no use for its own copy.
+/// The guest may keep one in this many pages although it has no use for its own copy.
 const KEEP_ONE_IN: u64 = 32;
 
 #[derive(Debug)]

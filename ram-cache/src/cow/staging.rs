@@ -26,7 +26,7 @@ pub(super) struct Staging {
 }
 
 impl Staging {
-    /// For so many pages of RAM.
+    /// Returns a staging area for `pages` pages of RAM.
     pub(super) fn new(pages: usize) -> Result<Self, CacheError> {
         let slots = u32::try_from(pages.saturating_add(SPARE))
             .unwrap_or(MAX_SLOTS)

@@ -268,7 +268,11 @@ fn unread_serial(kvm: bool) -> Result<()> {
     let mut pair = Pair { primary, secondary };
     enter(&mut pair, PLAIN)?;
     answers_until(&mut pair.primary, "full pipe", PATIENCE, |side| {
-        Ok(side.process.stderr().text().contains("nobody takes"))
+        Ok(side
+            .process
+            .stderr()
+            .text()
+            .contains("reader takes nothing"))
     })?;
     goes_on(&mut pair)?;
     for side in [&mut pair.primary, &mut pair.secondary] {
@@ -303,7 +307,11 @@ fn unread_serial_of_the_survivor(kvm: bool) -> Result<()> {
     let side = &mut pair.secondary;
     goes_on_alone(side)?;
     answers_until(side, "full pipe", PATIENCE, |side| {
-        Ok(side.process.stderr().text().contains("nobody takes"))
+        Ok(side
+            .process
+            .stderr()
+            .text()
+            .contains("reader takes nothing"))
     })?;
     assert_eq!(side.status()?, "running");
     let mut heard = [0; HELD];

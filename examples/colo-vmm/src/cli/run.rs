@@ -81,31 +81,29 @@ pub(super) struct RunArgs {
     /// copies of what either side has dirtied.
     #[arg(long, default_value_t = RamCacheArg::Cow, value_enum)]
     ram_cache: RamCacheArg,
-    /// What to do when COLO has lost the other side: wait for `x-colo-lost-heartbeat`, or take over.
-    /// At most one of the two sides may take over by itself. Without a heartbeat nobody knows whether
-    /// the other side is dead: one that was only frozen, or cut off, for longer than this side waits
-    /// runs its guest again when it wakes, and then there are two. Only --heartbeat has it stop.
+    /// What to do when COLO has lost the other side: wait for `x-colo-lost-heartbeat`, or take over. At most one
+    /// side may take over by itself. Without --heartbeat a side that was only frozen or cut off runs its guest
+    /// again later, and there are two.
     #[arg(long, default_value = "wait", value_name = "wait|take-over")]
     on_peer_loss: PeerLossArg,
-    /// As a primary, let out what the guest says on its serial line only once the secondary has
-    /// received the checkpoint that contains what it came from. Say so on both sides: each may come
-    /// to be the primary.
+    /// As a primary, hold the guest's serial output until the secondary has received the checkpoint that contains
+    /// its cause. Give both sides the option: each may come to be the primary.
     #[arg(long)]
     output_commit: bool,
-    /// As a primary, when the guest runs again in a checkpoint. `copied` needs `--output-commit`, and
-    /// takes up memory for the copies.
+    /// As a primary, when the guest resumes in a checkpoint. `copied` needs `--output-commit`, and memory for the
+    /// copies.
     #[arg(long, default_value_t = ResumeArg::Loaded, value_enum,
           requires_if("copied", "output_commit"))]
     resume: ResumeArg,
-    /// As a primary with multifd, send pages between checkpoints already, at most this many MiB a
-    /// second, so that fewer are left for the checkpoint; 0 for no limit.
+    /// As a primary with multifd, send pages between checkpoints too, at most this many MiB a second; 0 for no
+    /// limit. Fewer pages are then left for the checkpoint.
     #[arg(long, value_name = "MIB")]
     gap_bandwidth: Option<u64>,
-    /// How much device state a guest that comes in may have, MiB.
+    /// The most device state of an incoming guest, MiB.
     #[arg(long, value_name = "MIB", default_value_t = 64, value_parser = max_device_state())]
     max_device_state: u64,
-    /// Take all of guest RAM from the system before the guest runs, or while it is waited for, unless it
-    /// is for COLO: it arrives faster then, and takes up as much as it may ever have.
+    /// Take all of guest RAM from the system before the guest runs or arrives. It arrives faster, and takes all of
+    /// its memory at once. Without effect on a COLO secondary.
     #[arg(long)]
     prealloc: bool,
     /// Do not ask for huge pages for guest RAM. With them there are fewer page faults, but a byte
@@ -121,9 +119,8 @@ pub(super) struct RunArgs {
     /// -100 to 20) [default: the parameter `multifd-zstd-level`].
     #[arg(long, value_name = "auto[:MIN:MAX]")]
     zstd_level: Option<ZstdRange>,
-    /// As a primary, leave out of checkpoints the pages that were written without being changed: those
-    /// of which the secondary has the content. `auto` compares pages as long as that pays, by what
-    /// it measures.
+    /// As a primary, do not send pages that were written without being changed. `auto` compares pages as long as
+    /// that saves time, as measured.
     #[arg(long, default_value_t = SkipUnchangedArg::Off, value_enum, value_name = "WHEN")]
     skip_unchanged: SkipUnchangedArg,
     /// The VM's UUID. Both sides must have the same where multifd channels or the capability

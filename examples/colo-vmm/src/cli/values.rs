@@ -57,7 +57,7 @@ impl From<RamCacheArg> for CacheKind {
 pub enum ResumeArg {
     /// When the secondary has loaded the checkpoint, as with QEMU.
     Loaded,
-    /// When the secondary has received all of it, and goes on to load it whatever happens here.
+    /// When the secondary has received all of the checkpoint, and will load it whatever happens here.
     Received,
     /// When it was copied on this side.
     Copied,
@@ -78,7 +78,7 @@ impl From<ResumeArg> for Resume {
 pub enum SkipUnchangedArg {
     /// All dirty pages are sent.
     Off,
-    /// Pages are compared as long as it pays.
+    /// Pages are compared as long as that saves time.
     Auto,
     /// Pages are compared in every checkpoint.
     Always,

@@ -268,8 +268,8 @@ pub enum RemoteError {
         /// Which side.
         name: &'static str,
     },
-    /// It speaks no QMP.
-    #[error("what the {name} says")]
+    /// It does not speak QMP.
+    #[error("the {name} speaks no QMP")]
     Protocol {
         /// Which side.
         name: &'static str,

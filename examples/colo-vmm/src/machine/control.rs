@@ -236,7 +236,7 @@ impl RunControl {
         {
             round.exit = Some(exit);
             if let Err(error) = self.exit_event.write(1) {
-                tracing::error!(%error, "nobody will hear that the guest has ended");
+                tracing::error!(%error, "the end of the guest cannot be reported");
             }
         }
         drop(round);

@@ -1,8 +1,8 @@
-//! A guest that was sent completely, whose destination did not answer: it stays paused until the answer
-//! comes, or somebody who can know decides.
+//! A hand-over whose outcome is unknown: the guest stays paused until the answer comes, or an arbiter, a policy or
+//! an operator decides.
 //!
-//! The arbiter decides where there is one: the source claims the right to run, and the heartbeat stops
-//! its guest if the right is refused. `--on-peer-loss take-over` and a heartbeat that is to take over
+//! The arbiter decides where there is one: the source claims ownership, and the heartbeat stops its
+//! guest if the claim is refused. `--on-peer-loss take-over` and a heartbeat that is to take over
 //! decide for this side as they do in COLO. Otherwise the operator decides: `cont` says that the
 //! destination is dead, `quit` that it runs the guest.
 
@@ -24,7 +24,7 @@ const POLL: Duration = Duration::from_millis(50);
 /// What an operator is told who lets the guest run here, when the answer has come after all.
 const CONFIRMED: &str = "the destination has confirmed that it has the guest";
 
-/// What `cont` waits for: whether the guest runs here.
+/// Where `cont` waits for its result.
 pub(super) type Reply = Sender<Result<(), String>>;
 
 /// Waits for the answer or a decision. Returns [`HandOver::Unknown`] only when the process ends.
@@ -39,7 +39,7 @@ pub(super) fn decide<T: PageTransport, D: DirtyLog>(
         migration.connections.shut();
     }
     if let Some(heartbeat) = vm.heartbeat.filter(|heartbeat| is_arbitrated(heartbeat)) {
-        // Before the guest runs: the claim is what stops it if the other side has the right.
+        // Before the guest runs: a refused claim stops it.
         heartbeat.claim();
         return run_here(vm, unresolved, "the arbiter is asked who runs the guest");
     }
@@ -63,7 +63,7 @@ pub(super) fn decide<T: PageTransport, D: DirtyLog>(
             return run_here(vm, unresolved, "the heartbeat has lost the other side");
         }
         if let Some(reply) = cancel.asked_to_run() {
-            // The last look: an answer that has come is not overheard.
+            // An answer that has arrived counts.
             match unresolved.wait(Duration::ZERO) {
                 HandOver::Unknown(unresolved) => {
                     cancel.known();
