@@ -102,7 +102,7 @@ impl Secondary {
         let report = self.cache.commit(stopped, pool).expect("the commit");
         let spent = begin.elapsed();
         assert_eq!(report.pages, pages);
-        self.cache.tidy(stopped).expect("no memory is locked");
+        self.cache.reclaim(stopped).expect("no memory is locked");
         spent
     }
 }

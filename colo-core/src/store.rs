@@ -149,7 +149,7 @@ pub fn flush(
 /// # Errors
 /// The cache's; it goes on as before.
 pub fn reclaim(store: &ColoStore, stopped: GuestStopped<'_>) -> Result<(), StoreError> {
-    Ok(store.cache.tidy(stopped)?)
+    Ok(store.cache.reclaim(stopped)?)
 }
 
 impl PageStore for ColoStore {

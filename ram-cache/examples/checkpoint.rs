@@ -46,7 +46,7 @@ fn checkpoints(kind: CacheKind) -> Result<(), Box<dyn Error>> {
     cache.or_dirty_word(0, 0, 0b10)?;
     let stopped = GuestStopped::witnessed_by(&guest);
     let report = cache.commit(stopped, &pool)?;
-    cache.tidy(stopped)?;
+    cache.reclaim(stopped)?;
     println!("{kind:?}: {} pages put in place", report.pages);
     assert_eq!(report.pages, 2);
     assert_eq!((byte(&guest, 0)?, byte(&guest, 1)?), (2, 0));

@@ -28,7 +28,7 @@ use crate::{CowCache, MirrorCache};
 /// *At a checkpoint* the guest is paused, its own dirty log goes into
 /// [`or_dirty_word`](RamCache::or_dirty_word), and [`guest_stopped`](RamCache::guest_stopped) is
 /// called, before, while or after pages arrive. When all have arrived, [`commit`](RamCache::commit) puts them
-/// in place, and puts back pages that only the secondary has written. [`tidy`](RamCache::tidy) gives memory back
+/// in place, and puts back pages that only the secondary has written. [`reclaim`](RamCache::reclaim) gives memory back
 /// before the guest runs again; the primary need not wait for it.
 pub trait RamCache: fmt::Debug + Send + Sync {
     /// Returns where the bytes `offset .. offset + len` of a block are to be written. The slice begins at
@@ -105,7 +105,7 @@ pub trait RamCache: fmt::Debug + Send + Sync {
     ///
     /// # Errors
     /// An error of the host. The memory stays in use. The guest may run.
-    fn tidy(&self, stopped: GuestStopped<'_>) -> Result<(), CacheError>;
+    fn reclaim(&self, stopped: GuestStopped<'_>) -> Result<(), CacheError>;
 
     /// Gives the cache's memory back. RAM discard is allowed again behind a [`MirrorCache`](crate::MirrorCache); a
     /// [`CowCache`](crate::CowCache) leaves it forbidden for as long as the VM lives. Dropping the cache does the same;

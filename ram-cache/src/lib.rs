@@ -40,7 +40,7 @@
 //! let report = cache.commit(stopped, &pool)?;
 //! assert_eq!(report.pages, 2);
 //! // Before it runs again.
-//! cache.tidy(stopped)?;
+//! cache.reclaim(stopped)?;
 //!
 //! // The channels have been joined: the memory is given back. The guest's memory stays a mapping of the
 //! // checkpoint, which ballooning would expose. With a mirror it would be allowed again.

@@ -203,7 +203,7 @@ impl RamCache for MirrorCache {
     }
 
     /// Nothing was left over.
-    fn tidy(&self, _stopped: GuestStopped<'_>) -> Result<(), CacheError> {
+    fn reclaim(&self, _stopped: GuestStopped<'_>) -> Result<(), CacheError> {
         Ok(())
     }
 

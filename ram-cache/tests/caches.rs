@@ -135,7 +135,7 @@ mod tests {
             let stopped = GuestStopped::witnessed_by(&self.guest);
             self.cache.guest_stopped(stopped).unwrap();
             let report = self.cache.commit(stopped, &self.pool).unwrap();
-            self.cache.tidy(stopped).unwrap();
+            self.cache.reclaim(stopped).unwrap();
             report
         }
     }

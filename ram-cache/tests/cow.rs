@@ -62,7 +62,7 @@ mod tests {
         fn commit(&self) {
             let stopped = self.stop();
             self.cache.commit(stopped, &self.pool).unwrap();
-            self.cache.tidy(stopped).unwrap();
+            self.cache.reclaim(stopped).unwrap();
         }
 
         fn byte(&self, page: usize) -> u8 {
@@ -124,7 +124,7 @@ mod tests {
         let stopped = secondary.stop();
         secondary.cache.commit(stopped, &secondary.pool).unwrap();
         secondary.receive(7, 9);
-        secondary.cache.tidy(stopped).unwrap();
+        secondary.cache.reclaim(stopped).unwrap();
         assert_eq!(secondary.copies(), [7]);
         secondary.receive(8, 9);
         assert_eq!((secondary.byte(7), secondary.byte(8)), (1, 1));
@@ -141,9 +141,9 @@ mod tests {
         secondary.cache.commit(stopped, &secondary.pool).unwrap();
         // The guest runs, and then its checkpoint breaks off.
         (0..PAGES).for_each(|page| secondary.write(page, 5));
-        secondary.cache.tidy(stopped).unwrap();
+        secondary.cache.reclaim(stopped).unwrap();
         assert!((0..PAGES).all(|page| secondary.byte(page) == 5));
-        secondary.cache.tidy(secondary.stop()).unwrap();
+        secondary.cache.reclaim(secondary.stop()).unwrap();
         assert!((0..PAGES).all(|page| secondary.byte(page) == 5));
     }
 

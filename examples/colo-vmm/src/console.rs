@@ -12,7 +12,7 @@
 //! for an answer asks again.
 //!
 //! The guest does not notice that its output is not read: a disk that is full, a pipe that nobody
-//! reads ([`Outlet`](crate::outlet::Outlet)). That is lost, as on a real line, and a warning says so.
+//! reads ([`LossyWriter`](crate::lossy_writer::LossyWriter)). That is lost, as on a real line, and a warning says so.
 
 use std::io::{self, ErrorKind, Write};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

@@ -34,7 +34,7 @@
 //! - [`devices`]: one file each, with its state
 //! - [`loader`] and [`guest`]: what runs
 //! - [`vm`] and [`console`]: the machine with its run state, and the guest's output with its gate
-//! - [`outlet`]: writing where nobody may read
+//! - [`lossy_writer`]: writes to readers that may be slow
 //! - [`migration`]: the crates at work, live migration and COLO
 //! - [`heartbeat`]: whether the other side lives; [`arbiter`]: who says which side goes on
 //! - [`metrics`]: figures for Prometheus
@@ -57,13 +57,13 @@ pub mod guest;
 pub mod heartbeat;
 pub mod lifecycle;
 pub mod loader;
+pub mod lossy_writer;
 pub mod machine;
 pub mod memory;
 pub mod metrics;
 pub mod migration;
 pub mod monitor;
 pub mod operator;
-pub mod outlet;
 pub mod qmp;
 pub mod standby;
 pub mod vcpu;

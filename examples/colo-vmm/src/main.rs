@@ -6,7 +6,7 @@ use std::sync::Mutex;
 
 use colo_vmm::cli::Cli;
 use colo_vmm::error_chain::chain;
-use colo_vmm::outlet::{Outlet, complain};
+use colo_vmm::lossy_writer::{LossyWriter, print_error};
 use tool_support::arguments;
 use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::fmt;
@@ -16,7 +16,7 @@ use tracing_subscriber::util::SubscriberInitExt;
 fn main() -> ExitCode {
     let log = fmt::layer()
         .with_ansi(std::io::stderr().is_terminal())
-        .with_writer(Mutex::new(Outlet::new(std::io::stderr())))
+        .with_writer(Mutex::new(LossyWriter::new(std::io::stderr())))
         // It would be said on standard error itself, and waited for.
         .log_internal_errors(false);
     tracing_subscriber::registry()
@@ -24,7 +24,7 @@ fn main() -> ExitCode {
         .with(wanted())
         .init();
     arguments::parse::<Cli>().run().unwrap_or_else(|error| {
-        complain(format!("colo-vmm: {}", chain(&*error)));
+        print_error(format!("colo-vmm: {}", chain(&*error)));
         ExitCode::FAILURE
     })
 }

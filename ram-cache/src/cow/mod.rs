@@ -37,7 +37,7 @@ use crate::{PAGE_BYTES, PAGE_SIZE};
 /// copies do: it writes the base's content over them. So every page is copied once, as with a
 /// [`MirrorCache`](crate::MirrorCache). Copies that the guest has not written since the checkpoint
 /// before are dropped when the commit is over and the primary need not wait any more
-/// ([`RamCache::tidy`]), once they are more than a thirty-second of RAM.
+/// ([`RamCache::reclaim`]), once they are more than a thirty-second of RAM.
 ///
 /// # What is asked of the VMM
 /// The cache replaces what is mapped in the place of guest RAM, at the same addresses, when it is
@@ -234,7 +234,7 @@ impl RamCache for CowCache {
         Ok(report)
     }
 
-    fn tidy(&self, _stopped: GuestStopped<'_>) -> Result<(), CacheError> {
+    fn reclaim(&self, _stopped: GuestStopped<'_>) -> Result<(), CacheError> {
         // A copy that the guest has written since must never be dropped.
         if !self.is_fresh.swap(false, Ordering::AcqRel) {
             return Ok(());

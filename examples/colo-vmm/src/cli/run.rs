@@ -24,13 +24,13 @@ use crate::console::Console;
 use crate::cpu_args::CpuArgs;
 use crate::event_loop::{self, Ender, Ending, GuestEnds, Request};
 use crate::heartbeat::HeartbeatArgs;
+use crate::lossy_writer::print_error;
 use crate::machine::GuestImage;
 use crate::memory::populated;
 use crate::metrics;
 use crate::migration::{Boundaries, Boundary, Halt, IncomingMode, Migration, MigrationOptions};
 use crate::monitor::{self, COMMANDS, Monitor};
 use crate::operator::{EventBus, Operator};
-use crate::outlet::complain;
 use crate::qmp::{self, QmpAddress};
 use crate::vm::Vm;
 
@@ -216,7 +216,7 @@ impl RunArgs {
     /// Says what an operator of this side should know before it matters.
     fn warn(&self) {
         if self.on_peer_loss == PeerLossArg::TakeOver && !self.heartbeat.is_on() {
-            complain(format!("colo-vmm: warning: {TAKES_OVER_BLINDLY}"));
+            print_error(format!("colo-vmm: warning: {TAKES_OVER_BLINDLY}"));
         }
     }
 }
@@ -322,7 +322,7 @@ pub(super) fn run(args: &RunArgs) -> Result<ExitCode, Box<dyn Error>> {
     Ok(match ending {
         Ending::Guest(exit) => {
             if exit.status() != 0 {
-                complain(format!("colo-vmm: {exit}"));
+                print_error(format!("colo-vmm: {exit}"));
             }
             ExitCode::from(exit.status())
         }
@@ -333,7 +333,7 @@ pub(super) fn run(args: &RunArgs) -> Result<ExitCode, Box<dyn Error>> {
         Ending::Request(Request::Quit) => ExitCode::SUCCESS,
         Ending::Request(Request::IncomingFailed) => {
             let error = migration.status().info().error_desc.unwrap_or_default();
-            complain(format!("colo-vmm: incoming migration: {error}"));
+            print_error(format!("colo-vmm: incoming migration: {error}"));
             ExitCode::FAILURE
         }
     })

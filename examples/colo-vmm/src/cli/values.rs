@@ -10,8 +10,8 @@ use migration_stream::{Escaped, WhenToCompare};
 use qmp_types::MigrationAddress;
 use ram_cache::CacheKind;
 
+use crate::lossy_writer::LossyWriter;
 use crate::machine::SerialSink;
-use crate::outlet::Outlet;
 
 /// The value of `--incoming`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -190,9 +190,9 @@ impl SerialArg {
     /// The file cannot be made.
     pub fn sink(&self) -> io::Result<SerialSink> {
         Ok(match self {
-            Self::Stdio => Box::new(Outlet::new(io::stdout())),
+            Self::Stdio => Box::new(LossyWriter::new(io::stdout())),
             // It may be a FIFO.
-            Self::File(path) => Box::new(Outlet::new(File::create(path)?)),
+            Self::File(path) => Box::new(LossyWriter::new(File::create(path)?)),
             Self::Null => Box::new(io::sink()),
         })
     }

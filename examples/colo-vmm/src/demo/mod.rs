@@ -38,8 +38,8 @@ pub use error::{DemoError, LastWords};
 pub use figures::Spread;
 pub use side::Role;
 
+use crate::lossy_writer::print_error;
 use crate::machine::kvm_unavailable;
-use crate::outlet::complain;
 use progress::Progress;
 use proof::{Evidence, LINE, prove};
 use report::{Checkpoints, Failover, Precopy, Report, Verdict};
@@ -83,7 +83,7 @@ pub fn run(args: &DemoArgs) -> Result<ExitCode, DemoError> {
         .map_err(DemoError::host("make a temporary directory"))?;
     if args.keep {
         dir.disable_cleanup(true);
-        complain(format_args!(
+        print_error(format_args!(
             "serial lines and logs are kept in {}",
             dir.path().display()
         ));

@@ -27,8 +27,8 @@ use self::procedure::Connection;
 use self::remote::Remote;
 use self::start::{Started, start};
 use crate::cli::TAKES_OVER_BLINDLY;
-use crate::outlet::complain;
-use crate::outlet::say;
+use crate::lossy_writer::print_error;
+use crate::lossy_writer::say;
 use crate::qmp::QmpAddress;
 
 /// How long a side may take to answer, or to do what it was told at once.
@@ -182,7 +182,7 @@ pub fn pair(args: &PairArgs) -> Result<(), Box<dyn Error>> {
         (_, _, Some(dir)) => {
             if takes_over_blindly(&args.run) {
                 // Each side says so in its log.
-                complain(format!("warning: {TAKES_OVER_BLINDLY}"));
+                print_error(format!("warning: {TAKES_OVER_BLINDLY}"));
             }
             let secondary = start("secondary", dir, true, &for_secondary(&args.run)?)?;
             let primary = start("primary", dir, false, &args.run)?;

@@ -12,8 +12,8 @@ use qmp_types::{
 
 use super::progress::Precopy;
 use super::remote::{Remote, RemoteError};
+use crate::lossy_writer::print_error;
 use crate::migration::socket_address;
-use crate::outlet::complain;
 
 /// How two sides are connected.
 #[derive(Clone, Debug)]
@@ -127,11 +127,11 @@ impl Progress {
         if !self.precopy.read(self.begun.elapsed(), info) {
             return;
         }
-        complain(&self.precopy);
+        print_error(&self.precopy);
         if self.precopy.gets_stuck()
             && let Some(advice) = self.precopy.advice(self.auto_converge)
         {
-            complain(advice);
+            print_error(advice);
         }
     }
 }

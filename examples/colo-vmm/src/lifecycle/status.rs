@@ -8,7 +8,7 @@ use qmp_types::{ColoFigures, ColoMode, ColoStatus, Command, MigrationInfo, Statu
 
 use super::remote::{Remote, RemoteError};
 use crate::error_chain::chain;
-use crate::outlet::print;
+use crate::lossy_writer::print;
 use crate::qmp::QmpAddress;
 
 /// Prints a line for each side; with `every` again and again.

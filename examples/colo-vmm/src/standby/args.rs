@@ -22,10 +22,10 @@ use super::monitor::{COMMANDS, StandbyMonitor};
 use super::{Destination, Ending, RestoreConfig, Standby, StandbyConfig};
 use crate::cli::{PeerLossArg, max_device_state, mebibytes};
 use crate::event_loop;
+use crate::lossy_writer::say;
 use crate::metrics;
 use crate::monitor;
 use crate::operator::Operator;
-use crate::outlet::say;
 use crate::qmp::{self, QmpAddress, QmpServer};
 
 /// How long QMP clients have to take their last replies.

@@ -1,8 +1,7 @@
-//! A way out of this process that may be stuck: a pipe or a terminal that nobody reads.
+//! Writes to a pipe, a terminal or a file that may be slow or full.
 //!
-//! Whoever writes there holds something that others need: the guest's processor, which a checkpoint has
-//! to stop, or the log, which the heartbeat writes too. So nobody waits there for long. What finds no
-//! way out in time is lost, as on a serial line that nobody listens to.
+//! A thread that others depend on must not block on a slow reader: the vCPU's thread, which a checkpoint has to
+//! pause, or the heartbeat's, which writes the log. [`LossyWriter`] waits for a limited time, and then drops data.
 
 use std::fmt;
 use std::io::{self, ErrorKind, Write};
@@ -14,21 +13,20 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 /// How much goes into a pipe that has room at all (`_POSIX_PIPE_BUF`), bytes.
 const PIECE: usize = 512;
 
-/// How long a reader may be slow before what is written is lost. After that nothing is waited for until
-/// it reads again.
+/// How long a reader may be slow before data is dropped. After that no write waits, until the reader reads
+/// again.
 pub const PATIENCE: Duration = Duration::from_millis(250);
 
-/// A writer that waits for its reader for [`PATIENCE`] at most, and gives an error of the kind
-/// [`ErrorKind::TimedOut`] then.
+/// A writer that waits for its reader for at most [`PATIENCE`], and then returns an error of the kind
+/// [`ErrorKind::TimedOut`].
 #[derive(Debug)]
-pub struct Outlet<W> {
+pub struct LossyWriter<W> {
     out: W,
     is_stuck: bool,
 }
 
-impl<W: Write + AsFd> Outlet<W> {
-    /// A way out through `out`, which has no buffer of its own or is [flushed](Write::flush) by
-    /// whoever writes.
+impl<W: Write + AsFd> LossyWriter<W> {
+    /// Returns a writer to `out`, which has no buffer, or which the caller [flushes](Write::flush).
     pub const fn new(out: W) -> Self {
         Self {
             out,
@@ -56,7 +54,7 @@ impl<W: Write + AsFd> Outlet<W> {
     }
 }
 
-impl<W: Write + AsFd> Write for Outlet<W> {
+impl<W: Write + AsFd> Write for LossyWriter<W> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let piece = bytes.get(..PIECE).unwrap_or(bytes);
         self.is_stuck = !self.has_room()?;
@@ -64,7 +62,7 @@ impl<W: Write + AsFd> Write for Outlet<W> {
             return Err(ErrorKind::TimedOut.into());
         }
         let written = self.out.write(piece)?;
-        // Of a buffered one, such as standard output, which has room for it.
+        // A buffered writer, such as standard output, has room for it.
         self.out.flush()?;
         Ok(written)
     }
@@ -74,13 +72,13 @@ impl<W: Write + AsFd> Write for Outlet<W> {
     }
 }
 
-/// Says a line on standard output, if that takes it.
+/// Prints a line on standard output. A line that the reader does not take in time is lost.
 pub fn say(line: impl fmt::Display) {
-    // Nobody is there to be told that nobody is there.
-    let _ = Outlet::new(io::stdout()).write_all(format!("{line}\n").as_bytes());
+    // There is no other place for the error.
+    let _ = LossyWriter::new(io::stdout()).write_all(format!("{line}\n").as_bytes());
 }
 
-/// Prints a line on standard output and waits for as long as its reader takes; whether there is a reader.
+/// Prints a line on standard output, and waits for its reader without a limit. Returns whether there is a reader.
 #[must_use]
 pub fn print(line: impl fmt::Display) -> bool {
     io::stdout()
@@ -88,10 +86,10 @@ pub fn print(line: impl fmt::Display) -> bool {
         .is_ok()
 }
 
-/// Says a line on standard error, if that takes it.
-pub fn complain(line: impl fmt::Display) {
+/// Prints a line on standard error. A line that the reader does not take in time is lost.
+pub fn print_error(line: impl fmt::Display) {
     // As above.
-    let _ = Outlet::new(io::stderr()).write_all(format!("{line}\n").as_bytes());
+    let _ = LossyWriter::new(io::stderr()).write_all(format!("{line}\n").as_bytes());
 }
 
 #[cfg(test)]
@@ -104,7 +102,7 @@ mod tests {
     #[test]
     fn a_pipe_that_nobody_reads_is_waited_for_once() {
         let (mut reader, writer) = io::pipe().unwrap();
-        let mut outlet = Outlet::new(writer);
+        let mut outlet = LossyWriter::new(writer);
         let mut taken = 0;
         let error = loop {
             match outlet.write(&[b'x'; 3000]) {
@@ -133,7 +131,7 @@ mod tests {
     fn a_reader_that_is_gone_is_an_error_at_once() {
         let (reader, writer) = io::pipe().unwrap();
         drop(reader);
-        let error = Outlet::new(writer).write(b"x").unwrap_err();
+        let error = LossyWriter::new(writer).write(b"x").unwrap_err();
         assert_eq!(error.kind(), ErrorKind::BrokenPipe);
     }
 }
