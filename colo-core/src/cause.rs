@@ -23,15 +23,14 @@ impl fmt::Display for Role {
     }
 }
 
-/// What a side does when COLO has ended without anybody having asked for it.
+/// What a side does when COLO has ended without a request.
 ///
-/// The side that sees a connection break cannot know whether the peer is dead or only unreachable.
-/// So **at most one of the two sides may be set to [`OnPeerLoss::TakeOver`]**: with both, a broken
-/// link leaves two VMs that each believe to be the one.
+/// A side whose connection breaks cannot know whether the peer is dead or only unreachable. So **at most one of the
+/// two sides may be set to [`OnPeerLoss::TakeOver`]**: with both, a broken link leaves two running VMs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum OnPeerLoss {
-    /// Report COLO_EXIT and wait for a failover request, the VM and its held output as they are.
-    /// QEMU knows only this.
+    /// Report COLO_EXIT and wait for a failover request. The VM and its held output stay as they are. QEMU does
+    /// only this.
     #[default]
     Wait,
     /// Report COLO_EXIT and go on alone.
@@ -41,7 +40,7 @@ pub enum OnPeerLoss {
 /// The `reason` of COLO_EXIT.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum ExitReason {
-    /// Somebody asked.
+    /// A failover was requested.
     Request,
     /// Something failed.
     Error,
@@ -56,7 +55,7 @@ impl fmt::Display for ExitReason {
     }
 }
 
-/// What has ended COLO.
+/// What ended COLO.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, thiserror::Error)]
 #[non_exhaustive]
 pub enum Cause {
@@ -69,23 +68,23 @@ pub enum Cause {
     /// The connection broke.
     #[error("peer lost while {during}: {loss}")]
     PeerLost {
-        /// What was being done.
+        /// The step that was carried out.
         during: Step,
-        /// How it was noticed.
+        /// How the loss was noticed.
         loss: PeerLoss,
     },
     /// The peer did not answer, send or take data in time.
     #[error("deadline passed while {during}")]
     DeadlineExpired {
-        /// What was being done.
+        /// The step that was carried out.
         during: Step,
     },
-    /// The peer sent a message that does not belong where it came.
+    /// The peer sent a message out of place.
     #[error("unexpected colo message {got}, expected {}", .expected.map_or("none", Message::name))]
     UnexpectedMessage {
-        /// What came.
+        /// The message received.
         got: Message,
-        /// What should have come; `None` where the peer has nothing to say.
+        /// The message expected; `None` where the peer has nothing to send.
         expected: Option<Message>,
     },
     /// The peer sent a number that is no message.
@@ -103,7 +102,7 @@ pub enum Cause {
 }
 
 impl Cause {
-    /// The reason that belongs to it.
+    /// Returns the reason that belongs to it.
     #[must_use]
     pub(crate) const fn reason(self) -> ExitReason {
         match self {
@@ -136,14 +135,14 @@ impl fmt::Display for ColoExit {
     }
 }
 
-/// What has become of this side's VM.
+/// Whether this side's VM runs after COLO.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Outcome {
-    /// It runs, alone: it is the VM now.
+    /// It runs, alone.
     TookOver,
-    /// It is stopped, because it was to quit.
+    /// It is paused, because [`ColoControl::quit`](crate::driver::ColoControl::quit) was called.
     Quit,
-    /// It is stopped and must never run again: the install of a checkpoint broke off half way, or
+    /// It is paused and must never run again: the install of a checkpoint broke off half way, or
     /// it could not be resumed.
     Broken(Cause),
 }

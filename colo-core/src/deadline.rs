@@ -5,10 +5,10 @@ use std::time::{Duration, Instant};
 use crate::step::{Bound, Step};
 
 /// How long the peer may take. A limit that passes ends COLO on this side with a
-/// [`Cause::DeadlineExpired`](crate::Cause::DeadlineExpired) that says what was waited for.
+/// [`Cause::DeadlineExpired`](crate::Cause::DeadlineExpired) that names the wait.
 ///
-/// A peer whose process has died is noticed at once, by its closed connection. The limits are for
-/// the peer that says nothing: its host lost power, a cable was pulled, its process is stopped.
+/// The death of the peer's process is noticed at once, by its closed connection. The limits are for a silent peer:
+/// its host lost power, a cable was pulled, its process is stopped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Deadlines {
     message: Duration,
@@ -17,9 +17,8 @@ pub struct Deadlines {
 }
 
 impl Default for Deadlines {
-    /// 5 s for a message: two scheduling delays of an overloaded host and a few lost segments, and still less
-    /// than most clients of the guest wait before they give up. 30 s for a checkpoint, 60 s for the next
-    /// request.
+    /// 5 s for a message, 30 s for a checkpoint, 60 s for the next request. 5 s covers two scheduling delays of an
+    /// overloaded host and a few lost segments, and most clients of the guest wait longer.
     fn default() -> Self {
         Self {
             message: Duration::from_secs(5),
@@ -42,8 +41,7 @@ impl Deadlines {
     }
 
     /// Limits a whole checkpoint, from the request until the VM runs again, and everything that moves
-    /// RAM. The default is 30 s: 3 GiB of dirty pages on a 1 Gbit/s link, with which a guest is down
-    /// longer than COLO is any use for.
+    /// RAM. The default is 30 s: 3 GiB of dirty pages on a 1 Gbit/s link.
     #[must_use]
     pub const fn checkpoint(mut self, limit: Duration) -> Self {
         self.checkpoint = limit;
@@ -51,7 +49,7 @@ impl Deadlines {
     }
 
     /// Limits a secondary's wait for the next checkpoint request; a primary does not look at it. The
-    /// default is 60 s, three times QEMU's default of `x-checkpoint-delay`. A primary says nothing
+    /// default is 60 s, three times QEMU's default of `x-checkpoint-delay`. A primary sends nothing
     /// between checkpoints, so the limit has to be longer than its delay: see
     /// [`Deadlines::for_checkpoint_delay`].
     #[must_use]

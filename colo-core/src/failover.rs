@@ -43,13 +43,13 @@ pub enum StatusReason {
     None,
     /// It has ended by request.
     Request,
-    /// It has ended, or waits for a decision, because something failed.
+    /// It has failed: it has ended, or waits for a decision.
     Error,
     /// A failover is under way.
     Processing,
 }
 
-/// What `query-colo-status` answers.
+/// The answer to `query-colo-status`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ColoStatus {
     /// The side this is now.
@@ -64,7 +64,7 @@ pub struct ColoStatus {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum RequestError {
-    /// There is nothing to fail over from.
+    /// The VM is not in COLO.
     #[error("VM is not in COLO mode")]
     NotInColo,
     /// A request is being carried out.
@@ -74,7 +74,7 @@ pub enum RequestError {
     /// be resumed.
     #[error("this VM is in no state to run")]
     Unfit,
-    /// This side was stopped for good, because the other side goes on, or may.
+    /// This side was stopped for good, because the other side owns the guest, or may own it.
     #[error("this VM was stopped for good: the other side goes on, or may")]
     Stopped,
 }
@@ -82,8 +82,7 @@ pub enum RequestError {
 /// An operator's handle on one VM's failover. Clones are the same handle.
 ///
 /// The VMM keeps one for the life of its VM. [`ColoControl::new`](crate::driver::ColoControl::new) takes a
-/// clone and enters COLO with it. Nothing that can be called here ends COLO's bookkeeping: that is
-/// the driver's.
+/// clone and enters COLO with it. No call here can end a session's bookkeeping: only the driver can.
 #[derive(Clone, Default)]
 pub struct FailoverHandle {
     shared: Arc<Mutex<Shared>>,
@@ -124,7 +123,7 @@ enum Progress {
 }
 
 impl FailoverHandle {
-    /// A handle of a VM that is not in COLO.
+    /// Returns a handle of a VM that is not in COLO.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
@@ -160,9 +159,8 @@ impl FailoverHandle {
         Ok(())
     }
 
-    /// Says that this side's VM was stopped and never runs again. A driver ends by itself then, as
-    /// by [`ColoControl::quit`](crate::driver::ColoControl::quit), and so does one that begins
-    /// later. Every later request is refused. A `colo_heartbeat::Heartbeat` calls this when it has
+    /// Tells that this side's VM was stopped and never runs again. A running driver ends, as by
+    /// [`ColoControl::quit`](crate::driver::ColoControl::quit), and so does a later one. Every later request is refused. A `colo_heartbeat::Heartbeat` calls this when it has
     /// stopped the guest.
     pub fn stop_for_good(&self) {
         let kick = {
@@ -178,7 +176,7 @@ impl FailoverHandle {
         }
     }
 
-    /// What `query-colo-status` answers.
+    /// The answer to `query-colo-status`.
     #[must_use]
     pub fn status(&self) -> ColoStatus {
         let shared = self.lock();
@@ -217,8 +215,8 @@ impl FailoverSlot {
     /// Enters COLO on `handle`.
     ///
     /// `kick` is called once for a request, in the requester's thread, after the request was stored, and
-    /// once for [`FailoverHandle::stop_for_good`]. It must end whatever the driver may be blocked in:
-    /// shut the connections, wake a wait.
+    /// once for [`FailoverHandle::stop_for_good`]. It must end every call in which the driver may block: shut the
+    /// connections, wake a wait.
     pub fn enter(
         handle: &FailoverHandle,
         role: Role,
@@ -244,7 +242,7 @@ impl FailoverSlot {
         }
     }
 
-    /// The operator's handle.
+    /// Returns the operator's handle.
     #[must_use]
     pub const fn handle(&self) -> &FailoverHandle {
         &self.handle
@@ -263,15 +261,15 @@ impl FailoverSlot {
         untold
     }
 
-    /// Says that this side's VM must never run again. Requests are refused from now on.
+    /// Tells that this side's VM must never run again. Requests are refused from now on.
     pub fn unfit(&self) {
         if let Some(mut shared) = self.lock() {
             shared.unfit = true;
         }
     }
 
-    /// Returns whether there was a request since COLO began. True once. To be asked when an action has
-    /// ended, before its event is handed to the machine.
+    /// Returns whether there was a request since COLO began. True once. Call it when an action has ended, before
+    /// its event is handed to the machine.
     #[must_use]
     pub fn take_request(&self) -> bool {
         let Some(mut shared) = self.lock() else {
@@ -284,8 +282,8 @@ impl FailoverSlot {
         requested
     }
 
-    /// Says that COLO_EXIT was reported. The mode stays until [`FailoverSlot::leave`], since a decision
-    /// may still be waited for.
+    /// Tells that COLO_EXIT was reported. The mode stays until [`FailoverSlot::leave`]: a wait for a decision may
+    /// follow.
     pub fn exited(&self, reason: ExitReason) {
         if let Some(mut shared) = self.lock() {
             shared.exit = Some(reason);

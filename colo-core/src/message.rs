@@ -29,10 +29,10 @@ pub enum Message {
     VmstateSend = 3,
     /// Primary: the size of the device state and the device state follow.
     VmstateSize = 4,
-    /// Secondary: everything has arrived and is sound. From here on the checkpoint is the state
-    /// that survives the primary.
+    /// Secondary: the checkpoint has arrived, complete and sound. From here on it is the state that survives the
+    /// primary.
     VmstateReceived = 5,
-    /// Secondary: the checkpoint is its VM's state.
+    /// Secondary: the checkpoint is the state of its VM.
     VmstateLoaded = 6,
 }
 

@@ -1,4 +1,4 @@
-//! What was agreed before a migration starts.
+//! The capabilities of a migration.
 
 use std::num::NonZeroU8;
 
@@ -18,8 +18,8 @@ pub struct Capabilities {
 /// A set of capabilities that can work together, frozen when the migration starts and the same
 /// until it ends: through precopy, every checkpoint and failover.
 ///
-/// The capabilities a VMM holds for its QMP socket may change once the migration is over, and code
-/// that asked those in the middle of one could get two answers. It asks the plan.
+/// A VMM's QMP settings may change when the migration is over. Code within the migration asks the plan, and always
+/// gets the same answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MigrationPlan {
     colo: bool,
@@ -63,31 +63,29 @@ impl MigrationPlan {
         })
     }
 
-    /// Does this migration go over into COLO?
+    /// Returns whether this migration goes over into COLO.
     ///
-    /// The one question, asked in this one place, by both sides and from the first byte on: whether
-    /// the destination makes a RAM cache and refuses RAM discard, whether block devices stay active
-    /// at the switchover, whether the end of precopy is the end. The answer is the same for the
-    /// whole migration. (QEMU 11.0 and later ask their own `migrate_colo()` in the same way; before,
-    /// the destination learnt it from a command in the middle of the stream.)
+    /// Both sides ask this from the first byte on: it decides whether the destination makes a RAM cache and refuses
+    /// RAM discard, whether block devices stay active at the switchover, and whether the end of precopy is the end.
+    /// (QEMU before 11.0 tells its destination by a command in the stream.)
     #[must_use]
     pub const fn migrate_colo(&self) -> bool {
         self.colo
     }
 
-    /// Is the return path used? Always with COLO.
+    /// Returns whether the return path is used. Always with COLO.
     #[must_use]
     pub const fn return_path(&self) -> bool {
         self.return_path
     }
 
-    /// How many multifd channels carry the pages; `None`: the main channel does.
+    /// Returns how many multifd channels carry the pages; `None`: the main channel does.
     #[must_use]
     pub const fn multifd(&self) -> Option<NonZeroU8> {
         self.multifd
     }
 
-    /// May pages be sent as XBZRLE deltas? Never with COLO or multifd.
+    /// Returns whether pages may be sent as XBZRLE deltas. Never with COLO or multifd.
     #[must_use]
     pub const fn xbzrle(&self) -> bool {
         self.xbzrle

@@ -6,43 +6,42 @@ use crate::message::Message;
 
 /// One step of COLO.
 ///
-/// A step *on the wire* talks to the peer and has a deadline; any other is local. What was sent
-/// must be on its way before a step begins that sends nothing.
+/// A step *on the wire* talks to the peer and has a deadline. Any other step is local. All sent bytes must be on
+/// their way before a step begins that sends nothing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Step {
-    /// Wire: send a message that nothing follows, or [`Message::VmstateSend`].
+    /// Wire: send a message without a payload, or [`Message::VmstateSend`].
     Send(Message),
     /// Wire: wait.
     Await(Wait),
-    /// Wire: send the RAM as a section stream that ends with EOF: as it is, with the VM stopped, or
-    /// as it was kept by [`Step::FreezeRam`].
+    /// Wire: send the RAM as a section stream that ends with EOF. The RAM is the paused VM's, or the copy of
+    /// [`Step::FreezeRam`].
     SendRam,
-    /// Wire: send [`Message::VmstateSize`], the size, and the device state that was saved.
+    /// Wire: send [`Message::VmstateSize`], the size, and the saved device state.
     SendDevices,
     /// Wire: read the section stream with the RAM into the cache. No page of it may reach the guest.
     ReceiveRam,
     /// Wire: read the size ([`decode_device_size`](crate::message::decode_device_size)) and the
     /// device state into a buffer.
     ReceiveDevices,
-    /// Stop the VM.
+    /// Pause the VM.
     PauseVm,
-    /// Let the VM run.
+    /// Resume the VM.
     ResumeVm,
     /// Wire: begin to log which pages the secondary's guest writes, and have pages belong to
     /// checkpoints from here on, when every channel has ended the packet that it is in. RAM and
     /// cache differ from here on.
     StartDirtyLog,
-    /// Save the state of all devices into a buffer, with the VM stopped.
+    /// Save the state of all devices into a buffer, with the VM paused.
     SaveDevices,
-    /// Copy RAM that the guest has written, while it runs on: all that is copied now need not be
-    /// when it stands still, unless it is written again.
+    /// Copy written RAM while the guest runs. The pause then copies only pages that are written again.
     CopyRam,
-    /// Copy what the guest has written since, with the VM stopped: [`Step::SendRam`] sends the RAM
-    /// of this moment, and the VM may run.
+    /// Copy the RAM written since, with the VM paused. [`Step::SendRam`] sends the RAM of this moment, and the VM
+    /// may run.
     FreezeRam,
     /// Parse and check all of the received device state without touching a device, and check that
-    /// the received RAM is complete. After this nothing that can be foreseen may fail.
+    /// the received RAM is complete. No foreseeable error may come after this.
     StageDevices,
     /// Reset all devices. Before [`Step::Flush`], because a reset may write RAM.
     Reset,
@@ -52,26 +51,24 @@ pub enum Step {
     InstallDevices,
     /// Start disk replication on this side.
     StartReplication,
-    /// Ask disk replication whether it has met an error since.
+    /// Ask disk replication for errors since the last checkpoint.
     CheckReplication,
     /// Tell disk replication that this is a checkpoint.
     CheckpointReplication,
     /// Stop disk replication.
     StopReplication {
-        /// This side's disk becomes the disk: what is only buffered is committed.
+        /// This side's disk becomes the disk: buffered writes are committed.
         failover: bool,
     },
-    /// Hold the guest's output back from now on.
+    /// Hold the guest's output from now on.
     HoldOutput,
-    /// Take note, with the VM stopped, that what the guest has put out so far came before the
-    /// checkpoint.
+    /// Mark the guest's output so far as older than the checkpoint, with the VM paused.
     CutOutput,
-    /// Let out what the guest has put out before the checkpoint.
+    /// Release the guest's output from before the checkpoint.
     ReleaseOutput,
-    /// Forget what the guest has put out: its state was replaced by the primary's, which puts out
-    /// its own.
+    /// Drop the guest's held output: the primary's state has replaced the state it came from.
     DiscardOutput,
-    /// Let everything out, and hold nothing back any more.
+    /// Release all output, and hold nothing any more.
     OpenOutput,
     /// A checkpoint is complete: report it and count the delay to the next.
     ReportCheckpoint,
@@ -80,7 +77,7 @@ pub enum Step {
 }
 
 impl Step {
-    /// How long the step may take; `None` for a local one.
+    /// Returns the bound of the step; `None` for a local one.
     #[must_use]
     pub(crate) const fn bound(self) -> Option<Bound> {
         match self {
@@ -93,7 +90,7 @@ impl Step {
         }
     }
 
-    /// Is this the first step of a checkpoint on its side?
+    /// Returns whether this is the first step of a checkpoint on its side.
     #[must_use]
     pub(crate) const fn begins_checkpoint(self) -> bool {
         matches!(
@@ -102,15 +99,15 @@ impl Step {
         )
     }
 
-    /// Is this the wait between two checkpoints, in which the background transfer goes on, on other
-    /// channels than the main one? A secondary takes them into its cache, of which its
-    /// guest sees nothing before that checkpoint is complete.
+    /// Returns whether this is the wait between two checkpoints, in which the background transfer goes on, on other
+    /// channels than the main one. A secondary takes these pages into its cache. Its guest sees none of them before
+    /// that checkpoint is complete.
     #[must_use]
     pub(crate) const fn is_background(self) -> bool {
         matches!(self, Self::Await(Wait::CheckpointDue))
     }
 
-    /// Can the step fail on its own side? Letting go of something cannot, nor can reporting.
+    /// Returns whether the step can fail on its own side. Releasing and reporting cannot.
     #[must_use]
     pub(crate) const fn may_fail(self) -> bool {
         !matches!(
@@ -119,7 +116,7 @@ impl Step {
         )
     }
 
-    /// Does the step talk to the peer?
+    /// Returns whether the step talks to the peer.
     #[must_use]
     pub(crate) const fn is_on_the_wire(self) -> bool {
         self.bound().is_some()
@@ -165,9 +162,9 @@ impl fmt::Display for Step {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum StepPhase {
-    /// Nothing of it was done yet.
+    /// The step has not begun.
     Begins,
-    /// All of it was done, or it failed.
+    /// The step is done, or has failed.
     Ended,
 }
 
@@ -180,16 +177,15 @@ impl fmt::Display for StepPhase {
     }
 }
 
-/// What is waited for.
+/// The object of a wait.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Wait {
     /// This message.
     Message(Message),
-    /// The next checkpoint to become due (primary). The peer says nothing meanwhile, but its going
-    /// away must be noticed.
+    /// The next checkpoint to become due (primary). The peer sends nothing meanwhile, but its loss must be noticed.
     CheckpointDue,
-    /// Somebody to decide which side goes on ([`OnPeerLoss::Wait`](crate::OnPeerLoss::Wait)).
+    /// A decision which side goes on ([`OnPeerLoss::Wait`](crate::OnPeerLoss::Wait)).
     Decision,
 }
 
@@ -228,9 +224,9 @@ pub(crate) enum Bound {
     Checkpoint,
     /// The deadline of the secondary for the next request.
     Idle,
-    /// None of the peer's: the driver wakes when the checkpoint is due.
+    /// No bound for the peer: the driver wakes when the checkpoint is due.
     Schedule,
-    /// None: this waits for a person or a management layer, the VM in the state it was in.
+    /// No bound: this waits for an operator. The VM stays in its state.
     Operator,
 }
 
@@ -238,7 +234,7 @@ pub(crate) enum Bound {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum PeerLoss {
-    /// It closed the connection, or its host did because the process is gone.
+    /// It closed the connection, or its host did because the process has ended.
     Closed,
     /// The connection failed.
     Io(io::ErrorKind),

@@ -1,4 +1,4 @@
-//! What COLO needs of a VMM.
+//! The traits that a VMM implements for COLO.
 
 use std::error::Error;
 
@@ -8,19 +8,19 @@ use crate::cause::{ColoExit, Role};
 use crate::report::CheckpointReport;
 use crate::step::{Step, StepPhase};
 
-/// Watches COLO. A VM that wants to hear of nothing implements this without a method.
+/// Watches COLO. Optional: an implementation without a method is complete.
 pub trait ColoObserver {
-    /// A step begins, or has ended, whether it succeeded or not.
+    /// Tells that a step begins, or has ended with success or failure.
     fn on_step(&mut self, step: Step, phase: StepPhase) {
         let _ = (step, phase);
     }
 
-    /// COLO has ended on this side (QMP event COLO_EXIT). Comes once.
+    /// Tells that COLO has ended on this side (QMP event COLO_EXIT). Called once.
     fn colo_exit(&mut self, exit: &ColoExit) {
         let _ = exit;
     }
 
-    /// A checkpoint is complete and the VM runs.
+    /// Tells that a checkpoint is complete and the VM runs.
     fn checkpoint_done(&mut self, report: &CheckpointReport) {
         let _ = report;
     }
@@ -40,49 +40,48 @@ impl<C: ColoObserver, D> ColoObserver for Vm<C, D> {
     }
 }
 
-/// A VM that COLO can protect: it is paused and resumed, its devices are saved and loaded, and it is told.
+/// A VM that COLO can protect: control, device state and observer in one.
 ///
-/// Guest memory is the link's. [`DeviceState::reset`] comes before the checkpoint's pages reach the
+/// Guest memory belongs to the link. [`DeviceState::reset`] comes before the checkpoint's pages reach the
 /// guest, [`DeviceState::install`] after them.
 pub trait ColoVm: VmControl + DeviceState + ColoObserver {}
 
 impl<V: VmControl + DeviceState + ColoObserver> ColoVm for V {}
 
-/// Disk replication: the secondary's writes are buffered until a checkpoint shows that they were
-/// the primary's too.
+/// Disk replication: the secondary's writes are buffered until a checkpoint replaces them by the primary's.
 pub trait Replication {
-    /// COLO begins.
+    /// Starts: COLO begins.
     ///
     /// # Errors
     /// COLO ends.
     fn start(&mut self, role: Role) -> Result<(), VmError>;
 
-    /// An error met since the last call, if any. Asked in every checkpoint while it can still be
-    /// dropped.
+    /// Returns an error that occurred since the last call. Called in every checkpoint while the checkpoint can
+    /// still be dropped.
     ///
     /// # Errors
     /// COLO ends.
     fn check(&mut self) -> Result<(), VmError>;
 
-    /// The disks are the same from here: the secondary drops its own writes.
+    /// Makes both disks the same: the secondary drops its own writes.
     ///
-    /// On the primary the VM is stopped. Unless with [`Resume::OnLoaded`](crate::Resume::OnLoaded)
-    /// it runs before the secondary has done this step: what it writes then belongs to the next
-    /// checkpoint, and must not become part of the secondary's disk with this one.
+    /// On the primary the VM is paused. With another [`Resume`](crate::Resume) than `OnLoaded` it runs before the
+    /// secondary has done this step. Its writes then belong to the next checkpoint, and must not reach the
+    /// secondary's disk with this one.
     ///
     /// # Errors
-    /// On the primary COLO ends; the secondary's VM is not run again.
+    /// On the primary COLO ends. The secondary's VM is not resumed.
     fn checkpoint(&mut self) -> Result<(), VmError>;
 
-    /// COLO is over; with `failover` this side's disk becomes the disk. Without effect if
-    /// replication was not started.
+    /// Stops: COLO is over. With `failover` this side's disk becomes the disk. Without effect if replication was not
+    /// started.
     ///
     /// # Errors
-    /// With `failover` the secondary's VM is not run again.
+    /// With `failover` the secondary's VM is not resumed.
     fn stop(&mut self, failover: bool) -> Result<(), VmError>;
 }
 
-/// A VM whose disks need no replication: it has none, or both sides see the same.
+/// No replication: the VM has no disk, or both sides see the same disk.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct NoReplication;
 
@@ -104,41 +103,40 @@ impl Replication for NoReplication {
     }
 }
 
-/// What stands between the guest's output and the world.
+/// Holds and releases the guest's output.
 pub trait PacketGate {
-    /// Holds output back from now on.
+    /// Holds output from now on.
     ///
     /// # Errors
     /// COLO ends.
     fn hold(&mut self) -> Result<(), VmError>;
 
-    /// Primary: the VM has stopped for a checkpoint, which will contain the state that all output
-    /// so far came from. It is held on, and told apart from what the guest puts out from now on.
+    /// Primary: marks the output so far. The VM is paused for a checkpoint that will contain the state this output
+    /// came from. The output stays held, apart from later output.
     ///
     /// # Errors
     /// COLO ends.
     fn cut(&mut self) -> Result<(), VmError>;
 
-    /// Primary: lets out what was held at the last [`PacketGate::cut`], and no more: the other side
-    /// has the state it came from. The guest may run by now.
+    /// Primary: releases the output up to the last [`PacketGate::cut`], and no more: the other side has the state it
+    /// came from. The guest may run by now.
     ///
     /// # Errors
     /// COLO ends.
     fn release(&mut self) -> Result<(), VmError>;
 
-    /// Secondary: forgets what is held. The state it came from is gone.
+    /// Secondary: drops the held output. The state it came from was replaced.
     ///
     /// # Errors
-    /// The secondary's VM is not run again.
+    /// The secondary's VM is not resumed.
     fn discard(&mut self) -> Result<(), VmError>;
 
-    /// Lets out what is held and holds nothing back any more: this side is the VM, and goes on even
-    /// if what was held cannot be let out. Without effect if output was not held.
+    /// Releases all held output and holds nothing any more: this side goes on alone. Output that cannot be released
+    /// is lost. Without effect if output was not held.
     fn open(&mut self);
 }
 
-/// A VM whose output is not held back. What it has put out since the last checkpoint may come twice
-/// or differ after a failover.
+/// No gate: output is never held. After a failover, output since the last checkpoint may come twice or differ.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct NoGate;
 
@@ -166,7 +164,7 @@ impl PacketGate for NoGate {
 #[derive(Debug, thiserror::Error)]
 #[error("{what}")]
 pub struct VmError {
-    /// What was attempted, in the words of the VMM's log.
+    /// What was attempted, for the log.
     pub what: &'static str,
     /// Why it failed.
     #[source]
@@ -174,7 +172,7 @@ pub struct VmError {
 }
 
 impl VmError {
-    /// An error of the attempt `what`.
+    /// Returns an error of the attempt `what`.
     pub fn new(what: &'static str, source: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
         Self {
             what,

@@ -1,4 +1,4 @@
-//! What other threads may ask of a running driver.
+//! Requests of other threads to a running driver.
 
 use std::fmt;
 use std::io;
@@ -15,8 +15,8 @@ use crate::message::Message;
 use crate::schedule::Schedule;
 use crate::step::Step;
 
-/// A handle on one side's COLO, for the threads that serve the operator, the packet comparer, the
-/// VM's own end. Clones are the same handle.
+/// A handle on one side's COLO, for other threads: the operator's, a packet comparer's, the VM's own end. Clones are
+/// the same handle.
 #[derive(Clone)]
 pub struct ColoControl {
     inner: Arc<Inner>,
@@ -46,16 +46,15 @@ struct BackgroundCap {
 }
 
 impl ColoControl {
-    /// A control for `role`. `disconnect` shuts every connection to the peer; it is called from any
-    /// thread, more than once.
+    /// Returns a control for `role`. `disconnect` shuts every connection to the peer. It is called from any thread,
+    /// more than once.
     ///
-    /// On a primary the first checkpoint is due `delay` from now. A secondary does not look at
-    /// `delay`: how long it waits for its primary is in [`Deadlines`](crate::Deadlines).
+    /// On a primary the first checkpoint is due `delay` from now. A secondary ignores `delay`: its waits for the
+    /// primary are limited by [`Deadlines`](crate::Deadlines).
     ///
-    /// `failover` enters COLO here: a request made from now on is seen by the driver. It leaves
-    /// COLO when the driver ends, or when the last clone of a control is dropped whose driver never
-    /// ran. So make this when nothing but the driver is left to be called: the migration has
-    /// switched over and the VM stands still.
+    /// `failover` enters COLO here: the driver sees every request from now on. It leaves COLO when the driver ends,
+    /// or when the last clone of the control is dropped without a driver. Make the control right before the driver
+    /// is called: the migration has switched over and the VM is paused.
     ///
     /// # Errors
     /// No pipe could be made.
@@ -94,7 +93,7 @@ impl ColoControl {
         self.inner.role
     }
 
-    /// The operator's handle, which this control has entered COLO with.
+    /// Returns the operator's handle, with which this control has entered COLO.
     #[must_use]
     pub fn failover(&self) -> &FailoverHandle {
         self.inner.failover.handle()
@@ -105,7 +104,7 @@ impl ColoControl {
         &self.inner.failover
     }
 
-    /// The VM ends: leave COLO, and leave the VM stopped.
+    /// Ends COLO for a VM that ends. The VM stays paused.
     pub fn quit(&self) {
         self.inner.quit.store(true, Ordering::Release);
         (self.inner.disconnect)();
@@ -118,7 +117,7 @@ impl ColoControl {
         self.inner.wake.wake();
     }
 
-    /// Asks for a checkpoint: the outputs of the two sides differ.
+    /// Asks for a checkpoint at once, as when the outputs of the two sides differ.
     pub fn demand_checkpoint(&self) {
         self.schedule().demand();
         self.inner.wake.wake();
