@@ -1,11 +1,11 @@
 //! The dirty bitmap of one RAM block: set by many channel threads, drained by words.
 //!
-//! A bit of a second level, the *groups*, stands for each word that may have a bit: what is clean is passed
-//! over by 4096 pages at a time.
+//! A bit of a second level, the *groups*, stands for each word that may have a bit: a scan skips 4,096 clean pages at
+//! a time.
 //!
 //! # Orderings
 //! * Setting a bit is a `fetch_or`, draining is a `swap(0)`, of which the one is ordered ([`Release`])
-//!   before the other ([`Acquire`]): whoever takes a bit out also sees everything the setter wrote
+//!   before the other ([`Acquire`]): the thread that takes a bit out also sees everything the setter wrote
 //!   *before* it set the bit. That is what a log of finished writes needs (write, then set; drain, then
 //!   read).
 //! * Read-modify-writes of one word are totally ordered whatever their ordering, so a bit set while

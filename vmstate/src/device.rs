@@ -5,21 +5,19 @@ use std::sync::{Arc, Mutex};
 
 use crate::VmState;
 
-/// Whatever went wrong in a device, as the device words it. It stays the source of the
-/// [`TreeError`](crate::TreeError) and can be downcast there.
+/// An error of a device's own. It stays the source of the [`TreeError`](crate::TreeError) and can be downcast there.
 pub type DeviceError = Box<dyn Error + Send + Sync>;
 
 /// A device that can be saved, reset, and given another state.
 ///
-/// State is a value of its own, apart from the running device: a snapshot is taken from the device
-/// at once, and a received state is parsed and checked without touching it. Every method is called
-/// while the VM is stopped.
+/// State is a value apart from the running device: a snapshot is taken in one call, and a received state is parsed
+/// and checked without changing the device. Every method is called while the VM is paused.
 pub trait Device: Send {
     /// The state that travels.
     type State: VmState + Send + 'static;
 
-    /// Whether the device has a section in the stream at all. If not, nothing of it is saved, and
-    /// a stream that has none for it leaves it as it is after a reset.
+    /// Returns whether the device has a section in the stream. If not, nothing of it is saved, and a stream without
+    /// its section leaves it as it is after a reset.
     fn is_needed(&self) -> bool {
         true
     }
@@ -27,35 +25,33 @@ pub trait Device: Send {
     /// Takes a snapshot.
     ///
     /// # Errors
-    /// The device's own.
+    /// An error of the device's own.
     fn save(&mut self) -> Result<Self::State, DeviceError>;
 
-    /// Whether `state` could be installed here: what the state's description cannot know, such as
-    /// the number of queues that this device was built with. Nothing has been changed when this
-    /// is called, and nothing is if it fails.
+    /// Checks whether `state` can be installed here, by facts that the state's description does not have, such as the
+    /// number of queues of this device. No device has changed yet, and none changes after an error.
     ///
     /// # Errors
-    /// Why not.
+    /// `state` cannot be installed.
     fn check(&self, state: &Self::State) -> Result<(), DeviceError> {
         let _ = state;
         Ok(())
     }
 
-    /// Puts the device into its state at power-on, whatever it was doing.
+    /// Brings the device to its state at power-on.
     ///
     /// # Errors
     /// The device's own.
     fn reset(&mut self) -> Result<(), DeviceError>;
 
-    /// Takes on `state`. The device, and every other one, has been reset before.
+    /// Gives the device `state`. All devices have been reset before.
     ///
     /// # Errors
-    /// The device's own. The VM must not run after that.
+    /// An error of the device's own. The VM must not run.
     fn install(&mut self, state: Self::State) -> Result<(), DeviceError>;
 }
 
-/// A device that the VMM's other threads use as well. It is locked for each call; a lock that a
-/// panic has poisoned is an error.
+/// A device that other threads of the VMM use too. It is locked for each call. A poisoned lock is an error.
 impl<D: Device> Device for Arc<Mutex<D>> {
     type State = D::State;
 

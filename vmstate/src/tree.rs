@@ -9,8 +9,8 @@ use crate::{
     Description, Device, DeviceError, LoadError, Reader, SaveError, VmState, Vmdesc, Writer,
 };
 
-/// When a section is sent: higher ones first, equal ones as they were registered. The names are
-/// QEMU's; their order is that of QEMU 11.1.
+/// The order of sections: higher priorities first, equal ones in the order of registration. Names and order are those
+/// of QEMU 11.1.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[non_exhaustive]
 pub enum Priority {
@@ -42,14 +42,14 @@ pub struct SavedSection {
     pub instance_id: u32,
     /// The version of the body.
     pub version: u32,
-    /// What goes between the section's header and its footer.
+    /// The bytes between the section's header and its footer.
     pub body: Vec<u8>,
 }
 
 /// A section that was parsed from the front of some bytes.
 #[derive(Debug)]
 pub struct Parsed {
-    /// What was parsed, for [`DeviceTree::stage`].
+    /// The parsed section, for [`DeviceTree::stage`].
     pub section: StagedSection,
     /// Length of the body; what follows it is the section's footer.
     pub consumed: usize,
@@ -76,11 +76,10 @@ pub struct ResetDone(Staged);
 
 /// The devices of a VM.
 ///
-/// State goes in by one way only: bytes are [parsed](Self::parse_section) into values of their
-/// own, the values of all devices are [checked together](Self::stage), and then all devices are
-/// [reset](Self::reset) and [given their new state](Self::install). Up to the last step no device is
-/// touched, so that a stream that breaks off or is wrong leaves a VM that can still run; and no
-/// device can be given state without having been reset.
+/// State is loaded in one way only. Bytes are [parsed](Self::parse_section) into values, the values of all devices are
+/// [checked together](Self::stage), and then all devices are [reset](Self::reset) and [given their new
+/// state](Self::install). No device changes before the reset, so a truncated or wrong stream leaves a VM that can run.
+/// No device can be given state without a reset.
 pub struct DeviceTree {
     id: TreeId,
     /// In the order in which they were registered.
@@ -286,9 +285,8 @@ impl DeviceTree {
         Ok(saved)
     }
 
-    /// Parses the body of a section from the front of `bytes`. With `complete`, nothing comes
-    /// after `bytes`; without, they are what has arrived so far of a stream that goes on, and
-    /// [`LoadError::is_truncated`] says that this was not enough to tell where the body ends.
+    /// Parses the body of a section from the front of `bytes`. With `complete`, `bytes` end the stream. Without, more
+    /// bytes may follow, and [`LoadError::is_truncated`] tells that the body does not end within `bytes`.
     ///
     /// # Errors
     /// There is no such device, its version is not one that can be loaded, or the body is not its
@@ -324,7 +322,7 @@ impl DeviceTree {
         })
     }
 
-    /// Puts parsed sections together, and asks every device whether it could take its own.
+    /// Checks that the parsed sections are complete, and lets every device check its own.
     ///
     /// # Errors
     /// A device that is needed has no section, one has two or refuses its state, or a section was parsed by another tree
@@ -424,7 +422,7 @@ impl DeviceTree {
         Ok(())
     }
 
-    /// Both, one after the other.
+    /// Resets all devices, and gives them their new state.
     ///
     /// # Errors
     /// As for [`DeviceTree::reset`].
@@ -530,7 +528,7 @@ impl<D: Device> AnyDevice for Erased<D> {
     }
 }
 
-/// What a device was asked to do.
+/// A call of a device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum DeviceStep {
@@ -555,7 +553,7 @@ impl fmt::Display for DeviceStep {
     }
 }
 
-/// Why a [`DeviceTree`] could not do what was asked.
+/// An error of a [`DeviceTree`].
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum TreeError {
@@ -580,9 +578,9 @@ pub enum TreeError {
         idstr: String,
         /// Which of the sections of this name.
         instance_id: u32,
-        /// What it was asked to do.
+        /// The call that failed.
         step: DeviceStep,
-        /// Why it did not.
+        /// Why it failed.
         #[source]
         source: DeviceError,
     },
@@ -596,7 +594,7 @@ pub enum TreeError {
         /// The contradiction.
         source: SaveError,
     },
-    /// No state came for a device.
+    /// A device has no section.
     #[error("section '{idstr}' {instance_id} is missing", idstr = .idstr.escape_debug())]
     Missing {
         /// The section's name.
@@ -604,7 +602,7 @@ pub enum TreeError {
         /// Which of the sections of this name.
         instance_id: u32,
     },
-    /// State came twice for a device.
+    /// A device has two sections.
     #[error("section '{idstr}' {instance_id} is there twice", idstr = .idstr.escape_debug())]
     Repeated {
         /// The section's name.

@@ -24,35 +24,31 @@ use crate::{PAGE_BYTES, PAGE_SIZE};
 
 /// The last checkpoint in a file in memory (the *base*), of which guest RAM is a private mapping.
 ///
-/// The guest's own writes give it copies of single pages, and all others it shares with the base: RAM
-/// is there once, and twice only what one of the two sides has dirtied since the last checkpoint.
+/// The guest's own writes give it copies of single pages. It shares all other pages with the base. RAM takes memory
+/// once, and twice only for pages that either side has dirtied since the last checkpoint.
 ///
 /// *In precopy* pages go into the base, where the guest sees them.
 ///
-/// *In COLO* a page that the guest has a copy of goes into the base as well: the guest looks at its own.
-/// Any other is *staged* in memory that grows with what a checkpoint brings.
+/// *In COLO* a page of which the guest has a copy goes into the base too: the guest sees its copy. Any other page is
+/// *staged* in memory that grows with the checkpoint.
 ///
-/// *The commit* copies staged pages into the base. The guest's own copies it does not drop, which
-/// would make the guest pay for the next write of each with a fault that takes as long as eight
-/// copies do: it writes the base's content over them. So every page is copied once, as with a
-/// [`MirrorCache`](crate::MirrorCache). Copies that the guest has not written since the checkpoint
-/// before are dropped when the commit is over and the primary need not wait any more
-/// ([`RamCache::reclaim`]), once they are more than a thirty-second of RAM.
+/// *The commit* copies staged pages into the base, and writes the base's content over the guest's copies. Dropping a
+/// copy would cost the guest a fault at its next write, which takes as long as eight copies. So every page is copied
+/// once, as with a [`MirrorCache`](crate::MirrorCache). After the commit, [`RamCache::reclaim`] drops copies that the
+/// guest has not written since the checkpoint before, once they are more than a thirty-second of RAM.
 ///
-/// # What is asked of the VMM
-/// The cache replaces what is mapped in the place of guest RAM, at the same addresses, when it is
-/// made. What was there before is gone and reads as zero. The guest must not run yet, and nobody may
-/// have made copies of page addresses that outlast a change of the mapping without being told (KVM is
-/// told). The memory must not be locked.
+/// # Duties of the VMM
+/// Making the cache replaces the mapping of guest RAM at the same addresses. Earlier content is lost and reads as
+/// zero. The guest must not run yet. No device may hold page addresses that outlast a change of the mapping (KVM is
+/// notified of it). The memory must not be locked.
 ///
-/// The hypervisor's dirty log need not know of every copy that the guest has: of pages in the log the
-/// kernel is asked (`/proc/self/pagemap`, opened when the cache is made), and whether the guest has a
-/// copy of a page that arrives is seen when the commit changes the base.
+/// The dirty log need not name every copy that the guest has. The kernel is asked about pages in the log
+/// (`/proc/self/pagemap`, opened when the cache is made). Copies of pages that arrive are found when the commit
+/// changes the base.
 ///
-/// # When it is released
-/// The guest goes on with the mapping that it has. A page that it shares with the base until it
-/// writes to it costs it a fault and a copy then, once, and the base's page stays: a guest that
-/// goes on to write all of its RAM needs it twice.
+/// # After the release
+/// The guest keeps its mapping. Its first write to a page that it shares with the base costs a fault and a copy, and
+/// the base's page stays. A guest that writes all of its RAM needs it twice.
 ///
 /// RAM discard stays forbidden, for as long as the VM lives. Memory goes on being a mapping of the base, whose pages
 /// are those of an old checkpoint, or of one that was never committed. A page that is discarded (`MADV_DONTNEED`, by a
