@@ -1,5 +1,7 @@
 //! The error of every decoder of the crate.
 
+use std::error::Error;
+
 use crate::raw::command::CommandError;
 use crate::raw::container::ContainerError;
 use crate::raw::dirty_bitmap::DirtyBitmapError;
@@ -86,3 +88,6 @@ pub enum Cause {
     #[error(transparent)]
     ReturnPath(#[from] ReturnPathError),
 }
+
+/// An error of the VMM's own. It is kept as the source of the library's error.
+pub type BoxError = Box<dyn Error + Send + Sync>;

@@ -34,6 +34,7 @@ mod kvm;
 pub mod mapped_ram;
 mod memory;
 mod mmap;
+mod name;
 pub mod precopy;
 pub mod ram;
 pub mod raw;
@@ -46,12 +47,12 @@ mod vm;
 mod writer;
 
 pub use dirty_log::{BitmapDirtyLog, BothLogs};
-pub use error::{Cause, DecodeError};
+pub use error::{BoxError, Cause, DecodeError};
 #[cfg(feature = "kvm")]
 pub use kvm::KvmDirtyLog;
 pub use memory::{DirtyLog, GuestRam, MemoryError, PageStore};
 pub use mmap::{GuestRamMmap, GuestRamMmapError};
-pub use raw::codec::{IdStr, IdStrError};
+pub use name::{IdStr, IdStrError};
 pub use raw::configuration::{Configuration, ConfigurationError, MachineName};
 pub use raw::decoder::{ConfigurationRule, DecoderConfig};
 pub use raw::machine::MachineVersion;
@@ -64,7 +65,7 @@ pub use reader::StreamReader;
 pub use staged::StagedRam;
 pub use text::Escaped;
 pub use transport::{PageTransport, TransportCounters, TransportError};
-pub use vm::{BoxError, DeviceSections, DeviceState, Parsed, Vm, VmControl};
+pub use vm::{DeviceSections, DeviceState, Parsed, Vm, VmControl};
 pub use writer::StreamWriter;
 
 /// The page size of the stream, bytes. x86 guests have no other.

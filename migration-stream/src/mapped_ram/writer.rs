@@ -8,8 +8,8 @@ use std::time::Instant;
 
 use super::error::MappedRamError;
 use crate::io::{CancelToken, PositionedFile};
+use crate::name::put_counted;
 use crate::ram::{BlockId, RamBlockTable, ZeroPageDetection};
-use crate::raw::codec::put_counted;
 use crate::raw::configuration::MAPPED_RAM;
 use crate::raw::mapped_ram::{HEADER_LEN, MappedArea};
 use crate::raw::ram::{put_total, zero_check};

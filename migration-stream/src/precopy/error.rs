@@ -2,10 +2,9 @@
 
 use std::io;
 
+use crate::BoxError;
 use crate::raw::command::CommandNumber;
 use crate::{MemoryError, SectionId, TransportError};
-
-pub use crate::BoxError;
 
 /// Why an outgoing migration failed. Except for [`SourceError::OutcomeUnknown`] the guest is still the
 /// source's.

@@ -98,7 +98,7 @@ mod target;
 mod throttle;
 mod watch;
 
-pub use error::{BoxError, SourceError, TargetError};
+pub use error::{SourceError, TargetError};
 pub use limits::Limits;
 #[cfg(feature = "staged")]
 pub(crate) use pending::PageRun;

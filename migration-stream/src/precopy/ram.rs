@@ -54,7 +54,7 @@ impl<T: PageTransport, D: DirtyLog> RamSetup<T, D> {
         SectionHeader {
             kind: Announcement::Start,
             id: section,
-            idstr: IdStr::ram(),
+            idstr: IdStr::known(crate::raw::ram::RAM_IDSTR),
             instance: InstanceId(0),
             version: RAM_VERSION,
         }

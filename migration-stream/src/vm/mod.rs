@@ -21,17 +21,14 @@ mod sections;
 mod tree;
 
 use std::convert::Infallible;
-use std::error::Error;
 use std::time::Instant;
 
 pub use sections::DeviceSections;
 
+use crate::BoxError;
 use crate::raw::device_blob::decode_device_blob;
 use crate::raw::dirty_bitmap::{Chunk, MigratedBitmap};
 use crate::{Escaped, SectionHeader};
-
-/// An error of the VMM's own. It is kept as the source of the library's error.
-pub type BoxError = Box<dyn Error + Send + Sync>;
 
 /// Pauses and resumes a guest.
 pub trait VmControl {

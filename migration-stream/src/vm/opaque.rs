@@ -2,7 +2,8 @@
 
 use std::convert::Infallible;
 
-use super::{BoxError, DeviceSections, DeviceState, Parsed};
+use super::{DeviceSections, DeviceState, Parsed};
+use crate::BoxError;
 use crate::{SectionHeader, Tail};
 
 /// Sections as they came, saved again with their description. Of a checkpoint they are told apart by what

@@ -1,6 +1,6 @@
 //! Device sections on their way out.
 
-use super::BoxError;
+use crate::BoxError;
 use crate::raw::device_blob::DeviceSection;
 use crate::raw::section::Announcement;
 use crate::{IdStr, InstanceId, SectionHeader, SectionId};

@@ -2,7 +2,8 @@
 
 use vmstate::{DeviceTree, ResetDone, SavedSection, Staged, StagedSection};
 
-use super::{BoxError, DeviceSections, DeviceState, Parsed};
+use super::{DeviceSections, DeviceState, Parsed};
+use crate::BoxError;
 use crate::{PAGE_SIZE, SectionHeader};
 
 fn push(sections: &[SavedSection], out: &mut DeviceSections<'_>) -> Result<(), BoxError> {

@@ -28,8 +28,9 @@ use std::time::Duration;
 use colo_core::FailoverHandle;
 use colo_core::driver::ColoControl;
 use colo_heartbeat::{Endpoint, Failover, Heartbeat, Phase, TakeOverError};
+use migration_stream::BoxError;
 use migration_stream::Escaped;
-use migration_stream::precopy::{BoxError, Limits};
+use migration_stream::precopy::Limits;
 use qmp_types::{
     MigrationAddress, MigrationCapability, MigrationStatus, QmpError, RunState, Settings,
     SocketAddress,

@@ -3,8 +3,9 @@
 use std::time::Duration;
 
 use colo_core::MigrationPlan;
+use migration_stream::BoxError;
 use migration_stream::io::SendMode;
-use migration_stream::precopy::{BoxError, Limits, ThrottleConfig, ThrottleMeans};
+use migration_stream::precopy::{Limits, ThrottleConfig, ThrottleMeans};
 use migration_stream::{Configuration, MachineName, ram};
 use multifd::{ChannelCount, Compression, MultifdConfig, ZlibLevel, ZstdLevel};
 use qmp_types::{

@@ -5,7 +5,8 @@ use std::time::Duration;
 
 use super::link::Link;
 use super::vm::SectionLoader;
-use crate::precopy::{BoxError, TargetError};
+use crate::BoxError;
+use crate::precopy::TargetError;
 use crate::raw::codec::Reader;
 use crate::raw::decoder::MAX_ITEM_LEN;
 use crate::raw::dirty_bitmap::{BitmapSections, DIRTY_BITMAP_IDSTR, DIRTY_BITMAP_VERSION};

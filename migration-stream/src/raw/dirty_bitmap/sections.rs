@@ -2,7 +2,10 @@
 
 use bytes::BufMut;
 
-use super::{Chunk, DIRTY_BITMAP_VERSION, DirtyBitmapDecoder, DirtyBitmapError, MigratedBitmap};
+use super::{
+    Chunk, DIRTY_BITMAP_IDSTR, DIRTY_BITMAP_VERSION, DirtyBitmapDecoder, DirtyBitmapError,
+    MigratedBitmap,
+};
 use crate::error::DecodeError;
 use crate::raw::codec::Reader;
 use crate::raw::section::{
@@ -146,7 +149,7 @@ pub fn header(id: SectionId) -> SectionHeader {
     SectionHeader {
         kind: Announcement::Start,
         id,
-        idstr: IdStr::dirty_bitmap(),
+        idstr: IdStr::known(DIRTY_BITMAP_IDSTR),
         instance: InstanceId(0),
         version: DIRTY_BITMAP_VERSION,
     }

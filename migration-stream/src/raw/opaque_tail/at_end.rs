@@ -5,7 +5,8 @@ use std::io;
 use crate::io::PositionedFile;
 use crate::raw::vmdesc::VmDescription;
 
-use super::{END_LEN, FOOTER_LEN, TailLimits, end_at, header_at};
+use super::TailLimits;
+use super::frame::{END_LEN, FOOTER_LEN, end_at, header_at};
 
 /// How much of a file's end is read first, bytes. A description longer than that costs further reads.
 const FIRST_READ: u64 = 128 << 10;

@@ -6,7 +6,8 @@
 
 use std::collections::HashMap;
 
-use super::{FOOTER_LEN, TailError, any_header_at};
+use super::error::TailError;
+use super::frame::{FOOTER_LEN, any_header_at};
 use crate::raw::decoder::MAX_SECTIONS;
 use crate::raw::section::SectionType;
 use crate::{IdStr, InstanceId, SectionHeader, SectionId};

@@ -2,14 +2,12 @@
 
 use bytes::BufMut;
 
+use super::error::{BitmapError, END_MARK};
 use crate::IdStr;
 use crate::error::DecodeError;
 use crate::ram::{BlockId, RamBlock, RamBlockTable};
 use crate::raw::codec::Reader;
 use crate::raw::return_path::ReturnPathMessage;
-
-/// What stands behind the bits.
-const END_MARK: u64 = 0x0123_4567_89ab_cdef;
 
 /// Which pages of a RAM block the destination has. It goes on the return path behind the message
 /// [`ReturnPathMessage::RecvBitmap`], outside of its frame, as the answer to the command
@@ -167,38 +165,6 @@ fn words_of(pages: u64) -> Result<usize, BitmapError> {
         .ok()
         .filter(|words| *words <= isize::MAX.unsigned_abs() / 8)
         .ok_or(BitmapError::TooLong { pages })
-}
-
-/// What is wrong with the bitmap of a block.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[non_exhaustive]
-pub enum BitmapError {
-    /// It is that of a block that this side does not have.
-    #[error("bitmap of an unknown ram block '{name}'", name = crate::Escaped(.name))]
-    UnknownBlock {
-        /// Its name.
-        name: String,
-    },
-    /// Its length is not that of the block.
-    #[error("bitmap of {found} bytes, expected {expected}")]
-    Length {
-        /// The length received.
-        found: u64,
-        /// The block's.
-        expected: u64,
-    },
-    /// Something else stands where it should end.
-    #[error("bitmap ends with {found:#018x}, expected {END_MARK:#018x}")]
-    EndMark {
-        /// What stands there.
-        found: u64,
-    },
-    /// A block of more pages than fit in memory.
-    #[error("bitmap of {pages} pages")]
-    TooLong {
-        /// How many.
-        pages: u64,
-    },
 }
 
 #[cfg(test)]

@@ -22,13 +22,17 @@
 //! | [`PostcopyRecords`] | pages that come after the switch, on the main stream or the preempt channel |
 
 mod bitmap;
+mod error;
 mod order;
 mod package;
 mod records;
 mod requests;
+mod state;
 
-pub use bitmap::{BitmapError, ReceivedBitmap};
-pub use order::{EndOfStream, OrderError, PostcopyOrder, PostcopyState};
-pub use package::{PackageDecoder, PackageEncoder, PackageError, PackageItem, PackageStep};
+pub use bitmap::ReceivedBitmap;
+pub use error::{BitmapError, OrderError, PackageError};
+pub use order::{EndOfStream, PostcopyOrder};
+pub use package::{PackageDecoder, PackageEncoder, PackageItem, PackageStep};
 pub use records::PostcopyRecords;
 pub use requests::{PageRequest, RequestDecoder, RequestEncoder, RequestError};
+pub use state::PostcopyState;

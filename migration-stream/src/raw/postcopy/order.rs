@@ -1,44 +1,8 @@
 //! Which command of postcopy may come when.
 
-use std::fmt;
-
+use super::error::OrderError;
+use super::state::PostcopyState;
 use crate::raw::command::{Command, CommandNumber, PostcopyAdvice};
-
-/// How far an incoming migration is on its way into postcopy.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum PostcopyState {
-    /// Nothing was said of postcopy.
-    None,
-    /// Postcopy may follow.
-    Advised,
-    /// Pages that are stale are being dropped.
-    Discarding,
-    /// Pages may come while devices load, inside the package.
-    Listening,
-    /// The guest runs here, and what it lacks is asked for.
-    Running,
-    /// The connection broke while the guest ran.
-    Paused,
-    /// There is a new connection, and the source asks which pages have arrived.
-    Recovering,
-    /// The stream ended, and every page is there.
-    Ended,
-}
-
-impl fmt::Display for PostcopyState {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::None => "none",
-            Self::Advised => "advised",
-            Self::Discarding => "discarding",
-            Self::Listening => "listening",
-            Self::Running => "running",
-            Self::Paused => "paused",
-            Self::Recovering => "recovering",
-            Self::Ended => "ended",
-        })
-    }
-}
 
 /// What the end of the main stream's section loop means.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -263,69 +227,6 @@ impl PostcopyOrder {
             }
         }
     }
-}
-
-/// What is wrong with the order of postcopy's commands, or with what both sides have to agree on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[non_exhaustive]
-pub enum OrderError {
-    /// The command does not belong where it came.
-    #[error("command {command:?} in postcopy state '{state}'")]
-    State {
-        /// The command.
-        command: CommandNumber,
-        /// The state in which it came.
-        state: PostcopyState,
-    },
-    /// LISTEN or RUN outside of a package.
-    #[error("command {command:?} outside of a package")]
-    NotPackaged {
-        /// The command.
-        command: CommandNumber,
-    },
-    /// A command that cannot be inside of a package, another package among them.
-    #[error("command {command:?} inside of a package")]
-    InPackage {
-        /// The command.
-        command: CommandNumber,
-    },
-    /// Postcopy of RAM is on here, and off at the source.
-    #[error("postcopy of ram is on, but the source advises none")]
-    RamNotAdvised,
-    /// Postcopy of RAM is off here, and on at the source.
-    #[error("postcopy of ram is off, but the source advises it")]
-    RamAdvised,
-    /// The RAM blocks are in pages of another size.
-    #[error("ram in pages of sizes {received:#x}, expected {local:#x}")]
-    RamPageSizes {
-        /// The source's sizes, bytes, or-ed together.
-        received: u64,
-        /// Our own.
-        local: u64,
-    },
-    /// Another target page size.
-    #[error("target page size {received:#x}, expected {local:#x}")]
-    TargetPageSize {
-        /// The source's, bytes.
-        received: u64,
-        /// Our own, bytes.
-        local: u64,
-    },
-    /// RAM is to be dropped that does not come by postcopy.
-    #[error("command PostcopyRamDiscard, but postcopy of ram was not advised")]
-    DiscardWithoutRam,
-    /// The stream ends before postcopy does.
-    #[error("the stream ends in postcopy state '{state}'")]
-    EndOfStream {
-        /// The state.
-        state: PostcopyState,
-    },
-    /// A connection that broke, or that is there again, where that is no part of postcopy.
-    #[error("no recovery from postcopy state '{state}'")]
-    NotRecoverable {
-        /// The state.
-        state: PostcopyState,
-    },
 }
 
 #[cfg(test)]

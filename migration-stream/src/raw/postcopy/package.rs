@@ -4,7 +4,9 @@ use std::collections::HashSet;
 
 use bytes::BufMut;
 
-use super::order::{PostcopyOrder, PostcopyState};
+use super::error::PackageError;
+use super::order::PostcopyOrder;
+use super::state::PostcopyState;
 use crate::error::{Cause, DecodeError};
 use crate::raw::codec::Reader;
 use crate::raw::command::Command;
@@ -222,35 +224,6 @@ impl PackageEncoder {
         out.put_slice(&self.bytes);
         Ok(())
     }
-}
-
-/// What is wrong with a package.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[non_exhaustive]
-pub enum PackageError {
-    /// Longer than is accepted, or than can be said.
-    #[error("package of {len} bytes, expected at most {max}")]
-    TooLong {
-        /// Its length, bytes.
-        len: u64,
-        /// The limit, bytes.
-        max: u32,
-    },
-    /// Something in it reaches beyond its end.
-    #[error("an item reaches at least {by} bytes beyond the end of its package")]
-    Overrun {
-        /// By how many bytes, at least.
-        by: u64,
-    },
-    /// It ends, and the guest was not told to run.
-    #[error("the package ends without command PostcopyRun")]
-    NoRun,
-    /// It goes on after the guest was told to run.
-    #[error("{len} bytes in the package behind command PostcopyRun")]
-    AfterRun {
-        /// How many there are.
-        len: u64,
-    },
 }
 
 #[cfg(test)]

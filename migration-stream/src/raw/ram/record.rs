@@ -8,8 +8,9 @@ use bytes::BufMut;
 
 use super::RamError;
 use crate::error::DecodeError;
+use crate::name::put_counted;
 use crate::ram::{BlockId, RamBlockTable};
-use crate::raw::codec::{Reader, put_counted};
+use crate::raw::codec::Reader;
 use crate::{IdStr, PAGE_SIZE};
 
 pub(super) const FLAG_ZERO: u64 = 0x002;

@@ -8,7 +8,8 @@
 
 use std::io;
 
-use super::PageContent;
+/// A page's content.
+pub type PageContent = [u8; 4096];
 
 #[cfg(feature = "unchanged")]
 pub(super) struct Fingerprints {

@@ -36,6 +36,7 @@ use vm_memory::{MmapRegion, VolatileMemory};
 
 pub use changed::ChangedPages;
 use fingerprint::Fingerprints;
+pub use fingerprint::PageContent;
 use policy::{Policy, Round};
 
 use crate::PAGE_SIZE;
@@ -45,9 +46,6 @@ use crate::raw::ram::PageAddress;
 /// [`PAGE_SIZE`] as a length in memory.
 const PAGE_LEN: usize = 4096;
 const _: () = assert!(PAGE_LEN as u64 == PAGE_SIZE);
-
-/// A page's content.
-pub type PageContent = [u8; PAGE_LEN];
 
 /// What is not known of a page: so it begins, and no fingerprint is like that.
 const UNKNOWN: [u64; 2] = [0, 0];

@@ -1,6 +1,8 @@
 //! How pages cross: records in the main stream, or multifd's channels beside it.
 
-use std::error;
+mod error;
+
+pub use self::error::TransportError;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -205,32 +207,4 @@ pub struct TransportCounters {
     /// Synchronisations of a channel before which the kernel copied pages that were to be sent
     /// without (`dirty-sync-missed-zero-copy`).
     pub missed_zero_copy: u64,
-}
-
-/// Why pages could not cross.
-#[derive(Debug, thiserror::Error)]
-#[error("{}", .channel.map_or("page transport".into(), |c| format!("multifd channel {c}")))]
-pub struct TransportError {
-    /// The multifd channel, `None` for the main stream.
-    pub channel: Option<u8>,
-    /// The cause; a transport's documentation says which type to downcast to.
-    pub source: Box<dyn error::Error + Send + Sync>,
-}
-
-impl TransportError {
-    /// An error of the main stream.
-    pub fn main(source: impl Into<Box<dyn error::Error + Send + Sync>>) -> Self {
-        Self {
-            channel: None,
-            source: source.into(),
-        }
-    }
-
-    /// An error of a multifd channel.
-    pub fn channel(channel: u8, source: impl Into<Box<dyn error::Error + Send + Sync>>) -> Self {
-        Self {
-            channel: Some(channel),
-            source: source.into(),
-        }
-    }
 }

@@ -1,15 +1,12 @@
 //! The first eight bytes of a stream: magic and version (`migration/savevm.c`, QEMU 11.1).
 
+mod error;
+
+pub use self::error::{HeaderError, MAGIC, VERSION};
 use bytes::BufMut;
 
 use crate::error::DecodeError;
 use crate::raw::codec::Reader;
-use crate::raw::container::Recognised;
-
-/// `QEVM`: the first four bytes of a main stream.
-pub const MAGIC: u32 = 0x5145_564d;
-/// The only version there is; version 2 ended with QEMU 0.12.
-pub const VERSION: u32 = 3;
 
 /// Appends the header.
 pub fn encode(out: &mut impl BufMut) {
@@ -31,24 +28,6 @@ pub fn decode(r: &mut Reader<'_>) -> Result<(), DecodeError> {
         VERSION => Ok(()),
         found => Err(at.error(HeaderError::Version { found })),
     }
-}
-
-/// Why a stream is none of ours.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[non_exhaustive]
-pub enum HeaderError {
-    /// The first word is another.
-    #[error("magic {found:#010x}, expected {MAGIC:#010x}{}", Recognised(*.found))]
-    Magic {
-        /// What is there instead.
-        found: u32,
-    },
-    /// The stream's version is not ours.
-    #[error("stream version {found}, expected {VERSION}")]
-    Version {
-        /// The version received.
-        found: u32,
-    },
 }
 
 #[cfg(test)]

@@ -3,6 +3,11 @@
 //! Frame: be16 number, be16 payload length, payload. After SHUT a COLO secondary goes on with
 //! COLO's own messages on the same channel, so a reader must not take more than one message asks.
 
+mod error;
+mod number;
+
+pub use self::error::ReturnPathError;
+pub use self::number::ReturnPathNumber;
 use bytes::BufMut;
 
 use crate::IdStr;
@@ -50,60 +55,6 @@ pub enum ReturnPathMessage {
     },
     /// A device is ready for the switch-over.
     SwitchoverAck,
-}
-
-/// The number of a return path message.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u16)]
-pub enum ReturnPathNumber {
-    /// See [`ReturnPathMessage::Shut`].
-    Shut = 1,
-    /// See [`ReturnPathMessage::Pong`].
-    Pong = 2,
-    /// See [`ReturnPathMessage::ReqPagesId`].
-    ReqPagesId = 3,
-    /// See [`ReturnPathMessage::ReqPages`].
-    ReqPages = 4,
-    /// See [`ReturnPathMessage::RecvBitmap`].
-    RecvBitmap = 5,
-    /// See [`ReturnPathMessage::ResumeAck`].
-    ResumeAck = 6,
-    /// See [`ReturnPathMessage::SwitchoverAck`].
-    SwitchoverAck = 7,
-}
-
-impl ReturnPathNumber {
-    /// The message with this number; 0 (INVALID) and those beyond 7 are none.
-    #[must_use]
-    pub const fn from_number(number: u16) -> Option<Self> {
-        Some(match number {
-            1 => Self::Shut,
-            2 => Self::Pong,
-            3 => Self::ReqPagesId,
-            4 => Self::ReqPages,
-            5 => Self::RecvBitmap,
-            6 => Self::ResumeAck,
-            7 => Self::SwitchoverAck,
-            _ => return None,
-        })
-    }
-
-    /// The number on the wire.
-    #[must_use]
-    pub const fn number(self) -> u16 {
-        self as u16
-    }
-
-    const fn accepts(self, len: u16) -> bool {
-        match self {
-            Self::Shut | Self::Pong | Self::ResumeAck => len == 4,
-            // A name of 1 to 255 bytes and its count, after 12 or 0 bytes.
-            Self::ReqPagesId => len >= 14 && len <= 268,
-            Self::ReqPages => len == 12,
-            Self::RecvBitmap => len >= 2 && len <= 256,
-            Self::SwitchoverAck => len == 0,
-        }
-    }
 }
 
 impl ReturnPathMessage {
@@ -211,28 +162,6 @@ impl ReturnPathMessage {
             ReturnPathNumber::SwitchoverAck => Self::SwitchoverAck,
         })
     }
-}
-
-/// What is wrong with a return path message.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[non_exhaustive]
-pub enum ReturnPathError {
-    /// No message has this number.
-    #[error("unknown return path message {number:#x} (length {len})")]
-    Unknown {
-        /// The number.
-        number: u16,
-        /// Length of its payload, bytes.
-        len: u16,
-    },
-    /// The payload's length is not one the message can have.
-    #[error("return path message {message:?} with a payload of {len} bytes")]
-    Length {
-        /// The message.
-        message: ReturnPathNumber,
-        /// Length of its payload, bytes.
-        len: u16,
-    },
 }
 
 #[cfg(test)]

@@ -11,27 +11,25 @@
 
 mod at_end;
 mod ends;
+mod error;
+mod frame;
 
 use std::collections::HashMap;
 use std::ops::Range;
 
 use bytes::BufMut;
 
-use crate::error::DecodeError;
 use crate::raw::codec::Reader;
 use crate::raw::decoder::MAX_SECTIONS;
 use crate::raw::device_blob::{DeviceSection, encode_device_blob};
 use crate::raw::section::{Announcement, SectionError, SectionType, decode_footer};
-use crate::raw::vmdesc::{DescriptionError, DeviceDescription, VmDescription};
-use crate::{DecoderConfig, IdStr, InstanceId, SectionHeader, SectionId};
+use crate::raw::vmdesc::{DeviceDescription, VmDescription};
+use crate::{DecoderConfig, SectionHeader, SectionId};
 
 pub use self::at_end::tail_at_end;
 use self::ends::{Ends, Next};
-
-/// Type byte and section id.
-const FOOTER_LEN: usize = 5;
-/// Footer, EOF, type byte and length of the description.
-const END_LEN: usize = FOOTER_LEN + 1 + 5;
+pub use self::error::TailError;
+use self::frame::{END_LEN, FOOTER_LEN, any_header_at, end_at, header_at};
 
 /// How many descriptions of one tail may be followed by a search for the ends of bodies, each of which
 /// passes over all of it once. Only a description that begins with the tail's own first section gets
@@ -215,21 +213,6 @@ impl OpaqueTail {
         })?;
         Ok((sections, description))
     }
-}
-
-/// The length of the description's text whose first byte is the last one of `window`, if a last footer,
-/// EOF and the beginning of a description stand there and the text has no more than `max` bytes.
-fn end_at(window: &[u8], max: u32) -> Option<u32> {
-    let &[footer, _, _, _, _, eof, kind, l3, l2, l1, l0, first] = window else {
-        return None;
-    };
-    let len = u32::from_be_bytes([l3, l2, l1, l0]);
-    let is_end = footer == SectionType::Footer.byte()
-        && eof == SectionType::Eof.byte()
-        && kind == SectionType::VmDescription.byte()
-        && first == b'{'
-        && len <= max;
-    is_end.then_some(len)
 }
 
 /// A complete tail.
@@ -478,42 +461,6 @@ fn split(
     }
 }
 
-/// The header of `device` at `pos`, and where its body begins.
-fn header_at(
-    bytes: &[u8],
-    pos: usize,
-    device: &DeviceDescription,
-) -> Result<(SectionHeader, usize), TailError> {
-    let mut r = Reader::new(bytes.get(pos..).unwrap_or_default(), pos as u64);
-    let is_full = r.u8()? == SectionType::Full.byte();
-    let header = SectionHeader::decode(Announcement::Full, &mut r)?;
-    if is_full
-        && header.idstr == device.idstr
-        && header.instance == device.instance
-        && device.version.is_none_or(|v| v == header.version)
-    {
-        Ok((header, pos + r.consumed()))
-    } else {
-        Err(TailError::Header {
-            idstr: device.idstr.clone(),
-            instance: device.instance,
-            offset: pos,
-        })
-    }
-}
-
-/// The header of whatever section is at `pos`, and where its body begins.
-fn any_header_at(bytes: &[u8], pos: usize) -> Result<(SectionHeader, usize), DecodeError> {
-    let mut r = Reader::new(bytes.get(pos..).unwrap_or_default(), pos as u64);
-    let at = r.clone();
-    let found = r.u8()?;
-    if found != SectionType::Full.byte() {
-        return Err(at.error(SectionError::UnexpectedType { found }));
-    }
-    let header = SectionHeader::decode(Announcement::Full, &mut r)?;
-    Ok((header, pos + r.consumed()))
-}
-
 /// A description that says of each section no more than its length, as QEMU describes handlers that
 /// have no fields.
 fn plain_description(
@@ -558,90 +505,4 @@ fn is_end(bytes: &[u8], end: usize, id: SectionId) -> bool {
     let mut r = Reader::new(bytes.get(end..).unwrap_or_default(), end as u64);
     decode_footer(id, &mut r).is_ok()
         && (r.rest().is_empty() || any_header_at(bytes, end + r.consumed()).is_ok())
-}
-
-/// Why a tail could not be taken or split. Offsets count from its first byte.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum TailError {
-    /// It did not end within its limit.
-    #[error("the stream's tail does not end within {max} bytes")]
-    TooLong {
-        /// The limit, bytes.
-        max: usize,
-        /// Why the last thing that looked like its end was none.
-        #[source]
-        rejected: Option<Box<TailError>>,
-    },
-    /// The bytes are over before the tail is.
-    #[error("the stream's tail does not end within the {len} bytes there are")]
-    Incomplete {
-        /// How many there are.
-        len: usize,
-    },
-    /// Too many things in it look like its end.
-    #[error("the stream's tail has more than {max} false ends")]
-    FalseEnds {
-        /// The limit.
-        max: usize,
-    },
-    /// Too many places in it look like the end of a section.
-    #[error("the stream's tail has more than {max} places where a section could end")]
-    TooManyEnds {
-        /// The limit.
-        max: usize,
-    },
-    /// Too many descriptions in it are wrong about the lengths of sections.
-    #[error(
-        "the stream's tail has more than {max} descriptions of other lengths than its sections"
-    )]
-    TooManySearches {
-        /// The limit.
-        max: usize,
-    },
-    /// The description is none.
-    #[error(transparent)]
-    Description(#[from] DescriptionError),
-    /// More devices described than a stream may have sections.
-    #[error("{count} devices described, at most {MAX_SECTIONS} expected")]
-    TooManySections {
-        /// How many.
-        count: usize,
-    },
-    /// A section's header is cut off or none.
-    #[error("in the stream's tail")]
-    Frame(#[from] DecodeError),
-    /// Another section stands where a described one is expected.
-    #[error("no section '{idstr}' instance {instance} at byte {offset:#x} of the stream's tail")]
-    Header {
-        /// The device described.
-        idstr: IdStr,
-        /// Which one of that idstr.
-        instance: InstanceId,
-        /// Where it was expected.
-        offset: usize,
-    },
-    /// The end of a section's body cannot be told.
-    #[error(
-        "the end of section '{idstr}' instance {instance} at byte {offset:#x} of the stream's \
-         tail, {described} bytes by its description, cannot be told"
-    )]
-    Body {
-        /// The device.
-        idstr: IdStr,
-        /// Which one of that idstr.
-        instance: InstanceId,
-        /// Where its body begins.
-        offset: usize,
-        /// Its length according to the description, bytes.
-        described: u64,
-    },
-    /// Something follows the sections described.
-    #[error("{len} bytes at byte {offset:#x} of the stream's tail are not described")]
-    NotDescribed {
-        /// Where they begin.
-        offset: usize,
-        /// How many there are.
-        len: usize,
-    },
 }

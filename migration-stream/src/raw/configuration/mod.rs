@@ -7,13 +7,19 @@
 //!
 //! It has neither id nor footer, and its end is only known from the byte that follows it.
 
+mod error;
+mod machine_name;
+
+pub use self::error::ConfigurationError;
+use self::error::{MAX_CAPABILITIES, SUBSECTION_VERSION};
+pub use self::machine_name::MachineName;
 use std::collections::BTreeSet;
-use std::fmt;
 
 use bytes::BufMut;
 
 use crate::error::DecodeError;
-use crate::raw::codec::{Reader, put_counted};
+use crate::name::put_counted;
+use crate::raw::codec::Reader;
 use crate::raw::section::SectionType;
 use crate::{IdStr, PAGE_SIZE};
 
@@ -24,46 +30,6 @@ const UUID: &str = "configuration/uuid";
 pub const IGNORE_SHARED: &str = "x-ignore-shared";
 /// The capability that gives every page its place in a file.
 pub const MAPPED_RAM: &str = "mapped-ram";
-const SUBSECTION_VERSION: u32 = 1;
-
-/// A machine type, such as `pc-q35-11.1`: 1 to [`MachineName::MAX_LEN`] bytes of UTF-8 without NUL.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct MachineName(Box<str>);
-
-impl MachineName {
-    /// The longest name, bytes. QEMU takes up to 4 GiB; its own names have some twenty bytes.
-    pub const MAX_LEN: usize = 256;
-
-    /// `name` as a machine type.
-    ///
-    /// # Errors
-    /// The name is empty, longer than [`MachineName::MAX_LEN`] bytes, or contains NUL.
-    pub fn new(name: impl Into<Box<str>>) -> Result<Self, ConfigurationError> {
-        let name = name.into();
-        if name.is_empty() || name.len() > Self::MAX_LEN {
-            return Err(ConfigurationError::MachineNameLength {
-                len: u32::try_from(name.len()).unwrap_or(u32::MAX),
-            });
-        }
-        if name.bytes().any(|b| b == 0) {
-            return Err(ConfigurationError::MachineNameText);
-        }
-        Ok(Self(name))
-    }
-
-    /// The name.
-    #[must_use]
-    pub fn as_str(&self) -> &str {
-        &self.0
-    }
-}
-
-impl fmt::Display for MachineName {
-    /// Writes the name as [`Escaped`](crate::Escaped) does.
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        crate::Escaped(&self.0).fmt(f)
-    }
-}
 
 /// A configuration section.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -81,7 +47,7 @@ pub struct Configuration {
 
 impl Configuration {
     /// More capabilities than QEMU knows; it bounds what a hostile peer can make us hold.
-    pub const MAX_CAPABILITIES: u32 = 64;
+    pub const MAX_CAPABILITIES: u32 = MAX_CAPABILITIES;
 
     /// A configuration that consists of the machine type only, as QEMU's does by default.
     #[must_use]
@@ -265,8 +231,8 @@ impl Configuration {
             Ok(())
         } else {
             Err(ConfigurationError::Machine {
-                received: received.clone(),
-                local: self.machine.clone(),
+                received: received.as_str().into(),
+                local: self.machine.as_str().into(),
             })
         }
     }
@@ -277,14 +243,6 @@ const fn check_page_bits(bits: Option<u32>) -> Result<(), ConfigurationError> {
         None => Ok(()),
         Some(bits) if bits == PAGE_SIZE.trailing_zeros() => Ok(()),
         Some(bits) => Err(ConfigurationError::PageBits { bits }),
-    }
-}
-
-/// What a page of so many address bits is called in an error.
-fn page_size(bits: u32) -> String {
-    match 1u64.checked_shl(bits) {
-        Some(size) => format!("{size} bytes"),
-        None => format!("2^{bits} bytes"),
     }
 }
 
@@ -300,100 +258,6 @@ fn subsection(name: &str, out: &mut impl BufMut) {
     out.put_u8(SectionType::Subsection.byte());
     put_counted(out, name);
     out.put_u32(SUBSECTION_VERSION);
-}
-
-/// What is wrong with a configuration section, or does not match this side.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[non_exhaustive]
-pub enum ConfigurationError {
-    /// The section is not there.
-    #[error("section type {found:#04x}, expected the configuration section (0x07)")]
-    Missing {
-        /// The byte in its place.
-        found: u8,
-    },
-    /// The machine type's length is out of bounds; nothing was allocated for it.
-    #[error("machine type of {len} bytes, expected 1 to {max}", max = MachineName::MAX_LEN)]
-    MachineNameLength {
-        /// Its length, bytes.
-        len: u32,
-    },
-    /// The machine type is not UTF-8 or contains NUL.
-    #[error("machine type is not utf-8 without nul")]
-    MachineNameText,
-    /// The machine types differ.
-    #[error("machine type '{received}', expected '{local}'")]
-    Machine {
-        /// The peer's.
-        received: MachineName,
-        /// This side's.
-        local: MachineName,
-    },
-    /// A subsection that the configuration does not have.
-    #[error("subsection '{name}' is not one of 'configuration'")]
-    UnknownSubsection {
-        /// Its name.
-        name: IdStr,
-    },
-    /// A subsection is there twice.
-    #[error("subsection '{name}' is there twice")]
-    RepeatedSubsection {
-        /// Its name.
-        name: IdStr,
-    },
-    /// A subsection of another version.
-    #[error("subsection '{name}' of version {version}, expected {SUBSECTION_VERSION}")]
-    SubsectionVersion {
-        /// Its name.
-        name: IdStr,
-        /// The version received.
-        version: u32,
-    },
-    /// More capabilities than there are.
-    #[error("{count} capabilities, at most {max} expected", max = Configuration::MAX_CAPABILITIES)]
-    CapabilityCount {
-        /// How many.
-        count: u32,
-    },
-    /// A capability is listed twice.
-    #[error("capability '{name}' is there twice")]
-    RepeatedCapability {
-        /// Its name.
-        name: IdStr,
-    },
-    /// The pages are of another size than x86 has.
-    #[error(
-        "the source's pages have {} (target page bits {bits}), expected {PAGE_SIZE} bytes",
-        page_size(*.bits)
-    )]
-    PageBits {
-        /// The binary logarithm of their size.
-        bits: u32,
-    },
-    /// A capability is on at one side only.
-    #[error(
-        "capability '{name}' is {} at the source, {} here",
-        on(*received),
-        on(!*received)
-    )]
-    Capability {
-        /// Its name.
-        name: IdStr,
-        /// Whether it is on at the source.
-        received: bool,
-    },
-    /// The UUIDs differ.
-    #[error("uuid {received:02x?}, expected {local:02x?}")]
-    Uuid {
-        /// The peer's.
-        received: [u8; 16],
-        /// This side's.
-        local: [u8; 16],
-    },
-}
-
-const fn on(on: bool) -> &'static str {
-    if on { "on" } else { "off" }
 }
 
 #[cfg(test)]

@@ -2,101 +2,17 @@
 //!
 //! Frame: `0x08`, be16 number, be16 payload length, payload. There is no footer.
 
+mod error;
+mod number;
+
 use bytes::BufMut;
 
+pub use self::error::CommandError;
+pub use self::number::CommandNumber;
 use crate::IdStr;
 use crate::error::DecodeError;
 use crate::raw::codec::Reader;
 use crate::raw::section::SectionType;
-
-/// The number of a command.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u16)]
-pub enum CommandNumber {
-    /// See [`Command::OpenReturnPath`].
-    OpenReturnPath = 1,
-    /// See [`Command::Ping`].
-    Ping = 2,
-    /// See [`Command::PostcopyAdvise`].
-    PostcopyAdvise = 3,
-    /// See [`Command::PostcopyListen`].
-    PostcopyListen = 4,
-    /// See [`Command::PostcopyRun`].
-    PostcopyRun = 5,
-    /// See [`Command::PostcopyRamDiscard`].
-    PostcopyRamDiscard = 6,
-    /// See [`Command::Packaged`].
-    Packaged = 7,
-    /// Before QEMU 11.0: ENABLE_COLO. No [`Command`] has this number, so it cannot be sent, and
-    /// receiving it is [`CommandError::Deprecated`].
-    Deprecated0 = 8,
-    /// See [`Command::PostcopyResume`].
-    PostcopyResume = 9,
-    /// See [`Command::RecvBitmap`].
-    RecvBitmap = 10,
-    /// See [`Command::SwitchoverStart`].
-    SwitchoverStart = 11,
-}
-
-impl CommandNumber {
-    /// The command with this number; 0 (INVALID) and those beyond 11 are none.
-    #[must_use]
-    pub const fn from_number(number: u16) -> Option<Self> {
-        Some(match number {
-            1 => Self::OpenReturnPath,
-            2 => Self::Ping,
-            3 => Self::PostcopyAdvise,
-            4 => Self::PostcopyListen,
-            5 => Self::PostcopyRun,
-            6 => Self::PostcopyRamDiscard,
-            7 => Self::Packaged,
-            8 => Self::Deprecated0,
-            9 => Self::PostcopyResume,
-            10 => Self::RecvBitmap,
-            11 => Self::SwitchoverStart,
-            _ => return None,
-        })
-    }
-
-    /// The number on the wire.
-    #[must_use]
-    pub const fn number(self) -> u16 {
-        self as u16
-    }
-
-    /// Whether a payload may have `len` bytes.
-    const fn accepts(self, len: u16) -> bool {
-        match self {
-            Self::OpenReturnPath
-            | Self::PostcopyListen
-            | Self::PostcopyRun
-            | Self::Deprecated0
-            | Self::PostcopyResume
-            | Self::SwitchoverStart => len == 0,
-            Self::Ping | Self::Packaged => len == 4,
-            Self::PostcopyAdvise => len == 0 || len == 16,
-            // Version, a name of one byte, its end, one range; ranges are checked with the name.
-            Self::PostcopyRamDiscard => len >= 20,
-            Self::RecvBitmap => len >= 2 && len <= 256,
-        }
-    }
-
-    /// The lengths accepted, for the error message.
-    const fn expected(self) -> &'static str {
-        match self {
-            Self::OpenReturnPath
-            | Self::PostcopyListen
-            | Self::PostcopyRun
-            | Self::Deprecated0
-            | Self::PostcopyResume
-            | Self::SwitchoverStart => "0",
-            Self::Ping | Self::Packaged => "4",
-            Self::PostcopyAdvise => "0 or 16",
-            Self::PostcopyRamDiscard => "3, the length of the name, and a multiple of 16",
-            Self::RecvBitmap => "1 and the length of the name",
-        }
-    }
-}
 
 /// A command with its payload.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -339,67 +255,6 @@ impl Command {
             CommandNumber::SwitchoverStart => Self::SwitchoverStart,
         })
     }
-}
-
-/// What is wrong with a command.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[non_exhaustive]
-pub enum CommandError {
-    /// No command has this number.
-    #[error("unknown command {number:#x} (length {len:#x})")]
-    Unknown {
-        /// The number.
-        number: u16,
-        /// Length of its payload, bytes.
-        len: u16,
-    },
-    /// Command 8.
-    #[error("deprecated command 0x8 (length {len:#x}); before QEMU 11.0: ENABLE_COLO")]
-    Deprecated {
-        /// Length of its payload, bytes.
-        len: u16,
-    },
-    /// The payload's length is not one the command can have.
-    #[error(
-        "command {command:?} with a payload of {len} bytes, expected {expected}",
-        expected = command.expected()
-    )]
-    Length {
-        /// The command.
-        command: CommandNumber,
-        /// Length of its payload, bytes.
-        len: u16,
-    },
-    /// A discard's payload is of another version.
-    #[error("command PostcopyRamDiscard of version {found}, expected 0")]
-    DiscardVersion {
-        /// The version.
-        found: u8,
-    },
-    /// The name in a discard is not followed by a zero byte.
-    #[error("block name '{block}' in PostcopyRamDiscard ends with {found:#04x}, expected 0")]
-    DiscardName {
-        /// The name.
-        block: IdStr,
-        /// The byte after it.
-        found: u8,
-    },
-    /// The ranges of a discard end inside one.
-    #[error("PostcopyRamDiscard of '{block}': {left} bytes are not a whole number of ranges")]
-    DiscardPartialRange {
-        /// The block.
-        block: IdStr,
-        /// Bytes after its name.
-        left: usize,
-    },
-    /// A discard without ranges, or with more than fit.
-    #[error("{count} ranges in PostcopyRamDiscard, expected 1 to {max}")]
-    DiscardRanges {
-        /// How many there are.
-        count: usize,
-        /// How many fit.
-        max: usize,
-    },
 }
 
 #[cfg(test)]
