@@ -6,11 +6,10 @@ use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
 use migration_stream::io::{ByteSink, CancelToken, Chunk, FdChannel, deadline_after, is_cancelled};
-use multifd::packet::Hello;
-use multifd::{ChannelId, MultifdConfig};
 use rustix::net::sockopt;
 
 use crate::address::{Address, ResolvedAddress};
+use crate::channels::{ChannelId, Channels};
 use crate::incoming::Role;
 
 /// What a connection to this host may hold that was sent and not read, bytes (the kernel doubles it for
@@ -20,6 +19,7 @@ const HELD_LOCALLY: usize = 256 << 10;
 
 /// The connections of an outgoing migration.
 #[derive(Debug)]
+#[non_exhaustive]
 pub struct Outgoing {
     /// The main channel. Nothing was written to it.
     pub main: FdChannel,
@@ -27,7 +27,7 @@ pub struct Outgoing {
     pub channels: Vec<FdChannel>,
 }
 
-/// Connects the main channel and, if `multifd` is on, its channels. TCP connections have
+/// Connects the main channel, and `channels` if there are any. TCP connections have
 /// `TCP_NODELAY`: a COLO checkpoint is made of small messages that somebody waits for. Those to this host
 /// itself have a bounded send buffer, so that pages are read while the processor's caches still have them.
 ///
@@ -39,11 +39,12 @@ pub struct Outgoing {
 /// [`ConnectError`], which says which connection it was.
 pub fn connect(
     address: &Address,
-    multifd: Option<&MultifdConfig>,
+    channels: impl Into<Channels>,
     timeout: Duration,
     limit: Duration,
     cancel: Option<&CancelToken>,
 ) -> Result<Outgoing, ConnectError> {
+    let expected: Channels = channels.into();
     let wait = Wait {
         deadline: deadline_after(timeout),
         limit,
@@ -62,14 +63,10 @@ pub fn connect(
     })?;
     let main = open(&to, address, Role::Main, wait)?;
     let mut channels = Vec::new();
-    if let Some(config) = multifd {
-        for id in config.channels.ids() {
+    if let Some(set) = expected.0 {
+        for id in set.ids() {
             let mut channel = open(&to, address, Role::Channel(id), wait)?;
-            let hello = Hello {
-                uuid: config.uuid,
-                channel: id,
-            }
-            .encode();
+            let hello = set.hello(id);
             channel.set_write_deadline(Some(wait.deadline));
             channel
                 .write_all(&[Chunk::Bytes(&hello)])

@@ -150,6 +150,17 @@ pub struct MultifdConfig {
     pub stall_limit: Duration,
 }
 
+impl MultifdConfig {
+    /// Returns the settings of `channels` channels, the others as by default.
+    #[must_use]
+    pub fn new(channels: ChannelCount) -> Self {
+        Self {
+            channels,
+            ..Self::default()
+        }
+    }
+}
+
 impl Default for MultifdConfig {
     fn default() -> Self {
         Self {

@@ -33,7 +33,9 @@ use crate::message::decode_message;
 use crate::report::CheckpointMeter;
 use crate::step::{PeerLoss, Step, StepPhase, Wait};
 use crate::store::StoreError;
-use crate::{ColoVm, Deadlines, OnPeerLoss, Outcome, PacketGate, Replication, VmError};
+use crate::{
+    ColoVm, Deadlines, NoGate, NoReplication, OnPeerLoss, Outcome, PacketGate, Replication, VmError,
+};
 
 /// How a driver runs one side of COLO. Made by `default`, which suits both sides.
 #[derive(Clone, Copy, Debug)]
@@ -109,6 +111,17 @@ pub struct Hooks<V, R, G> {
     pub replication: R,
     /// Its output.
     pub gate: G,
+}
+
+impl<V> Hooks<V, NoReplication, NoGate> {
+    /// A VM whose disks nobody replicates, and whose output nobody holds.
+    pub const fn alone(vm: V) -> Self {
+        Self {
+            vm,
+            replication: NoReplication,
+            gate: NoGate,
+        }
+    }
 }
 
 /// Why a step failed, with the error that the machine does not keep.

@@ -7,26 +7,37 @@ use std::time::Duration;
 use colo_core::driver::{
     ColoControl, DriverConfig, Hooks, PrimaryLink, SecondaryLink, run_primary, run_secondary,
 };
-use colo_core::{ColoObserver, ColoStore, FailoverHandle, NoGate, NoReplication, Outcome, Role};
+use colo_core::{ColoObserver, ColoStore, FailoverHandle, Outcome, Role};
 use colo_heartbeat::arbiter::Manual;
 use colo_heartbeat::{Endpoint, Guest, Heartbeat, OnHeartbeatLoss, Rhythm, StopReason};
-use migration_net::Address;
+use migration_net::{Address, Listener, Route};
+use migration_stream::precopy::{SourceEvent, SourceObserver, SourceStatus};
 use migration_stream::{BoxError, KvmDirtyLog};
 use ram_cache::{CacheKind, DiscardControl, FlushPool};
 
 use crate::machine::{Control, Machine};
 use crate::migrate;
+use crate::vcpu::Vcpu;
 
 const EVERY: Duration = Duration::from_millis(100);
 
 impl ColoObserver for Control {}
 
-/// The heartbeat's hold on the guest.
-struct Hold(Control);
+// ANCHOR: observer
+impl SourceObserver for Control {
+    /// The devices are sent next: from then on the secondary may be in COLO.
+    fn event(&mut self, event: SourceEvent) {
+        if let (SourceEvent::Status(SourceStatus::Device), Some(beats)) = (event, &self.heartbeat) {
+            beats.colo_begins();
+        }
+    }
+}
+// ANCHOR_END: observer
 
-impl Guest for Hold {
+/// The guest, in the heartbeat's hands.
+impl Guest for Vcpu {
     fn stop_for_good(&self, reason: StopReason) {
-        self.0.vcpu.pause();
+        self.pause();
         eprintln!("this guest stops: {reason}");
         std::process::exit(0);
     }
@@ -42,19 +53,16 @@ impl Guest for Hold {
 /// arbiter decides.
 fn heartbeat(
     machine: &Machine,
-    role: colo_heartbeat::Role,
     endpoint: Endpoint,
-    failover: &FailoverHandle,
-) -> Result<Arc<Heartbeat>, BoxError> {
-    let on_loss = match role {
-        colo_heartbeat::Role::Primary => OnHeartbeatLoss::Stop,
-        colo_heartbeat::Role::Secondary => OnHeartbeatLoss::TakeOver,
+) -> Result<(Arc<Heartbeat>, FailoverHandle), BoxError> {
+    let (role, on_loss) = match endpoint {
+        Endpoint::Connect(_) => (colo_heartbeat::Role::Primary, OnHeartbeatLoss::Stop),
+        Endpoint::Listen(_) => (colo_heartbeat::Role::Secondary, OnHeartbeatLoss::TakeOver),
     };
     let rhythm = Rhythm::new(role, *b"a guest's uuid..", on_loss)?;
-    let hold = Arc::new(Hold(machine.vm.control.clone()));
-    let manual = Box::new(Manual);
-    let heartbeat = Heartbeat::start(rhythm, endpoint, failover.clone(), manual, hold)?;
-    Ok(Arc::new(heartbeat))
+    let (failover, guest) = (FailoverHandle::new(), machine.vm.control.vcpu.clone());
+    let beats = Heartbeat::start(rhythm, endpoint, failover.clone(), Box::new(Manual), guest)?;
+    Ok((Arc::new(beats), failover))
 }
 // ANCHOR_END: heartbeat
 
@@ -64,25 +72,17 @@ pub type Ended = (Outcome, Arc<Heartbeat>);
 // ANCHOR: primary
 /// Protects the running guest by a secondary at `address`, whose heartbeat is at `beats`.
 pub fn primary(
+    route: &Route,
     mut machine: Machine,
     log: KvmDirtyLog,
     address: &Address,
     beats: Address,
-    count: u8,
 ) -> Result<Ended, BoxError> {
-    let failover = FailoverHandle::new();
-    let endpoint = Endpoint::Connect(beats);
-    let role = colo_heartbeat::Role::Primary;
-    let heartbeat = heartbeat(&machine, role, endpoint, &failover)?;
+    let (heartbeat, failover) = heartbeat(&machine, Endpoint::Connect(beats))?;
     machine.vm.control.heartbeat = Some(Arc::clone(&heartbeat));
-    let switched = migrate::away(&mut machine, log, address, count)?;
+    let link = PrimaryLink::new(migrate::away(route, &mut machine, log, address)?)?;
     let control = ColoControl::new(Role::Primary, failover, EVERY, || {})?;
-    let mut hooks = Hooks {
-        vm: machine.vm,
-        replication: NoReplication,
-        gate: NoGate,
-    };
-    let link = PrimaryLink::new(switched)?;
+    let mut hooks = Hooks::alone(machine.vm);
     let outcome = run_primary(link, &mut hooks, &control, DriverConfig::default())?;
     heartbeat.colo_ended(outcome);
     Ok((outcome, heartbeat))
@@ -93,19 +93,17 @@ pub fn primary(
 /// Waits at `address` for a guest to protect, with a heartbeat at `beats`. The guest runs here afterwards if
 /// this side took over.
 pub fn secondary(
+    route: &Route,
     mut machine: Machine,
     log: KvmDirtyLog,
     address: &Address,
     beats: Address,
-    count: u8,
 ) -> Result<Ended, BoxError> {
-    let failover = FailoverHandle::new();
-    let endpoint = Endpoint::Listen(beats);
-    let role = colo_heartbeat::Role::Secondary;
-    let heartbeat = heartbeat(&machine, role, endpoint, &failover)?;
+    let (heartbeat, failover) = heartbeat(&machine, Endpoint::Listen(beats))?;
     let discard = DiscardControl::new();
     let store = ColoStore::over(CacheKind::Cow, &machine.ram, discard.disable()?)?;
-    let arrived = migrate::here(&mut machine, store, address, count)?;
+    let from = route.accept(Listener::bind(address)?)?;
+    let arrived = route.receive(from, store, &mut machine.vm)?;
     let settled = arrived.settle_for_checkpoints(&mut machine.vm)?;
     let pool = FlushPool::for_this_host()?;
     let control = ColoControl::new(Role::Secondary, failover, EVERY, || {})?;
@@ -113,18 +111,14 @@ pub fn secondary(
     let (receiver, pages) = settled.confirm()?;
     let link = SecondaryLink {
         receiver,
-        pages,
+        pages: pages.into(),
         log,
         pool,
     };
     // The primary's guest is the one that is heard.
     let vcpu = Arc::clone(&machine.vm.control.vcpu);
     vcpu.silent.store(true, Ordering::Relaxed);
-    let mut hooks = Hooks {
-        vm: machine.vm,
-        replication: NoReplication,
-        gate: NoGate,
-    };
+    let mut hooks = Hooks::alone(machine.vm);
     let outcome = run_secondary(link, &mut hooks, &control, DriverConfig::default())?;
     vcpu.silent.store(false, Ordering::Relaxed);
     heartbeat.colo_ended(outcome);

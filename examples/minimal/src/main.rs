@@ -7,13 +7,14 @@ mod machine;
 mod migrate;
 mod vcpu;
 
+use std::fs::File;
 use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
 use clap::{Parser, Subcommand};
 use colo_core::Outcome;
-use migration_net::Address;
+use migration_net::{Address, Listener};
 use migration_stream::{BoxError, VmControl};
 
 use self::machine::Machine;
@@ -51,7 +52,7 @@ enum Command {
 
 fn main() -> Result<(), BoxError> {
     let arguments = Arguments::parse();
-    let channels = arguments.channels;
+    let route = migrate::route(arguments.channels)?;
     let mut machine = Machine::new()?;
     let log = machine.log()?;
     let is_source = matches!(
@@ -64,32 +65,31 @@ fn main() -> Result<(), BoxError> {
     }
     match arguments.command {
         Command::Run => {}
-        Command::Send { to } => match migrate::away(&mut machine, log, &to, channels) {
+        Command::Send { to } => match migrate::away(&route, &mut machine, log, &to) {
             Ok(_) => return Ok(()),
             Err(error) => stays(&*error),
         },
-        Command::Save { path } => match migrate::save(&mut machine, log, &path) {
+        Command::Save { path } => match migrate::save(&route, &mut machine, log, &path) {
             Ok(()) => return Ok(()),
             Err(error) => stays(&*error),
         },
         // ANCHOR: receive
         Command::Receive { at } => {
-            let store = Arc::clone(&machine.ram);
-            let arrived = migrate::here(&mut machine, store, &at, channels)?;
-            arrived.settle(&mut machine.vm)?.confirm()?;
-            machine.vm.resume()?;
+            let from = route.accept(Listener::bind(&at)?)?;
+            migrate::receive(&route, &mut machine, from)?;
         }
         // ANCHOR_END: receive
+        // ANCHOR: restore
         Command::Restore { path } => {
-            migrate::restore(&mut machine, &path)?;
-            machine.vm.resume()?;
+            migrate::receive(&route, &mut machine, Arc::new(File::open(path)?))?;
         }
+        // ANCHOR_END: restore
         Command::Primary { to, beats } => {
-            let ended = colo::primary(machine, log, &to, beats, channels);
+            let ended = colo::primary(&route, machine, log, &to, beats);
             ended.map_or_else(|error| stays(&*error), went_on);
         }
         Command::Secondary { at, beats } => {
-            went_on(colo::secondary(machine, log, &at, beats, channels)?);
+            went_on(colo::secondary(&route, machine, log, &at, beats)?);
         }
     }
     wait()

@@ -5,7 +5,6 @@ use std::os::fd::AsFd;
 use std::time::Instant;
 
 use migration_stream::io::{ByteSource, CancelToken, FdChannel};
-use multifd::MultifdConfig;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 
@@ -13,6 +12,7 @@ use super::classifier::{MAIN_MAGIC, Refusal};
 use super::collection::{Collection, Limits};
 use super::error::IncomingError;
 use crate::address::Listener;
+use crate::channels::Channels;
 
 /// Connections that the kernel keeps until they are accepted. The source connects all channels at
 /// once, perhaps behind a flood: with a shorter backlog, connections are dropped and tried again a
@@ -39,6 +39,7 @@ const IS_OF_THE_CONNECTION: [Errno; 12] = [
 
 /// The connections of an incoming migration.
 #[derive(Debug)]
+#[non_exhaustive]
 pub struct Incoming {
     /// The main channel, without its first four bytes.
     pub main: FdChannel,
@@ -61,13 +62,13 @@ pub struct Acceptor {
 }
 
 impl Acceptor {
-    /// Accepts from `listener`, which is made non-blocking and given a backlog for all channels.
+    /// Accepts the main channel and `channels` from `listener`, which is made non-blocking and given a backlog for all channels.
     ///
     /// # Errors
     /// [`IncomingError::Listen`].
     pub fn new(
         listener: impl Into<Listener>,
-        multifd: Option<&MultifdConfig>,
+        channels: impl Into<Channels>,
         limits: Limits,
     ) -> Result<Self, IncomingError> {
         let listener = listener.into();
@@ -76,7 +77,7 @@ impl Acceptor {
             .map_err(IncomingError::Listen)?;
         Ok(Self {
             listener,
-            collection: Collection::new(multifd, limits),
+            collection: Collection::new(channels, limits),
             limits,
             on_refused: Box::new(|_| {}),
         })

@@ -4,8 +4,7 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
-use multifd::packet::{HELLO_LEN, Hello, MAGIC, PacketError};
-use multifd::{ChannelCount, ChannelId, MultifdConfig};
+use crate::channels::{CHANNEL_MAGIC, ChannelId, Channels, HELLO_LEN, PacketError, Set, index};
 
 /// The first bytes of a main stream, `QEVM`.
 pub const MAIN_MAGIC: [u8; 4] = *b"QEVM";
@@ -82,19 +81,19 @@ impl Default for Greeting {
 /// Decides what each connection is, and knows which are still missing.
 #[derive(Clone, Debug)]
 pub struct Classifier {
-    multifd: Option<(ChannelCount, [u8; 16])>,
+    expected: Channels,
     main: bool,
     channels: Vec<bool>,
 }
 
 impl Classifier {
-    /// Expects a main channel, and the channels of `multifd` if it is on.
+    /// Expects a main channel, and `channels` if there are any.
     #[must_use]
-    pub fn new(multifd: Option<&MultifdConfig>) -> Self {
-        let multifd = multifd.map(|config| (config.channels, config.uuid));
-        let channels = vec![false; multifd.map_or(0, |(count, _)| count.get().into())];
+    pub fn new(channels: impl Into<Channels>) -> Self {
+        let expected: Channels = channels.into();
+        let channels = vec![false; expected.len()];
         Self {
-            multifd,
+            expected,
             main: false,
             channels,
         }
@@ -121,28 +120,23 @@ impl Classifier {
             self.main = true;
             return Ok(Some(Role::Main));
         }
-        if magic != MAGIC.to_be_bytes() {
+        if magic != CHANNEL_MAGIC {
             return Err(Refusal::Magic {
                 got: u32::from_be_bytes(magic),
             });
         }
-        let Some((count, uuid)) = self.multifd else {
+        let Some(set) = &self.expected.0 else {
             return Err(Refusal::MultifdOff);
         };
         if greeting.have < HELLO_LEN {
             return Ok(None);
         }
-        let hello = Hello::decode(&greeting.buf)?;
-        hello.check(&uuid, count)?;
-        match self.channels.get_mut(usize::from(hello.channel.get())) {
+        let channel = set.identify(&greeting.buf)?;
+        match self.channels.get_mut(index(channel)) {
             Some(taken @ false) => *taken = true,
-            _ => {
-                return Err(Refusal::ChannelTwice {
-                    channel: hello.channel,
-                });
-            }
+            _ => return Err(Refusal::ChannelTwice { channel }),
         }
-        Ok(Some(Role::Channel(hello.channel)))
+        Ok(Some(Role::Channel(channel)))
     }
 
     /// The connection that had this role is gone; another may take its place.
@@ -150,7 +144,7 @@ impl Classifier {
         match role {
             Role::Main => self.main = false,
             Role::Channel(id) => {
-                if let Some(taken) = self.channels.get_mut(usize::from(id.get())) {
+                if let Some(taken) = self.channels.get_mut(index(id)) {
                     *taken = false;
                 }
             }
@@ -165,10 +159,10 @@ impl Classifier {
 
     /// The multifd channels that are not there.
     pub fn missing_channels(&self) -> impl Iterator<Item = ChannelId> + '_ {
-        (0..=u8::MAX)
-            .zip(&self.channels)
+        let ids = self.expected.0.iter().flat_map(Set::ids);
+        ids.zip(&self.channels)
             .filter(|(_, there)| !**there)
-            .map(|(id, _)| ChannelId::new(id))
+            .map(|(id, _)| id)
     }
 
     /// Whether nothing is missing.
@@ -238,7 +232,10 @@ pub enum Refusal {
 }
 
 #[cfg(test)]
+#[cfg(feature = "multifd")]
 mod tests {
+    use multifd::packet::Hello;
+    use multifd::{ChannelCount, MultifdConfig};
     use proptest::collection::vec;
     use proptest::prelude::*;
 
@@ -298,7 +295,7 @@ mod tests {
 
     #[test]
     fn c2_a_multifd_hello_while_multifd_is_off_is_refused_by_its_magic() {
-        let mut classifier = Classifier::new(None);
+        let mut classifier = Classifier::new(Channels::none());
         let (verdict, at) = feed(&mut classifier, &hello(0), 64);
         assert!(matches!(verdict, Err(Refusal::MultifdOff)));
         assert_eq!(at, 4);

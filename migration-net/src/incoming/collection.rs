@@ -6,11 +6,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use migration_stream::io::deadline_from;
-use multifd::packet::PacketError;
-use multifd::{ChannelId, MultifdConfig};
 
 use super::classifier::{Classifier, Greeting, Refusal, Role};
 use super::error::IncomingError;
+use crate::channels::{self, ChannelId, Channels};
 
 /// How long nobody is accepted after the host had no descriptor, or no memory, for a connection.
 const EXHAUSTED_PAUSE: Duration = Duration::from_millis(100);
@@ -72,7 +71,7 @@ impl Default for Limits {
 #[derive(Debug)]
 pub struct Collection<C> {
     limits: Limits,
-    multifd: Option<MultifdConfig>,
+    expected: Channels,
     classifier: Classifier,
     /// In the order in which they were accepted, and so in that of their deadlines.
     unknown: VecDeque<Unknown<C>>,
@@ -106,13 +105,14 @@ struct Known<C> {
 }
 
 impl<C> Collection<C> {
-    /// Expects a main channel, and the channels of `multifd` if it is on.
+    /// Expects a main channel, and `channels` if there are any.
     #[must_use]
-    pub fn new(multifd: Option<&MultifdConfig>, limits: Limits) -> Self {
+    pub fn new(channels: impl Into<Channels>, limits: Limits) -> Self {
+        let expected: Channels = channels.into();
         Self {
             limits,
-            multifd: multifd.cloned(),
-            classifier: Classifier::new(multifd),
+            classifier: Classifier::new(expected.clone()),
+            expected,
             unknown: VecDeque::new(),
             known: Vec::new(),
             due: None,
@@ -242,7 +242,9 @@ impl<C> Collection<C> {
                 }
             }
             Err(refusal) => {
-                if let Refusal::Hello(PacketError::Channel { channel, .. }) = refusal {
+                if let Refusal::Hello(error) = &refusal
+                    && let Some(channel) = channels::surplus(error)
+                {
                     self.surplus = self.surplus.max(Some((channel, now)));
                 }
                 self.refuse(refusal);
@@ -338,8 +340,8 @@ impl<C> Collection<C> {
     /// # Errors
     /// [`IncomingError::ChannelCount`] if the source has more channels; [`IncomingError::Incomplete`].
     pub fn finish(&mut self) -> Result<(C, Vec<C>), IncomingError> {
-        if let (Some((channel, _)), Some(config)) = (self.surplus, &self.multifd) {
-            let channels = config.channels;
+        if let (Some((channel, _)), Some(set)) = (self.surplus, &self.expected.0) {
+            let channels = set.count();
             self.fail();
             return Err(IncomingError::ChannelCount { channel, channels });
         }
@@ -387,7 +389,7 @@ impl<C> Collection<C> {
     /// What is known is closed, and another migration may come.
     fn fail(&mut self) {
         self.known.clear();
-        self.classifier = Classifier::new(self.multifd.as_ref());
+        self.classifier = Classifier::new(self.expected.clone());
         self.due = None;
         self.surplus = None;
     }

@@ -2,9 +2,8 @@
 
 use std::io;
 
-use multifd::{ChannelCount, ChannelId};
-
 use super::classifier::{Refusal, Role};
+use crate::channels::{ChannelCount, ChannelId, index};
 
 /// Why there is no incoming migration.
 #[derive(Debug, thiserror::Error)]
@@ -45,7 +44,7 @@ pub enum IncomingError {
     },
     /// The source has more channels.
     #[error("the source has at least {} multifd channels, this side wants {channels}",
-        u16::from(.channel.get()) + 1)]
+        index(*.channel) + 1)]
     ChannelCount {
         /// A channel that introduced itself.
         channel: ChannelId,

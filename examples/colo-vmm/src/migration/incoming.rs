@@ -180,6 +180,7 @@ fn load<S: PageStore + 'static>(
         main,
         prefix,
         channels,
+        ..
     } = incoming;
     let pages = match multifd {
         None => IncomingPages::plain(store),

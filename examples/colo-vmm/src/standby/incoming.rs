@@ -40,6 +40,7 @@ pub(super) fn take(
         main,
         prefix,
         channels,
+        ..
     } = connected;
     let target_config = TargetConfig {
         decoder: DecoderConfig::new(ConfigurationRule::Any),
