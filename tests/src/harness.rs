@@ -1,293 +1,167 @@
 //! How the tests that need something of the machine are run: what is missing makes a test ignored,
 //! with the reason in the output, and failed where the environment says `CI=true`.
 //!
-//! A test file sets `harness = false` in `Cargo.toml` and calls [`run`] with its trials.
+//! A test file sets `harness = false` in `Cargo.toml` and calls [`run`] with its tests, each made of
+//! its [`Needs`]. Tests that are many ways of one thing are [sampled](Tests::sampled).
 
-use std::fs::File;
-use std::ops::Range;
-use std::path::Path;
+mod needs;
+
+use std::num::NonZero;
 use std::process::ExitCode;
-use std::sync::OnceLock;
+use std::sync::{Mutex, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
 use std::{env, fmt};
 
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
 
-use crate::Result;
-use crate::etcd;
-use crate::huge_pages::HugePages;
-use crate::linux::Linux;
-use crate::qemu::{self, Accel, Binary};
-use crate::{disk, netns, scripts};
+pub use self::needs::{Given, Needs, missing_kvm};
+use crate::{Result, qemu, sample};
 
-/// Runs the trials as `cargo test` expects, after a line on what they run against.
-pub fn run(trials: impl IntoIterator<Item = Trial>) -> ExitCode {
-    let arguments = Arguments::from_args();
-    if !arguments.list {
-        println!("\nrunning against: {}; {}", qemu_summary(), kvm_summary());
+/// How long a trial may take without being named at the end.
+const QUICK: Duration = Duration::from_secs(5);
+/// Of how many trials of a matrix one is in the sample at least.
+const SAMPLED: usize = 4;
+
+/// The trials of one test: one, or one for each QEMU.
+#[derive(Debug)]
+pub struct Tests {
+    trials: Vec<OneTrial>,
+    /// See [`Tests::sampled`].
+    axes: Option<Vec<String>>,
+}
+
+impl Tests {
+    /// Makes the trials part of the file's matrix, of which a run takes a sample. `axes` are the
+    /// values of this test; what its trials run against is one more. Trials that need a KVM that is
+    /// missing are in no sample.
+    #[must_use]
+    pub fn sampled(mut self, axes: &[&str]) -> Self {
+        self.axes = Some(axes.iter().map(|&value| value.to_owned()).collect());
+        self
     }
-    libtest_mimic::run(&arguments, trials.into_iter().collect()).exit_code()
+
+    /// Makes the trials part of the file's matrix: a run has this test with one QEMU at least, and
+    /// each QEMU with one test at least.
+    #[must_use]
+    pub fn with_some_qemu(self) -> Self {
+        let first = self.trials.first();
+        let name = first.map_or_else(String::new, |first| first.trial.name().to_owned());
+        self.sampled(&[&name])
+    }
 }
 
-/// A test that runs anywhere.
-pub fn anywhere(name: &str, test: fn() -> Result<()>) -> Trial {
-    anywhere_with(name, test)
+#[derive(Debug)]
+struct OneTrial {
+    trial: Trial,
+    /// It will be ignored for that, whatever else is missing.
+    lacks_kvm: bool,
 }
 
-/// As [`anywhere`], for a test with parameters.
-pub fn anywhere_with(name: &str, test: impl FnOnce() -> Result<()> + Send + 'static) -> Trial {
-    Trial::test(name, move || Ok(test()?))
+/// As [`run`], for trials that wait most of the time: twice as many at a time.
+pub fn run_waiting(tests: impl IntoIterator<Item = Tests>) -> ExitCode {
+    run_with(tests, 2)
 }
 
-/// A test that needs `/dev/kvm`.
-pub fn on_kvm(name: &str, test: fn() -> Result<()>) -> Trial {
-    on_kvm_with(name, test)
+/// Runs the tests as `cargo test` expects, after a line on what they run against. Trials that are not
+/// in the sample are ignored, unless they are asked for by name.
+pub fn run(tests: impl IntoIterator<Item = Tests>) -> ExitCode {
+    run_with(tests, 1)
 }
 
-/// As [`on_kvm`], for a test with parameters.
-pub fn on_kvm_with(name: &str, test: impl FnOnce() -> Result<()> + Send + 'static) -> Trial {
-    Trial::ignorable_test(name, move || match missing_kvm() {
-        None => Ok(test().map(|()| Completion::Completed)?),
-        Some(reason) => missing(reason),
-    })
-    .with_kind("KVM")
-}
-
-/// A test that needs [networks](netns::Network) of its own, and `/dev/kvm` too if `kvm` says so.
-pub fn on_network(
-    name: &str,
-    kvm: bool,
-    test: impl FnOnce() -> Result<()> + Send + 'static,
-) -> Trial {
-    on_host(name, "network", netns::missing, kvm, test)
-}
-
-/// As [`on_network`], for a test that needs [disks](disk::Disk) of its own.
-pub fn on_disk(name: &str, kvm: bool, test: impl FnOnce() -> Result<()> + Send + 'static) -> Trial {
-    on_host(name, "disk", disk::missing, kvm, test)
-}
-
-/// As [`on_network`], for a test that needs an etcd too, of which it is given the program.
-pub fn on_network_with_etcd(
-    name: &str,
-    kvm: bool,
-    test: impl FnOnce(&Path) -> Result<()> + Send + 'static,
-) -> Trial {
-    static LACKS: OnceLock<Option<String>> = OnceLock::new();
-    let lacks = || {
-        let lacks = LACKS.get_or_init(|| etcd::find().err()).as_deref();
-        netns::missing().or(lacks)
+fn run_with(tests: impl IntoIterator<Item = Tests>, per_processor: usize) -> ExitCode {
+    let mut arguments = Arguments::from_args();
+    if arguments.test_threads.is_none() {
+        let processors = thread::available_parallelism().map_or(1, NonZero::get);
+        arguments.test_threads = Some(processors * per_processor);
+    }
+    let seed = match sample::seed() {
+        Ok(seed) => seed,
+        Err(e) => {
+            eprintln!("{e}");
+            return ExitCode::FAILURE;
+        }
     };
-    on_host(name, "network, etcd", lacks, kvm, || test(&etcd::find()?))
+    if !arguments.list {
+        let (qemu, kvm) = (qemu_summary(), kvm_summary());
+        let part = if sample::is_everything() {
+            format!("every case, seed {seed}")
+        } else {
+            format!(
+                "seed {seed} ({}={seed} repeats it, {}=1 runs every case)",
+                sample::SEED,
+                sample::ALL
+            )
+        };
+        println!("\nrunning against: {qemu}; {kvm}; {part}");
+    }
+    let (mut trials, mut matrix) = (Vec::new(), Vec::new());
+    for test in tests {
+        for OneTrial { trial, lacks_kvm } in test.trials {
+            match &test.axes {
+                // Not asked for by name.
+                Some(axes) if arguments.filter.is_none() && !lacks_kvm => {
+                    let mut axes = axes.clone();
+                    axes.push(trial.kind().to_owned());
+                    matrix.push((axes, trial));
+                }
+                _ => trials.push(trial),
+            }
+        }
+    }
+    let least = matrix.len() / SAMPLED;
+    match sample::take("trials", matrix, least, |(axes, _)| axes.clone()) {
+        Ok((taken, rest)) => {
+            trials.extend(taken.into_iter().map(|(_, trial)| trial));
+            trials.extend(rest.into_iter().map(|(_, trial)| passed_over(&trial, seed)));
+        }
+        Err(e) => trials.push(Trial::test("sample", move || Err(Failed::from(e)))),
+    }
+    let conclusion = libtest_mimic::run(&arguments, trials);
+    let mut slow = SLOW.lock().unwrap_or_else(PoisonError::into_inner);
+    slow.sort_unstable();
+    for (took, name) in slow.iter().rev() {
+        println!("{:5.1} s  {name}", took.as_secs_f32());
+    }
+    conclusion.exit_code()
 }
 
-fn on_host(
+/// A trial that is not in the sample, with the reason.
+fn passed_over(trial: &Trial, seed: u64) -> Trial {
+    let reason = format!("not in the sample of seed {seed}");
+    Trial::ignorable_test(trial.name(), || Ok(Completion::ignored_with(reason)))
+        .with_kind(trial.kind())
+}
+
+/// Trials that took longer than [`QUICK`].
+static SLOW: Mutex<Vec<(Duration, String)>> = Mutex::new(Vec::new());
+
+/// A trial of one test with what it is given. `given` is asked when the trial runs.
+fn new_trial(
     name: &str,
-    what: &str,
-    lacks: fn() -> Option<&'static str>,
-    kvm: bool,
-    test: impl FnOnce() -> Result<()> + Send + 'static,
+    kind: String,
+    given: impl FnOnce() -> std::result::Result<Given, String> + Send + 'static,
+    test: impl FnOnce(Given) -> Result<()> + Send + 'static,
 ) -> Trial {
-    let kind = if kvm {
-        format!("KVM, {what}")
+    let label = if kind.is_empty() {
+        name.to_owned()
     } else {
-        what.to_owned()
+        format!("[{kind}] {name}")
     };
-    let reason = move || {
-        let kvm = missing_kvm().filter(|_| kvm);
-        kvm.or_else(|| lacks().map(str::to_owned))
-    };
-    Trial::ignorable_test(name, move || match reason() {
-        None => Ok(test().map(|()| Completion::Completed)?),
-        Some(reason) => missing(reason),
+    Trial::ignorable_test(name, move || match given() {
+        Err(reason) => missing(reason),
+        Ok(given) => {
+            let begun = Instant::now();
+            let done = test(given);
+            let took = begun.elapsed();
+            if took > QUICK {
+                let mut slow = SLOW.lock().unwrap_or_else(PoisonError::into_inner);
+                slow.push((took, label));
+            }
+            Ok(done.map(|()| Completion::Completed)?)
+        }
     })
     .with_kind(kind)
-}
-
-/// A test that needs an etcd, of which it is given the program.
-pub fn on_etcd(name: &str, test: fn(&Path) -> Result<()>) -> Trial {
-    Trial::ignorable_test(name, move || match etcd::find() {
-        Ok(program) => Ok(test(&program).map(|()| Completion::Completed)?),
-        Err(reason) => missing(reason),
-    })
-    .with_kind("etcd")
-}
-
-/// A version of QEMU, major and minor.
-type Version = (u32, u32);
-
-/// A test for each QEMU of at least version `since` that the machine has.
-pub fn on_each_qemu(name: &str, since: Version, test: fn(&Binary) -> Result<()>) -> Vec<Trial> {
-    each_qemu(name, &(since..NEWEST), |_| Need::Nothing, test)
-}
-
-/// As [`on_each_qemu`], for what QEMU does not do any more in version `before`.
-pub fn on_each_qemu_before(
-    name: &str,
-    since: Version,
-    before: Version,
-    test: fn(&Binary) -> Result<()>,
-) -> Vec<Trial> {
-    each_qemu(name, &(since..before), |_| Need::Nothing, test)
-}
-
-/// As [`on_each_qemu`], for a test that needs `/dev/kvm` too.
-pub fn on_each_qemu_with_kvm(
-    name: &str,
-    since: Version,
-    test: fn(&Binary) -> Result<()>,
-) -> Vec<Trial> {
-    each_qemu(name, &(since..NEWEST), |_| Need::Kvm, test)
-}
-
-/// As [`on_each_qemu`], for a test of guests that run on [`Binary::live_accel`].
-pub fn on_each_qemu_with_live_guests(
-    name: &str,
-    since: Version,
-    test: impl Fn(&Binary) -> Result<()> + Copy + Send + 'static,
-) -> Vec<Trial> {
-    let need = |binary: &Binary| match binary.live_accel() {
-        Accel::Tcg => Need::Nothing,
-        Accel::Kvm => Need::Kvm,
-    };
-    each_qemu(name, &(since..NEWEST), need, test)
-}
-
-/// As [`on_each_qemu`], for a test that needs a [`Linux`] guest too.
-pub fn on_each_qemu_with_linux(
-    name: &str,
-    since: Version,
-    test: fn(&Binary, &Linux) -> Result<()>,
-) -> Vec<Trial> {
-    let test = move |binary: &Binary| test(binary, &Linux::find()?);
-    each_qemu(name, &(since..NEWEST), |_| Need::Linux, test)
-}
-
-/// As [`on_each_qemu`], for a test that needs the file `script` of QEMU's scripts too, of which it
-/// is given the path.
-pub fn on_each_qemu_with_script(
-    name: &str,
-    since: Version,
-    script: &'static str,
-    test: impl Fn(&Binary, &Path) -> Result<()> + Copy + Send + 'static,
-) -> Vec<Trial> {
-    let test = move |binary: &Binary| test(binary, &scripts::find(script)?);
-    each_qemu(name, &(since..NEWEST), |_| Need::Script(script), test)
-}
-
-/// As [`on_each_qemu`], for a test that needs `count` huge pages too, which it is given.
-pub fn on_each_qemu_with_huge_pages(
-    name: &str,
-    since: Version,
-    count: u64,
-    test: impl Fn(&Binary, HugePages) -> Result<()> + Copy + Send + 'static,
-) -> Vec<Trial> {
-    let test = move |binary: &Binary| test(binary, HugePages::reserve(count)?);
-    each_qemu(name, &(since..NEWEST), |_| Need::HugePages(count), test)
-}
-
-/// A trial of the file `script` of QEMU's scripts, which needs no QEMU.
-pub fn on_script(name: &str, script: &'static str, test: fn(&Path) -> Result<()>) -> Trial {
-    Trial::ignorable_test(name, move || match scripts::find(script) {
-        Ok(path) => Ok(test(&path).map(|()| Completion::Completed)?),
-        Err(reason) => missing(reason),
-    })
-    .with_kind("script")
-}
-
-/// As [`on_each_qemu_with_linux`] and [`on_each_qemu_with_script`].
-pub fn on_each_qemu_with_linux_and_script(
-    name: &str,
-    since: Version,
-    script: &'static str,
-    test: fn(&Binary, &Linux, &Path) -> Result<()>,
-) -> Vec<Trial> {
-    let test = move |binary: &Binary| test(binary, &Linux::find()?, &scripts::find(script)?);
-    each_qemu(
-        name,
-        &(since..NEWEST),
-        |_| Need::LinuxAndScript(script),
-        test,
-    )
-}
-
-const NEWEST: Version = (u32::MAX, 0);
-
-/// What a test needs beside QEMU.
-#[derive(Clone, Copy)]
-enum Need {
-    Nothing,
-    Kvm,
-    Linux,
-    /// A script of QEMU's, by its file name.
-    Script(&'static str),
-    /// Both.
-    LinuxAndScript(&'static str),
-    /// So many huge pages.
-    HugePages(u64),
-}
-
-impl Need {
-    const fn name(self) -> &'static str {
-        match self {
-            Self::Nothing => "",
-            Self::Kvm => ", KVM",
-            Self::Linux => ", Linux",
-            Self::Script(_) => ", script",
-            Self::LinuxAndScript(_) => ", Linux, script",
-            Self::HugePages(_) => ", huge pages",
-        }
-    }
-
-    /// Why this machine does not have it, `None` if it has.
-    fn missing(self) -> Option<String> {
-        match self {
-            Self::Nothing => None,
-            Self::Kvm => missing_kvm(),
-            Self::Linux => Linux::find().err(),
-            Self::Script(name) => scripts::find(name).err(),
-            Self::LinuxAndScript(name) => Linux::find().err().or_else(|| scripts::find(name).err()),
-            Self::HugePages(count) => HugePages::reserve(count).err(),
-        }
-    }
-}
-
-fn each_qemu(
-    name: &str,
-    versions: &Range<Version>,
-    need: impl Fn(&Binary) -> Need,
-    test: impl Fn(&Binary) -> Result<()> + Copy + Send + 'static,
-) -> Vec<Trial> {
-    let all = match qemu::binaries() {
-        Ok(all) => all,
-        // A wrong path was asked for by name: no reason to skip in silence.
-        Err(e) => return vec![Trial::test(name, move || Err(Failed::from(e)))],
-    };
-    let fits = |b: &&Binary| b.is_since(versions.start) && !b.is_since(versions.end);
-    let fitting: Vec<&'static Binary> = all.iter().filter(fits).collect();
-    if fitting.is_empty() {
-        let (major, minor) = versions.start;
-        let newest = match versions.end {
-            NEWEST => "or newer".to_owned(),
-            (major, minor) => format!("up to {major}.{minor}"),
-        };
-        let reason = format!(
-            "needs QEMU {major}.{minor} {newest} in {} or on PATH; found {}",
-            qemu::VARIABLE,
-            qemu_summary()
-        );
-        return vec![Trial::ignorable_test(name, move || missing(reason))];
-    }
-    fitting
-        .into_iter()
-        .map(|binary| {
-            let need = need(binary);
-            Trial::ignorable_test(name, move || match need.missing() {
-                None => Ok(test(binary).map(|()| Completion::Completed)?),
-                Some(reason) => missing(reason),
-            })
-            .with_kind(format!("{binary}{}", need.name()))
-        })
-        .collect()
 }
 
 /// Ignored with the reason; failed in CI, where the machine has to have everything.
@@ -296,15 +170,6 @@ fn missing(reason: impl fmt::Display) -> std::result::Result<Completion, Failed>
         Err(Failed::from(format!("missing in CI: {reason}")))
     } else {
         Ok(Completion::ignored_with(reason))
-    }
-}
-
-/// Why guests cannot run in KVM here, `None` if they can.
-#[must_use]
-pub fn missing_kvm() -> Option<String> {
-    match File::options().read(true).write(true).open("/dev/kvm") {
-        Ok(_) => None,
-        Err(e) => Some(format!("needs /dev/kvm: {e}")),
     }
 }
 

@@ -2,15 +2,16 @@
 //! guests with known memory, and a harness that says why a test was not run.
 //!
 //! ```no_run
-//! use tests::harness;
+//! use tests::harness::{self, Needs};
 //! use tests::qemu::Machine;
 //!
 //! fn main() -> std::process::ExitCode {
-//!     harness::run(harness::on_each_qemu("a_stopped_guest_is_stopped", (11, 1), |qemu| {
+//!     let qemu = Needs::NOTHING.qemu((11, 1));
+//!     harness::run([qemu.test_qemu("a_stopped_guest_is_stopped", |qemu| {
 //!         let mut vm = Machine::new("q35", 16).start(qemu)?;
 //!         vm.wait_status("prelaunch")?;
 //!         Ok(())
-//!     }))
+//!     })])
 //! }
 //! ```
 #![forbid(unsafe_code)]
@@ -35,6 +36,7 @@ pub mod qemu;
 pub mod qmp;
 pub mod relay;
 pub mod resident;
+pub mod sample;
 pub mod scripts;
 pub mod store;
 pub mod stored;

@@ -11,9 +11,10 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use tests::gate::Gate;
+use tests::harness::{self, Needs};
 use tests::qemu::{Accel, Binary, Machine, Qemu};
 use tests::vmm::{LINE, Vmm, check_count, program};
-use tests::{PATIENCE, Result, contents, harness, stored};
+use tests::{PATIENCE, Result, contents, stored};
 
 /// Guest memory, MiB.
 const MEMORY: u32 = 32;
@@ -24,60 +25,56 @@ const POLL: Duration = Duration::from_millis(5);
 const SINCE: (u32, u32) = (11, 0);
 
 fn main() -> ExitCode {
-    let tcg = |name, test| harness::on_each_qemu(name, SINCE, test);
-    let kvm = |name, test| harness::on_each_qemu_with_kvm(name, SINCE, test);
-    harness::run(
-        [
-            tcg("pc_is_held_as_it_is_at_a_checkpoint", |q| {
-                held(q, "pc", Accel::Tcg, PLAIN)
-            }),
-            tcg("microvm_is_held_as_it_is_at_a_checkpoint_multifd", |q| {
-                held(q, "microvm", Accel::Tcg, CHANNELS)
-            }),
-            kvm("q35_is_held_as_it_is_at_a_checkpoint_zstd", |q| {
-                held(q, "q35", Accel::Kvm, ZSTD)
-            }),
-            kvm("pc_is_held_as_it_is_at_a_checkpoint_multifd", |q| {
-                held(q, "pc", Accel::Kvm, CHANNELS)
-            }),
-            tcg("guest_goes_on_in_a_qemu_that_waits", |q| {
-                killed_between(q, "q35", Accel::Tcg, PLAIN)
-            }),
-            tcg("guest_with_virtio_mem_goes_on", |q| {
-                killed_between(q, VIRTIO_MEM, Accel::Tcg, PLAIN)
-            }),
-            kvm("guest_goes_on_after_multifd", |q| {
-                killed_between(q, "microvm", Accel::Kvm, CHANNELS)
-            }),
-            tcg(
-                "guest_goes_on_from_the_checkpoint_before_a_broken_one",
-                |q| killed_within(q, PLAIN),
-            ),
-            tcg(
-                "guest_goes_on_from_the_checkpoint_before_a_broken_one_zstd",
-                |q| killed_within(q, ZSTD),
-            ),
-            tcg("guest_goes_on_in_a_qemu_that_a_command_starts", started),
-            tcg("silent_primary_is_lost_in_time", silent),
-            tcg("one_of_two_guests_is_lost", two_guests),
-            tcg("operator_decides_and_may_try_again", by_request),
-            tcg("primary_goes_on_without_a_standby_that_quits", quits),
-            tcg("migration_that_fails_may_be_tried_again", tried_again),
-            tcg("primary_whose_packets_are_refused_is_not_lost", refused),
-            tcg(
-                "guest_that_is_migrated_without_colo_is_not_lost",
-                without_colo,
-            ),
-            harness::on_each_qemu_before(
-                "primary_from_before_qemu_11_keeps_its_guest",
-                (7, 2),
-                SINCE,
-                old_primary,
-            ),
-        ]
-        .into_iter()
-        .flatten(),
-    )
+    let tcg =
+        |name, test: fn(&Binary) -> Result<()>| Needs::NOTHING.qemu(SINCE).test_qemu(name, test);
+    let kvm = |name, test: fn(&Binary) -> Result<()>| {
+        Needs::NOTHING.kvm().qemu(SINCE).test_qemu(name, test)
+    };
+    harness::run([
+        tcg("pc_is_held_as_it_is_at_a_checkpoint", |q| {
+            held(q, "pc", Accel::Tcg, PLAIN)
+        }),
+        tcg("microvm_is_held_as_it_is_at_a_checkpoint_multifd", |q| {
+            held(q, "microvm", Accel::Tcg, CHANNELS)
+        }),
+        kvm("q35_is_held_as_it_is_at_a_checkpoint_zstd", |q| {
+            held(q, "q35", Accel::Kvm, ZSTD)
+        }),
+        kvm("pc_is_held_as_it_is_at_a_checkpoint_multifd", |q| {
+            held(q, "pc", Accel::Kvm, CHANNELS)
+        }),
+        tcg("guest_goes_on_in_a_qemu_that_waits", |q| {
+            killed_between(q, "q35", Accel::Tcg, PLAIN)
+        }),
+        tcg("guest_with_virtio_mem_goes_on", |q| {
+            killed_between(q, VIRTIO_MEM, Accel::Tcg, PLAIN)
+        }),
+        kvm("guest_goes_on_after_multifd", |q| {
+            killed_between(q, "microvm", Accel::Kvm, CHANNELS)
+        }),
+        tcg(
+            "guest_goes_on_from_the_checkpoint_before_a_broken_one",
+            |q| killed_within(q, PLAIN),
+        ),
+        tcg(
+            "guest_goes_on_from_the_checkpoint_before_a_broken_one_zstd",
+            |q| killed_within(q, ZSTD),
+        ),
+        tcg("guest_goes_on_in_a_qemu_that_a_command_starts", started),
+        tcg("silent_primary_is_lost_in_time", silent),
+        tcg("one_of_two_guests_is_lost", two_guests),
+        tcg("operator_decides_and_may_try_again", by_request),
+        tcg("primary_goes_on_without_a_standby_that_quits", quits),
+        tcg("migration_that_fails_may_be_tried_again", tried_again),
+        tcg("primary_whose_packets_are_refused_is_not_lost", refused),
+        tcg(
+            "guest_that_is_migrated_without_colo_is_not_lost",
+            without_colo,
+        ),
+        Needs::NOTHING
+            .qemu_before((7, 2), SINCE)
+            .test_qemu("primary_from_before_qemu_11_keeps_its_guest", old_primary),
+    ])
 }
 
 /// Multifd's channels and their compression.

@@ -6,19 +6,22 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use tests::guest::{Checker, Rewriter};
+use tests::harness::{self, Needs};
 use tests::vmm::{ColoVmm, Connection, Pair};
-use tests::{PATIENCE, Result, harness};
+use tests::{PATIENCE, Result};
 
 fn main() -> ExitCode {
     harness::run([
-        harness::on_kvm("pages_cross_as_often_as_they_change", || {
-            rewritten(Connection::channels(2), &["--ram-cache", "cow"])
-        }),
-        harness::on_kvm(
+        Needs::NOTHING
+            .kvm()
+            .test("pages_cross_as_often_as_they_change", || {
+                rewritten(Connection::channels(2), &["--ram-cache", "cow"])
+            }),
+        Needs::NOTHING.kvm().test(
             "pages_cross_as_often_as_they_change_on_the_main_stream",
             || rewritten(Connection::default(), &["--ram-cache", "mirror"]),
         ),
-        harness::on_kvm(
+        Needs::NOTHING.kvm().test(
             "pages_cross_as_often_as_they_change_with_an_early_resume_and_ahead",
             || {
                 let early = [

@@ -5,20 +5,21 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use serde_json::{Value, json};
+use tests::Result;
+use tests::harness::{self, Needs};
 use tests::vmm::{ColoVmm, Connection, Pair, Vmm, check_count};
-use tests::{Result, harness};
 
 fn main() -> ExitCode {
-    let kvm = harness::on_kvm;
+    let kvm = |name, test: fn() -> Result<()>| Needs::NOTHING.kvm().test(name, test);
     harness::run([
         kvm("guest_that_is_reset_begins_anew", || is_reset(&guest())),
-        harness::anywhere("simulated_guest_that_is_reset_begins_anew", || {
+        Needs::NOTHING.test("simulated_guest_that_is_reset_begins_anew", || {
             is_reset(&guest().simulated())
         }),
         kvm("guest_that_is_reset_in_colo_is_protected_anew", || {
             is_reset_in_colo(&guest())
         }),
-        harness::anywhere(
+        Needs::NOTHING.test(
             "simulated_guest_that_is_reset_in_colo_is_protected_anew",
             || is_reset_in_colo(&guest().simulated()),
         ),

@@ -5,12 +5,13 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use serde_json::{Value, json};
+use tests::Result;
+use tests::harness::{self, Needs};
 use tests::vmm::{ColoVmm, Connection, Vmm, check_count};
-use tests::{Result, harness};
 
 fn main() -> ExitCode {
-    let kvm = harness::on_kvm;
-    harness::run([
+    let kvm = |name, test: fn() -> Result<()>| Needs::NOTHING.kvm().test(name, test);
+    harness::run_waiting([
         kvm("late_answer_completes_a_hand_over_that_was_unknown", late),
         kvm("late_answer_completes_by_channels_too", late_by_channels),
         kvm("target_does_not_run_what_an_operator_let_run_on", cont),
@@ -55,7 +56,7 @@ fn main() -> ExitCode {
 
 const PLAIN: Connection = Connection::PLAIN;
 /// How long the source waits for its target.
-const SHORT: [&str; 2] = ["--peer-timeout", "700"];
+const SHORT: [&str; 2] = ["--peer-timeout", "1500"];
 
 /// A source that hands its guest over, and its target, which was frozen before it could answer or has
 /// the arguments `target`.
@@ -166,7 +167,7 @@ fn cancelled_too_late() -> Result<()> {
     let (mut source, mut target) = pair_of(&["--peer-timeout", "60000"], PLAIN, &[])?;
     source.wait_migration("device")?;
     // What is left is sent in far less than that.
-    std::thread::sleep(Duration::from_millis(500));
+    std::thread::sleep(Duration::from_secs(2));
     source.qmp.execute("migrate_cancel", Value::Null)?;
     let migration = source.wait_migration("failing")?;
     let told = migration["error-desc"].as_str().unwrap_or_default();
@@ -192,7 +193,7 @@ fn long_pause() -> Result<()> {
     source.migrate(&uri)?;
     source.wait_migration("pre-switchover")?;
     // Twice as long as the target waits for a silent source.
-    std::thread::sleep(Duration::from_millis(1400));
+    std::thread::sleep(Duration::from_secs(3));
     source
         .qmp
         .execute("migrate-continue", json!({"state": "pre-switchover"}))?;

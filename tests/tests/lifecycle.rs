@@ -11,19 +11,20 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 use tests::certificates::Authority;
 use tests::etcd::{Etcd, Guard};
+use tests::harness::{self, Needs};
 use tests::metrics::Metrics;
 use tests::process::workspace_program;
 use tests::qmp::Qmp;
 use tests::vmm::{ColoVmm, Vmm, check_count, first_line};
-use tests::{PATIENCE, Result, harness};
+use tests::{PATIENCE, Result};
 
 fn main() -> ExitCode {
-    let kvm = harness::on_kvm;
-    harness::run([
+    let kvm = |name, test: fn() -> Result<()>| Needs::NOTHING.kvm().test(name, test);
+    harness::run_waiting([
         kvm("guest_outlives_its_primaries_one_after_the_other", || {
             outlives(&["--memory", "16"])
         }),
-        harness::anywhere(
+        Needs::NOTHING.test(
             "simulated_guest_outlives_its_primaries_one_after_the_other",
             || outlives(&["--memory", "16", "--sim"]),
         ),
@@ -35,32 +36,32 @@ fn main() -> ExitCode {
             "guest_outlives_its_primaries_by_itself_with_a_heartbeat",
             || outlives_by_itself(&["--memory", "16"]),
         ),
-        harness::anywhere(
+        Needs::NOTHING.test(
             "simulated_guest_outlives_its_primaries_by_itself_with_a_heartbeat",
             || outlives_by_itself(&["--memory", "16", "--sim", "--pass-delay", "2000000"]),
         ),
-        harness::anywhere(
+        Needs::NOTHING.test(
             "survivor_with_a_heartbeat_takes_no_secondary_that_it_cannot_watch",
             unwatched,
         ),
-        harness::on_etcd(
+        Needs::NOTHING.test_etcd(
             "both_sides_of_a_pair_ask_an_etcd_with_certificates_and_a_password",
             guarded,
         ),
-        harness::anywhere("both_sides_of_a_pair_serve_their_figures", figures),
-        harness::anywhere(
+        Needs::NOTHING.test("both_sides_of_a_pair_serve_their_figures", figures),
+        Needs::NOTHING.test(
             "pair_whose_precopy_does_not_converge_is_told_so_and_what_helps",
             does_not_converge,
         ),
-        harness::anywhere(
+        Needs::NOTHING.test(
             "migration_that_outlasts_the_timeout_is_cancelled_and_its_guest_runs_on",
             outlasts_its_timeout,
         ),
-        harness::anywhere(
+        Needs::NOTHING.test(
             "taking_over_without_a_heartbeat_is_warned_of",
             takes_over_blindly,
         ),
-        harness::anywhere(
+        Needs::NOTHING.test(
             "what_cannot_be_done_is_refused_and_nothing_is_left_behind",
             refused,
         ),

@@ -5,12 +5,13 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
+use tests::Result;
+use tests::harness::{self, Needs};
 use tests::resident::Resident;
 use tests::vmm::{ColoVmm, Connection, LINE, Pair, check_count};
-use tests::{Result, harness};
 
 fn main() -> ExitCode {
-    let kvm = harness::on_kvm;
+    let kvm = |name, test: fn() -> Result<()>| Needs::NOTHING.kvm().test(name, test);
     harness::run([
         kvm("running_guest_goes_on_plain", || {
             running(&guest(), PLAIN, &["return-path"])
@@ -73,7 +74,7 @@ fn main() -> ExitCode {
                 &["return-path"],
             )
         }),
-        harness::anywhere("simulated_guest_goes_on", || {
+        Needs::NOTHING.test("simulated_guest_goes_on", || {
             running(
                 &guest().simulated(),
                 Connection::channels(2),

@@ -35,9 +35,10 @@ use stream_relay::incoming::{Incoming, IncomingConfig};
 use stream_relay::outgoing::OutgoingConfig;
 use stream_relay::relay::{Origin, Relay};
 use tests::capture::Tap;
+use tests::harness::{self, Needs};
 use tests::qemu::{Binary, Machine, Qemu};
 use tests::store;
-use tests::{PATIENCE, Result, guest, harness};
+use tests::{PATIENCE, Result, guest};
 
 /// Guest memory, MiB.
 const MEMORY: u32 = 16;
@@ -49,29 +50,24 @@ const BITMAPS: [(&str, &str, u32, bool); 3] = [
 ];
 
 fn main() -> ExitCode {
-    harness::run(
-        [
-            harness::on_each_qemu(
-                "bitmaps_in_a_stream_have_their_names_and_are_written_again_byte_for_byte",
-                (7, 2),
-                in_a_stream,
-            ),
-            harness::on_each_qemu(
-                "bitmaps_with_aliases_have_those_as_names",
-                (7, 2),
-                with_aliases,
-            ),
-            harness::on_each_qemu(
-                "a_bitmap_that_is_kept_in_its_image_says_so",
-                (7, 2),
-                persistent,
-            ),
-            harness::on_each_qemu("bitmaps_are_handed_on_to_another_qemu", (7, 2), handed_on),
-            harness::on_each_qemu("bitmaps_pass_through_the_relay", (7, 2), relayed),
-        ]
-        .into_iter()
-        .flatten(),
-    )
+    harness::run([
+        Needs::NOTHING.qemu((7, 2)).test_qemu(
+            "bitmaps_in_a_stream_have_their_names_and_are_written_again_byte_for_byte",
+            in_a_stream,
+        ),
+        Needs::NOTHING
+            .qemu((7, 2))
+            .test_qemu("bitmaps_with_aliases_have_those_as_names", with_aliases),
+        Needs::NOTHING
+            .qemu((7, 2))
+            .test_qemu("a_bitmap_that_is_kept_in_its_image_says_so", persistent),
+        Needs::NOTHING
+            .qemu((7, 2))
+            .test_qemu("bitmaps_are_handed_on_to_another_qemu", handed_on),
+        Needs::NOTHING
+            .qemu((7, 2))
+            .test_qemu("bitmaps_pass_through_the_relay", relayed),
+    ])
 }
 
 /// A machine with two disks of no content.

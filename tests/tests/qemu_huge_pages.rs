@@ -20,9 +20,10 @@ use stream_relay::incoming::{Incoming, IncomingConfig};
 use stream_relay::outgoing::OutgoingConfig;
 use stream_relay::relay::{Origin, Relay};
 use tests::guest::Dirtier;
+use tests::harness::{self, Needs};
 use tests::huge_pages::HugePages;
 use tests::qemu::{Binary, Machine, Qemu};
-use tests::{PATIENCE, Result, contents, harness};
+use tests::{PATIENCE, Result, contents};
 
 /// Guest memory, MiB.
 const MEMORY: u32 = 64;
@@ -44,12 +45,10 @@ fn main() -> ExitCode {
             true,
         ),
     ] {
-        trials.extend(harness::on_each_qemu_with_huge_pages(
-            name,
-            (10, 0),
-            HUGE_PAGES,
-            move |qemu, pages| crosses(qemu, pages, postcopy),
-        ));
+        let needs = Needs::NOTHING.qemu((10, 0)).huge_pages(HUGE_PAGES);
+        trials.push(needs.test_with(name, move |given| {
+            crosses(given.qemu(), given.into_huge_pages(), postcopy)
+        }));
     }
     harness::run(trials)
 }

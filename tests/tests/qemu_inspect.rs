@@ -30,10 +30,11 @@ use stream_inspect::scan::{FileOrigin, scan};
 use stream_inspect::state;
 use tests::capture::Tap;
 use tests::guest::{self, Content, Dirtier};
+use tests::harness::{self, Needs, Tests};
 use tests::linux::{self, Linux};
 use tests::qemu::{Binary, Machine, Qemu};
 use tests::vmm::ColoVmm;
-use tests::{PATIENCE, Result, harness, scripts};
+use tests::{PATIENCE, Result, scripts};
 use vmstate::{CpuDouble, DeviceError, DeviceTree, Priority, Timer, Unused, VmState};
 
 /// Of QEMU's sources.
@@ -46,56 +47,55 @@ const RAM: &str = "ram0";
 fn main() -> ExitCode {
     let mut trials = Vec::new();
     for machine in ["pc", "q35", "microvm"] {
-        trials.extend(harness::on_each_qemu_with_script(
+        trials.push(Needs::NOTHING.script(SCRIPT).qemu((7, 2)).test_with(
             &format!("{machine}_is_described_as_by_qemus_script"),
-            (7, 2),
-            SCRIPT,
-            move |qemu: &Binary, script: &Path| as_the_script(qemu, script, machine),
+            move |given| as_the_script(given.qemu(), given.script(), machine),
         ));
     }
-    trials.extend(harness::on_each_qemu_with_script(
-        "state_that_comes_before_ram_is_described_too",
-        (7, 2),
-        SCRIPT,
-        early_state,
-    ));
+    trials.push(
+        Needs::NOTHING
+            .script(SCRIPT)
+            .qemu((7, 2))
+            .test_with("state_that_comes_before_ram_is_described_too", |given| {
+                early_state(given.qemu(), given.script())
+            }),
+    );
     for (name, channels) in [("mapped_ram", None), ("mapped_ram_by_channels", Some(2))] {
-        trials.extend(harness::on_each_qemu_with_script(
+        trials.push(Needs::NOTHING.script(SCRIPT).qemu((9, 0)).test_with(
             &format!("a_file_with_{name}_has_what_a_plain_one_has"),
-            (9, 0),
-            SCRIPT,
-            move |qemu: &Binary, script: &Path| mapped(qemu, script, channels),
+            move |given| mapped(given.qemu(), given.script(), channels),
         ));
     }
-    trials.extend(harness::on_each_qemu_with_linux_and_script(
+    let needs = Needs::NOTHING.linux().script(SCRIPT).qemu((10, 0));
+    trials.push(needs.test_with(
         "linux_is_described_with_every_field_of_its_devices",
-        (10, 0),
-        SCRIPT,
-        linux_is_described,
+        |given| linux_is_described(given.qemu(), given.linux(), given.script()),
     ));
     for (name, channels) in [("plain", false), ("zstd_channels", true)] {
-        trials.extend(harness::on_each_qemu_with_live_guests(
+        trials.push(Needs::NOTHING.live_guests().qemu((7, 2)).test_qemu(
             &format!("a_source_that_is_listened_to_by_{name}_keeps_its_guest"),
-            (7, 2),
             move |qemu: &Binary| listened_to(qemu, channels),
         ));
     }
-    trials.extend(harness::on_each_qemu(
+    trials.push(Needs::NOTHING.qemu((7, 2)).test_qemu(
         "a_stream_without_description_is_told_as_far_as_it_goes",
-        (7, 2),
         not_described,
     ));
-    trials.push(harness::on_script(
-        "what_colo_vmm_writes_is_read_by_qemus_script",
-        SCRIPT,
-        by_colo_vmm,
-    ));
-    trials.push(harness::on_script(
-        "what_vmstate_writes_is_read_by_qemus_script",
-        SCRIPT,
-        by_vmstate,
-    ));
-    harness::run(trials)
+    trials.push(
+        Needs::NOTHING
+            .script(SCRIPT)
+            .test_with("what_colo_vmm_writes_is_read_by_qemus_script", |given| {
+                by_colo_vmm(given.script())
+            }),
+    );
+    trials.push(
+        Needs::NOTHING
+            .script(SCRIPT)
+            .test_with("what_vmstate_writes_is_read_by_qemus_script", |given| {
+                by_vmstate(given.script())
+            }),
+    );
+    harness::run(trials.into_iter().map(Tests::with_some_qemu))
 }
 
 /// Migrates to the file, with every version.

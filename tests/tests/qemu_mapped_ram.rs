@@ -12,34 +12,33 @@ use migration_stream::precopy::{Target, TargetConfig, TargetError};
 use migration_stream::ram::{RamBlock, RamBlockTable};
 use migration_stream::{ConfigurationRule, DecoderConfig, StreamReader, TailLimits};
 use serde_json::json;
+use tests::Result;
 use tests::guest::{self, Content};
+use tests::harness::{self, Needs};
 use tests::qemu::{Binary, Machine};
 use tests::store;
-use tests::{Result, harness};
 
 const MEMORY: u32 = 32;
 const RAM: &str = "ram0";
 
 fn main() -> ExitCode {
-    let trial = |name, test| harness::on_each_qemu(name, (9, 0), test);
+    let trial =
+        |name, test: fn(&Binary) -> Result<()>| Needs::NOTHING.qemu((9, 0)).test_qemu(name, test);
     // 10.0.2 itself fails to write such a file ("Failed to write bitmap to file: Bad address").
-    let shared = |name, test| harness::on_each_qemu(name, (11, 1), test);
-    harness::run(
-        [
-            trial("a_file_of_qemu_is_read", |q| read(q, 0, None, false)),
-            trial("a_file_that_begins_further_on_is_read", |q| {
-                read(q, 0x5000, None, false)
-            }),
-            trial("a_file_written_by_channels_is_read_by_threads", |q| {
-                read(q, 0, Some(4), false)
-            }),
-            shared("a_file_without_shared_memory_is_read", |q| {
-                read(q, 0, None, true)
-            }),
-        ]
-        .into_iter()
-        .flatten(),
-    )
+    let shared =
+        |name, test: fn(&Binary) -> Result<()>| Needs::NOTHING.qemu((11, 1)).test_qemu(name, test);
+    harness::run([
+        trial("a_file_of_qemu_is_read", |q| read(q, 0, None, false)),
+        trial("a_file_that_begins_further_on_is_read", |q| {
+            read(q, 0x5000, None, false)
+        }),
+        trial("a_file_written_by_channels_is_read_by_threads", |q| {
+            read(q, 0, Some(4), false)
+        }),
+        shared("a_file_without_shared_memory_is_read", |q| {
+            read(q, 0, None, true)
+        }),
+    ])
 }
 
 fn read(qemu: &Binary, offset: u64, channels: Option<u8>, ignore_shared: bool) -> Result<()> {

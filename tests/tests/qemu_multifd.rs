@@ -26,10 +26,11 @@ use multifd::{
 };
 use serde_json::{Value, json};
 use tests::guest::{self, Checker, Content};
+use tests::harness::{self, Needs, Tests};
 use tests::narrow::Narrow;
 use tests::qemu::{Binary, Machine, Qemu};
 use tests::store;
-use tests::{PATIENCE, Result, harness};
+use tests::{PATIENCE, Result};
 
 /// Guest memory, MiB.
 const MEMORY: u32 = 32;
@@ -42,7 +43,9 @@ const PLAIN: fn() -> Compression = || Compression::None;
 
 fn main() -> ExitCode {
     use ZeroPageDetection::{Legacy, Multifd, None};
-    let since = |version, name, test| harness::on_each_qemu(name, version, test);
+    let since = |version, name, test: fn(&Binary) -> Result<()>| {
+        Needs::NOTHING.qemu(version).test_qemu(name, test)
+    };
     harness::run(
         [
             since((9, 0), "zero_pages_in_packets", |q| {
@@ -95,8 +98,7 @@ fn main() -> ExitCode {
                 )
             }),
         ]
-        .into_iter()
-        .flatten(),
+        .map(Tests::with_some_qemu),
     )
 }
 

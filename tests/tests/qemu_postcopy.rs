@@ -24,8 +24,9 @@ use migration_stream::raw::section::encode_footer;
 use migration_stream::{ConfigurationRule, DecoderConfig, PAGE_SIZE, SectionId};
 use serde_json::{Value, json};
 use tests::guest::{self, Content};
+use tests::harness::{self, Needs};
 use tests::qemu::{Binary, Machine, Qemu};
-use tests::{PATIENCE, Result, harness};
+use tests::{PATIENCE, Result};
 
 /// Guest memory, MiB.
 const MEMORY: u32 = 32;
@@ -37,28 +38,22 @@ const MAX_PACKAGE: u32 = 4 << 20;
 const PAGE: usize = 4096;
 
 fn main() -> ExitCode {
-    harness::run(
-        [
-            harness::on_each_qemu(
-                "a_guest_goes_over_to_postcopy_and_sends_what_it_is_asked_for",
-                (7, 2),
-                |qemu| postcopy(qemu, false),
-            ),
-            harness::on_each_qemu(
-                "pages_asked_for_come_on_the_preempt_channel",
-                // Before, they wait for what goes in order on the main channel.
-                (8, 0),
-                |qemu| postcopy(qemu, true),
-            ),
-            harness::on_each_qemu(
-                "a_broken_connection_is_recovered_from_with_our_bitmaps",
-                (7, 2),
-                recovery,
-            ),
-        ]
-        .into_iter()
-        .flatten(),
-    )
+    harness::run([
+        Needs::NOTHING.qemu((7, 2)).test_qemu(
+            "a_guest_goes_over_to_postcopy_and_sends_what_it_is_asked_for",
+            |qemu| postcopy(qemu, false),
+        ),
+        // Before, they wait for what goes in order on the main channel.
+        Needs::NOTHING
+            .qemu((8, 0))
+            .test_qemu("pages_asked_for_come_on_the_preempt_channel", |qemu| {
+                postcopy(qemu, true)
+            }),
+        Needs::NOTHING.qemu((7, 2)).test_qemu(
+            "a_broken_connection_is_recovered_from_with_our_bitmaps",
+            recovery,
+        ),
+    ])
 }
 
 /// A source whose guest stands still with known memory, its migration begun and told to go over.

@@ -26,10 +26,11 @@ use migration_stream::{
 };
 use serde_json::json;
 use tests::guest::{self, Dirtier};
+use tests::harness::{self, Needs, Tests};
 use tests::qemu::{Binary, Machine, Qemu};
 use tests::store;
 use tests::written::Written;
-use tests::{PATIENCE, Result, harness};
+use tests::{PATIENCE, Result};
 
 /// Guest memory, MiB.
 const MEMORY: u32 = 32;
@@ -46,7 +47,9 @@ const UUID_BYTES: [u8; 16] = [
 ];
 
 fn main() -> ExitCode {
-    let since = |version, name, test| harness::on_each_qemu(name, version, test);
+    let since = |version, name, test: fn(&Binary) -> Result<()>| {
+        Needs::NOTHING.qemu(version).test_qemu(name, test)
+    };
     harness::run(
         [
             since((7, 2), "a_guest_sent_as_differences_goes_on", |q| {
@@ -81,8 +84,7 @@ fn main() -> ExitCode {
                 |q| relay(q, &newest(q), &["mapped-ram", "multifd", "direct-io"]),
             ),
         ]
-        .into_iter()
-        .flatten(),
+        .map(Tests::with_some_qemu),
     )
 }
 

@@ -14,10 +14,11 @@ use migration_stream::{ConfigurationRule, DecoderConfig, GuestRamMmap, StreamRea
 use multifd::{ChannelCount, Compression, MultifdConfig, RecvSet, ZlibLevel};
 use serde_json::json;
 use tempfile::TempDir;
+use tests::Result;
 use tests::guest::{self, Content, Dirtier};
+use tests::harness::{self, Needs, Tests};
 use tests::qemu::{Binary, Machine, Qemu};
 use tests::store;
-use tests::{Result, harness};
 
 /// Guest memory, MiB.
 const MEMORY: u32 = 32;
@@ -26,9 +27,13 @@ const RAM: &str = "ram0";
 
 fn main() -> ExitCode {
     let since = (7, 2);
-    let trial = |name, test| harness::on_each_qemu(name, since, test);
+    let trial =
+        |name, test: fn(&Binary) -> Result<()>| Needs::NOTHING.qemu(since).test_qemu(name, test);
     let live = |name, test: fn(&Binary) -> Result<()>| {
-        harness::on_each_qemu_with_live_guests(name, since, test)
+        Needs::NOTHING
+            .live_guests()
+            .qemu(since)
+            .test_qemu(name, test)
     };
     harness::run(
         [
@@ -63,8 +68,7 @@ fn main() -> ExitCode {
                 running_guest(q, How::Multifd(2, zstd()))
             }),
         ]
-        .into_iter()
-        .flatten(),
+        .map(Tests::with_some_qemu),
     )
 }
 

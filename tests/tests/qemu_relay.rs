@@ -22,9 +22,10 @@ use stream_relay::progress::Progress;
 use stream_relay::relay::{Origin, Relay};
 use stream_relay::{Access, Channels};
 use tests::guest::{self, Checker, Dirtier};
+use tests::harness::{self, Needs};
 use tests::linux::{self, Linux};
 use tests::qemu::{Accel, Binary, Machine, Qemu};
-use tests::{PATIENCE, Result, harness};
+use tests::{PATIENCE, Result};
 
 /// Guest memory, MiB.
 const MEMORY: u32 = 32;
@@ -94,38 +95,38 @@ fn main() -> ExitCode {
     let mut trials = Vec::new();
     for machine in ["pc", "q35", "microvm"] {
         for (name, since, from, on) in ways {
-            let name = format!("running_{machine}_by_{name}");
-            trials.extend(harness::on_each_qemu_with_live_guests(
-                &name,
-                since,
+            let needs = Needs::NOTHING.live_guests().qemu(since);
+            let test = needs.test_qemu(
+                &format!("running_{machine}_by_{name}"),
                 move |qemu: &Binary| relay(qemu, machine, from, on),
-            ));
+            );
+            trials.push(test.sampled(&[machine, name]));
         }
     }
-    trials.extend(harness::on_each_qemu(
+    trials.push(Needs::NOTHING.qemu((11, 1)).test_qemu(
         "guest_that_checks_its_memory_finds_no_error_after_ten_relays",
-        (11, 1),
         ten_relays,
     ));
-    trials.extend(harness::on_each_qemu_with_live_guests(
-        "guest_is_passed_on_while_it_runs_at_its_source",
-        (7, 2),
-        passed_on,
-    ));
-    trials.extend(harness::on_each_qemu_with_live_guests(
+    trials.push(
+        Needs::NOTHING
+            .live_guests()
+            .qemu((7, 2))
+            .test_qemu("guest_is_passed_on_while_it_runs_at_its_source", passed_on),
+    );
+    trials.push(Needs::NOTHING.live_guests().qemu((7, 2)).test_qemu(
         "guest_that_no_destination_takes_runs_on_at_its_source",
-        (7, 2),
         refused,
     ));
-    trials.extend(harness::on_each_qemu_with_linux(
-        "linux_goes_on_with_all_its_devices",
-        (10, 0),
-        linux_goes_on,
-    ));
-    trials.extend(harness::on_each_qemu_before(
+    trials.push(
+        Needs::NOTHING
+            .linux()
+            .qemu((10, 0))
+            .test_with("linux_goes_on_with_all_its_devices", |given| {
+                linux_goes_on(given.qemu(), given.linux())
+            }),
+    );
+    trials.push(Needs::NOTHING.qemu_before((10, 0), (11, 0)).test_qemu(
         "checkpoints_of_an_older_qemu_are_refused_and_its_guest_runs_on",
-        (10, 0),
-        (11, 0),
         old_checkpoints,
     ));
     harness::run(trials)

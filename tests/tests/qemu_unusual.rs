@@ -20,34 +20,31 @@ use stream_relay::outgoing::OutgoingConfig;
 use stream_relay::progress::Progress;
 use stream_relay::relay::{Origin, Relay, Report};
 use stream_relay::{Access, Channels};
+use tests::harness::{self, Needs};
 use tests::qemu::{Binary, Machine, Qemu};
-use tests::{PATIENCE, Result, harness};
+use tests::{PATIENCE, Result};
 
 /// Guest memory besides that which is hot-plugged, MiB.
 const MEMORY: u32 = 16;
 
 fn main() -> ExitCode {
-    let mut trials = harness::on_each_qemu(
-        "guest_with_virtio_mem_is_relayed_and_kept",
-        (10, 0),
-        virtio_mem,
-    );
-    trials.extend(harness::on_each_qemu(
-        "source_that_could_begin_postcopy_is_a_precopy_source",
-        (7, 2),
-        postcopy_advised,
-    ));
-    trials.extend(harness::on_each_qemu(
-        "postcopy_that_begins_is_refused_with_what_to_switch_off",
-        (11, 0),
-        postcopy_begun,
-    ));
-    trials.extend(harness::on_each_qemu(
-        "pause_before_the_switchover_may_be_longer_than_the_timeout",
-        (10, 0),
-        paused,
-    ));
-    harness::run(trials)
+    harness::run([
+        Needs::NOTHING
+            .qemu((10, 0))
+            .test_qemu("guest_with_virtio_mem_is_relayed_and_kept", virtio_mem),
+        Needs::NOTHING.qemu((7, 2)).test_qemu(
+            "source_that_could_begin_postcopy_is_a_precopy_source",
+            postcopy_advised,
+        ),
+        Needs::NOTHING.qemu((11, 0)).test_qemu(
+            "postcopy_that_begins_is_refused_with_what_to_switch_off",
+            postcopy_begun,
+        ),
+        Needs::NOTHING.qemu((10, 0)).test_qemu(
+            "pause_before_the_switchover_may_be_longer_than_the_timeout",
+            paused,
+        ),
+    ])
 }
 
 fn machine() -> Machine {

@@ -9,8 +9,9 @@ use std::process::ExitCode;
 
 use serde_json::Value;
 use tempfile::TempDir;
+use tests::harness::{self, Needs};
 use tests::qemu::{self, Binary, Machine};
-use tests::{Result, harness, scripts};
+use tests::{Result, scripts};
 use vmstate_check::dump::{Description, Field};
 use vmstate_check::finding::Step;
 use vmstate_check::{Difference, Dump, Finding, Severity, check, is_compatible};
@@ -21,28 +22,24 @@ const SCRIPT: &str = "vmstate-static-checker.py";
 const MACHINE: &str = "pc-i440fx-7.2";
 
 fn main() -> ExitCode {
-    let mut trials = harness::on_each_qemu_with_script(
-        "differs_from_each_version_as_qemus_script_says",
-        (7, 2),
-        SCRIPT,
-        differs_as_qemus_script_says,
-    );
-    trials.extend(harness::on_each_qemu(
-        "is_compatible_with_itself",
-        (7, 2),
-        is_compatible_with_itself,
-    ));
-    trials.extend(harness::on_each_qemu(
-        "what_stands_against_its_own_streams_is_true",
-        (11, 1),
-        rpmb_does_not_load,
-    ));
-    trials.extend(harness::on_each_qemu(
-        "loads_in_another_version_as_it_says",
-        (10, 0),
-        loads_as_it_says,
-    ));
-    harness::run(trials)
+    harness::run([
+        Needs::NOTHING
+            .script(SCRIPT)
+            .qemu((7, 2))
+            .test_with("differs_from_each_version_as_qemus_script_says", |given| {
+                differs_as_qemus_script_says(given.qemu(), given.script())
+            }),
+        Needs::NOTHING
+            .qemu((7, 2))
+            .test_qemu("is_compatible_with_itself", is_compatible_with_itself),
+        Needs::NOTHING.qemu((11, 1)).test_qemu(
+            "what_stands_against_its_own_streams_is_true",
+            rpmb_does_not_load,
+        ),
+        Needs::NOTHING
+            .qemu((10, 0))
+            .test_qemu("loads_in_another_version_as_it_says", loads_as_it_says),
+    ])
 }
 
 /// A dump and the file that it is in.

@@ -9,8 +9,9 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
+use tests::harness::{self, Needs};
 use tests::vmm::{ColoVmm, Connection, Pair, Side, Vmm, check_count};
-use tests::{PATIENCE, Result, harness};
+use tests::{PATIENCE, Result};
 
 use Side::{Primary, Secondary};
 
@@ -25,7 +26,7 @@ use self::silent::{
 };
 
 fn main() -> ExitCode {
-    let kvm = harness::on_kvm;
+    let kvm = |name, test: fn() -> Result<()>| Needs::NOTHING.kvm().test(name, test);
     harness::run([
         kvm("plain_primary_goes_on_between_checkpoints", || {
             failover(PLAIN, Primary, Between)
@@ -80,7 +81,7 @@ fn main() -> ExitCode {
             "secondary_of_a_primary_that_resumes_early_goes_on_in_the_middle_of_a_checkpoint",
             || committed(&early(), Within),
         ),
-        harness::anywhere(
+        Needs::NOTHING.test(
             "simulated_secondary_of_a_primary_that_resumes_early_goes_on",
             || committed(&early().simulated(), Within),
         ),
@@ -88,14 +89,14 @@ fn main() -> ExitCode {
             "primary_that_has_resumed_goes_on_when_its_peer_dies_while_it_receives",
             || dies_receiving(&early()),
         ),
-        harness::anywhere(
+        Needs::NOTHING.test(
             "simulated_primary_that_has_resumed_goes_on_when_its_peer_dies",
             || dies_receiving(&early().simulated()),
         ),
-        harness::anywhere("simulated_primary_goes_on", || {
+        Needs::NOTHING.test("simulated_primary_goes_on", || {
             failover_of(&guest().simulated(), MULTIFD, Primary, Within)
         }),
-        harness::anywhere("simulated_secondary_goes_on", || {
+        Needs::NOTHING.test("simulated_secondary_goes_on", || {
             failover_of(&guest().simulated(), MULTIFD, Secondary, Within)
         }),
         kvm(
@@ -106,7 +107,7 @@ fn main() -> ExitCode {
             "secondary_with_a_mirror_goes_on_in_the_middle_of_a_checkpoint",
             || failover_of(&mirror(), MULTIFD, Secondary, Within),
         ),
-        harness::anywhere("simulated_secondary_with_a_mirror_goes_on", || {
+        Needs::NOTHING.test("simulated_secondary_with_a_mirror_goes_on", || {
             failover_of(&mirror().simulated(), MULTIFD, Secondary, Within)
         }),
         kvm("both_sides_are_equal_at_every_checkpoint", || {
@@ -152,7 +153,7 @@ fn main() -> ExitCode {
             "secondary_that_may_takes_over_without_being_told",
             take_over,
         ),
-        harness::anywhere(
+        Needs::NOTHING.test(
             "guest_runs_once_when_only_one_side_knows_of_colo",
             one_side_only,
         ),

@@ -8,26 +8,26 @@ use std::process::{Command, ExitStatus};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use libtest_mimic::Trial;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use tests::disk::Disk;
+use tests::harness::{Needs, Tests};
 use tests::process::{Process, workspace_program};
 use tests::vmm::{ColoVmm, Pair, Side, Vmm, check_count, first_line};
-use tests::{PATIENCE, Result, harness};
+use tests::{PATIENCE, Result};
 
 use crate::{DELAY, PLAIN, answers_until, enter, goes_on, goes_on_alone, guest, watched};
 
 type Test = fn() -> Result<()>;
 
-pub fn trials() -> Vec<Trial> {
+pub fn trials() -> Vec<Tests> {
     let mut trials = Vec::new();
     for (guest, kvm) in [("kvm", true), ("simulated", false)] {
-        trials.push(harness::on_disk(
+        let test = Needs::NOTHING.disk().kvm_if(kvm).test(
             &format!("{guest}_guest_does_not_notice_that_its_serial_line_ends_in_a_full_disk"),
-            kvm,
             move || full_disk(kvm),
-        ));
+        );
+        trials.push(test.sampled(&["full disk"]));
     }
     let simulated: [(&str, Test); 8] = [
         (
@@ -62,12 +62,16 @@ pub fn trials() -> Vec<Trial> {
             full_standby,
         ),
     ];
-    trials.extend(simulated.map(|(name, test)| harness::on_disk(name, false, test)));
+    trials.extend(simulated.map(|(name, test)| Needs::NOTHING.disk().test(name, test)));
     trials
 }
 
 /// What a disk of a store or a file says that has no room.
 const FULL: &str = "No space left on device";
+/// What a side says whose guest's output has no room.
+const UNHEARD: &str = "the serial line's reader takes nothing";
+/// By which a disk's room is given away, bytes.
+const PAGE: usize = 4096;
 /// KiB by which one disk is larger than another.
 const STEP: u32 = 4;
 /// A disk on which everything has room, KiB.
@@ -89,22 +93,18 @@ fn full_disk(kvm: bool) -> Result<()> {
     };
     enter(&mut pair, PLAIN)?;
     disk.fill()?;
-    // What is left of the page that the file ends in.
-    let full = Instant::now();
-    let mut length = 0;
+    // There is room for the rest of the page that the file ends in, and then for nothing.
     answers_until(&mut pair.primary, "full file", PATIENCE, |side| {
-        let was = std::mem::replace(&mut length, side.output()?.len());
-        if was != length {
-            thread::sleep(Duration::from_millis(200));
-        }
-        Ok(was == length && full.elapsed() > Duration::from_millis(500))
+        let log = side.process.stderr().text();
+        Ok(side.output()?.len() % PAGE == 0 && log.contains(UNHEARD))
     })?;
+    let length = pair.primary.output()?.len();
     goes_on(&mut pair)?;
     let said = pair.primary.output()?;
     assert_eq!(said.len(), length, "the disk is not full");
     check_count(0, &said)?;
     let log = pair.primary.process.stderr().text();
-    let warnings = log.matches("the serial line's reader takes nothing");
+    let warnings = log.matches(UNHEARD);
     assert_eq!(warnings.count(), 1, "{log}");
     // There is room again, and what the guest says now is heard.
     disk.free()?;

@@ -15,27 +15,25 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
+use tests::harness::{self, Needs};
 use tests::netns::{Host, Network, Traffic};
 use tests::vmm::{ColoVmm, Connection, Pair, Side, Vmm, check_count, first_line, has_run_out};
-use tests::{PATIENCE, Result, harness};
+use tests::{PATIENCE, Result};
 
 fn main() -> ExitCode {
     let mut trials = Vec::new();
     for (guest, kvm) in [("kvm", true), ("simulated", false)] {
         for (name, connection) in [("plain", PLAIN), ("multifd", Connection::channels(2))] {
-            trials.push(harness::on_network(
+            let test = Needs::NOTHING.network().kvm_if(kvm).test(
                 &format!("{guest}_{name}_half_open_connections_end_colo_in_time_on_both_sides"),
-                kvm,
                 move || half_open(kvm, connection),
-            ));
+            );
+            trials.push(test.sampled(&["half open", name]));
         }
         let on_machine = |name: &str, test: fn(bool) -> Result<()>| {
-            let name = format!("{guest}_{name}");
-            if kvm {
-                harness::on_kvm_with(&name, move || test(kvm))
-            } else {
-                harness::anywhere_with(&name, move || test(kvm))
-            }
+            let needs = Needs::NOTHING.kvm_if(kvm);
+            let test = needs.test(&format!("{guest}_{name}"), move || test(kvm));
+            test.sampled(&[name])
         };
         trials.push(on_machine(
             "primary_checkpoints_on_when_nobody_reads_its_serial_line",
@@ -54,13 +52,12 @@ fn main() -> ExitCode {
             deaf_operator,
         ));
     }
-    trials.extend([harness::on_network(
+    trials.extend([Needs::NOTHING.network().test(
         "half_open_connections_end_a_migration_in_time_on_both_sides",
-        false,
         half_open_before_colo,
     )]);
     trials.extend(disk::trials());
-    harness::run(trials)
+    harness::run_waiting(trials)
 }
 
 const PLAIN: Connection = Connection::PLAIN;
@@ -81,20 +78,34 @@ const FILLED: usize = 15 * 4096;
 const MORE: usize = 20;
 
 fn guest(kvm: bool) -> ColoVmm {
+    // Not to keep the processor busy.
+    guest_of_passes(kvm, "2000000")
+}
+
+/// A guest that waits so many nanoseconds between two passes if it is simulated.
+fn guest_of_passes(kvm: bool, delay: &str) -> ColoVmm {
     let guest = ColoVmm::new("colo-vmm").memory(16).dirty_pages(64);
     if kvm {
         guest
     } else {
-        // Not to keep the processor busy.
-        guest.simulated().args(["--pass-delay", "2000000"])
+        guest.simulated().args(["--pass-delay", delay])
     }
 }
 
 /// The same with a heartbeat at `dir`, whose sides ask a lock file there.
 fn watched(kvm: bool, dir: &Path) -> ColoVmm {
+    watched_guest(guest(kvm), dir)
+}
+
+/// As [`watched`], of a guest that says so much that a pipe is soon full.
+fn talkative(kvm: bool, dir: &Path) -> ColoVmm {
+    watched_guest(guest_of_passes(kvm, "200000").dirty_pages(1), dir)
+}
+
+fn watched_guest(guest: ColoVmm, dir: &Path) -> ColoVmm {
     let heartbeat = format!("unix:{}", dir.join("beat").display());
     let arbiter = format!("file:{}", dir.join("right").display());
-    guest(kvm)
+    guest
         .heartbeat(&heartbeat, 200, "ask")
         .arbiter(&arbiter, 2000)
 }
@@ -260,9 +271,7 @@ fn start_piped(guest: &ColoVmm, name: &str) -> Result<(Vmm, File)> {
 
 fn unread_serial(kvm: bool) -> Result<()> {
     let dir = tempfile::tempdir()?;
-    let guest = watched(kvm, dir.path());
-    // Lines enough to fill it soon.
-    let guest = guest.dirty_pages(1);
+    let guest = talkative(kvm, dir.path());
     let (primary, mut serial) = start_piped(&guest, "primary")?;
     let secondary = guest.incoming().start()?;
     let mut pair = Pair { primary, secondary };
@@ -298,7 +307,7 @@ fn unread_serial(kvm: bool) -> Result<()> {
 
 fn unread_serial_of_the_survivor(kvm: bool) -> Result<()> {
     let dir = tempfile::tempdir()?;
-    let guest = watched(kvm, dir.path()).dirty_pages(1);
+    let guest = talkative(kvm, dir.path());
     let (secondary, mut serial) = start_piped(&guest.clone().incoming(), "secondary")?;
     let primary = guest.start()?;
     let mut pair = Pair { primary, secondary };

@@ -5,26 +5,27 @@
 
 use std::time::Duration;
 
-use libtest_mimic::Trial;
 use serde_json::Value;
+use tests::Result;
+use tests::harness::{Needs, Tests};
 use tests::hosts::{Fate, Hosts, Options, host};
 use tests::netns::{Host, Traffic};
 use tests::vmm::{Connection, Pair, Side};
-use tests::{Result, harness};
 
 use crate::PLAIN;
 use crate::everywhere::Cuts;
 
-pub fn trials() -> Vec<Trial> {
+pub fn trials() -> Vec<Tests> {
     let mut trials = Vec::new();
     for (guest, is_simulated) in [("kvm", false), ("simulated", true)] {
         let on_hosts = |name: &str, test: Test| {
-            let name = format!("{guest}_{name}");
-            harness::on_network_with_etcd(&name, !is_simulated, move |etcd| {
+            let needs = Needs::NOTHING.network().kvm_if(!is_simulated);
+            let test = needs.test_etcd(&format!("{guest}_{name}"), move |etcd| {
                 let hosts = Hosts::with_etcd(etcd)?;
                 let pair = hosts.pair_in_colo(&Options::asking(is_simulated), PLAIN)?;
                 test(&hosts, pair)
-            })
+            });
+            test.sampled(&[name])
         };
         trials.extend([
             on_hosts(
@@ -55,9 +56,8 @@ pub fn trials() -> Vec<Trial> {
     }
     // Two guests that keep a busy machine's processors busy would be enough for beats to be missed, which
     // nobody forgives whom etcd does not answer.
-    trials.push(harness::on_network_with_etcd(
+    trials.push(Needs::NOTHING.network().test_etcd(
         "simulated_pair_goes_on_as_two_while_etcd_is_out_of_reach_of_either_or_both",
-        false,
         |etcd| {
             let hosts = Hosts::with_etcd(etcd)?;
             let pair = hosts.pair_in_colo(&Options::asking(true), PLAIN)?;
@@ -68,9 +68,8 @@ pub fn trials() -> Vec<Trial> {
         ("kvm_multifd", false, Connection::channels(2)),
         ("simulated_plain", true, PLAIN),
     ] {
-        trials.push(harness::on_network_with_etcd(
+        trials.push(Needs::NOTHING.network().kvm_if(!is_simulated).test_etcd(
             &format!("{name}_primary_may_be_cut_off_from_all_at_any_moment"),
-            !is_simulated,
             move |etcd| {
                 let cuts = Cuts {
                     what: "the primary cut off from all".to_owned(),

@@ -1,23 +1,19 @@
 //! Something cut at each moment of either side of a pair.
 
 use std::collections::BTreeSet;
-use std::env;
-use std::hash::{BuildHasher, RandomState};
 use std::path::Path;
 
-use tests::Result;
 use tests::hosts::{Hosts, Options};
 use tests::moments::{self, noted};
 use tests::vmm::{Connection, Side};
+use tests::{Result, sample};
 
 /// Checkpoints of which every moment is tried: the first, and one that the others are like.
 const CHECKPOINTS: [u32; 2] = [1, 3];
-/// Every moment is tried if this is in the environment, and otherwise one of [`SPREAD`].
-const EVERY_MOMENT: &str = "COLO_EVERY_MOMENT";
-/// See [`EVERY_MOMENT`].
-const SPREAD: usize = 24;
-/// Those that are tried in any case: between them the secondary has all that it needs to begin, and the
-/// primary does not know whether it has begun.
+/// One of so many moments is in a sample.
+const SPREAD: usize = 32;
+/// Those of which some are in each sample: between them the secondary has all that it needs to begin, and
+/// the primary does not know whether it has begun.
 const DECISIVE: [&str; 4] = [
     "primary:devices saved#1",
     "secondary:device section#1",
@@ -51,12 +47,28 @@ pub fn report(what: &str, winners: &[Side], failures: &[String]) -> Result<()> {
     if failures.is_empty() {
         Ok(())
     } else {
-        Err(failures.join("\n").into())
+        Err(format!("seed {}:\n{}", sample::seed()?, failures.join("\n")).into())
+    }
+}
+
+/// What a moment is part of: each sample has moments of every part.
+fn part(moment: &str) -> &'static str {
+    let is = |side: &str| moment.starts_with(side);
+    let is_late = CHECKPOINTS[1..]
+        .iter()
+        .any(|n| moment.ends_with(&format!("#{n}")));
+    match (DECISIVE.contains(&moment), is("primary:"), is_late) {
+        (true, true, _) => "decision of the primary",
+        (true, false, _) => "decision of the secondary",
+        (false, true, false) => "beginning of the primary",
+        (false, true, true) => "later checkpoint of the primary",
+        (false, false, false) => "beginning of the secondary",
+        (false, false, true) => "later checkpoint of the secondary",
     }
 }
 
 impl Cuts<'_> {
-    /// Tries it at each moment of either side.
+    /// Tries it at each moment of either side, or at a sample of them.
     pub fn everywhere(&self) -> Result<()> {
         let mut all = Vec::new();
         for side in Side::BOTH {
@@ -66,17 +78,18 @@ impl Cuts<'_> {
             all.extend(moments.iter().map(|moment| format!("{side}:{moment}")));
         }
         let points = all.len();
-        if env::var_os(EVERY_MOMENT).is_none() {
-            // Another part of them each time, so that in the end each has its turn.
-            let first = usize::try_from(RandomState::new().hash_one(()) % SPREAD as u64)?;
-            let chosen = all.iter().skip(first).step_by(SPREAD).cloned();
-            let chosen: BTreeSet<String> = chosen.chain(DECISIVE.map(str::to_owned)).collect();
-            assert!(DECISIVE.iter().all(|d| all.iter().any(|m| m == d)));
-            all = chosen.into_iter().collect();
-        }
+        assert!(DECISIVE.iter().all(|d| all.iter().any(|m| m == d)));
+        let (all, _) = sample::take(&self.name(), all, points / SPREAD, |moment| {
+            vec![part(moment).to_owned()]
+        })?;
         let (winners, failures) = moments::each(&all, AT_ONCE, |moment| self.at(moment));
         let what = format!("{} at {} of {points} moments", self.what, all.len());
         report(&what, &winners, &failures)
+    }
+
+    /// What no other trial is called.
+    fn name(&self) -> String {
+        format!("{} {} {:?}", self.what, self.is_simulated, self.connection)
     }
 
     fn hosts(&self) -> Result<Hosts> {

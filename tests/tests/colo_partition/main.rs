@@ -6,32 +6,30 @@
 mod arbiter;
 mod everywhere;
 
-use std::hash::{BuildHasher, RandomState};
 use std::process::ExitCode;
 use std::thread;
 use std::time::Duration;
 
 use serde_json::{Value, json};
+use tests::harness::{self, Needs};
 use tests::hosts::{HEARTBEAT, Hosts, Options, host};
 use tests::netns::{Host, Traffic};
 use tests::vmm::{Connection, Side};
-use tests::{Result, harness, moments};
+use tests::{Result, moments, sample};
 
 use self::everywhere::{Cuts, report};
 
 fn main() -> ExitCode {
     let mut trials = Vec::new();
     for (guest, is_simulated) in [("kvm", false), ("simulated", true)] {
-        trials.push(harness::on_network(
+        trials.push(Needs::NOTHING.network().kvm_if(!is_simulated).test(
             &format!("{guest}_pair_that_is_cut_apart_goes_on_once"),
-            !is_simulated,
             move || cut_apart(is_simulated),
         ));
         for (name, connection) in [("plain", PLAIN), ("multifd", Connection::channels(2))] {
             for from in Side::BOTH {
-                trials.push(harness::on_network(
+                let test = Needs::NOTHING.network().kvm_if(!is_simulated).test(
                     &format!("{guest}_{name}_what_the_{from}_sends_may_be_lost_from_any_moment_on"),
-                    !is_simulated,
                     move || {
                         let cuts = Cuts {
                             what: format!("what the {from} sends cut"),
@@ -46,7 +44,8 @@ fn main() -> ExitCode {
                         };
                         cuts.everywhere()
                     },
-                ));
+                );
+                trials.push(test.sampled(&[guest, name, from.name()]));
             }
         }
     }
@@ -65,7 +64,7 @@ fn main() -> ExitCode {
             colo_alone_by_policy,
         ),
     ] {
-        trials.push(harness::on_network(name, false, test));
+        trials.push(Needs::NOTHING.network().test(name, test));
     }
     trials.extend(arbiter::trials());
     harness::run(trials)
@@ -83,12 +82,13 @@ fn cut_between(hosts: &Hosts, traffic: Traffic) -> Result<()> {
 
 /// At some moment, of a checkpoint or between two.
 fn cut_apart(is_simulated: bool) -> Result<()> {
-    let moments: Vec<String> = (0..REPETITIONS).map(|i| i.to_string()).collect();
-    let (winners, failures) = moments::each(&moments, 2, |_| {
+    let mut random = sample::random("moments of cuts")?;
+    let microseconds = (0..REPETITIONS).map(|_| random.u64(..40_000).to_string());
+    let moments: Vec<String> = microseconds.collect();
+    let (winners, failures) = moments::each(&moments, 2, |moment| {
         let hosts = Hosts::new()?;
         let mut pair = hosts.pair_in_colo(&Options::asking(is_simulated), PLAIN)?;
-        let some = RandomState::new().hash_one(()) % 40_000;
-        thread::sleep(Duration::from_micros(some));
+        thread::sleep(Duration::from_micros(moment.parse()?));
         cut_between(&hosts, Traffic::All)?;
         hosts.outcome(&mut pair)
     });

@@ -15,8 +15,9 @@ use serde_json::{Value, json};
 use stream_relay::guest::Guest;
 use tests::contents::{self, Contents};
 use tests::guest::{self, Checker};
+use tests::harness::{self, Needs};
 use tests::qemu::{Accel, Binary, Machine, Qemu};
-use tests::{PATIENCE, Result, harness, stored};
+use tests::{PATIENCE, Result, stored};
 
 use primary::{Pages, Primary, Way};
 
@@ -84,50 +85,49 @@ const ALL_PLAIN: Way = Way {
 };
 
 fn main() -> ExitCode {
-    let tcg = |name, test| harness::on_each_qemu(name, SINCE, test);
-    let kvm = |name, test| harness::on_each_qemu_with_kvm(name, SINCE, test);
-    harness::run(
-        [
-            tcg("every_page_is_the_last_checkpoints", |q| {
-                stands_still(q, "q35", PLAIN)
-            }),
-            tcg("every_page_is_the_last_checkpoints_multifd", |q| {
-                stands_still(q, "pc", CHANNELS)
-            }),
-            tcg("every_page_is_the_last_checkpoints_sent_ahead", |q| {
-                stands_still(q, "q35", AHEAD)
-            }),
-            tcg("every_page_is_the_last_checkpoints_left_out", |q| {
-                stands_still(q, "pc", UNCHANGED)
-            }),
-            tcg("every_page_is_the_last_checkpoints_left_out_multifd", |q| {
-                stands_still(q, "microvm", UNCHANGED_CHANNELS)
-            }),
-            tcg("every_page_is_the_last_checkpoints_early_resume", |q| {
-                stands_still(q, "microvm", EARLY)
-            }),
-            tcg(
-                "every_page_is_the_last_checkpoints_resumed_when_received",
-                |q| stands_still(q, "q35", RECEIVED),
-            ),
-            tcg("every_page_is_the_last_checkpoints_all_options", |q| {
-                stands_still(q, "q35", ALL_PLAIN)
-            }),
-            tcg(
-                "every_page_is_the_last_checkpoints_all_options_multifd",
-                |q| stands_still(q, "q35", ALL),
-            ),
-            tcg("pages_sent_ahead_do_not_outlive_a_yank", yanked),
-            tcg("guest_goes_on", |q| {
-                goes_on(q, "q35", Accel::Tcg, ALL_PLAIN)
-            }),
-            kvm("guest_goes_on_multifd", |q| {
-                goes_on(q, "pc", Accel::Kvm, ALL)
-            }),
-        ]
-        .into_iter()
-        .flatten(),
-    )
+    let tcg =
+        |name, test: fn(&Binary) -> Result<()>| Needs::NOTHING.qemu(SINCE).test_qemu(name, test);
+    let kvm = |name, test: fn(&Binary) -> Result<()>| {
+        Needs::NOTHING.kvm().qemu(SINCE).test_qemu(name, test)
+    };
+    harness::run([
+        tcg("every_page_is_the_last_checkpoints", |q| {
+            stands_still(q, "q35", PLAIN)
+        }),
+        tcg("every_page_is_the_last_checkpoints_multifd", |q| {
+            stands_still(q, "pc", CHANNELS)
+        }),
+        tcg("every_page_is_the_last_checkpoints_sent_ahead", |q| {
+            stands_still(q, "q35", AHEAD)
+        }),
+        tcg("every_page_is_the_last_checkpoints_left_out", |q| {
+            stands_still(q, "pc", UNCHANGED)
+        }),
+        tcg("every_page_is_the_last_checkpoints_left_out_multifd", |q| {
+            stands_still(q, "microvm", UNCHANGED_CHANNELS)
+        }),
+        tcg("every_page_is_the_last_checkpoints_early_resume", |q| {
+            stands_still(q, "microvm", EARLY)
+        }),
+        tcg(
+            "every_page_is_the_last_checkpoints_resumed_when_received",
+            |q| stands_still(q, "q35", RECEIVED),
+        ),
+        tcg("every_page_is_the_last_checkpoints_all_options", |q| {
+            stands_still(q, "q35", ALL_PLAIN)
+        }),
+        tcg(
+            "every_page_is_the_last_checkpoints_all_options_multifd",
+            |q| stands_still(q, "q35", ALL),
+        ),
+        tcg("pages_sent_ahead_do_not_outlive_a_yank", yanked),
+        tcg("guest_goes_on", |q| {
+            goes_on(q, "q35", Accel::Tcg, ALL_PLAIN)
+        }),
+        kvm("guest_goes_on_multifd", |q| {
+            goes_on(q, "pc", Accel::Kvm, ALL)
+        }),
+    ])
 }
 
 fn machine(kind: &str, accel: Accel, disk: &Path) -> Machine {

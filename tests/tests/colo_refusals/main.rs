@@ -13,8 +13,9 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use serde_json::json;
+use tests::Result;
+use tests::harness::{self, Needs};
 use tests::vmm::{ColoVmm, Vmm, check_count};
-use tests::{Result, harness};
 
 use self::channels::{broken_channel, left_early, silent_connection, unexpected_channel};
 use self::lost::{
@@ -27,8 +28,8 @@ use self::operator::{
 use self::streams::{exit_on_error, long_lengths, other_size, wrong_streams};
 
 fn main() -> ExitCode {
-    let anywhere = harness::anywhere;
-    harness::run([
+    let anywhere = |name, test: fn() -> Result<()>| Needs::NOTHING.test(name, test);
+    harness::run_waiting([
         anywhere(
             "unknown_and_unsupported_capabilities_are_refused",
             capabilities,

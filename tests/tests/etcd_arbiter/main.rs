@@ -11,27 +11,28 @@ use std::time::{Duration, Instant};
 use colo_heartbeat::arbiter::etcd::EtcdOptions;
 use colo_heartbeat::arbiter::{Answer, Arbiter, Etcd as Right, Gateway, Owner, Register};
 use tests::etcd::Etcd;
-use tests::{PATIENCE, Result, harness};
+use tests::harness::{self, Needs};
+use tests::{PATIENCE, Result};
 
 fn main() -> ExitCode {
     let open = [
-        harness::on_etcd(
+        Needs::NOTHING.test_etcd(
             "of_two_that_claim_at_once_one_wins_every_time",
             two_claimants,
         ),
-        harness::on_etcd(
+        Needs::NOTHING.test_etcd(
             "owner_that_claims_and_heir_that_claims_never_both_win",
             owner_and_heir,
         ),
-        harness::on_etcd("renewing_writes_nothing", renewals),
-        harness::on_etcd(
+        Needs::NOTHING.test_etcd("renewing_writes_nothing", renewals),
+        Needs::NOTHING.test_etcd(
             "right_passes_on_when_etcd_was_frozen_at_any_moment_of_a_claim",
             frozen,
         ),
-        harness::on_etcd("right_survives_the_death_of_etcd", killed),
-        harness::on_etcd("endpoint_that_is_down_is_made_up_for_by_another", endpoints),
+        Needs::NOTHING.test_etcd("right_survives_the_death_of_etcd", killed),
+        Needs::NOTHING.test_etcd("endpoint_that_is_down_is_made_up_for_by_another", endpoints),
     ];
-    harness::run(open.into_iter().chain(secured::trials()))
+    harness::run_waiting(open.into_iter().chain(secured::trials()))
 }
 
 const SESSION: [u8; 16] = [7; 16];

@@ -11,54 +11,54 @@ use std::time::{Duration, Instant};
 
 use colo_heartbeat::arbiter::etcd::{Credential, EtcdOptions, OptionsError};
 use colo_heartbeat::arbiter::{Answer, Arbiter, Etcd as Right, Gateway, Register};
-use libtest_mimic::Trial;
 use tests::certificates::{Authority, Issued};
 use tests::etcd::{Etcd, Guard};
-use tests::{Result, harness, vmm};
+use tests::harness::{Needs, Tests};
+use tests::{Result, vmm};
 
 use super::{A, B, LONG, SHORT, loses_to, patient, side_with, soon, wins};
 
-pub fn trials() -> Vec<Trial> {
+pub fn trials() -> Vec<Tests> {
     vec![
-        harness::on_etcd("right_is_had_of_an_etcd_that_speaks_tls", in_tls),
-        harness::on_etcd(
+        Needs::NOTHING.test_etcd("right_is_had_of_an_etcd_that_speaks_tls", in_tls),
+        Needs::NOTHING.test_etcd(
             "etcd_whose_certificate_is_another_authority_s_or_host_s_or_old_is_not_believed",
             wrong_server,
         ),
-        harness::on_etcd(
+        Needs::NOTHING.test_etcd(
             "etcd_that_wants_a_certificate_is_shown_one_and_refuses_none_or_another_authority_s",
             client_certificates,
         ),
-        harness::on_etcd(
+        Needs::NOTHING.test_etcd(
             "tls_and_plain_http_do_not_take_each_other_for_an_answer",
             mixed,
         ),
-        harness::anywhere(
+        Needs::NOTHING.test(
             "certificates_that_cannot_be_used_are_refused_by_the_file_s_name",
             unusable,
         ),
-        harness::anywhere(
+        Needs::NOTHING.test(
             "handshake_that_does_not_end_is_waited_for_until_the_deadline_only",
             handshakes,
         ),
-        harness::on_etcd("right_is_had_for_the_password_and_for_no_other", passwords),
-        harness::on_etcd(
+        Needs::NOTHING.test_etcd("right_is_had_for_the_password_and_for_no_other", passwords),
+        Needs::NOTHING.test_etcd(
             "token_that_is_forgotten_or_has_run_out_costs_nobody_the_right",
             tokens,
         ),
-        harness::on_etcd(
+        Needs::NOTHING.test_etcd(
             "tokens_that_are_withdrawn_in_the_middle_of_claims_leave_one_winner_every_time",
             withdrawn,
         ),
-        harness::on_etcd(
+        Needs::NOTHING.test_etcd(
             "etcd_that_falls_silent_in_the_middle_of_all_that_is_waited_for_until_the_deadline_only",
             silent,
         ),
-        harness::on_etcd(
+        Needs::NOTHING.test_etcd(
             "certificates_and_passwords_that_are_replaced_meanwhile_are_read_again",
             replaced,
         ),
-        harness::on_etcd(
+        Needs::NOTHING.test_etcd(
             "colo_vmm_that_etcd_will_not_be_content_with_does_not_start_and_says_why",
             refused_at_start,
         ),

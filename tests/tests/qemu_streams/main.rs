@@ -12,10 +12,11 @@ use migration_stream::raw::command::Command;
 use migration_stream::raw::decoder::{Item, RamItem};
 use migration_stream::raw::return_path::ReturnPathMessage;
 use serde_json::{Value, json};
+use tests::Result;
 use tests::capture::{self, Tap};
 use tests::guest::{self, Content, Dirtier};
+use tests::harness::{self, Needs};
 use tests::qemu::{Binary, Machine};
-use tests::{Result, harness};
 
 use crate::whole::Whole;
 
@@ -24,29 +25,26 @@ const MEMORY: u32 = 16;
 const MACHINES: [&str; 3] = ["q35", "pc", "microvm"];
 
 fn main() -> ExitCode {
-    harness::run(
-        [
-            harness::on_each_qemu("prepared_ram_is_what_pmemsave_shows", (7, 2), prepared_ram),
-            harness::on_each_qemu("the_boot_sector_dirties_its_pages", (7, 2), boot_sector),
-            harness::on_each_qemu(
-                "a_stream_to_a_file_is_decoded_whole_and_encoded_byte_for_byte",
-                (11, 1),
-                stream_to_file,
-            ),
-            harness::on_each_qemu(
-                "a_running_guest_with_return_path_is_decoded_whole_and_encoded_byte_for_byte",
-                (11, 1),
-                running_guest,
-            ),
-            harness::on_each_qemu(
-                "the_main_stream_beside_multifd_is_decoded_whole_and_encoded_byte_for_byte",
-                (11, 1),
-                beside_multifd,
-            ),
-        ]
-        .into_iter()
-        .flatten(),
-    )
+    harness::run([
+        Needs::NOTHING
+            .qemu((7, 2))
+            .test_qemu("prepared_ram_is_what_pmemsave_shows", prepared_ram),
+        Needs::NOTHING
+            .qemu((7, 2))
+            .test_qemu("the_boot_sector_dirties_its_pages", boot_sector),
+        Needs::NOTHING.qemu((11, 1)).test_qemu(
+            "a_stream_to_a_file_is_decoded_whole_and_encoded_byte_for_byte",
+            stream_to_file,
+        ),
+        Needs::NOTHING.qemu((11, 1)).test_qemu(
+            "a_running_guest_with_return_path_is_decoded_whole_and_encoded_byte_for_byte",
+            running_guest,
+        ),
+        Needs::NOTHING.qemu((11, 1)).test_qemu(
+            "the_main_stream_beside_multifd_is_decoded_whole_and_encoded_byte_for_byte",
+            beside_multifd,
+        ),
+    ])
 }
 
 fn prepared_ram(qemu: &Binary) -> Result<()> {
