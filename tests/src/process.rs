@@ -1,5 +1,6 @@
 //! A child process that does not outlive its test and whose output can be waited for.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io::{self, Read, Write};
 use std::path::PathBuf;
@@ -301,11 +302,23 @@ impl Output {
     }
 }
 
-/// The path of a program of this workspace, built first, in the profile of the running test.
+/// The path of a program of this workspace, in the profile of the running test. It is built first, once
+/// for each process.
 ///
 /// # Errors
 /// It does not build.
 pub fn workspace_program(package: &str, program: &str) -> Result<PathBuf> {
+    static BUILT: Mutex<BTreeMap<String, PathBuf>> = Mutex::new(BTreeMap::new());
+    let mut built = BUILT.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(path) = built.get(program) {
+        return Ok(path.clone());
+    }
+    let path = build(package, program)?;
+    built.insert(program.to_owned(), path.clone());
+    Ok(path)
+}
+
+fn build(package: &str, program: &str) -> Result<PathBuf> {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let mut build = Command::new(cargo);
     // What Cargo has told this process of its own package would pass for a change of the environment in
