@@ -11,6 +11,7 @@ use ram_cache::{
     RamCache,
 };
 use vm_memory::VolatileSlice;
+use vm_memory::bitmap::Bitmap;
 
 /// A RAM cache as the store of an incoming migration.
 ///
@@ -49,9 +50,9 @@ impl ColoStore {
     ///
     /// # Errors
     /// There is no memory for the cache.
-    pub fn over(
+    pub fn over<B: Bitmap + Send + Sync + 'static>(
         kind: CacheKind,
-        ram: &GuestRamMmap,
+        ram: &GuestRamMmap<B>,
         inhibitor: DiscardInhibitor,
     ) -> Result<Self, StoreError> {
         let blocks = ram.blocks().iter().zip(ram.regions());
@@ -229,7 +230,7 @@ mod tests {
     const KINDS: [CacheKind; 2] = [CacheKind::Mirror, CacheKind::Cow];
 
     fn store(kind: CacheKind) -> (ColoStore, Arc<MmapRegion>, DiscardControl) {
-        let guest = Arc::new(MmapRegion::new(16 * 4096).unwrap());
+        let guest = Arc::new(MmapRegion::<()>::new(16 * 4096).unwrap());
         let discard = DiscardControl::new();
         let spec = CacheBlockSpec::whole_region("ram", Arc::clone(&guest));
         let store = ColoStore::new(kind, vec![spec], discard.disable().unwrap()).unwrap();

@@ -1,12 +1,12 @@
 //! The RAM blocks of a cache: where they lie in the guest's memory.
 
 use std::ops::Range;
-use std::sync::Arc;
 
-use vm_memory::{MmapRegion, VolatileMemory, VolatileSlice};
+use vm_memory::VolatileSlice;
 
 use crate::bitmap::{BitmapError, DirtyBitmap};
 use crate::error::CacheError;
+use crate::mapping::GuestMapping;
 use crate::{PAGE_BYTES, PAGE_SIZE};
 
 /// A RAM block of a cache: where it lies in the guest's memory.
@@ -15,7 +15,7 @@ pub struct CacheBlockSpec {
     /// The block's name, for messages.
     pub name: String,
     /// The mapping of guest memory that the block lies in.
-    pub guest: Arc<MmapRegion>,
+    pub guest: GuestMapping,
     /// Where in the mapping the block starts, bytes, a multiple of [`PAGE_SIZE`].
     pub offset_in_region: usize,
     /// The block's length in bytes, a non-zero multiple of [`PAGE_SIZE`]. For a block that can be
@@ -27,7 +27,8 @@ pub struct CacheBlockSpec {
 impl CacheBlockSpec {
     /// A block that is a whole mapping of guest memory.
     #[must_use]
-    pub fn whole_region(name: impl Into<String>, guest: Arc<MmapRegion>) -> Self {
+    pub fn whole_region(name: impl Into<String>, guest: impl Into<GuestMapping>) -> Self {
+        let guest = guest.into();
         Self {
             name: name.into(),
             offset_in_region: 0,
@@ -53,8 +54,8 @@ impl CacheBlockSpec {
         len: usize,
     ) -> Result<VolatileSlice<'_>, CacheError> {
         self.guest
-            .get_slice(self.offset_in_region + offset, len)
-            .map_err(|_| self.out_of_block(offset as u64, len))
+            .slice(self.offset_in_region + offset, len)
+            .ok_or_else(|| self.out_of_block(offset as u64, len))
     }
 
     pub(crate) fn out_of_block(&self, offset: u64, len: usize) -> CacheError {
@@ -98,7 +99,7 @@ impl CacheBlockSpec {
 
     /// The addresses the block has in this process.
     pub(crate) fn addresses(&self) -> Range<usize> {
-        let start = self.guest.as_ptr().addr() + self.offset_in_region;
+        let start = self.guest.address() + self.offset_in_region;
         start..start + self.len
     }
 }

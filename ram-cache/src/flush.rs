@@ -376,7 +376,7 @@ mod tests {
         const LEN: usize = 4 << 20;
         for kind in [CacheKind::Mirror, CacheKind::Cow] {
             let (pool, free) = busy_pool();
-            let guest = Arc::new(MmapRegion::new(LEN).unwrap());
+            let guest = Arc::new(MmapRegion::<()>::new(LEN).unwrap());
             let block = CacheBlockSpec::whole_region("pc.ram", Arc::clone(&guest));
             let discard = DiscardControl::new();
             let cache = kind.make(vec![block], discard.disable().unwrap()).unwrap();

@@ -17,7 +17,7 @@
 //! use ram_cache::{CacheBlockSpec, CacheKind, DiscardControl, FlushPool, GuestStopped, PAGE_SIZE};
 //! use vm_memory::{Bytes, MmapRegion};
 //!
-//! let guest = Arc::new(MmapRegion::new(1 << 20)?);
+//! let guest = Arc::new(MmapRegion::<()>::new(1 << 20)?);
 //! let discard = DiscardControl::new();
 //! let pool = FlushPool::new(2)?;
 //!
@@ -81,6 +81,7 @@ pub use discard::{
 };
 pub use error::CacheError;
 pub use flush::{FlushPool, FlushPoolError, FlushReport, GuestStopped};
+pub use mapping::GuestMapping;
 pub use mirror::MirrorCache;
 pub use populate::{Populate, PopulateError, Populated, advise_huge_pages};
 

@@ -2,13 +2,18 @@
 
 use std::io;
 use std::num::NonZeroUsize;
+use std::ops::ControlFlow;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
 
+use rayon::ThreadPoolBuilder;
+use rayon::prelude::*;
+use rustix::io::Errno;
 use vm_memory::MmapRegion;
+use vm_memory::bitmap::Bitmap;
 
-use crate::mapping;
+use crate::mapping::{self, GuestMapping};
 
 /// What is populated between two looks at whether to go on, bytes: some milliseconds' worth.
 const PIECE: usize = 8 << 20;
@@ -25,11 +30,13 @@ const PIECE: usize = 8 << 20;
 ///
 /// # Errors
 /// [`PopulateError::HugePages`]: the kernel was built without them.
-pub fn advise_huge_pages(region: &MmapRegion) -> Result<(), PopulateError> {
+pub fn advise_huge_pages<B: Bitmap + Send + Sync>(
+    region: &MmapRegion<B>,
+) -> Result<(), PopulateError> {
     mapping::advise_huge(region).map_err(PopulateError::HugePages)
 }
 
-/// Takes the memory of mappings from the system by threads of its own (`MADV_POPULATE_WRITE`, Linux
+/// Takes the memory of mappings from the system on a pool of threads of its own (`MADV_POPULATE_WRITE`, Linux
 /// 5.14), which leaves their content as it is: others may write there meanwhile.
 ///
 /// It is for a destination that waits for its source: the work is the same as that of the page faults
@@ -42,7 +49,8 @@ pub fn advise_huge_pages(region: &MmapRegion) -> Result<(), PopulateError> {
 #[derive(Debug)]
 pub struct Populate {
     work: Arc<Work>,
-    threads: Vec<JoinHandle<Result<Populated, PopulateError>>>,
+    /// It waits for the pool, which ends with it.
+    thread: Option<JoinHandle<Result<Populated, PopulateError>>>,
 }
 
 /// How it ended, if not in an error.
@@ -92,10 +100,9 @@ pub enum PopulateError {
 
 #[derive(Debug)]
 struct Work {
-    regions: Vec<Arc<MmapRegion>>,
+    regions: Vec<GuestMapping>,
     /// Region, offset, and length of each piece.
     pieces: Vec<(usize, usize, usize)>,
-    next: AtomicUsize,
     is_over: AtomicBool,
 }
 
@@ -104,35 +111,26 @@ impl Populate {
     ///
     /// # Errors
     /// [`PopulateError::Spawn`].
-    pub fn start(
-        regions: Vec<Arc<MmapRegion>>,
+    pub fn start<M: Into<GuestMapping>>(
+        regions: impl IntoIterator<Item = M>,
         threads: NonZeroUsize,
     ) -> Result<Self, PopulateError> {
-        let pieces = regions.iter().enumerate().flat_map(|(index, region)| {
-            let len = region.size();
-            let offsets = (0..len).step_by(PIECE);
-            offsets.map(move |offset| (index, offset, PIECE.min(len - offset)))
-        });
-        let pieces: Vec<_> = pieces.collect();
-        let count = threads.get().min(pieces.len());
-        let mut started = Self {
-            work: Arc::new(Work {
-                pieces,
-                regions,
-                next: AtomicUsize::new(0),
-                is_over: AtomicBool::new(false),
-            }),
-            threads: Vec::with_capacity(count),
-        };
-        for index in 0..count {
-            let work = Arc::clone(&started.work);
-            let thread = thread::Builder::new()
-                .name(format!("populate-{index}"))
-                .spawn(move || work.run())
-                .map_err(PopulateError::Spawn)?;
-            started.threads.push(thread);
-        }
-        Ok(started)
+        let work = Arc::new(Work::new(regions.into_iter().map(Into::into).collect()));
+        let count = threads.get().min(work.pieces.len().max(1));
+        let pool = ThreadPoolBuilder::new()
+            .num_threads(count)
+            .thread_name(|index| format!("populate-{index}"))
+            .build()
+            .map_err(|error| PopulateError::Spawn(io::Error::other(error)))?;
+        let in_thread = Arc::clone(&work);
+        let thread = thread::Builder::new()
+            .name("populate".to_owned())
+            .spawn(move || pool.install(|| in_thread.run()))
+            .map_err(PopulateError::Spawn)?;
+        Ok(Self {
+            work,
+            thread: Some(thread),
+        })
     }
 
     /// Ends it soon, whatever is left.
@@ -143,7 +141,7 @@ impl Populate {
     /// Returns whether it has ended, so that [`Populate::join`] does not wait.
     #[must_use]
     pub fn has_ended(&self) -> bool {
-        self.threads.iter().all(JoinHandle::is_finished)
+        self.thread.as_ref().is_none_or(JoinHandle::is_finished)
     }
 
     /// Waits until it has ended.
@@ -155,17 +153,10 @@ impl Populate {
     }
 
     fn wait(&mut self) -> Result<Populated, PopulateError> {
-        let mut result = Ok(Populated::Whole);
-        for thread in self.threads.drain(..) {
-            let ended = thread.join().unwrap_or(Err(PopulateError::Panicked));
-            // The first reason is the one that ended the others.
-            if matches!(result, Ok(Populated::Whole | Populated::Cancelled))
-                && !matches!(ended, Ok(Populated::Whole))
-            {
-                result = ended;
-            }
+        match self.thread.take() {
+            Some(thread) => thread.join().unwrap_or(Err(PopulateError::Panicked)),
+            None => Ok(Populated::Cancelled),
         }
-        result
     }
 }
 
@@ -178,32 +169,47 @@ impl Drop for Populate {
 }
 
 impl Work {
+    fn new(regions: Vec<GuestMapping>) -> Self {
+        let pieces = regions.iter().enumerate().flat_map(|(index, region)| {
+            let len = region.size();
+            let offsets = (0..len).step_by(PIECE);
+            offsets.map(move |offset| (index, offset, PIECE.min(len - offset)))
+        });
+        Self {
+            pieces: pieces.collect(),
+            regions,
+            is_over: AtomicBool::new(false),
+        }
+    }
+
+    /// Populates the pieces on the threads of the pool that this runs in.
     fn run(&self) -> Result<Populated, PopulateError> {
-        // `Relaxed`: the pieces were there before the threads were, and what is in the memory is not
-        // this crate's to order.
-        while let Some(&(region, offset, len)) =
-            self.pieces.get(self.next.fetch_add(1, Ordering::Relaxed))
-        {
+        let pieces = self.pieces.par_iter().with_max_len(1);
+        let ended = pieces.try_for_each(|&(region, offset, len)| {
+            // `Relaxed`: what is in the memory is not this crate's to order.
             if self.is_over.load(Ordering::Relaxed) {
-                return Ok(Populated::Cancelled);
+                return ControlFlow::Break(Ok(Populated::Cancelled));
             }
             let Some(region) = self.regions.get(region) else {
-                continue;
+                return ControlFlow::Continue(());
             };
-            if let Err(error) = mapping::populate(region, offset, len) {
-                self.is_over.store(true, Ordering::Relaxed);
-                return ended(error, offset, len);
+            match mapping::populate(region.as_mapping(), offset, len) {
+                Ok(()) => ControlFlow::Continue(()),
+                Err(error) => ControlFlow::Break(ended(error, offset, len)),
             }
+        });
+        match ended {
+            ControlFlow::Continue(()) => Ok(Populated::Whole),
+            ControlFlow::Break(ended) => ended,
         }
-        Ok(Populated::Whole)
     }
 }
 
 /// What an answer of the kernel's means.
 fn ended(source: io::Error, offset: usize, len: usize) -> Result<Populated, PopulateError> {
-    match source.raw_os_error() {
-        Some(libc::EINVAL) => Ok(Populated::Unsupported),
-        Some(libc::ENOMEM) => Err(PopulateError::NoMemory { offset, len }),
+    match Errno::from_io_error(&source) {
+        Some(Errno::INVAL) => Ok(Populated::Unsupported),
+        Some(Errno::NOMEM) => Err(PopulateError::NoMemory { offset, len }),
         _ => Err(PopulateError::Host {
             offset,
             len,
@@ -253,21 +259,17 @@ mod tests {
 
     #[test]
     fn what_is_cancelled_takes_no_more() {
-        let regions = vec![region(64 * PIECE)];
-        let work = Work {
-            pieces: (0..64).map(|i| (0, i * PIECE, PIECE)).collect(),
-            regions,
-            next: AtomicUsize::new(0),
-            is_over: AtomicBool::new(true),
-        };
+        let memory = region(64 * PIECE);
+        let work = Work::new(vec![Arc::clone(&memory).into()]);
+        work.is_over.store(true, Ordering::Relaxed);
         assert_eq!(work.run().unwrap(), Populated::Cancelled);
-        assert_eq!(resident(&work.regions[0]), 0);
+        assert_eq!(resident(&memory), 0);
     }
 
     #[test]
     fn dropped_it_is_over_and_the_memory_can_go() {
         let memory = region(64 * PIECE);
-        drop(Populate::start(vec![Arc::clone(&memory)], THREADS).unwrap());
+        drop(Populate::start([Arc::clone(&memory)], THREADS).unwrap());
         assert_eq!(Arc::strong_count(&memory), 1);
     }
 
@@ -294,7 +296,7 @@ mod tests {
         let shorter = file.try_clone().unwrap();
         let region = mapping::shared(file, 2 * PIECE).unwrap();
         shorter.set_len(PIECE as u64 + 4096).unwrap();
-        let populate = Populate::start(vec![Arc::new(region)], NonZeroUsize::MIN).unwrap();
+        let populate = Populate::start([Arc::new(region)], NonZeroUsize::MIN).unwrap();
         match populate.join() {
             Err(PopulateError::Host {
                 offset: PIECE,

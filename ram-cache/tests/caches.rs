@@ -11,7 +11,10 @@ mod tests {
         CacheBlockSpec, CacheError, CacheKind, DiscardControl, FlushPool, FlushReport,
         GuestStopped, PAGE_SIZE, RamCache,
     };
-    use vm_memory::{MmapRegion, VolatileMemory};
+    use vm_memory::bitmap::{AtomicBitmap, Bitmap};
+    use vm_memory::{
+        Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, MmapRegion, VolatileMemory,
+    };
 
     const PAGE: usize = 4096;
     const _: () = assert!(PAGE as u64 == PAGE_SIZE);
@@ -43,6 +46,7 @@ mod tests {
         c13_a_cache_that_cannot_be_made_is_a_typed_error_and_leaves_nothing_behind,
         c21_a_block_that_grows_to_its_full_length_under_colo_is_cached_and_flushed_whole,
         the_cache_stays_out_of_core_dumps,
+        memory_with_a_bitmap_has_a_cache_that_marks_nothing_in_it,
     );
 
     fn region(pages: usize) -> Arc<MmapRegion> {
@@ -72,7 +76,7 @@ mod tests {
         ) -> Self {
             let specs = blocks.iter().map(|&(first, pages)| CacheBlockSpec {
                 name: format!("ram at {first}"),
-                guest: Arc::clone(&guest),
+                guest: Arc::clone(&guest).into(),
                 offset_in_region: first * PAGE,
                 len: pages * PAGE,
             });
@@ -427,6 +431,39 @@ mod tests {
         }
     }
 
+    fn memory_with_a_bitmap_has_a_cache_that_marks_nothing_in_it(kind: CacheKind) {
+        let place = (GuestAddress(1 << 30), 64 * PAGE);
+        let memory = GuestMemoryMmap::<AtomicBitmap>::from_ranges(&[place]).unwrap();
+        let region = memory.iter().next().unwrap();
+        let block = CacheBlockSpec::whole_region("pc.ram", region.get_mmap());
+        let discard = DiscardControl::new().disable().unwrap();
+        let cache = kind.make(vec![block], discard).unwrap();
+        let pool = FlushPool::new(1).unwrap();
+        let stopped = GuestStopped::witnessed_by(&memory);
+        let receive = |page: u64, byte| {
+            let slice = cache.prepare(0, page * PAGE_SIZE, PAGE).unwrap();
+            slice.copy_from(&[byte; PAGE]);
+            cache.landed(0, page * PAGE_SIZE, PAGE).unwrap();
+        };
+        (0..64).for_each(|page| receive(page, 1));
+        cache.enter_colo().unwrap();
+        // A device writes, which the VMM's own log has.
+        memory
+            .write_obj(9_u8, GuestAddress((1 << 30) + 5 * PAGE_SIZE))
+            .unwrap();
+        cache.or_dirty_word(0, 0, 1 << 5).unwrap();
+        receive(7, 2);
+        cache.guest_stopped(stopped).unwrap();
+        cache.commit(stopped, &pool).unwrap();
+        let byte = |page: u64| {
+            let at = GuestAddress((1 << 30) + page * PAGE_SIZE);
+            memory.read_obj::<u8>(at).unwrap()
+        };
+        assert_eq!([byte(4), byte(5), byte(7)], [1, 1, 2]);
+        let marked = (0..64).filter(|page| region.get_mmap().bitmap().dirty_at(page * PAGE));
+        assert_eq!(marked.collect::<Vec<_>>(), [5]);
+    }
+
     fn a_range_outside_its_block_is_refused_and_named(kind: CacheKind) {
         for in_colo in [false, true] {
             let secondary = Secondary::new(kind, 2);
@@ -474,7 +511,7 @@ mod tests {
         let guest = region(4);
         let spec = |offset_in_region, len| CacheBlockSpec {
             name: format!("{offset_in_region}+{len}"),
-            guest: Arc::clone(&guest),
+            guest: Arc::clone(&guest).into(),
             offset_in_region,
             len,
         };
@@ -526,7 +563,7 @@ mod tests {
         // Twice this is the whole address space; the guest's part reserves nothing.
         let len = 64 << 40;
         let flags = libc::MAP_ANONYMOUS | libc::MAP_PRIVATE | libc::MAP_NORESERVE;
-        let huge = Arc::new(MmapRegion::build(None, len, libc::PROT_NONE, flags).unwrap());
+        let huge = Arc::new(MmapRegion::<()>::build(None, len, libc::PROT_NONE, flags).unwrap());
         let control = DiscardControl::new();
         let small = region(64);
         small.as_volatile_slice().copy_from(&[7u8]);

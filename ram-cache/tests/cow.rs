@@ -26,7 +26,7 @@ mod tests {
     impl Secondary {
         /// Every page was received in precopy.
         fn new() -> Self {
-            let guest = Arc::new(MmapRegion::new(PAGES * PAGE).unwrap());
+            let guest = Arc::new(MmapRegion::<()>::new(PAGES * PAGE).unwrap());
             let block = CacheBlockSpec::whole_region("pc.ram", Arc::clone(&guest));
             let discard = DiscardControl::new().disable().unwrap();
             let secondary = Self {

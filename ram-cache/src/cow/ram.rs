@@ -106,7 +106,8 @@ impl CowBlock {
             len,
             ..
         } = &self.spec;
-        mapping::replace_by_private(guest, *offset_in_region, *len, file.file()).map_err(failed)
+        mapping::replace_by_private(guest.as_mapping(), *offset_in_region, *len, file.file())
+            .map_err(failed)
     }
 
     pub(super) fn base_slice(
@@ -398,12 +399,12 @@ impl CowBlock {
             name,
             ..
         } = &self.spec;
-        mapping::drop_own_pages(guest, offset_in_region + offset, len).map_err(|source| {
-            CacheError::Discard {
+        mapping::drop_own_pages(guest.as_mapping(), offset_in_region + offset, len).map_err(
+            |source| CacheError::Discard {
                 name: name.clone(),
                 source,
-            }
-        })
+            },
+        )
     }
 
     fn set(&self, bitmap: &DirtyBitmap, pages: &Range<usize>) -> Result<(), CacheError> {
