@@ -25,6 +25,8 @@ use crate::{Interrupt, IrqLine};
 
 /// Requests that a model takes from a queue before others get the lock.
 pub const BATCH: usize = 64;
+/// Bytes of data after which it lets others have it, too.
+pub const BATCH_BYTES: u64 = 1 << 20;
 
 /// Whether a model has done all that it can for now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -107,7 +109,7 @@ pub trait Model: Send + 'static {
         Vec::new()
     }
 
-    /// Does what a source has made possible.
+    /// Does what a source has made possible, a bounded piece of it. All queues are processed after it.
     ///
     /// # Errors
     /// As [`Model::process`].
@@ -589,13 +591,17 @@ fn serve<D: Model, M: GuestMemory>(shared: &Shared<D, M>) {
             pending[index] = true;
         }
         for token in ready.tokens {
-            let mut core = shared.lock();
-            let progress = core.step(&shared.interrupt, |model, context| {
-                model.ready(token, context)
-            });
-            if progress == Progress::More {
-                pending.fill(true);
+            let ready = || {
+                let mut core = shared.lock();
+                core.step(&shared.interrupt, |model, context| {
+                    model.ready(token, context)
+                })
+            };
+            while ready() == Progress::More {
+                // A vCPU may wait for the lock.
+                thread::yield_now();
             }
+            pending.fill(true);
         }
         for (index, pending) in pending.iter_mut().enumerate() {
             let mut core = shared.lock();

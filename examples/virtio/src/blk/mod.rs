@@ -19,7 +19,7 @@ mod stats;
 #[cfg(feature = "io-uring")]
 mod uring;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::fmt::Debug;
 use std::io;
 use std::sync::Arc;
@@ -40,7 +40,7 @@ use virtio_bindings::virtio_blk as spec;
 use vm_memory::GuestMemory;
 use vmstate::VmState;
 
-use crate::device::{BATCH, Context, Model, Progress, Source};
+use crate::device::{BATCH, BATCH_BYTES, Context, Model, Progress, Source};
 use crate::ring::{Ring, RingError, Segments};
 use crate::rng::RING_FEATURES;
 use crate::state::{StateError, TransportState};
@@ -106,7 +106,8 @@ pub struct Blk {
     next_id: u64,
     under_way: HashMap<RequestId, UnderWay>,
     bytes_under_way: u64,
-    completions: Vec<Completion>,
+    /// Ended by the backend, and not told to the driver yet.
+    ended: VecDeque<Completion>,
 }
 
 /// A request that the backend has.
@@ -140,7 +141,7 @@ impl Blk {
             next_id: 0,
             under_way: HashMap::new(),
             bytes_under_way: 0,
-            completions: Vec::new(),
+            ended: VecDeque::new(),
         }
     }
 
@@ -179,7 +180,11 @@ impl Blk {
     /// Takes requests from the queue.
     fn take<M: GuestMemory>(&mut self, ring: &mut Ring, memory: &M) -> Result<Progress, RingError> {
         ring.disarm(memory)?;
+        let mut copied = 0;
         for _ in 0..BATCH {
+            if copied >= BATCH_BYTES {
+                break;
+            }
             if self.under_way.len() >= ring.size().into() {
                 // An end of one of them is what is waited for.
                 return Ok(Progress::Done);
@@ -194,6 +199,7 @@ impl Blk {
                 ring.undo_pop();
                 return Ok(Progress::Done);
             }
+            copied += held;
             self.begin(request, ring, memory)?;
         }
         Ok(Progress::More)
@@ -425,21 +431,26 @@ impl Model for Blk {
         _token: u32,
         context: &mut Context<'_, M>,
     ) -> Result<Progress, RingError> {
-        let mut completions = std::mem::take(&mut self.completions);
-        self.backend.completions(&mut completions);
+        let mut ended = Vec::new();
+        self.backend.completions(&mut ended);
+        self.ended.extend(ended);
+        let mut copied = 0;
         let mut result = Ok(());
-        for completion in completions.drain(..) {
+        while (copied < BATCH_BYTES || result.is_err())
+            && let Some(completion) = self.ended.pop_front()
+        {
+            copied += completion.buffer.as_ref().map_or(0, Buffer::len) as u64;
+            // Each is ended, also when the driver has broken the queue for one: without the driver.
             let ring = context.rings.get_mut(0).and_then(Option::as_mut);
-            // Each is ended, also when the driver has broken the queue for one.
-            let ended = self.end(&completion, ring, context.memory);
-            result = result.and(ended);
+            let ring = ring.filter(|_| result.is_ok());
+            result = result.and(self.end(&completion, ring, context.memory));
         }
-        self.completions = completions;
         result?;
-        if context.running {
-            return self.process(0, context);
-        }
-        Ok(Progress::Done)
+        Ok(if self.ended.is_empty() {
+            Progress::Done
+        } else {
+            Progress::More
+        })
     }
 
     fn in_flight(&self) -> usize {

@@ -228,20 +228,23 @@ impl IoUring {
                 .flags(types::FsyncFlags::DATASYNC)
                 .build(),
         };
-        self.push(&request.user_data(key));
+        if !self.push(&request.user_data(key))
+            && let Some(Entry { id, task }) = self.in_ring.remove(&key)
+        {
+            let buffer = task.buffer();
+            let result = Err(io::Error::other("the ring is full"));
+            // Counted as one that came from the thread, as its completion will be.
+            self.in_pool += 1;
+            self.done.add(Completion { id, buffer, result });
+        }
     }
 
-    fn push(&mut self, request: &squeue::Entry) {
-        loop {
-            // SAFETY: the memory of the request belongs to an entry of `in_ring`, which is dropped
-            // when the kernel has given it back, and never if this is dropped before. The file is
-            // open as long as this is.
-            if unsafe { self.ring.submission().push(request) }.is_ok() {
-                return;
-            }
-            // No more than the ring has room for are in it, once the kernel has seen them.
-            self.submit_ring();
-        }
+    /// Whether the ring had room. It has: no more requests are in it than it has entries.
+    fn push(&mut self, request: &squeue::Entry) -> bool {
+        // SAFETY: the memory of the request belongs to an entry of `in_ring`, which is dropped when
+        // the kernel has given it back, and never if this is dropped before. The file is open as
+        // long as this is.
+        unsafe { self.ring.submission().push(request) }.is_ok()
     }
 
     /// Takes what the kernel has ended.

@@ -40,10 +40,13 @@ impl NetBackend for Datagram {
 
     fn receive(&mut self, packet: &mut [u8; MAX_PACKET]) -> io::Result<usize> {
         packet[..HEADER_BYTES].fill(0);
-        match rustix::io::read(&*self.fd, &mut packet[HEADER_BYTES..])? {
+        match rustix::io::read(&*self.fd, &mut packet[HEADER_BYTES..]) {
             // A sequenced-packet socket ends so; a frame is never empty.
-            0 => Err(io::ErrorKind::UnexpectedEof.into()),
-            length => Ok(HEADER_BYTES + length),
+            Ok(0) => Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(length) => Ok(HEADER_BYTES + length),
+            // An earlier frame found nobody: later ones may.
+            Err(rustix::io::Errno::CONNREFUSED) => Err(io::ErrorKind::WouldBlock.into()),
+            Err(error) => Err(error.into()),
         }
     }
 
