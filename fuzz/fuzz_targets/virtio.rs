@@ -331,10 +331,7 @@ fn run<D: Model>(model: D, mut input: Input<'_>, lengths: &Mutex<VecDeque<usize>
                 let offset = u64::from(input.byte());
                 let data: [u8; 8] = input.bytes();
                 let len = usize::from(input.byte() % 9);
-                machine.write(
-                    offset + register::CONFIG * u64::from(offset & 1),
-                    &data[..len],
-                );
+                machine.write(offset + register::CONFIG * (offset & 1), &data[..len]);
                 machine.transport.read(offset, &mut [0; 8][..len]);
             }
             2 => {
@@ -379,7 +376,12 @@ fn run<D: Model>(model: D, mut input: Input<'_>, lengths: &Mutex<VecDeque<usize>
                     lengths.push_back(length);
                 }
             }
-            7 => machine.step(|model, context| model.ready(0, context)),
+            7 => {
+                machine.step(|model, context| model.ready(0, context));
+                for queue in 0..machine.rings.len() {
+                    machine.process(queue);
+                }
+            }
             8 => {
                 let at = usize::from(input.byte());
                 let value = input.byte();
