@@ -3,8 +3,9 @@
 use std::io;
 use std::num::NonZeroU8;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::thread;
 use std::time::Instant;
+
+use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use super::error::MappedRamError;
 use crate::io::{CancelToken, PositionedFile};
@@ -26,6 +27,8 @@ pub struct FileReader {
     /// The same file, for pages.
     pages: Arc<dyn PositionedFile>,
     threads: NonZeroU8,
+    /// Of several threads, since the first block.
+    pool: Option<ThreadPool>,
     cancel: Option<CancelToken>,
 }
 
@@ -37,15 +40,30 @@ impl FileReader {
             pages: Arc::clone(&file),
             file,
             threads: NonZeroU8::MIN,
+            pool: None,
             cancel: None,
         }
     }
 
-    /// Reads pages by as many threads at a time.
+    /// Reads pages on a pool of so many threads, which ends with this.
     #[must_use]
     pub fn with_threads(mut self, threads: NonZeroU8) -> Self {
         self.threads = threads;
+        self.pool = None;
         self
+    }
+
+    /// Starts the threads, if there are to be several.
+    fn start_pool(&mut self) -> Result<(), MappedRamError> {
+        if self.threads > NonZeroU8::MIN && self.pool.is_none() {
+            let pool = ThreadPoolBuilder::new()
+                .num_threads(self.threads.get().into())
+                .thread_name(|index| format!("mapped-read-{index}"))
+                .build()
+                .map_err(|error| MappedRamError::Spawn(io::Error::other(error)))?;
+            self.pool = Some(pool);
+        }
+        Ok(())
     }
 
     /// Reads pages from `file`, which is the same one opened otherwise (see
@@ -92,25 +110,14 @@ impl FileReader {
                 }
             }
         };
-        let others = self.threads.get() - 1;
-        thread::scope(|scope| {
-            let spawned: Result<Vec<_>, _> = (0..others)
-                .map(|_| {
-                    let thread = thread::Builder::new().name("mapped-read".to_owned());
-                    thread
-                        .spawn_scoped(scope, || move_all().inspect_err(|_| lock(&work).end()))
-                        .map_err(MappedRamError::Spawn)
-                })
-                .collect();
-            let mut result = spawned.as_ref().map(drop).map_or(Ok(()), |()| move_all());
-            if result.is_err() || spawned.is_err() {
-                lock(&work).end();
-            }
-            for thread in spawned? {
-                result = result.and(thread.join().unwrap_or(Err(MappedRamError::Thread)));
-            }
-            result
-        })?;
+        match &self.pool {
+            None => move_all()?,
+            // Each thread of the pool takes runs until there are no more.
+            Some(pool) => pool
+                .broadcast(|_| move_all().inspect_err(|_| lock(&work).end()))
+                .into_iter()
+                .collect::<Result<(), _>>()?,
+        }
         Ok(lock(&work).found)
     }
 
@@ -166,7 +173,9 @@ impl PageBarrier for FileReader {
         area: &MappedArea,
         store: &dyn PageStore,
     ) -> Result<MappedPages, TransportError> {
-        self.load(block, area, store).map_err(TransportError::main)
+        self.start_pool()
+            .and_then(|()| self.load(block, area, store))
+            .map_err(TransportError::main)
     }
 
     fn set_deadline(&mut self, _deadline: Option<Instant>) {}

@@ -13,7 +13,9 @@ use migration_stream::raw::checkpoint::FIRST_DEVICE_SECTION;
 use migration_stream::{BoxError, DeviceSections, DeviceState, Parsed, SectionHeader, VmControl};
 use qmp_types::{ColoCheckpoint, ColoCheckpointStep, ColoExitReason, ColoMode, Event};
 use qmp_types::{MigrationStatus, RunState};
+use rayon::prelude::*;
 use twox_hash::XxHash64;
+use vm_memory::{MmapRegion, VolatileMemory};
 use vmstate::{ResetDone, Staged};
 
 use super::devices::{Devices, Section};
@@ -111,26 +113,29 @@ impl CheckpointedVm {
     }
 }
 
-/// A hash of all RAM of a stopped guest.
+/// What one thread hashes at a time, bytes.
+const PIECE: usize = 1 << 20;
+
+/// A hash of all RAM of a paused guest: that of the hashes of its pieces. All processors hash; only `--verify` asks.
 fn hash_memory(memory: &Memory) -> u64 {
-    use std::hash::Hasher;
-
-    use vm_memory::VolatileMemory;
-
-    let mut hasher = XxHash64::with_seed(0);
-    let mut copy = vec![0u8; 1 << 20];
-    for region in memory.regions() {
-        let mut at = 0;
-        while at < region.mapping.size() {
-            let len = copy.len().min(region.mapping.size() - at);
-            if let Ok(slice) = region.mapping.get_slice(at, len) {
-                slice.copy_to(&mut copy[..len]);
-            }
-            hasher.write(&copy[..len]);
-            at += len;
+    let regions = memory.regions().iter().map(|region| &*region.mapping);
+    let pieces: Vec<_> = regions
+        .flat_map(|mapping| {
+            let offsets = (0..mapping.size()).step_by(PIECE);
+            offsets.map(move |at| (mapping, at, PIECE.min(mapping.size() - at)))
+        })
+        .collect();
+    let hash = |copy: &mut Vec<u8>, &(mapping, at, len): &(&MmapRegion<()>, usize, usize)| {
+        if let Ok(slice) = mapping.get_slice(at, len) {
+            slice.copy_to(&mut copy[..len]);
         }
-    }
-    hasher.finish()
+        XxHash64::oneshot(0, &copy[..len]).to_le_bytes()
+    };
+    let hashes: Vec<_> = pieces
+        .par_iter()
+        .map_init(|| vec![0; PIECE], hash)
+        .collect();
+    XxHash64::oneshot(0, hashes.as_flattened())
 }
 
 impl VmControl for CheckpointedVm {
