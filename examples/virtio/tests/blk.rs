@@ -17,7 +17,7 @@ use driver::blk::{
     DATA, DISCARD, FLUSH, GET_ID, HEADER, IN, MemoryDisk, OUT, SECTORS, STATUS, WRITE_ZEROES,
     put_header, put_range, request,
 };
-use driver::{BUFFERS, Guest, LIMIT, until};
+use driver::{BUFFERS, Guest, INDIRECT, LIMIT, NEXT, USED_RING, WRITE, until};
 use vm_memory::GuestMemoryBackend;
 use vm_memory::bitmap::Bitmap;
 
@@ -44,8 +44,31 @@ fn what_is_written_is_read_back_and_marked_dirty() {
     region.bitmap().reset();
     assert_eq!(request(&mut guest, IN, 8, 4096), (OK, 4097));
     assert_eq!(guest.get(DATA, 4096), pattern);
-    assert!(region.bitmap().dirty_at(DATA as usize));
+    // Data, status and the ring of used buffers.
+    for written in [DATA, STATUS, USED_RING] {
+        assert!(region.bitmap().dirty_at(written as usize), "{written:#x}");
+    }
     assert_eq!(disk.seen(), ["write 4096 4096 false", "read 4096 4096"]);
+}
+
+#[test]
+fn a_request_in_an_indirect_table_is_done() {
+    let disk = MemoryDisk::new();
+    let mut guest = live(&disk);
+    disk.hand.lock().unwrap().bytes[..1024].fill(6);
+    put_header(&guest, HEADER, IN, 0);
+    let table = BUFFERS + 0x8000;
+    guest.put_raw_descriptor(table, (HEADER, 16, NEXT, 1));
+    guest.put_raw_descriptor(table + 16, (DATA, 512, NEXT | WRITE, 2));
+    guest.put_raw_descriptor(table + 32, (DATA + 0x800, 512, NEXT | WRITE, 3));
+    guest.put_raw_descriptor(table + 48, (STATUS, 1, WRITE, 0));
+    guest.put_descriptor(0, 0, (table, 64, INDIRECT, 0));
+    guest.make_available(0, 0);
+    guest.kick(0);
+    assert_eq!(guest.wait_used(0), (0, 1025));
+    assert_eq!(guest.get(DATA, 512), [6; 512]);
+    assert_eq!(guest.get(DATA + 0x800, 512), [6; 512]);
+    assert_eq!(guest.get(STATUS, 1), [OK]);
 }
 
 #[test]
@@ -366,6 +389,22 @@ fn io_uring_does_as_threads_do_or_says_why_it_cannot() {
             assert_eq!(started.engine, Engine::Threads);
         }
         check_backend(Blk::new(started.backend, Serial::default()), file.path());
+    }
+}
+
+#[test]
+fn a_disk_that_was_cut_fails_what_is_beyond_by_either_engine() {
+    for engine in [Engine::Threads, Engine::IoUring] {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(1 << 20).unwrap();
+        let disk = Arc::new(DiskFile::open(file.path(), DiskOptions::default()).unwrap());
+        let started = engine.start(disk, NonZeroUsize::MIN).unwrap();
+        let mut guest = Guest::live(Blk::new(started.backend, Serial::default()), 0);
+        file.as_file().set_len(4096).unwrap();
+        assert_eq!(request(&mut guest, IN, 0, 512).0, OK);
+        assert_eq!(request(&mut guest, IN, 64, 512).0, IOERR);
+        let stats = guest.device.with_model(|blk| blk.stats());
+        assert_eq!(stats.read.failed_operations, 1);
     }
 }
 

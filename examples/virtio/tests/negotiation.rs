@@ -136,6 +136,32 @@ fn accesses_of_another_width_read_zeroes_and_write_nothing() {
 }
 
 #[test]
+fn a_driver_without_event_indices_is_served_and_interrupted_as_well() {
+    let mut guest = Guest::live(Rng, EVENT_IDX);
+    for round in 0..3 {
+        let (_, written) = guest.request(RING, &[(BUFFERS, 16, true)]);
+        assert_eq!(written, 16);
+        until("an interrupt", || guest.line.read().ok());
+        assert_eq!(guest.read(register::INTERRUPT_STATUS), 1, "{round}");
+        guest.write(register::INTERRUPT_ACK, 1);
+    }
+}
+
+#[test]
+fn an_interrupt_that_was_not_acknowledged_is_raised_again_when_the_guest_resumes() {
+    let mut guest = Guest::live(Rng, 0);
+    guest.request(RING, &[(BUFFERS, 16, true)]);
+    until("an interrupt", || guest.line.read().ok());
+    guest.device.pause(driver::LIMIT).unwrap();
+    guest.device.resume();
+    until("the interrupt again", || guest.line.read().ok());
+    guest.write(register::INTERRUPT_ACK, 1);
+    guest.device.pause(driver::LIMIT).unwrap();
+    guest.device.resume();
+    assert!(guest.line.read().is_err());
+}
+
+#[test]
 fn a_driver_that_has_failed_gets_no_more_buffers() {
     let mut guest = Guest::live(Rng, 0);
     guest.write(register::STATUS, 15 | 128);

@@ -2,7 +2,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{PoisonError, RwLock};
 
@@ -34,6 +34,12 @@ pub enum DiskError {
         /// The host's answer.
         #[source]
         source: io::Error,
+    },
+    /// It is neither a file nor a block device.
+    #[error("disk '{}' is neither a file nor a block device", path.escape_debug())]
+    Kind {
+        /// Its path.
+        path: String,
     },
     /// Its length does not suit direct I/O.
     #[error("disk '{}' is {length} bytes long: direct i/o needs a multiple of {ALIGNMENT}", path.escape_debug())]
@@ -73,6 +79,10 @@ impl DiskFile {
             open.custom_flags(libc::O_DIRECT);
         }
         let mut file = open.open(path).map_err(failed)?;
+        let kind = file.metadata().map_err(failed)?.file_type();
+        if !kind.is_file() && !kind.is_block_device() {
+            return Err(DiskError::Kind { path: name() });
+        }
         // The length of a block device is not in its metadata.
         let length = file.seek(SeekFrom::End(0)).map_err(failed)?;
         if options.direct && !length.is_multiple_of(ALIGNMENT as u64) {
@@ -327,6 +337,20 @@ mod tests {
         let offset = 8192;
         let (result, _) = disk.perform(Operation::Read { offset, buffer });
         assert_eq!(result.unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
+    }
+
+    #[test]
+    fn what_is_no_disk_is_refused() {
+        let read_only = DiskOptions {
+            read_only: true,
+            ..DiskOptions::default()
+        };
+        for path in ["/dev/null", "/"] {
+            let error = DiskFile::open(Path::new(path), read_only).unwrap_err();
+            assert!(matches!(error, DiskError::Kind { .. }), "{error}");
+        }
+        let nothing = DiskFile::open(Path::new("/nothing\n"), read_only).unwrap_err();
+        assert_eq!(nothing.to_string(), r"cannot open disk '/nothing\n'");
     }
 
     #[test]

@@ -19,6 +19,8 @@ pub const RAM: u64 = 32 << 20;
 /// Where a queue's parts lie, one queue per step.
 const QUEUES: u64 = 0x1_0000;
 const QUEUE_STEP: u64 = 0x1_0000;
+/// Where the ring of used buffers of the first queue lies.
+pub const USED_RING: u64 = QUEUES + 0x8000;
 /// Where buffers lie.
 pub const BUFFERS: u64 = 0x20_0000;
 
