@@ -21,8 +21,8 @@ use migration_stream::precopy::{
 };
 use migration_stream::ram::{BlockId, InStream, ZeroPageDetection};
 use migration_stream::{
-    BoxError, ConfigurationRule, DecoderConfig, DirtyLog, GuestRamMmap, MemoryError, StreamReader,
-    StreamWriter, Vm, VmControl,
+    BoxError, ConfigurationRule, DirtyLog, GuestRamMmap, MemoryError, StreamReader, StreamWriter,
+    Vm, VmControl,
 };
 use multifd::IncomingPages;
 use ram_cache::{CacheKind, DiscardControl, FlushPool};
@@ -132,11 +132,7 @@ fn primary(
     tell: &Sender<ColoControl>,
 ) -> Result<Outcome, BoxError> {
     let Guest { ram, mut vm } = guest;
-    let config = SourceConfig {
-        configuration: None,
-        switchover_start: true,
-        confirm_timeout: LIMIT,
-    };
+    let config = SourceConfig::new(None).confirm_timeout(LIMIT);
     let limits = Arc::new(Limits::default());
     let out = StreamWriter::new(socket.share());
     let answers = Some(ReturnPathReader::new(socket.share()));
@@ -173,10 +169,7 @@ fn secondary(
     let discard = DiscardControl::new();
     let store = ColoStore::over(CacheKind::Cow, &ram, discard.disable()?)?;
     let pages = IncomingPages::plain(store);
-    let config = TargetConfig {
-        decoder: DecoderConfig::new(ConfigurationRule::Absent),
-        max_devices: 1 << 16,
-    };
+    let config = TargetConfig::new(ConfigurationRule::Absent).max_devices(1 << 16);
     let reader = StreamReader::new(socket.share(), b"");
     let target = Target::new(
         config,

@@ -14,12 +14,10 @@ fn decoder(choice: u8) -> StreamDecoder {
     } else {
         ConfigurationRule::Absent
     };
-    let config = DecoderConfig {
-        footers: choice & 2 == 0,
-        xbzrle: choice & 4 != 0,
-        flush_each_section: choice & 8 != 0,
-        ..DecoderConfig::new(rule)
-    };
+    let config = DecoderConfig::new(rule)
+        .footers(choice & 2 == 0)
+        .xbzrle(choice & 4 != 0)
+        .flush_each_section(choice & 8 != 0);
     let blocks = (choice & 16 != 0).then(|| {
         let block = |name, pages| RamBlock::new(name, pages * PAGE_SIZE).expect("a block");
         RamBlockTable::new(vec![block("pc.ram", 30), block("vga", 2)]).expect("two blocks")

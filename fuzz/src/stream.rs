@@ -128,13 +128,8 @@ pub fn load(
     barrier: &mut dyn PageBarrier,
     xbzrle: bool,
 ) -> Result<Option<Loaded>, TargetError> {
-    let config = TargetConfig {
-        decoder: DecoderConfig {
-            xbzrle,
-            ..DecoderConfig::new(ConfigurationRule::Any)
-        },
-        max_devices: 1 << 20,
-    };
+    let config = TargetConfig::new(DecoderConfig::new(ConfigurationRule::Any).xbzrle(xbzrle))
+        .max_devices(1 << 20);
     let (target, blocks) = Target::from_announcement(config, reader, None)?;
     let Some(store) = Store::new(blocks) else {
         return Ok(None);

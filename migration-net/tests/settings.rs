@@ -14,8 +14,8 @@ use migration_net::outgoing::connect;
 use migration_net::{Address, Listener};
 use migration_stream::io::{ByteSink, Chunk, SendMode};
 use migration_stream::ram::{BlockId, ZeroPageDetection};
-use migration_stream::raw::transport::PageBarrier;
-use migration_stream::{PageTransport, StreamWriter, TransportError};
+use migration_stream::raw::transport::{PageBarrier, SendPages};
+use migration_stream::{StreamWriter, TransportError};
 use multifd::{ChannelCount, ChannelError, MultifdConfig, RecvSet, SendSet};
 
 const PAGES: u64 = 600;

@@ -14,8 +14,8 @@ use migration_stream::precopy::{
 };
 use migration_stream::ram::{InStream, NoMultifd, ZeroPageDetection};
 use migration_stream::{
-    BoxError, Configuration, ConfigurationRule, DecoderConfig, GuestRamMmap, MachineName,
-    StreamReader, StreamWriter, Vm, VmControl,
+    BoxError, Configuration, ConfigurationRule, GuestRamMmap, MachineName, StreamReader,
+    StreamWriter, Vm, VmControl,
 };
 use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, VolatileMemory};
@@ -96,11 +96,7 @@ fn send(ram: &Arc<Ram>, control: Control, socket: FdChannel) -> Result<(), BoxEr
         control,
         devices: (),
     };
-    let config = SourceConfig {
-        configuration: Some(machine()?),
-        switchover_start: true,
-        confirm_timeout: Duration::from_secs(10),
-    };
+    let config = SourceConfig::new(machine()?).confirm_timeout(Duration::from_secs(10));
     let out = StreamWriter::new(socket.share());
     let answers = ReturnPathReader::new(socket);
     let transport = InStream::new(Arc::clone(ram) as _, ZeroPageDetection::default());
@@ -118,10 +114,7 @@ fn receive(ram: &Arc<Ram>, control: Control, socket: FdChannel) -> Result<(), Bo
         control,
         devices: (),
     };
-    let config = TargetConfig {
-        decoder: DecoderConfig::new(ConfigurationRule::Matching(machine()?)),
-        max_devices: 1 << 20,
-    };
+    let config = TargetConfig::new(ConfigurationRule::Matching(machine()?)).max_devices(1 << 20);
     let reader = StreamReader::new(socket.share(), b"");
     let target = Target::new(config, reader, Some(Box::new(socket)), &**ram);
     let arrived = target.load((Arc::clone(ram), NoMultifd), &mut vm)?;

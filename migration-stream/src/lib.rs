@@ -59,7 +59,7 @@ pub use raw::machine::MachineVersion;
 pub use raw::opaque_tail::{Tail, TailError, TailLimits};
 pub use raw::section::{InstanceId, SectionHeader, SectionId};
 pub use raw::unchanged::WhenToCompare;
-pub use raw::xbzrle::{CacheSizeError, PageCache, XbzrleCounters};
+pub use raw::xbzrle::{CacheSizeError, XbzrleCounters};
 pub use reader::StreamReader;
 #[cfg(feature = "staged")]
 pub use staged::StagedRam;
@@ -70,3 +70,7 @@ pub use writer::StreamWriter;
 
 /// The page size of the stream, bytes. x86 guests have no other.
 pub const PAGE_SIZE: u64 = 4096;
+
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

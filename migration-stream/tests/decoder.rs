@@ -149,7 +149,7 @@ fn a_tool_without_memory_learns_the_blocks_from_the_stream() {
 #[test]
 fn a_stream_without_configuration_and_footers_is_read_when_that_was_agreed() {
     let mut config = DecoderConfig::new(ConfigurationRule::Absent);
-    config.footers = false;
+    config = config.footers(false);
     let bytes = [
         b"QEVM\0\0\0\x03\x01\0\0\0\x01\x03ram\0\0\0\0\0\0\0\x04",
         RAM_LIST,

@@ -19,8 +19,8 @@ use migration_stream::precopy::{
 };
 use migration_stream::ram::ZeroPageDetection;
 use migration_stream::{
-    ConfigurationRule, DecoderConfig, GuestRam, GuestRamMmap, PAGE_SIZE, StreamReader,
-    StreamWriter, TailLimits, TransportCounters, TransportError,
+    ConfigurationRule, GuestRam, GuestRamMmap, PAGE_SIZE, StreamReader, StreamWriter, TailLimits,
+    TransportCounters, TransportError,
 };
 use vm_memory::VolatileSlice;
 
@@ -49,11 +49,7 @@ fn write(
     let log = Log::default();
     let mut guest = Guest::new(ram, &log);
     let source = Source::start(
-        SourceConfig {
-            configuration: Some(configuration("test")),
-            switchover_start: true,
-            confirm_timeout: Duration::from_secs(1),
-        },
+        SourceConfig::new(configuration("test")).confirm_timeout(Duration::from_secs(1)),
         Arc::new(Limits::new(0, Duration::ZERO)),
         StreamWriter::to_file(file, offset),
         None,
@@ -76,10 +72,7 @@ fn read(
     let ram = memory(&BLOCKS);
     // What is zero in the file must not stay as it is here.
     (0..700).for_each(|page| ram.write(0, page, 1));
-    let config = TargetConfig {
-        decoder: DecoderConfig::new(ConfigurationRule::Any),
-        max_devices: 1 << 20,
-    };
+    let config = TargetConfig::new(ConfigurationRule::Any).max_devices(1 << 20);
     let stream = StreamReader::from_file(Arc::clone(file), offset);
     let target = Target::new(config, stream, None, &*ram);
     let (loaded, tail) = target.load_opaque(&*ram, &mut reader, TailLimits::default())?;
@@ -336,11 +329,7 @@ fn the_limit_holds(count: u8) {
     let log = Log::default();
     let mut guest = Guest::new(&ram, &log);
     guest.writes_left = 0;
-    let config = SourceConfig {
-        configuration: Some(configuration("test")),
-        switchover_start: true,
-        confirm_timeout: Duration::from_secs(1),
-    };
+    let config = SourceConfig::new(configuration("test")).confirm_timeout(Duration::from_secs(1));
     let limits = Arc::new(Limits::new(LIMIT, Duration::from_millis(300)));
     let out = StreamWriter::to_file(shared, 0);
     let setup = RamSetup { log, transport };

@@ -402,10 +402,7 @@ fn refused_block_lists() {
 #[test]
 fn refused_differences() {
     let difference = |bytes: &[u8]| {
-        let config = DecoderConfig {
-            xbzrle: true,
-            ..decoder_config()
-        };
+        let config = decoder_config().xbzrle(true);
         let before = [START, RAM_LIST, EOS, FOOTER_1, PART].concat();
         let (offset, cause) = refused_by(&config, &[&before, bytes].concat());
         (offset - u64::try_from(before.len()).unwrap(), cause)
@@ -442,10 +439,7 @@ fn load(bytes: &[u8], has_return_path: bool) -> (Result<(), TargetError>, Vec<u8
     let channel = FdChannel::new(b, LIMIT).unwrap();
     source.write_all(&[Chunk::Bytes(bytes)]).unwrap();
     let store = memory(&[("pc.ram", 0x1e), ("vga", 2)]);
-    let config = TargetConfig {
-        decoder: decoder_config(),
-        max_devices: 1 << 16,
-    };
+    let config = TargetConfig::new(decoder_config()).max_devices(1 << 16);
     let sink: Option<Box<dyn ByteSink>> = if has_return_path {
         Some(Box::new(channel.share()))
     } else {

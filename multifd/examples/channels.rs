@@ -13,8 +13,7 @@ use migration_stream::precopy::{
     Limits, RamSetup, ReturnPathReader, Source, SourceConfig, SourceObserver, Target, TargetConfig,
 };
 use migration_stream::{
-    BoxError, ConfigurationRule, DecoderConfig, GuestRam, GuestRamMmap, StreamReader, StreamWriter,
-    Vm, VmControl,
+    BoxError, ConfigurationRule, GuestRam, GuestRamMmap, StreamReader, StreamWriter, Vm, VmControl,
 };
 use multifd::{ChannelCount, IncomingPages, MultifdConfig, RecvSet, SendSet};
 use vm_memory::bitmap::AtomicBitmap;
@@ -93,11 +92,7 @@ fn send(ram: &Arc<Ram>, control: Control, mut sockets: Vec<FdChannel>) -> Result
         log: ram.own_writes(),
         transport: SendSet::start(pages, channels, &config()?)?,
     };
-    let source = SourceConfig {
-        configuration: None,
-        switchover_start: true,
-        confirm_timeout: LIMIT,
-    };
+    let source = SourceConfig::new(None).confirm_timeout(LIMIT);
     let out = StreamWriter::new(main.share());
     let answers = Some(ReturnPathReader::new(main));
     let limits = Arc::new(Limits::default());
@@ -119,10 +114,7 @@ fn receive(ram: &Arc<Ram>, control: Control, mut sockets: Vec<FdChannel>) -> Res
         waker.shutdown()
     })?;
     let pages = IncomingPages::multifd(set);
-    let target = TargetConfig {
-        decoder: DecoderConfig::new(ConfigurationRule::Absent),
-        max_devices: 1 << 20,
-    };
+    let target = TargetConfig::new(ConfigurationRule::Absent).max_devices(1 << 20);
     let reader = StreamReader::new(main.share(), b"");
     let target = Target::new(target, reader, Some(Box::new(main)), pages.store());
     // `settle` joins the channels: no page is written after it.

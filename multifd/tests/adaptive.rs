@@ -13,8 +13,8 @@ use std::time::{Duration, Instant};
 use common::{LIMIT, PAGE, Pages, memory, receiver, text};
 use migration_stream::io::FdChannel;
 use migration_stream::ram::BlockId;
-use migration_stream::raw::transport::PageBarrier;
-use migration_stream::{GuestRamMmap, PageTransport, StreamWriter};
+use migration_stream::raw::transport::{PageBarrier, SendPages};
+use migration_stream::{GuestRamMmap, StreamWriter};
 use multifd::{ChannelCount, Compression, MultifdConfig, SendChannel, SendSet, ZstdRange};
 
 /// 8 MiB.

@@ -114,11 +114,8 @@ fn migrate(ram: &Arc<GuestRamMmap>, channels: u8, compression: Compression) -> V
             Box::new(SendSet::start(Arc::clone(&ram), connected, &config).unwrap())
         }
     };
-    let config = SourceConfig {
-        configuration: Some(Configuration::new(MachineName::new("none").unwrap())),
-        switchover_start: true,
-        confirm_timeout: PATIENCE,
-    };
+    let config = SourceConfig::new(Configuration::new(MachineName::new("none").unwrap()))
+        .confirm_timeout(PATIENCE);
     let setup = RamSetup {
         log: Clean,
         transport,
@@ -262,11 +259,7 @@ fn a_peer_that_stands_still_delays_neither_progress_nor_a_cancel() {
                 Box::new(SendSet::start(Arc::clone(&ram), connected, &config).unwrap())
             }
         };
-        let config = SourceConfig {
-            configuration: None,
-            switchover_start: true,
-            confirm_timeout: PATIENCE,
-        };
+        let config = SourceConfig::new(None).confirm_timeout(PATIENCE);
         let setup = RamSetup {
             log: Clean,
             transport,

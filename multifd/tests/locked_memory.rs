@@ -7,9 +7,10 @@ use std::net::{TcpListener, TcpStream};
 use std::sync::Arc;
 
 use common::{LIMIT, Pages, memory};
+use migration_stream::StreamWriter;
 use migration_stream::io::{FdChannel, SendMode};
 use migration_stream::ram::BlockId;
-use migration_stream::{PageTransport, StreamWriter};
+use migration_stream::raw::transport::SendPages;
 use multifd::{ChannelCount, ChannelError, MultifdConfig, SendSet};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use rustix::thread::{CapabilitySet, capabilities, set_capabilities};

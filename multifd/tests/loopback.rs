@@ -14,10 +14,8 @@ use std::time::{Duration, Instant};
 use common::{LIMIT, PAGE, Pages, memory};
 use migration_stream::io::{ByteSource, FdChannel, SendMode};
 use migration_stream::ram::{BlockId, ZeroPageDetection};
-use migration_stream::raw::transport::PageBarrier;
-use migration_stream::{
-    GuestRamMmap, PAGE_SIZE, PageTransport, StreamWriter, TransportCounters, WhenToCompare,
-};
+use migration_stream::raw::transport::{PageBarrier, SendPages};
+use migration_stream::{GuestRamMmap, PAGE_SIZE, StreamWriter, TransportCounters, WhenToCompare};
 use multifd::{ChannelCount, Compression, MultifdConfig, RecvSet, SendSet, ZlibLevel, ZstdLevel};
 
 fn config(channels: u8, compression: Compression) -> MultifdConfig {

@@ -13,9 +13,8 @@ use std::time::{Duration, Instant};
 use common::{LIMIT, Pages, cause, memory, text};
 use migration_stream::io::{ByteSink, Chunk, FdChannel, SendMode};
 use migration_stream::ram::{BlockId, ZeroPageDetection};
-use migration_stream::{
-    GuestRamMmap, IdStr, InstanceId, PageTransport, StreamWriter, WhenToCompare,
-};
+use migration_stream::raw::transport::SendPages;
+use migration_stream::{GuestRamMmap, IdStr, InstanceId, StreamWriter, WhenToCompare};
 use multifd::device_state::{DeviceId, DeviceStateHeader};
 use multifd::packet::{HEADER_LEN, Method, PacketView};
 use multifd::{ChannelCount, ChannelError, Flush, MultifdConfig, SendChannel, SendSet};

@@ -9,8 +9,8 @@ use std::sync::Arc;
 use common::{LIMIT, Pages, cause, memory, text};
 use migration_stream::io::{FdChannel, SendMode};
 use migration_stream::ram::{BlockId, ZeroPageDetection};
-use migration_stream::raw::transport::PageBarrier;
-use migration_stream::{PageTransport, StreamWriter, TransportError};
+use migration_stream::raw::transport::{PageBarrier, SendPages};
+use migration_stream::{StreamWriter, TransportError};
 use multifd::compression::CompressionError;
 use multifd::packet::{Method, PacketError};
 use multifd::{

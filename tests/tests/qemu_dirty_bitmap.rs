@@ -378,10 +378,7 @@ fn handed_on(qemu: &Binary) -> Result<()> {
     from.migrate(&format!("unix:{}", socket.display()))?;
     let (stream, _) = listener.accept()?;
     let channel = FdChannel::new(stream, PATIENCE)?;
-    let config = TargetConfig {
-        decoder: DecoderConfig::new(ConfigurationRule::Any),
-        max_devices: 1 << 20,
-    };
+    let config = TargetConfig::new(ConfigurationRule::Any).max_devices(1 << 20);
     let reader = StreamReader::new(channel.share(), b"");
     let sink = Box::new(channel.share());
     let (mut loaded, tail) = Target::new(config, reader, Some(sink), &*memory)
@@ -469,11 +466,9 @@ fn send(
         },
     };
     Source::start(
-        SourceConfig {
-            configuration,
-            switchover_start: qemu.is_since((10, 0)),
-            confirm_timeout: PATIENCE,
-        },
+        SourceConfig::new(configuration)
+            .switchover_start(qemu.is_since((10, 0)))
+            .confirm_timeout(PATIENCE),
         Arc::new(Limits::new(0, Duration::from_secs(1))),
         StreamWriter::new(channel),
         Some(return_path),

@@ -10,7 +10,7 @@ use migration_stream::io::PositionedFile;
 use migration_stream::mapped_ram::{FileReader, MappedRamError};
 use migration_stream::precopy::{Target, TargetConfig, TargetError};
 use migration_stream::ram::{RamBlock, RamBlockTable};
-use migration_stream::{ConfigurationRule, DecoderConfig, StreamReader, TailLimits};
+use migration_stream::{ConfigurationRule, StreamReader, TailLimits};
 use serde_json::json;
 use tests::Result;
 use tests::guest::{self, Content};
@@ -71,10 +71,7 @@ fn read(qemu: &Binary, offset: u64, channels: Option<u8>, ignore_shared: bool) -
     let threads = channels.and_then(NonZeroU8::new).unwrap_or(NonZeroU8::MIN);
     let landed = store::memory(blocks)?;
     let file: Arc<dyn PositionedFile> = Arc::new(File::open(&path)?);
-    let config = TargetConfig {
-        decoder: DecoderConfig::new(ConfigurationRule::Any),
-        max_devices: 1 << 20,
-    };
+    let config = TargetConfig::new(ConfigurationRule::Any).max_devices(1 << 20);
     let load = || {
         let reader = StreamReader::from_file(Arc::clone(&file), offset);
         Target::new(config.clone(), reader, None, &landed).load_opaque(

@@ -289,13 +289,11 @@ fn receive(source: &mut Qemu, config: &MultifdConfig) -> Result<(GuestRamMmap, T
     let waker = incoming.main.share();
     let channels = incoming.channels.into_iter().map(Into::into).collect();
     let set = RecvSet::start(memory, channels, config, move |_| waker.shutdown())?;
-    let target_config = TargetConfig {
-        decoder: DecoderConfig {
-            flush_each_section: config.flush == Flush::EachSection,
-            ..DecoderConfig::new(ConfigurationRule::Any)
-        },
-        max_devices: 1 << 20,
-    };
+    let target_config = TargetConfig::new(
+        DecoderConfig::new(ConfigurationRule::Any)
+            .flush_each_section(config.flush == Flush::EachSection),
+    )
+    .max_devices(1 << 20);
     let target = Target::new(
         target_config,
         StreamReader::new(incoming.main.share(), &incoming.prefix),
@@ -333,11 +331,9 @@ fn send(
     let channels = connected.channels.into_iter().map(Into::into).collect();
     let transport = SendSet::start(Arc::clone(&ram), channels, config)?;
     let level = transport.level();
-    let source_config = SourceConfig {
-        configuration: Some(Configuration::new(MachineName::new(machine)?)),
-        switchover_start: machine_version(machine)? >= (10, 0),
-        confirm_timeout: PATIENCE,
-    };
+    let source_config = SourceConfig::new(Configuration::new(MachineName::new(machine)?))
+        .switchover_start(machine_version(machine)? >= (10, 0))
+        .confirm_timeout(PATIENCE);
     let mut vm = Vm {
         control: Still,
         devices: tail.clone(),

@@ -21,8 +21,7 @@ use migration_stream::ram::{
 };
 use migration_stream::{
     BoxError, Configuration, ConfigurationRule, DecoderConfig, GuestRam, GuestRamMmap, PAGE_SIZE,
-    PageCache, PageTransport, StreamReader, StreamWriter, Tail, TailLimits, TransportCounters, Vm,
-    VmControl,
+    PageTransport, StreamReader, StreamWriter, Tail, TailLimits, TransportCounters, Vm, VmControl,
 };
 use serde_json::json;
 use tests::guest::{self, Dirtier};
@@ -212,13 +211,9 @@ fn receive(source: &mut Qemu, options: &Options<'_>) -> Result<Received> {
     let mut acceptor = Acceptor::new(listener, None, incoming::Limits::default())?;
     source.migrate(&uri)?;
     let incoming = acceptor.accept(None)?;
-    let config = TargetConfig {
-        decoder: DecoderConfig {
-            xbzrle: options.has("xbzrle"),
-            ..DecoderConfig::new(ConfigurationRule::Any)
-        },
-        max_devices: 1 << 20,
-    };
+    let config =
+        TargetConfig::new(DecoderConfig::new(ConfigurationRule::Any).xbzrle(options.has("xbzrle")))
+            .max_devices(1 << 20);
     let mut target = Target::new(
         config,
         StreamReader::new(incoming.main.share(), &incoming.prefix),
@@ -276,7 +271,7 @@ fn send(
         let main = outgoing::connect(&address, None, PATIENCE, PATIENCE, None)?.main;
         let mut transport = InStream::new(Arc::clone(&ram), ZeroPageDetection::default());
         if options.has("xbzrle") {
-            transport = transport.with_xbzrle(PageCache::new(PageCache::DEFAULT_SIZE)?);
+            transport = transport.with_xbzrle(InStream::DEFAULT_CACHE)?;
         }
         let transport: Box<dyn PageTransport> = Box::new(transport);
         let return_path = ReturnPathReader::new(main.share());
@@ -297,11 +292,9 @@ fn send(
         devices: tail.clone(),
     };
     let mut source = Source::start(
-        SourceConfig {
-            configuration: Some(configuration),
-            switchover_start: options.version >= (10, 0),
-            confirm_timeout: PATIENCE,
-        },
+        SourceConfig::new(configuration)
+            .switchover_start(options.version >= (10, 0))
+            .confirm_timeout(PATIENCE),
         Arc::new(Limits::new(0, Duration::ZERO)),
         out,
         return_path,

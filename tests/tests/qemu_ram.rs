@@ -205,11 +205,9 @@ impl Destination {
                 ..MultifdConfig::default()
             }),
         };
-        let decoder = DecoderConfig {
-            xbzrle: matches!(how, How::Xbzrle),
-            flush_each_section: multifd.is_some() && !qemu.is_since((8, 1)),
-            ..DecoderConfig::new(ConfigurationRule::Any)
-        };
+        let decoder = DecoderConfig::new(ConfigurationRule::Any)
+            .xbzrle(matches!(how, How::Xbzrle))
+            .flush_each_section(multifd.is_some() && !qemu.is_since((8, 1)));
         let listener = Listener::bind(&"tcp:127.0.0.1:0".parse()?)?;
         let uri = listener.address().to_string();
         let acceptor = Acceptor::new(listener, multifd.as_ref(), Limits::default())?;
@@ -225,10 +223,7 @@ fn receive(
     memory: GuestRamMmap,
 ) -> Result<(GuestRamMmap, Received)> {
     let incoming = acceptor.accept(None)?;
-    let config = TargetConfig {
-        decoder,
-        max_devices: 1 << 20,
-    };
+    let config = TargetConfig::new(decoder).max_devices(1 << 20);
     let reader = StreamReader::new(incoming.main.share(), &incoming.prefix);
     let target = |store: &GuestRamMmap| {
         Target::new(config, reader, Some(Box::new(incoming.main.share())), store)

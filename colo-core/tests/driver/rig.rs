@@ -25,8 +25,8 @@ use migration_stream::precopy::{
 use migration_stream::ram::{InStream, ZeroPageDetection};
 use migration_stream::raw::checkpoint::{CheckpointReceiver, FIRST_DEVICE_SECTION};
 use migration_stream::{
-    ConfigurationRule, DecoderConfig, DeviceSections, DeviceState, GuestRam, PageCache,
-    PageTransport, StagedRam, StreamReader, StreamWriter,
+    ConfigurationRule, DecoderConfig, DeviceSections, DeviceState, GuestRam, PageTransport,
+    StagedRam, StreamReader, StreamWriter,
 };
 use multifd::{ChannelCount, IncomingPages, MultifdConfig, RecvSet, SendSet};
 use ram_cache::{CacheKind, DiscardControl, FlushPool};
@@ -184,7 +184,7 @@ fn migrate_away(connections: Vec<FdChannel>, how: How) -> Result<PrimaryEnd, Sou
         None => {
             let pages = InStream::new(Arc::clone(&ram), ZeroPageDetection::Multifd);
             if how.xbzrle {
-                Box::new(pages.with_xbzrle(PageCache::new(PageCache::DEFAULT_SIZE).unwrap()))
+                Box::new(pages.with_xbzrle(InStream::DEFAULT_CACHE).unwrap())
             } else {
                 Box::new(pages)
             }
@@ -195,11 +195,7 @@ fn migrate_away(connections: Vec<FdChannel>, how: How) -> Result<PrimaryEnd, Sou
         }
     };
     let switched = Source::start(
-        SourceConfig {
-            configuration: None,
-            switchover_start: true,
-            confirm_timeout: LIMIT,
-        },
+        SourceConfig::new(None).confirm_timeout(LIMIT),
         Arc::new(Limits::new(0, Duration::from_millis(300))),
         StreamWriter::new(main.share()),
         how.return_path.then(|| ReturnPathReader::new(main.share())),
@@ -239,13 +235,9 @@ fn take_in(connections: Vec<FdChannel>, how: How) -> Result<SecondaryEnd, Target
             IncomingPages::multifd(set.unwrap())
         }
     };
-    let config = TargetConfig {
-        decoder: DecoderConfig {
-            xbzrle: how.xbzrle,
-            ..DecoderConfig::new(ConfigurationRule::Absent)
-        },
-        max_devices: 1 << 16,
-    };
+    let config =
+        TargetConfig::new(DecoderConfig::new(ConfigurationRule::Absent).xbzrle(how.xbzrle))
+            .max_devices(1 << 16);
     let reader = StreamReader::new(main.share(), b"");
     let target = Target::new(config, reader, Some(Box::new(main.share())), pages.store());
     let arrived = target.load(pages, &mut guest).unwrap();

@@ -333,13 +333,10 @@ impl IncomingConfig {
     ) -> Result<Announced, IncomingError> {
         let begun = Instant::now();
         progress.begin(Stage::Receiving);
-        let target_config = TargetConfig {
-            decoder: DecoderConfig {
-                xbzrle: self.xbzrle,
-                ..DecoderConfig::new(ConfigurationRule::AnyOrAbsent)
-            },
-            max_devices: self.max_device_state,
-        };
+        let target_config = TargetConfig::new(
+            DecoderConfig::new(ConfigurationRule::AnyOrAbsent).xbzrle(self.xbzrle),
+        )
+        .max_devices(self.max_device_state);
         let cancel = CancelToken::new().map_err(IncomingError::Host)?;
         reader.set_cancel(&cancel);
         let return_path = line.as_ref().map(|line| Box::new(line.share()) as _);

@@ -252,11 +252,9 @@ impl<F: Fn() -> Result<Devices, NotComing>> Departure<'_, F> {
             devices: None,
         };
         let source = Source::start(
-            SourceConfig {
-                configuration,
-                switchover_start: self.machine_version().sends_switchover_start(),
-                confirm_timeout: self.config.timeout,
-            },
+            SourceConfig::new(configuration)
+                .switchover_start(self.machine_version().sends_switchover_start())
+                .confirm_timeout(self.config.timeout),
             // The guest of an arrival decides by itself when it stands still.
             Arc::new(Limits::new(self.config.max_bandwidth, Duration::ZERO)),
             out,

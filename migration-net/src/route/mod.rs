@@ -17,7 +17,7 @@ use migration_stream::ram::{InStream, ZeroPageDetection};
 use migration_stream::raw::configuration::MAPPED_RAM;
 use migration_stream::{
     Configuration, ConfigurationRule, DecoderConfig, DeviceState, DirtyLog, GuestRam, MachineName,
-    PageCache, PageStore, PageTransport, StreamReader, StreamWriter, TransportError,
+    PageStore, PageTransport, StreamReader, StreamWriter, TransportError,
 };
 #[cfg(feature = "multifd")]
 use multifd::{Flush, IncomingPages, MultifdConfig, RecvSet, SendSet};
@@ -263,11 +263,9 @@ impl Route {
         if let Some(token) = &self.cancel {
             out.set_cancel(token);
         }
-        let config = SourceConfig {
-            configuration: Some(self.configuration.clone()),
-            switchover_start: self.switchover_start,
-            confirm_timeout: self.patience,
-        };
+        let config = SourceConfig::new(self.configuration.clone())
+            .switchover_start(self.switchover_start)
+            .confirm_timeout(self.patience);
         let setup = RamSetup { log, transport };
         let limits = Arc::clone(&self.limits);
         Source::start(config, limits, out, return_path, setup, devices)
@@ -286,17 +284,14 @@ impl Route {
         }
         #[cfg(not(feature = "multifd"))]
         drop(connections);
-        let pages = InStream::new(ram, self.zero_pages);
-        Ok(match self.xbzrle.map(PageCache::new) {
-            None => Box::new(pages),
-            Some(Ok(cache)) => Box::new(pages.with_xbzrle(cache)),
-            Some(Err(error)) => {
-                return Err(SourceError::Vm {
-                    what: "making the cache of xbzrle",
-                    source: error.into(),
-                });
-            }
-        })
+        let mut pages = InStream::new(ram, self.zero_pages);
+        if let Some(cache) = self.xbzrle {
+            pages = pages.with_xbzrle(cache).map_err(|error| SourceError::Vm {
+                what: "making the cache of xbzrle",
+                source: error.into(),
+            })?;
+        }
+        Ok(Box::new(pages))
     }
 
     /// Loads a guest as far as the source can still take it back: its pages into `store`, its devices into
@@ -332,7 +327,8 @@ impl Route {
                 if let Some(token) = &self.cancel {
                     reader.set_cancel(token);
                 }
-                let config = self.target_config(self.configuration.clone());
+                let config =
+                    self.target_config(self.configuration.clone(), self.flushes_each_section());
                 let target = Target::new(config, reader, Some(answers), pages.store());
                 (target.confirming_before_it_runs(), pages)
             }
@@ -343,25 +339,33 @@ impl Route {
                 }
                 let (_, threads) = self.file_access();
                 let pages = Pages::in_file(store, FileReader::new(file).with_threads(threads));
-                let mut config = self.target_config(self.configuration.clone().with(MAPPED_RAM));
                 // Threads are not told where a section ends.
-                config.decoder.flush_each_section = false;
+                let configuration = self.configuration.clone().with(MAPPED_RAM);
+                let config = self.target_config(configuration, false);
                 (Target::new(config, reader, None, pages.store()), pages)
             }
         })
     }
 
-    fn target_config(&self, configuration: Configuration) -> TargetConfig {
-        TargetConfig {
-            decoder: DecoderConfig {
-                xbzrle: self.xbzrle.is_some(),
-                #[cfg(feature = "multifd")]
-                flush_each_section: (self.multifd.as_ref())
-                    .is_some_and(|config| config.flush == Flush::EachSection),
-                ..DecoderConfig::new(ConfigurationRule::Matching(configuration))
-            },
-            max_devices: self.max_devices,
-        }
+    fn target_config(
+        &self,
+        configuration: Configuration,
+        flush_each_section: bool,
+    ) -> TargetConfig {
+        let decoder = DecoderConfig::new(ConfigurationRule::Matching(configuration))
+            .xbzrle(self.xbzrle.is_some())
+            .flush_each_section(flush_each_section);
+        TargetConfig::new(decoder).max_devices(self.max_devices)
+    }
+
+    #[cfg(feature = "multifd")]
+    fn flushes_each_section(&self) -> bool {
+        (self.multifd.as_ref()).is_some_and(|config| config.flush == Flush::EachSection)
+    }
+
+    #[cfg(not(feature = "multifd"))]
+    const fn flushes_each_section(&self) -> bool {
+        false
     }
 
     /// The store, and who fills it over `connections`.

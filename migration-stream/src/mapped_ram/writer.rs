@@ -14,17 +14,15 @@ use crate::raw::configuration::MAPPED_RAM;
 use crate::raw::mapped_ram::{HEADER_LEN, MappedArea};
 use crate::raw::ram::{put_total, zero_check};
 use crate::raw::rate::RateLimiter;
-use crate::{
-    GuestRam, MemoryError, PAGE_SIZE, PageTransport, StreamWriter, TransportCounters,
-    TransportError,
-};
+use crate::raw::transport::SendPages;
+use crate::{GuestRam, MemoryError, PAGE_SIZE, StreamWriter, TransportCounters, TransportError};
 
 /// [`PAGE_SIZE`] as a length in memory.
 const PAGE_LEN: usize = 4096;
 /// Runs of pages that wait for each thread at most.
 const DEPTH: usize = 2;
 
-/// Writes pages to their places in a file, a [`PageTransport`] for a stream
+/// Writes pages to their places in a file, a [`SendPages`] for a stream
 /// [to a file](StreamWriter::to_file). Its errors' source is [`MappedRamError`].
 ///
 /// A page that is zero is not written: its bit is clear, whatever is in its place. The bitmaps are
@@ -149,7 +147,7 @@ impl FileWriter {
     }
 }
 
-impl PageTransport for FileWriter {
+impl SendPages for FileWriter {
     fn ram(&self) -> &Arc<dyn GuestRam> {
         &self.pages.ram
     }

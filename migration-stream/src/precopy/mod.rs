@@ -43,11 +43,7 @@
 //!     log: impl DirtyLog,
 //!     socket: FdChannel,
 //! ) -> Result<(), BoxError> {
-//!     let config = SourceConfig {
-//!         configuration: Some(machine()?),
-//!         switchover_start: true, // false for a target that is a QEMU before 10.0
-//!         confirm_timeout: Duration::from_secs(30),
-//!     };
+//!     let config = SourceConfig::new(machine()?).confirm_timeout(Duration::from_secs(30));
 //!     let out = StreamWriter::new(socket.share());
 //!     let answers = ReturnPathReader::new(socket);
 //!     let transport = InStream::new(ram, ZeroPageDetection::default());
@@ -64,10 +60,7 @@
 //!     ram: Arc<GuestRamMmap>,
 //!     socket: FdChannel,
 //! ) -> Result<(), BoxError> {
-//!     let config = TargetConfig {
-//!         decoder: DecoderConfig::new(ConfigurationRule::Matching(machine()?)),
-//!         max_devices: 1 << 20,
-//!     };
+//!     let config = TargetConfig::new(ConfigurationRule::Matching(machine()?)).max_devices(1 << 20);
 //!     let reader = StreamReader::new(socket.share(), b"");
 //!     let target = Target::new(config, reader, Some(Box::new(socket)), &*ram);
 //!     let arrived = target.confirming_before_it_runs().load((ram, NoMultifd), vm)?;

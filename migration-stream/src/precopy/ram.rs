@@ -23,7 +23,7 @@ const RUN_PAGES: u64 = 128;
 /// RAM before it is announced. Announcing consumes it: what comes out can send pages, for precopy
 /// and for any number of checkpoints, but has no way to run the set-up again.
 ///
-/// Guest memory is the [transport's](PageTransport::ram): no other can be announced than is sent.
+/// Guest memory is the [transport's](crate::raw::transport::SendPages::ram): no other can be announced than is sent.
 pub struct RamSetup<T, D> {
     /// Who knows what the guest writes.
     pub log: D,
@@ -146,18 +146,18 @@ impl<T: PageTransport, D: DirtyLog> RamSender<T, D> {
         self.transport.counters()
     }
 
-    /// See [`PageTransport::failure`].
+    /// See [`SendPages::failure`](crate::raw::transport::SendPages::failure).
     pub(super) fn transport_failure(&self) -> Option<TransportError> {
         self.transport.failure()
     }
 
-    /// See [`PageTransport::sends_differences`].
+    /// See [`SendPages::sends_differences`](crate::raw::transport::SendPages::sends_differences).
     #[must_use]
     pub fn sends_differences(&self) -> bool {
         self.transport.sends_differences()
     }
 
-    /// See [`PageTransport::leave_out_unchanged`].
+    /// See [`SendPages::leave_out_unchanged`](crate::raw::transport::SendPages::leave_out_unchanged).
     ///
     /// # Errors
     /// As there.
@@ -165,7 +165,7 @@ impl<T: PageTransport, D: DirtyLog> RamSender<T, D> {
         Ok(self.transport.leave_out_unchanged(when)?)
     }
 
-    /// See [`PageTransport::set_deadline`].
+    /// See [`SendPages::set_deadline`](crate::raw::transport::SendPages::set_deadline).
     pub fn set_deadline(&mut self, deadline: Option<Instant>) {
         self.transport.set_deadline(deadline);
     }

@@ -8,11 +8,11 @@ use vm_memory::VolatileSlice;
 
 use super::BlockId;
 use crate::raw::ram::{PageAddress, RamError, RecordEncoder, zero_check};
-use crate::raw::transport::{HeldChannels, PageBarrier};
+use crate::raw::transport::{HeldChannels, PageBarrier, SendPages};
 use crate::raw::unchanged::{ChangedPages, Sent, Unchanged};
-use crate::raw::xbzrle::{Encoded, Lookup, PAGE, PageBytes, encode};
+use crate::raw::xbzrle::{Encoded, Lookup, PAGE, PageBytes, PageCache, encode};
 use crate::{
-    GuestRam, PAGE_SIZE, PageCache, PageTransport, StreamWriter, TransportCounters, TransportError,
+    CacheSizeError, GuestRam, PAGE_SIZE, StreamWriter, TransportCounters, TransportError,
     WhenToCompare,
 };
 
@@ -79,11 +79,17 @@ impl InStream {
         }
     }
 
-    /// Sends pages of the second round and after as differences to what `cache` knows of them (the
-    /// capability `xbzrle`, which the destination has to have too). There must be no checkpoints
-    /// after such a migration.
-    #[must_use]
-    pub fn with_xbzrle(mut self, cache: PageCache) -> Self {
+    /// The size of the cache of pages that QEMU has by default, bytes.
+    pub const DEFAULT_CACHE: u64 = PageCache::DEFAULT_SIZE;
+
+    /// Sends pages from the second round on as differences to their last content (the capability `xbzrle`,
+    /// which the target needs too). A cache of `cache_size` bytes keeps that content: pages that have no
+    /// place in it are sent whole. No checkpoint can follow such a migration.
+    ///
+    /// # Errors
+    /// The size is no power of two, or less than a page.
+    pub fn with_xbzrle(mut self, cache_size: u64) -> Result<Self, CacheSizeError> {
+        let cache = PageCache::new(cache_size)?;
         self.counters.xbzrle.cache_size = cache.size();
         self.xbzrle = Some(Box::new(Xbzrle {
             cache,
@@ -91,7 +97,7 @@ impl InStream {
             now: [0; PAGE],
             encoded: Vec::with_capacity(2 * PAGE),
         }));
-        self
+        Ok(self)
     }
 
     /// Sends copies of those pages that the receiver has not.
@@ -203,7 +209,7 @@ impl InStream {
     }
 }
 
-impl PageTransport for InStream {
+impl SendPages for InStream {
     fn ram(&self) -> &Arc<dyn GuestRam> {
         &self.ram
     }

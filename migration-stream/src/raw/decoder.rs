@@ -144,21 +144,15 @@ pub enum ConfigurationRule {
 }
 
 /// What both sides of a stream agree on beforehand.
+///
+/// A [`ConfigurationRule`] alone is one for the stream of a current machine type.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DecoderConfig {
-    /// The configuration section.
-    pub configuration: ConfigurationRule,
-    /// Whether sections end with footers (the property `send-section-footer`).
-    pub footers: bool,
-    /// The longest description of the device sections accepted, bytes.
-    pub max_description: u32,
-    /// Whether pages may come as differences (the capability `xbzrle`). There are no checkpoints
-    /// after such a stream.
-    pub xbzrle: bool,
-    /// Whether multifd channels are synchronised at the end of every RAM section and not where the
-    /// stream has MULTIFD_FLUSH (machine types up to 8.0, `multifd-flush-after-each-section`). The
-    /// decoder then reports [`RamItem::MultifdFlush`] there.
-    pub flush_each_section: bool,
+    configuration: ConfigurationRule,
+    footers: bool,
+    max_description: u32,
+    xbzrle: bool,
+    flush_each_section: bool,
 }
 
 impl DecoderConfig {
@@ -175,6 +169,51 @@ impl DecoderConfig {
             xbzrle: false,
             flush_each_section: false,
         }
+    }
+
+    /// Sets whether sections end with footers (the property `send-section-footer`). A stream that differs is
+    /// refused at its first section. The default is `true`, as all machine types since 2.4 have it.
+    #[must_use]
+    pub const fn footers(mut self, footers: bool) -> Self {
+        self.footers = footers;
+        self
+    }
+
+    /// Bounds the description of the device sections, bytes. A longer one is refused before memory is taken for
+    /// it. The default is 10 MiB.
+    #[must_use]
+    pub const fn max_description(mut self, bytes: u32) -> Self {
+        self.max_description = bytes;
+        self
+    }
+
+    /// Sets whether pages may come as differences (the capability `xbzrle`). No checkpoint can follow such a
+    /// stream. The default is `false`: a difference is refused.
+    #[must_use]
+    pub const fn xbzrle(mut self, xbzrle: bool) -> Self {
+        self.xbzrle = xbzrle;
+        self
+    }
+
+    /// Sets whether multifd channels are synchronised at the end of every RAM section instead of where the
+    /// stream has MULTIFD_FLUSH (machine types up to 8.0, `multifd-flush-after-each-section`). The decoder
+    /// reports [`RamItem::MultifdFlush`] there. With the wrong setting pages can be loaded out of order. The
+    /// default is `false`.
+    #[must_use]
+    pub const fn flush_each_section(mut self, each: bool) -> Self {
+        self.flush_each_section = each;
+        self
+    }
+
+    /// Returns whether sections end with footers.
+    pub(crate) const fn has_footers(&self) -> bool {
+        self.footers
+    }
+}
+
+impl From<ConfigurationRule> for DecoderConfig {
+    fn from(rule: ConfigurationRule) -> Self {
+        Self::new(rule)
     }
 }
 

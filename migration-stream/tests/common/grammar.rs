@@ -502,14 +502,12 @@ fn load(
     answers: Answers,
     vmm: &mut Vmm,
 ) -> Result<Option<Held>, TargetError> {
-    let config = TargetConfig {
-        decoder: DecoderConfig {
-            xbzrle,
-            max_description: 8192,
-            ..DecoderConfig::new(ConfigurationRule::Any)
-        },
-        max_devices: MAX_DEVICES,
-    };
+    let config = TargetConfig::new(
+        DecoderConfig::new(ConfigurationRule::Any)
+            .xbzrle(xbzrle)
+            .max_description(8192),
+    )
+    .max_devices(MAX_DEVICES);
     let limits = TailLimits {
         len: 4 * MAX_DEVICES,
         ..TailLimits::default()

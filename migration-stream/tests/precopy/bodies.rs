@@ -6,7 +6,7 @@ use std::thread;
 use migration_stream::io::{ByteSink, ByteSource, Chunk};
 use migration_stream::precopy::{Target, TargetConfig, TargetError};
 use migration_stream::{
-    BoxError, ConfigurationRule, DecoderConfig, GuestRamMmap, Parsed, SectionHeader, StreamReader,
+    BoxError, ConfigurationRule, GuestRamMmap, Parsed, SectionHeader, StreamReader,
 };
 
 use crate::common::guest::memory;
@@ -58,10 +58,7 @@ fn load(
     ram: &GuestRamMmap,
     vm: &mut Fixed,
 ) -> Result<(), TargetError> {
-    let config = TargetConfig {
-        decoder: DecoderConfig::new(ConfigurationRule::Any),
-        max_devices,
-    };
+    let config = TargetConfig::new(ConfigurationRule::Any).max_devices(max_devices);
     let reader = StreamReader::new(source, b"");
     load_by(Target::new(config, reader, None, ram), ram, vm).map(drop)
 }

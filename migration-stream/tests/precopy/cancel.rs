@@ -9,9 +9,7 @@ use migration_stream::io::{CancelToken, FdChannel};
 use migration_stream::precopy::{SourceError, Target, TargetConfig, TargetError};
 use migration_stream::ram::NoMultifd;
 use migration_stream::raw::transport::PageBarrier;
-use migration_stream::{
-    ConfigurationRule, DecoderConfig, GuestRamMmap, StreamReader, StreamWriter,
-};
+use migration_stream::{ConfigurationRule, GuestRamMmap, StreamReader, StreamWriter};
 
 use crate::common::guest::{configuration, memory};
 use crate::common::loads::{Only, load as load_by};
@@ -27,10 +25,7 @@ fn channels() -> (FdChannel, FdChannel) {
 }
 
 fn config() -> TargetConfig {
-    TargetConfig {
-        decoder: DecoderConfig::new(ConfigurationRule::Matching(configuration("test"))),
-        max_devices: 1 << 20,
-    }
+    TargetConfig::new(ConfigurationRule::Matching(configuration("test"))).max_devices(1 << 20)
 }
 
 fn reader(channel: &FdChannel, token: &CancelToken) -> StreamReader {

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use migration_stream::precopy::{SourceError, Target, TargetError};
 use migration_stream::ram::{InStream, NoMultifd, ZeroPageDetection};
-use migration_stream::{GuestRamMmap, PAGE_SIZE, PageCache};
+use migration_stream::{GuestRamMmap, PAGE_SIZE};
 
 use crate::common::guest::{Pages, memory};
 use crate::common::loads::{Only, load};
@@ -20,7 +20,8 @@ fn differences<R>(
     let landed = memory(BLOCKS);
     let (a, b) = channels();
     let transport = InStream::new(Arc::clone(&ram) as _, ZeroPageDetection::Multifd)
-        .with_xbzrle(PageCache::new(PageCache::DEFAULT_SIZE).unwrap());
+        .with_xbzrle(InStream::DEFAULT_CACHE)
+        .unwrap();
     let ends = std::thread::scope(|scope| {
         let sender = scope.spawn(|| {
             // Not before the guest has stopped writing.
@@ -43,7 +44,7 @@ fn pages_written_again_arrive_as_differences() {
     });
     let sent = sent.unwrap().progress.counters.xbzrle;
     assert!(sent.pages > 0 && sent.cache_miss > 0, "{sent:?}");
-    assert_eq!(sent.cache_size, PageCache::DEFAULT_SIZE);
+    assert_eq!(sent.cache_size, InStream::DEFAULT_CACHE);
     assert!(sent.bytes < sent.pages * 100 && sent.encoding_rate() > 40.0);
     assert_eq!(received.unwrap().xbzrle_pages, sent.pages);
 }
@@ -74,7 +75,8 @@ fn a_cache_smaller_than_what_the_guest_writes_costs_differences_and_never_memory
         let landed = memory(BLOCKS);
         let (a, b) = channels();
         let transport = InStream::new(Arc::clone(&ram) as _, ZeroPageDetection::default())
-            .with_xbzrle(PageCache::new(pages * PAGE_SIZE).unwrap());
+            .with_xbzrle(pages * PAGE_SIZE)
+            .unwrap();
         let mut devices = Devices::default();
         let sent = std::thread::scope(|scope| {
             let sender = scope.spawn(|| send_by(&mut guest, &a, transport).unwrap());

@@ -10,8 +10,8 @@ use migration_stream::ram::NoMultifd;
 use migration_stream::raw::command::{Command, PostcopyAdvice};
 use migration_stream::raw::early::EarlySections;
 use migration_stream::{
-    BoxError, ConfigurationRule, DecoderConfig, GuestRamMmap, Parsed, SectionHeader, SectionId,
-    StreamReader, Tail, TailLimits,
+    BoxError, ConfigurationRule, GuestRamMmap, Parsed, SectionHeader, SectionId, StreamReader,
+    Tail, TailLimits,
 };
 
 use crate::common::guest::memory;
@@ -25,10 +25,7 @@ const FIRST: &[u8] = b"\0\0\0\x08\x7e\0\0\0\x25\0\0\0\x04";
 const SECOND: &[u8] = &[9; 44];
 
 fn config() -> TargetConfig {
-    TargetConfig {
-        decoder: DecoderConfig::new(ConfigurationRule::Any),
-        max_devices: 1 << 20,
-    }
+    TargetConfig::new(ConfigurationRule::Any).max_devices(1 << 20)
 }
 
 fn script() -> Script {

@@ -5,7 +5,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use migration_stream::io::FdChannel;
-use migration_stream::precopy::SourceConfig;
 use migration_stream::ram::{InStream, ZeroPageDetection};
 
 use crate::common::guest::{Pages, memory};
@@ -20,10 +19,7 @@ fn limits_without_an_end_are_no_limits() {
     let b = FdChannel::new(b, Duration::MAX).unwrap();
     std::thread::scope(|scope| {
         let sender = scope.spawn(|| {
-            let config = SourceConfig {
-                confirm_timeout: Duration::MAX,
-                ..source_config(&guest)
-            };
+            let config = source_config(&guest).confirm_timeout(Duration::MAX);
             let transport = InStream::new(Arc::clone(&guest.ram) as _, ZeroPageDetection::Multifd);
             begin_with(config, &mut guest, &a, transport)
                 .unwrap()

@@ -203,11 +203,7 @@ fn a_last_byte_that_certainly_did_not_leave_keeps_the_guest_at_the_source() {
         let (_, mut guest) = source();
         let (a, mut b) = channels();
         let drain = thread::spawn(move || swallow(&mut b));
-        let config = SourceConfig {
-            configuration: Some(configuration("test")),
-            switchover_start: true,
-            confirm_timeout: LIMIT,
-        };
+        let config = SourceConfig::new(configuration("test")).confirm_timeout(LIMIT);
         let channel = a.share();
         let ram = Arc::clone(&guest.ram) as _;
         let outcome = Source::start(

@@ -81,14 +81,11 @@ pub fn begin(
 }
 
 pub fn source_config(guest: &Guest) -> SourceConfig {
-    SourceConfig {
-        configuration: Some(Configuration {
-            uuid: guest.uuid,
-            ..configuration("test")
-        }),
-        switchover_start: true,
-        confirm_timeout: LIMIT,
-    }
+    SourceConfig::new(Configuration {
+        uuid: guest.uuid,
+        ..configuration("test")
+    })
+    .confirm_timeout(LIMIT)
 }
 
 pub fn begin_with(
@@ -116,13 +113,7 @@ pub fn target(channel: &FdChannel, ram: &GuestRamMmap) -> Target {
 
 pub fn target_with(channel: &FdChannel, ram: &GuestRamMmap, xbzrle: bool) -> Target {
     let rule = ConfigurationRule::Matching(configuration("test"));
-    let config = TargetConfig {
-        decoder: DecoderConfig {
-            xbzrle,
-            ..DecoderConfig::new(rule)
-        },
-        max_devices: 1 << 20,
-    };
+    let config = TargetConfig::new(DecoderConfig::new(rule).xbzrle(xbzrle)).max_devices(1 << 20);
     let reader = StreamReader::new(channel.share(), b"");
     Target::new(config, reader, Some(Box::new(channel.share())), ram)
 }

@@ -10,17 +10,14 @@ use migration_stream::ram::NoMultifd;
 use migration_stream::raw::command::Command;
 use migration_stream::raw::header;
 use migration_stream::raw::section::encode_eof;
-use migration_stream::{ConfigurationRule, DecoderConfig, GuestRamMmap, StreamReader, TailLimits};
+use migration_stream::{ConfigurationRule, GuestRamMmap, StreamReader, TailLimits};
 
 use crate::common::guest::{Pages, configuration, memory};
 use crate::rig::{BLOCKS, channels, send, source, target};
 
 /// Takes what `channel` brings without knowing its blocks or its devices.
 fn learn(channel: &FdChannel) -> Result<(Arc<GuestRamMmap>, Loaded), TargetError> {
-    let config = TargetConfig {
-        decoder: DecoderConfig::new(ConfigurationRule::Any),
-        max_devices: 1 << 20,
-    };
+    let config = TargetConfig::new(ConfigurationRule::Any).max_devices(1 << 20);
     let reader = StreamReader::new(channel.share(), b"");
     let (target, blocks) =
         Target::from_announcement(config, reader, Some(Box::new(channel.share())))?;

@@ -25,11 +25,11 @@ use migration_stream::io::{CancelToken, SendMode};
 use migration_stream::ram::{BlockId, ZeroPageDetection};
 use migration_stream::raw::ram::{PageAddress, RecordEncoder, encode_multifd_flush, zero_check};
 use migration_stream::raw::rate::RateLimiter;
-use migration_stream::raw::transport::PagesBeside;
+use migration_stream::raw::transport::{PagesBeside, SendPages};
 use migration_stream::raw::unchanged::{Sent, Unchanged};
 use migration_stream::{
-    GuestRam, MemoryError, PAGE_SIZE, PageTransport, StreamWriter, TransportCounters,
-    TransportError, WhenToCompare,
+    GuestRam, MemoryError, PAGE_SIZE, StreamWriter, TransportCounters, TransportError,
+    WhenToCompare,
 };
 
 use crate::channel::{IsClosed, SendChannel};
@@ -50,7 +50,7 @@ use writer::{Peer, Totals, Writer};
 /// [`PAGE_SIZE`] as a length in memory.
 const PAGE_LEN: usize = 4096;
 
-/// The channels of an outgoing migration, a [`PageTransport`].
+/// The channels of an outgoing migration, a [`PageTransport`](migration_stream::PageTransport).
 ///
 /// Every [`TransportError`] has a [`ChannelError`] as its source. After the first one of a channel
 /// all channels are shut, and every later call returns that error again; a range that does not lie
@@ -450,7 +450,7 @@ impl SendSet {
     }
 }
 
-impl PageTransport for SendSet {
+impl SendPages for SendSet {
     fn ram(&self) -> &Arc<dyn GuestRam> {
         &self.ram
     }

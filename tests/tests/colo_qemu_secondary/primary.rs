@@ -132,11 +132,7 @@ impl Primary {
             tell,
         };
         let switched = Source::start(
-            SourceConfig {
-                configuration: guest.configuration.clone(),
-                switchover_start: true,
-                confirm_timeout: PATIENCE,
-            },
+            SourceConfig::new(guest.configuration.clone()).confirm_timeout(PATIENCE),
             Arc::new(Limits::new(0, Duration::from_millis(300))),
             StreamWriter::new(main.share()),
             Some(ReturnPathReader::new(main)),

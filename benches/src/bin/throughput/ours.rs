@@ -49,11 +49,7 @@ pub fn send(
         devices: tail.clone(),
     };
     let source = Source::start(
-        SourceConfig {
-            configuration: Some(Configuration::new(MachineName::new(machine)?)),
-            switchover_start: true,
-            confirm_timeout: PATIENCE,
-        },
+        SourceConfig::new(Configuration::new(MachineName::new(machine)?)).confirm_timeout(PATIENCE),
         Arc::new(Limits::new(0, Duration::from_millis(300))),
         StreamWriter::new(connected.main.share()),
         Some(ReturnPathReader::new(connected.main.share())),
@@ -141,10 +137,7 @@ fn receive(
     let reader = StreamReader::new(incoming.main.share(), &incoming.prefix);
     let out = Box::new(incoming.main.share());
     let decoder = DecoderConfig::new(ConfigurationRule::Any);
-    let target_config = TargetConfig {
-        decoder,
-        max_devices: 1 << 20,
-    };
+    let target_config = TargetConfig::new(decoder).max_devices(1 << 20);
     let limits = TailLimits::default();
     let confirm = |(mut loaded, tail): (Loaded, Tail)| -> std::result::Result<Tail, TargetError> {
         loaded.confirm()?;

@@ -14,7 +14,7 @@ use migration_stream::raw::section::{
     encode_vm_description,
 };
 use migration_stream::{
-    ConfigurationRule, DecoderConfig, IdStr, InstanceId, SectionHeader, SectionId, StreamReader,
+    ConfigurationRule, IdStr, InstanceId, SectionHeader, SectionId, StreamReader,
 };
 use multifd::{ChannelCount, IncomingPages, MultifdConfig, RecvChannel, RecvSet};
 use ram_cache::{CacheKind, DiscardControl, FlushPool};
@@ -98,10 +98,7 @@ pub fn secondary(data: &[u8]) -> u64 {
         then,
         promises: Some(channels > 0),
     };
-    let config = TargetConfig {
-        decoder: DecoderConfig::new(ConfigurationRule::Absent),
-        max_devices: 0,
-    };
+    let config = TargetConfig::new(ConfigurationRule::Absent).max_devices(0);
     // A guest without devices arrives.
     let target = Target::new(
         config,

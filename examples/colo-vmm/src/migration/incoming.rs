@@ -194,13 +194,8 @@ fn load<S: PageStore + 'static>(
         }
     };
     let rule = ConfigurationRule::Matching(migration.configuration(true)?);
-    let config = TargetConfig {
-        decoder: DecoderConfig {
-            xbzrle: plan.xbzrle(),
-            ..DecoderConfig::new(rule)
-        },
-        max_devices: migration.options.max_device_state,
-    };
+    let config = TargetConfig::new(DecoderConfig::new(rule).xbzrle(plan.xbzrle()))
+        .max_devices(migration.options.max_device_state);
     let mut reader = StreamReader::new(main.share(), &prefix);
     reader.set_cancel(cancel.token());
     // A source that opens a return path is answered, whatever was set here, as by QEMU.

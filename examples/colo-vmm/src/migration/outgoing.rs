@@ -15,7 +15,7 @@ use migration_stream::precopy::{
 };
 use migration_stream::ram::InStream;
 use migration_stream::{
-    BoxError, DeviceSections, DeviceState, DirtyLog, GuestRam, PageCache, PageTransport, Parsed,
+    BoxError, DeviceSections, DeviceState, DirtyLog, GuestRam, PageTransport, Parsed,
     SectionHeader, StagedRam, StreamWriter, VmControl,
 };
 use multifd::{MultifdConfig, SendChannel, SendSet};
@@ -156,7 +156,7 @@ fn begin(
             let pages = InStream::new(Arc::clone(&ram), detection);
             if plan.xbzrle() {
                 let size = migration.settings().parameters().xbzrle_cache_size;
-                Box::new(pages.with_xbzrle(PageCache::new(size)?))
+                Box::new(pages.with_xbzrle(size)?)
             } else {
                 Box::new(pages)
             }
@@ -181,11 +181,7 @@ fn begin(
         tracing::debug!(%error, "pages are copied");
     }
     let mut source = Source::start(
-        SourceConfig {
-            configuration: Some(migration.configuration(validates_uuid)?),
-            switchover_start: true,
-            confirm_timeout: limit,
-        },
+        SourceConfig::new(migration.configuration(validates_uuid)?).confirm_timeout(limit),
         Arc::clone(&migration.limits),
         out,
         plan.return_path()

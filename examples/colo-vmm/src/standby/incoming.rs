@@ -8,8 +8,7 @@ use migration_net::incoming::Incoming;
 use migration_stream::io::CancelToken;
 use migration_stream::precopy::{Loaded, PageIntake, Target, TargetConfig, TargetError};
 use migration_stream::{
-    ConfigurationRule, DecoderConfig, MachineVersion, StreamReader, TailError, TailLimits,
-    TransportError,
+    ConfigurationRule, MachineVersion, StreamReader, TailError, TailLimits, TransportError,
 };
 use multifd::{ChannelError, IncomingPages, RecvChannel, RecvSet};
 use ram_cache::{CacheKind, DiscardControl, DiscardInUse};
@@ -42,10 +41,8 @@ pub(super) fn take(
         channels,
         ..
     } = connected;
-    let target_config = TargetConfig {
-        decoder: DecoderConfig::new(ConfigurationRule::Any),
-        max_devices: config.max_device_state,
-    };
+    let target_config =
+        TargetConfig::new(ConfigurationRule::Any).max_devices(config.max_device_state);
     let mut reader = StreamReader::new(main.share(), &prefix);
     reader.set_cancel(quit);
     let return_path = Some(Box::new(main.share()) as _);

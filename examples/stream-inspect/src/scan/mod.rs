@@ -47,10 +47,7 @@ pub fn scan(
     extract: Option<&mut Extract>,
     progress: &mut dyn FnMut(u64),
 ) -> Result<Inspection, ScanError> {
-    let config = DecoderConfig {
-        xbzrle: true,
-        ..DecoderConfig::new(ConfigurationRule::AnyOrAbsent)
-    };
+    let config = DecoderConfig::new(ConfigurationRule::AnyOrAbsent).xbzrle(true);
     let meter = Meter::new(reader.offset());
     let scan = Scan {
         reader,

@@ -40,15 +40,42 @@ const PING: u32 = 1;
 /// What does not change during a migration.
 #[derive(Clone, Debug)]
 pub struct SourceConfig {
-    /// The configuration section, `None` for a stream without one. `x-ignore-shared` is put
-    /// into it where the block table says so, `mapped-ram` where the transport does.
-    pub configuration: Option<Configuration>,
-    /// Whether SWITCHOVER_START announces the final phase: `true`, unless the target is a QEMU before 10.0
-    /// or its machine type is of one.
-    pub switchover_start: bool,
-    /// How long the destination may take to confirm, once everything was sent: for loading its devices. When
-    /// it has passed, the outcome is [unknown](HandOver::Unknown).
-    pub confirm_timeout: Duration,
+    configuration: Option<Configuration>,
+    switchover_start: bool,
+    confirm_timeout: Duration,
+}
+
+impl SourceConfig {
+    /// The time that a target has to confirm by default.
+    const DEFAULT_CONFIRM_TIMEOUT: Duration = Duration::from_secs(30);
+
+    /// Sends `configuration` as the configuration section, or none: a target refuses a stream whose section it
+    /// does not expect. [`Source::start`] adds the capabilities that the memory and the transport stand for
+    /// (`x-ignore-shared`, `mapped-ram`).
+    #[must_use]
+    pub fn new(configuration: impl Into<Option<Configuration>>) -> Self {
+        Self {
+            configuration: configuration.into(),
+            switchover_start: true,
+            confirm_timeout: Self::DEFAULT_CONFIRM_TIMEOUT,
+        }
+    }
+
+    /// Sets whether SWITCHOVER_START announces the final phase. A QEMU before 10.0, and one whose machine type is
+    /// older, refuses it. The default is `true`.
+    #[must_use]
+    pub const fn switchover_start(mut self, announced: bool) -> Self {
+        self.switchover_start = announced;
+        self
+    }
+
+    /// Sets how long the target may take to load its devices and confirm, once everything was sent. Then the
+    /// outcome is [unknown](HandOver::Unknown), and the guest stays paused. The default is 30 s.
+    #[must_use]
+    pub const fn confirm_timeout(mut self, limit: Duration) -> Self {
+        self.confirm_timeout = limit;
+        self
+    }
 }
 
 /// A live migration whose stream has begun.

@@ -43,13 +43,35 @@ use crate::{
     Tail, TailLimits,
 };
 
-/// What a target expects and bounds.
+/// What a target expects of a stream, and how much of it.
 #[derive(Clone, Debug)]
 pub struct TargetConfig {
-    /// Header, configuration, footers.
-    pub decoder: DecoderConfig,
-    /// The longest device section accepted, bytes.
-    pub max_devices: usize,
+    decoder: DecoderConfig,
+    max_devices: usize,
+}
+
+impl TargetConfig {
+    /// The longest device section by default, bytes.
+    const DEFAULT_MAX_DEVICES: usize = 64 << 20;
+
+    /// Expects a stream that fits `decoder`. A
+    /// [`ConfigurationRule::Matching`](crate::ConfigurationRule::Matching) is enough for a source with a current
+    /// machine type.
+    #[must_use]
+    pub fn new(decoder: impl Into<DecoderConfig>) -> Self {
+        Self {
+            decoder: decoder.into(),
+            max_devices: Self::DEFAULT_MAX_DEVICES,
+        }
+    }
+
+    /// Bounds the state of one device, bytes: a source can make the target keep this much. A longer section
+    /// fails the migration. The default is 64 MiB.
+    #[must_use]
+    pub const fn max_devices(mut self, bytes: usize) -> Self {
+        self.max_devices = bytes;
+        self
+    }
 }
 
 /// How long a source is waited for behind the announcement of RAM, where QEMU 10 sends its early sections.
@@ -374,7 +396,7 @@ impl Target {
 
     /// A section before RAM, that begins at `offset` and that nobody here knows.
     fn early(&mut self, header: SectionHeader, offset: u64) -> Result<(), TargetError> {
-        let is_device = header.kind == Announcement::Full && self.config.decoder.footers;
+        let is_device = header.kind == Announcement::Full && self.config.decoder.has_footers();
         if !is_device || header.idstr.as_str() == DIRTY_BITMAP_IDSTR {
             let idstr = header.idstr.as_str().into();
             return Err(TargetError::BeforeRam { idstr, offset });

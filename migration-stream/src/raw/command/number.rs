@@ -4,28 +4,28 @@
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u16)]
 pub enum CommandNumber {
-    /// See [`Command::OpenReturnPath`].
+    /// See [`Command::OpenReturnPath`](super::Command::OpenReturnPath).
     OpenReturnPath = 1,
-    /// See [`Command::Ping`].
+    /// See [`Command::Ping`](super::Command::Ping).
     Ping = 2,
-    /// See [`Command::PostcopyAdvise`].
+    /// See [`Command::PostcopyAdvise`](super::Command::PostcopyAdvise).
     PostcopyAdvise = 3,
-    /// See [`Command::PostcopyListen`].
+    /// See [`Command::PostcopyListen`](super::Command::PostcopyListen).
     PostcopyListen = 4,
-    /// See [`Command::PostcopyRun`].
+    /// See [`Command::PostcopyRun`](super::Command::PostcopyRun).
     PostcopyRun = 5,
-    /// See [`Command::PostcopyRamDiscard`].
+    /// See [`Command::PostcopyRamDiscard`](super::Command::PostcopyRamDiscard).
     PostcopyRamDiscard = 6,
-    /// See [`Command::Packaged`].
+    /// See [`Command::Packaged`](super::Command::Packaged).
     Packaged = 7,
-    /// Before QEMU 11.0: ENABLE_COLO. No [`Command`] has this number, so it cannot be sent, and
-    /// receiving it is [`CommandError::Deprecated`].
+    /// Before QEMU 11.0: ENABLE_COLO. No [`Command`](super::Command) has this number, so it cannot be sent, and
+    /// receiving it is [`CommandError::Deprecated`](super::CommandError::Deprecated).
     Deprecated0 = 8,
-    /// See [`Command::PostcopyResume`].
+    /// See [`Command::PostcopyResume`](super::Command::PostcopyResume).
     PostcopyResume = 9,
-    /// See [`Command::RecvBitmap`].
+    /// See [`Command::RecvBitmap`](super::Command::RecvBitmap).
     RecvBitmap = 10,
-    /// See [`Command::SwitchoverStart`].
+    /// See [`Command::SwitchoverStart`](super::Command::SwitchoverStart).
     SwitchoverStart = 11,
 }
 

@@ -4,19 +4,19 @@
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u16)]
 pub enum ReturnPathNumber {
-    /// See [`ReturnPathMessage::Shut`].
+    /// See [`ReturnPathMessage::Shut`](super::ReturnPathMessage::Shut).
     Shut = 1,
-    /// See [`ReturnPathMessage::Pong`].
+    /// See [`ReturnPathMessage::Pong`](super::ReturnPathMessage::Pong).
     Pong = 2,
-    /// See [`ReturnPathMessage::ReqPagesId`].
+    /// See [`ReturnPathMessage::ReqPagesId`](super::ReturnPathMessage::ReqPagesId).
     ReqPagesId = 3,
-    /// See [`ReturnPathMessage::ReqPages`].
+    /// See [`ReturnPathMessage::ReqPages`](super::ReturnPathMessage::ReqPages).
     ReqPages = 4,
-    /// See [`ReturnPathMessage::RecvBitmap`].
+    /// See [`ReturnPathMessage::RecvBitmap`](super::ReturnPathMessage::RecvBitmap).
     RecvBitmap = 5,
-    /// See [`ReturnPathMessage::ResumeAck`].
+    /// See [`ReturnPathMessage::ResumeAck`](super::ReturnPathMessage::ResumeAck).
     ResumeAck = 6,
-    /// See [`ReturnPathMessage::SwitchoverAck`].
+    /// See [`ReturnPathMessage::SwitchoverAck`](super::ReturnPathMessage::SwitchoverAck).
     SwitchoverAck = 7,
 }
 
