@@ -66,6 +66,7 @@ mod discard;
 mod error;
 mod flush;
 mod help;
+mod kind;
 mod mapping;
 mod mirror;
 mod pagemap;
@@ -74,13 +75,14 @@ mod zero;
 
 pub use bitmap::{BitmapError, DirtyBitmap, DrainRuns, PAGES_PER_WORD, PageRun};
 pub use block::CacheBlockSpec;
-pub use cache::{CacheKind, RamCache};
+pub use cache::RamCache;
 pub use cow::CowCache;
 pub use discard::{
     DiscardControl, DiscardDisabled, DiscardInUse, DiscardInhibitor, DiscardRequired,
 };
 pub use error::CacheError;
 pub use flush::{FlushPool, FlushPoolError, FlushReport, GuestStopped};
+pub use kind::CacheKind;
 pub use mapping::GuestMapping;
 pub use mirror::MirrorCache;
 pub use populate::{Populate, PopulateError, Populated, advise_huge_pages};

@@ -1,4 +1,4 @@
-//! Making guest memory zero without touching what is zero already.
+//! Making guest memory zero, with and without touching what is zero already.
 
 use vm_memory::{VolatileMemoryError, VolatileSlice};
 
@@ -35,6 +35,18 @@ fn is_zero(step: &VolatileSlice<'_>, copy: &mut [u8; STEP]) -> Result<bool, Vola
     let rest = step.offset(probed)?;
     let copied = rest.copy_to(&mut copy[..]);
     Ok(copy[..copied] == ZEROES[..copied])
+}
+
+/// Makes memory zero, whatever it holds.
+pub(crate) fn write_zeroes(memory: &VolatileSlice<'_>) {
+    let mut at = 0;
+    while let Ok(rest) = memory.offset(at) {
+        if rest.is_empty() {
+            break;
+        }
+        rest.copy_from(&ZEROES);
+        at += rest.len().min(STEP);
+    }
 }
 
 #[cfg(test)]

@@ -23,6 +23,7 @@
 //! `requests` and what it does in `orders`; `shared` is what both sides of the handle see.
 
 mod beating;
+mod guest;
 mod orders;
 mod requests;
 mod shared;
@@ -38,12 +39,13 @@ use migration_net::Address;
 use migration_stream::io::{CancelToken, deadline_after};
 
 use self::beating::Beating;
+pub use self::guest::Guest;
 pub use self::shared::HeartbeatReport;
 use self::shared::{Shared, lock};
 use crate::arbiter::{Arbiter, ArbiterError};
 use crate::arbitration::{HoldError, News, Question, Reply, Request, TakeOverError, serve};
 use crate::beat::Phase;
-use crate::decision::{ANSWER_LIMIT, Decider, StopReason};
+use crate::decision::{ANSWER_LIMIT, Decider};
 use crate::failover::{ColoEnd, Failover};
 use crate::link::{Endpoint, Link};
 use crate::peer::{Peer, PeerState, Rhythm};
@@ -51,20 +53,6 @@ use crate::policy::OnHeartbeatLoss;
 
 /// How often a wait for the arbiter looks whether it was cancelled.
 const CANCEL_POLL: Duration = Duration::from_millis(20);
-
-/// The guest, as the heartbeat stops and suspends it.
-pub trait Guest: Send + Sync {
-    /// Stops the guest for good: neither COLO nor an operator may resume it. Returns when the guest is stopped.
-    /// Called at most once, in the heartbeat's thread. The heartbeat itself ends a driver of COLO that runs.
-    fn stop_for_good(&self, reason: StopReason);
-
-    /// Suspends the guest until [`Guest::resume`] or [`Guest::stop_for_good`]: neither COLO nor an operator may
-    /// resume it meanwhile, and neither is told. Returns when the guest is paused.
-    fn suspend(&self);
-
-    /// Ends [`Guest::suspend`]: the guest runs, unless something else has paused it.
-    fn resume(&self);
-}
 
 /// A running heartbeat.
 ///

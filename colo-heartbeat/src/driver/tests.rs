@@ -10,7 +10,7 @@ use migration_net::Address;
 use super::*;
 use crate::arbiter::{Answer, Grant, Manual, Owner};
 use crate::beat::BEAT_LEN;
-use crate::decision::Order;
+use crate::decision::{Order, StopReason};
 use crate::failover::{ColoState, Refusal, Role};
 
 /// Far beyond what a busy machine needs.

@@ -5,8 +5,6 @@ use std::str::FromStr;
 
 use migration_stream::Escaped;
 
-use super::Address;
-
 /// What may be used for a TCP address, and how. The default leaves everything to the system.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
@@ -146,33 +144,10 @@ pub enum AddressSyntax {
     },
 }
 
-/// Reads what follows `tcp:`.
-pub(super) fn parse_tcp(text: &str) -> Result<Address, AddressSyntax> {
-    let (place, options) = match text.split_once(',') {
-        Some((place, options)) => (place, Some(options)),
-        None => (text, None),
-    };
-    let (host, port) = match place.strip_prefix('[') {
-        Some(rest) => rest.rsplit_once("]:").ok_or(AddressSyntax::Bracket)?,
-        None => place.rsplit_once(':').ok_or(AddressSyntax::NoPort)?,
-    };
-    if host.contains(':') && !place.starts_with('[') {
-        let host = host.to_owned();
-        return Err(AddressSyntax::NoBrackets { host });
-    }
-    let port = port.parse().map_err(|_| AddressSyntax::Port {
-        port: port.to_owned(),
-    })?;
-    let options = parse_options(options.into_iter().flat_map(|text| text.split(',')))?;
-    options.check(port)?;
-    Ok(Address::Tcp {
-        host: host.to_owned(),
-        port,
-        options,
-    })
-}
-
-fn parse_options<'a>(options: impl Iterator<Item = &'a str>) -> Result<TcpOptions, AddressSyntax> {
+/// Reads options, each without the comma before it.
+pub(super) fn parse_options<'a>(
+    options: impl Iterator<Item = &'a str>,
+) -> Result<TcpOptions, AddressSyntax> {
     let mut parsed = TcpOptions::default();
     let mut keep_alive = false;
     let mut settings = KeepAlive::default();

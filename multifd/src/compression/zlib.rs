@@ -7,7 +7,7 @@ use std::io::{Error, ErrorKind};
 use flate2::{Compress, Decompress, FlushCompress, FlushDecompress, Status};
 use vm_memory::VolatileSlice;
 
-use super::{CompressionError, Decoder, Encoder, SCRATCH_LEN, codec, pieces};
+use super::codec::{CompressionError, Decoder, Encoder, SCRATCH_LEN, codec, pieces};
 use crate::config::ZlibLevel;
 use crate::packet::{MAX_COMPRESSED_LEN, PAGES_PER_PACKET};
 

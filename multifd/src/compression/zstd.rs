@@ -5,7 +5,7 @@ use std::fmt;
 use vm_memory::VolatileSlice;
 use zstd::stream::raw::{self, InBuffer, Operation, OutBuffer};
 
-use super::{CompressionError, Decoder, Encoder, SCRATCH_LEN, codec, pieces};
+use super::codec::{CompressionError, Decoder, Encoder, SCRATCH_LEN, codec, pieces};
 use crate::packet::{MAX_COMPRESSED_LEN, PAGES_PER_PACKET};
 
 /// The largest window taken of a frame, as a power of two, however much memory there is: 32 MiB, which

@@ -22,6 +22,7 @@ mod error;
 mod flags;
 mod header;
 mod hello;
+mod method;
 #[cfg(test)]
 mod tests;
 
@@ -30,9 +31,10 @@ use migration_stream::PAGE_SIZE;
 
 pub use error::PacketError;
 pub(crate) use flags::FLAG_DEVICE_STATE;
-pub use flags::{Method, PacketFlags, PacketKind};
+pub use flags::{PacketFlags, PacketKind};
 pub use header::{PacketHeader, PacketView};
 pub use hello::Hello;
+pub use method::Method;
 
 /// First word of a handshake and of every packet.
 pub const MAGIC: u32 = 0x1122_3344;

@@ -10,10 +10,12 @@
 //! Like QEMU it also takes strings in single quotes, and it refuses an object that has a key twice.
 
 mod error;
+mod limits;
 mod reader;
 mod text;
 mod write;
 
 pub use error::{JsonError, JsonErrorKind};
-pub use reader::{JsonReader, Limits};
+pub use limits::Limits;
+pub use reader::JsonReader;
 pub(crate) use write::{line, write_line};

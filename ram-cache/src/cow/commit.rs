@@ -5,7 +5,6 @@ use std::ops::Range;
 use super::ram::CowBlock;
 use super::staging::Staging;
 use super::table::Entry;
-use super::write_zeroes;
 use crate::PAGE_SIZE;
 use crate::bitmap::{WORD_BITS, bits_of, has};
 use crate::block::bytes_of;
@@ -13,6 +12,7 @@ use crate::copy::Copier;
 use crate::error::CacheError;
 use crate::flush::FlushReport;
 use crate::pagemap::Pagemap;
+use crate::zero::write_zeroes;
 
 /// What is to be done with a run of pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -13,6 +13,7 @@ use vm_memory::VolatileSlice;
 use self::commit::Commit;
 use self::ram::CowBlock;
 use self::staging::Staging;
+use crate::PAGE_SIZE;
 use crate::block::{self, CacheBlockSpec};
 use crate::cache::RamCache;
 use crate::copy::Copier;
@@ -20,7 +21,6 @@ use crate::discard::DiscardInhibitor;
 use crate::error::CacheError;
 use crate::flush::{FlushPool, FlushReport, GuestStopped, Share};
 use crate::pagemap::Pagemap;
-use crate::{PAGE_BYTES, PAGE_SIZE};
 
 /// The last checkpoint in a file in memory (the *base*), of which guest RAM is a private mapping.
 ///
@@ -243,20 +243,5 @@ impl RamCache for CowCache {
 
     fn release(self: Box<Self>) {
         drop(self);
-    }
-}
-
-/// A page of nothing.
-const ZEROES: [u8; PAGE_BYTES] = [0; PAGE_BYTES];
-
-/// Makes memory zero, whatever it holds.
-fn write_zeroes(memory: &VolatileSlice<'_>) {
-    let mut at = 0;
-    while let Ok(rest) = memory.offset(at) {
-        if rest.is_empty() {
-            break;
-        }
-        rest.copy_from(&ZEROES);
-        at += rest.len().min(PAGE_BYTES);
     }
 }

@@ -6,11 +6,11 @@ use vm_memory::{MmapRegion, VolatileMemory, VolatileSlice};
 
 use super::staging::Staging;
 use super::table::{PageTable, Place};
-use super::write_zeroes;
 use crate::bitmap::{DirtyBitmap, WORD_BITS, bits_of, has};
 use crate::block::{CacheBlockSpec, bytes_of, pages_of};
 use crate::error::CacheError;
 use crate::pagemap::Pagemap;
+use crate::zero::write_zeroes;
 use crate::{PAGE_BYTES, mapping};
 
 /// A query for one page costs as much as the answer for this many pages: pages that lie closer share a query.

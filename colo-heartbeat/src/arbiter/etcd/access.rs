@@ -7,12 +7,17 @@ use ureq::config::ConfigBuilder;
 use ureq::typestate::AgentScope;
 
 use super::codec;
+use super::error::EtcdError;
 use super::options::{EtcdOptions, OptionsError};
 #[cfg(feature = "etcd-tls")]
 use super::tls;
-use super::{ANSWER, EtcdError};
 #[cfg(not(feature = "etcd-tls"))]
 use crate::arbiter::foreign::foreign;
+use crate::arbiter::register::ENTRY_LEN;
+
+/// The most that an answer may have, bytes: an entry in base64, and what etcd says beside it.
+const ANSWER: u64 = 8 * 1024;
+const _: () = assert!((ENTRY_LEN as u64) * 4 < ANSWER);
 
 /// What [`EtcdOptions`] say, ready for use.
 #[derive(Debug)]

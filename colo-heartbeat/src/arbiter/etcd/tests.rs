@@ -1,5 +1,6 @@
 //! The gateway against servers of the tests' own, which answer what no etcd does.
 
+use std::error::Error;
 use std::io::{self, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::sync::mpsc::{Receiver, channel};

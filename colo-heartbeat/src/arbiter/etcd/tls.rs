@@ -15,7 +15,7 @@ use ureq::unversioned::transport::{
     Buffers, ConnectionDetails, Connector, NextTimeout, RustlsConnector, TcpConnector, Transport,
 };
 
-use super::EtcdError;
+use super::error::EtcdError;
 use super::options::{ClientCertificate, Credential, EtcdOptions, OptionsError};
 use crate::arbiter::foreign::foreign;
 
