@@ -26,7 +26,6 @@ struct Source {
 #[test]
 fn no_file_of_a_library_needs_itself_by_way_of_others() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
-    // vmstate is not here: its traits take readers and writers, whose methods take the traits.
     for library in [
         "colo-core",
         "colo-heartbeat",
@@ -35,6 +34,7 @@ fn no_file_of_a_library_needs_itself_by_way_of_others() {
         "multifd",
         "qmp-types",
         "ram-cache",
+        "vmstate",
     ] {
         let sources = read(&root.join(library).join("src")).unwrap();
         assert!(sources.len() > 5, "{library}: {} files", sources.len());

@@ -2,16 +2,10 @@
 
 use byteorder::{BigEndian, ByteOrder as _};
 
-use crate::{LoadError, Reader, Writer};
-
-/// What a field is, in the words of the stream's self-description.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct FieldType {
-    /// QEMU's name of the type, such as `uint32`.
-    pub name: &'static str,
-    /// Number of elements of an array, `None` if it is not one.
-    pub elements: Option<usize>,
-}
+use crate::error::LoadError;
+use crate::field_type::FieldType;
+use crate::reader::Reader;
+use crate::writer::Writer;
 
 /// A plain field: integers (big endian), `bool`, arrays of them, and the types of
 /// [`types`](crate::types). Implement it for an enumeration or a newtype of a device.

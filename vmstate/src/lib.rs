@@ -72,9 +72,12 @@ extern crate self as vmstate;
 #[cfg(any(test, feature = "test-utils"))]
 pub mod conformance;
 mod device;
+mod dump;
 mod error;
 mod field;
+mod field_type;
 mod json;
+mod members;
 mod nested;
 mod pointee;
 mod reader;
@@ -82,23 +85,27 @@ mod schema;
 mod spec;
 mod state;
 mod tree;
+mod tree_key;
 pub mod types;
 mod vmdesc;
 mod writer;
 
 pub use device::{Device, DeviceError, PoisonedLock};
+pub use dump::Dump;
 pub use error::{LoadError, Location, SaveError};
-pub use field::{Field, FieldType};
+pub use field::Field;
+pub use field_type::FieldType;
 pub use nested::Nested;
 pub use pointee::Pointee;
-pub use reader::{Reader, SubsectionHeader, TreeKey};
-pub use schema::{Dump, Schema, SchemaBuilder};
+pub use reader::{Reader, SubsectionHeader};
+pub use schema::{Schema, SchemaBuilder};
 pub use spec::FieldSpec;
 pub use state::{VmState, from_bytes, is_subsection_name, to_bytes, to_bytes_described};
 pub use tree::{
     DeviceStep, DeviceTree, Parsed, Priority, ResetDone, SavedSection, Staged, StagedSection,
     TreeError,
 };
+pub use tree_key::TreeKey;
 pub use types::{Bitmap, Bits, ByteArray, Capability, CpuDouble, Timer, Unused};
 pub use vmdesc::{Description, Vmdesc};
 #[cfg(feature = "derive")]

@@ -1,6 +1,11 @@
 //! Descriptions as fields of other descriptions.
 
-use crate::{FieldSpec, LoadError, Reader, SchemaBuilder, VmState, Writer};
+use crate::error::LoadError;
+use crate::reader::Reader;
+use crate::schema::SchemaBuilder;
+use crate::spec::FieldSpec;
+use crate::state::VmState;
+use crate::writer::Writer;
 
 /// A description, or an array of descriptions in one or two dimensions, as a field: no name or
 /// version on the wire, each followed by its own subsections. It is there for every [`VmState`];

@@ -1,8 +1,13 @@
 //! What an array of pointers may point to.
 
+use crate::error::LoadError;
+use crate::field::Field;
+use crate::reader::Reader;
+use crate::schema::SchemaBuilder;
+use crate::spec::FieldSpec;
+use crate::state::VmState;
 use crate::vmdesc::FieldDescription;
 use crate::writer::Writer;
-use crate::{Field, FieldSpec, LoadError, Reader, SchemaBuilder, VmState};
 
 /// An element of an array of pointers: a description, or a number (QEMU's
 /// `VMSTATE_ARRAY_OF_POINTER_TO_STRUCT` and `VMSTATE_ARRAY_OF_POINTER`). It is there for every
@@ -17,8 +22,11 @@ impl<T: sealed::Pointee> Pointee for T {}
 
 pub(crate) mod sealed {
     use super::Entries;
+    use crate::error::LoadError;
+    use crate::reader::Reader;
+    use crate::schema::SchemaBuilder;
+    use crate::spec::FieldSpec;
     use crate::writer::Writer;
-    use crate::{FieldSpec, LoadError, Reader, SchemaBuilder};
 
     pub trait Pointee: Sized {
         /// Writes the element, and adds what it is to `entries` if the stream is being described.

@@ -1,6 +1,6 @@
 //! What the description of a state says of a field, in addition to its bytes.
 
-use crate::field::FieldType;
+use crate::field_type::FieldType;
 
 /// A field's name and how a stream's self-description puts it. A name alone will do:
 /// `out.field("count", &self.count)`.

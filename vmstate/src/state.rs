@@ -1,6 +1,10 @@
 //! The description of a piece of state.
 
-use crate::{Description, LoadError, Reader, SaveError, SchemaBuilder, Writer};
+use crate::error::{LoadError, SaveError};
+use crate::reader::Reader;
+use crate::schema::SchemaBuilder;
+use crate::vmdesc::Description;
+use crate::writer::Writer;
 
 /// State with a name and a version: what QEMU calls a `VMStateDescription`.
 ///

@@ -4,8 +4,11 @@ use bitvec::order::Lsb0;
 use bitvec::slice::BitSlice;
 use bitvec::vec::BitVec;
 
-use crate::field::{Field, FieldType};
-use crate::{LoadError, Reader, Writer};
+use crate::error::LoadError;
+use crate::field::Field;
+use crate::field_type::FieldType;
+use crate::reader::Reader;
+use crate::writer::Writer;
 
 /// `N` bytes that mean nothing: written as zero, skipped when read.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]

@@ -3,7 +3,7 @@
 //! It is noted while the state is written, so that it says what is there rather than what should
 //! be. The text is QEMU's vmdesc JSON, which `analyze-migration.py` reads.
 
-use crate::field::FieldType;
+use crate::field_type::FieldType;
 use crate::json::JsonWriter;
 use crate::spec::FieldSpec;
 
