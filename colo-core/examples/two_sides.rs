@@ -180,13 +180,8 @@ fn secondary(
     let settled = target
         .load(pages, &mut vm)?
         .settle_for_checkpoints(&mut vm)?;
-    let (receiver, pages) = settled.confirm()?;
-    let link = SecondaryLink {
-        receiver,
-        pages,
-        log: EveryPage,
-        pool: FlushPool::new(1)?,
-    };
+    let pool = FlushPool::new(1)?;
+    let link = SecondaryLink::new(settled.confirm()?, EveryPage, pool);
     let shut = move || socket.shutdown();
     let control = ColoControl::new(Role::Secondary, failover, Duration::ZERO, shut)?;
     let mut hooks = Hooks {

@@ -22,6 +22,7 @@ use crate::{ColoVm, Outcome, PacketGate, Replication, VmError};
 /// The secondary's end of the connection, and its memory: what an incoming migration leaves behind
 /// when it was confirmed.
 #[derive(Debug)]
+#[non_exhaustive]
 pub struct SecondaryLink<D> {
     /// The main channel.
     pub receiver: CheckpointReceiver,
@@ -31,6 +32,27 @@ pub struct SecondaryLink<D> {
     pub log: D,
     /// Who copies a checkpoint into the guest.
     pub pool: FlushPool,
+}
+
+impl<D> SecondaryLink<D> {
+    /// Joins what
+    /// [`SettledSecondary::confirm`](migration_stream::precopy::SettledSecondary::confirm) returned with this
+    /// side's dirty log and flush threads.
+    #[must_use]
+    pub fn new(
+        confirmed: (CheckpointReceiver, impl Into<IncomingPages<ColoStore>>),
+        log: D,
+        pool: FlushPool,
+    ) -> Self {
+        let (receiver, pages) = confirmed;
+        let pages = pages.into();
+        Self {
+            receiver,
+            pages,
+            log,
+            pool,
+        }
+    }
 }
 
 /// Runs the secondary until COLO ends, in the calling thread. The cache is given back then, its

@@ -367,12 +367,9 @@ impl SecondaryEnd {
     /// Runs the driver.
     pub fn start(self, config: DriverConfig) -> Side {
         let control = control(Role::Secondary, NEVER, self.connections);
-        let link = SecondaryLink {
-            receiver: self.receiver,
-            pages: self.pages,
-            log: self.guest.log.clone(),
-            pool: FlushPool::new(2).unwrap(),
-        };
+        let confirmed = (self.receiver, self.pages);
+        let pool = FlushPool::new(2).unwrap();
+        let link = SecondaryLink::new(confirmed, self.guest.log.clone(), pool);
         let (done, ended) = mpsc::channel();
         let (in_driver, mut parts) = (control.clone(), parts(self.guest, &self.faults));
         thread::spawn(move || {

@@ -108,13 +108,7 @@ pub fn secondary(
     let pool = FlushPool::for_this_host()?;
     let control = ColoControl::new(Role::Secondary, failover, EVERY, || {})?;
     heartbeat.colo_begins();
-    let (receiver, pages) = settled.confirm()?;
-    let link = SecondaryLink {
-        receiver,
-        pages: pages.into(),
-        log,
-        pool,
-    };
+    let link = SecondaryLink::new(settled.confirm()?, log, pool);
     // The primary's guest is the one that is heard.
     let vcpu = Arc::clone(&machine.vm.control.vcpu);
     vcpu.silent.store(true, Ordering::Relaxed);

@@ -124,12 +124,8 @@ pub fn secondary(data: &[u8]) -> u64 {
     )
     .expect("a pipe");
     world.set_control(Some(control.clone()));
-    let link = SecondaryLink {
-        receiver,
-        pages,
-        log: guest.log.clone(),
-        pool: FlushPool::new(1).expect("a pool"),
-    };
+    let pool = FlushPool::new(1).expect("a pool");
+    let link = SecondaryLink::new((receiver, pages), guest.log.clone(), pool);
     let mut parts = Hooks {
         vm: guest,
         replication: Outside(fault.clone()),

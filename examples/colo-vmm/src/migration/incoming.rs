@@ -323,7 +323,7 @@ fn enter_colo(
     let pool = FlushPool::for_this_host()?;
     let control = colo::control(migration, Role::Secondary)?;
     migration.options.boundaries.reach("to confirm");
-    let (receiver, pages) = match settled.confirm() {
+    let confirmed = match settled.confirm() {
         Ok(confirmed) => confirmed,
         Err(error) => {
             super::lock(&migration.job).colo = None;
@@ -331,12 +331,7 @@ fn enter_colo(
         }
     };
     migration.options.boundaries.reach("confirmed");
-    let link = SecondaryLink {
-        receiver,
-        pages,
-        log,
-        pool,
-    };
+    let link = SecondaryLink::new(confirmed, log, pool);
     // From here on nothing ends this side but COLO's own end, which is reported.
     migration.status.set(MigrationStatus::Colo);
     let mut parts = colo::parts(migration, Role::Secondary, to_run(migration));

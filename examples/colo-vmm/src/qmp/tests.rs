@@ -29,23 +29,25 @@ struct FakeOperator {
 
 impl Operator for FakeOperator {
     fn execute(&self, command: Command) -> CommandResult {
-        self.begun.send(command.kind()).unwrap();
         match command {
-            Command::QueryStatus => return returns(&StatusInfo::from(RunState::Running)),
-            Command::QueryYank => return returns(&json!([])),
             Command::Stop => self.events.publish(&Event::Stop),
             Command::Cont => self.events.publish(&Event::Resume),
-            Command::Quit => {
-                self.events.publish(&Event::Shutdown {
-                    guest: false,
-                    reason: ShutdownCause::HostQmpQuit,
-                });
-                // The main loop ends the VMM while the command is not over yet.
+            Command::Quit => self.events.publish(&Event::Shutdown {
+                guest: false,
+                reason: ShutdownCause::HostQmpQuit,
+            }),
+            _ => {}
+        }
+        // Whoever waits for the begin may count on the events.
+        self.begun.send(command.kind()).unwrap();
+        match command {
+            Command::Stop | Command::Cont => {}
+            // The main loop ends the VMM while a `quit` is not over yet.
+            Command::Quit | Command::SystemReset => {
                 let _ = self.release.recv();
             }
-            Command::SystemReset => {
-                let _ = self.release.recv();
-            }
+            Command::QueryStatus => return returns(&StatusInfo::from(RunState::Running)),
+            Command::QueryYank => return returns(&json!([])),
             Command::XColoLostHeartbeat => panic!("the test wants it"),
             _ => return Err(QmpError::generic("there is no VM")),
         }

@@ -352,12 +352,7 @@ impl Standby {
             }
         }
         self.status.set(MigrationStatus::Colo);
-        let link = SecondaryLink {
-            receiver,
-            pages,
-            log: Untouched,
-            pool,
-        };
+        let link = SecondaryLink::new((receiver, pages), Untouched, pool);
         let mut parts = Hooks {
             vm: HeldVm::new(Arc::clone(self), guest),
             replication: NoReplication,
