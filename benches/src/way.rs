@@ -57,15 +57,15 @@ impl Way {
     /// The configuration of ours.
     #[must_use]
     pub fn multifd(self) -> Option<MultifdConfig> {
-        Some(MultifdConfig {
-            channels: ChannelCount::new(self.channels())?,
-            compression: if self == Self::Zstd2 {
-                Compression::Zstd(ZstdLevel::default())
-            } else {
-                Compression::None
-            },
-            ..MultifdConfig::default()
-        })
+        Some(
+            MultifdConfig::new(ChannelCount::new(self.channels())?).compression(
+                if self == Self::Zstd2 {
+                    Compression::Zstd(ZstdLevel::default())
+                } else {
+                    Compression::None
+                },
+            ),
+        )
     }
 
     /// The configuration of a side that is told by QMP.

@@ -20,10 +20,7 @@ const LIMIT: Duration = Duration::from_secs(20);
 const SOON: Duration = Duration::from_millis(50);
 
 fn config(channels: u8) -> MultifdConfig {
-    MultifdConfig {
-        channels: ChannelCount::new(channels).unwrap(),
-        ..MultifdConfig::default()
-    }
+    MultifdConfig::new(ChannelCount::new(channels).unwrap())
 }
 
 /// Runs `wait` with a token that is cancelled while it waits, and checks that it ends then.

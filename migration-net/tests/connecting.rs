@@ -20,21 +20,16 @@ use multifd::{ChannelCount, ChannelId, MultifdConfig};
 const LIMIT: Duration = Duration::from_secs(20);
 
 /// Far beyond what a test waits for, unless the test says otherwise.
-const LIMITS: Limits = Limits {
-    greeting: LIMIT,
-    complete: LIMIT,
-    channel: LIMIT,
-    unknown: 64,
-    grace: Duration::from_millis(50),
-};
+const LIMITS: Limits = Limits::new()
+    .greeting(LIMIT)
+    .complete(LIMIT)
+    .channel(LIMIT)
+    .unknown(64)
+    .grace(Duration::from_millis(50));
 const SOON: Duration = Duration::from_millis(50);
 
 fn config(channels: u8) -> MultifdConfig {
-    MultifdConfig {
-        channels: ChannelCount::new(channels).unwrap(),
-        uuid: [5; 16],
-        ..MultifdConfig::default()
-    }
+    MultifdConfig::new(ChannelCount::new(channels).unwrap()).uuid([5; 16])
 }
 
 /// A listening destination.
@@ -182,10 +177,7 @@ fn c3_connections_that_say_nothing_keep_nobody_waiting() {
 
 #[test]
 fn c3_a_connection_that_says_nothing_in_time_is_closed_and_named() {
-    let limits = Limits {
-        greeting: SOON,
-        ..LIMITS
-    };
+    let limits = LIMITS.greeting(SOON);
     let door = Door::open(None, limits);
     let silent = door.knock(b"QEV");
     assert!(matches!(door.refusal(), Refusal::Silent { limit: SOON }));
@@ -313,10 +305,7 @@ fn a_source_that_leaves_makes_room_for_the_next_one() {
 
 #[test]
 fn a_set_that_does_not_become_complete_is_an_error_that_names_what_is_missing() {
-    let limits = Limits {
-        complete: SOON,
-        ..LIMITS
-    };
+    let limits = LIMITS.complete(SOON);
     let door = Door::open_once(Some(config(3)), limits);
     let _channel = door.knock(&hello(1));
     let e = door.result.join().unwrap().unwrap_err();
@@ -396,13 +385,12 @@ fn a_source_with_more_channels_is_refused_by_the_numbers_of_both_sides() {
 
 #[test]
 fn a_limit_without_end_is_none() {
-    let limits = Limits {
-        greeting: Duration::MAX,
-        complete: Duration::MAX,
-        channel: Duration::MAX,
-        grace: Duration::MAX,
-        unknown: 1,
-    };
+    let limits = Limits::default()
+        .greeting(Duration::MAX)
+        .complete(Duration::MAX)
+        .channel(Duration::MAX)
+        .grace(Duration::MAX)
+        .unknown(1);
     let door = Door::open(Some(config(1)), limits);
     let _silent = door.knock(b"");
     let _channel = door.knock(&hello(0));

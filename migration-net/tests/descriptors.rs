@@ -28,10 +28,7 @@ fn a_host_without_descriptors_is_waited_for_without_spinning_and_takes_the_sourc
     let mut main = connect();
     main.write_all(b"QEVM").unwrap();
     let (tell, refused) = mpsc::channel();
-    let limits = Limits {
-        grace: Duration::from_secs(3600),
-        ..Limits::default()
-    };
+    let limits = Limits::default().grace(Duration::from_secs(3600));
     let mut acceptor = Acceptor::new(listener, None, limits)
         .unwrap()
         .on_refused(move |refusal| tell.send(refusal.clone()).unwrap());

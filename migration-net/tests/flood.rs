@@ -25,30 +25,20 @@ const UUID: [u8; 16] = [5; 16];
 
 /// As short a grace as a test can wait for several times.
 fn limits() -> Limits {
-    Limits {
-        greeting: LIMIT,
-        complete: LIMIT,
-        channel: LIMIT,
-        grace: Duration::from_millis(100),
-        ..Limits::default()
-    }
+    Limits::default()
+        .greeting(LIMIT)
+        .complete(LIMIT)
+        .channel(LIMIT)
+        .grace(Duration::from_millis(100))
 }
 
 /// More time for a source that has to speak within the grace.
 fn with_more_grace() -> Limits {
-    Limits {
-        unknown: 600,
-        grace: Duration::from_secs(1),
-        ..limits()
-    }
+    limits().unknown(600).grace(Duration::from_secs(1))
 }
 
 fn config() -> MultifdConfig {
-    MultifdConfig {
-        channels: ChannelCount::new(2).unwrap(),
-        uuid: UUID,
-        ..MultifdConfig::default()
-    }
+    MultifdConfig::new(ChannelCount::new(2).unwrap()).uuid(UUID)
 }
 
 fn hello(id: u8) -> [u8; 64] {

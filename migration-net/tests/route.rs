@@ -74,7 +74,7 @@ impl DeviceState for Machine {
 }
 
 fn route(machine: &str) -> Route {
-    Route::new(MachineName::new(machine).unwrap()).with_patience(LIMIT)
+    Route::new(MachineName::new(machine).unwrap()).patience(LIMIT)
 }
 
 fn source_ram() -> Arc<GuestRamMmap> {
@@ -155,7 +155,7 @@ fn arrives_everywhere(route: &Route, directory: &Path) {
 fn a_guest_arrives_over_a_connection_and_through_a_file() {
     let directory = tempfile::tempdir().unwrap();
     arrives_everywhere(&route("machine"), directory.path());
-    let differences = route("machine").with_xbzrle(1 << 20);
+    let differences = route("machine").xbzrle(1 << 20);
     let at = Address::Unix(directory.path().join("differences"));
     let ram = memory(&BLOCKS);
     let (sent, received) = over_connections(&differences, &differences, &at, &ram);
@@ -171,12 +171,9 @@ fn a_guest_arrives_by_channels_in_the_same_way() {
 
     let directory = tempfile::tempdir().unwrap();
     for flush in [Flush::EachRound, Flush::EachSection] {
-        let multifd = ChannelCount::new(3).map(|channels| MultifdConfig {
-            flush,
-            uuid: [7; 16],
-            ..MultifdConfig::new(channels)
-        });
-        arrives_everywhere(&route("machine").with_multifd(multifd), directory.path());
+        let multifd = ChannelCount::new(3)
+            .map(|channels| MultifdConfig::new(channels).flush(flush).uuid([7; 16]));
+        arrives_everywhere(&route("machine").multifd(multifd), directory.path());
     }
 }
 
@@ -190,7 +187,7 @@ fn a_channel_that_breaks_is_the_cause_that_the_target_tells() {
 
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("socket");
-    let route = route("machine").with_multifd(ChannelCount::new(1).map(MultifdConfig::new));
+    let route = route("machine").multifd(ChannelCount::new(1).map(MultifdConfig::new));
     let listener = Listener::bind(&Address::Unix(path.clone())).unwrap();
     let mut main = UnixStream::connect(&path).unwrap();
     let mut channel = UnixStream::connect(&path).unwrap();
@@ -225,7 +222,7 @@ fn a_machine_of_another_type_is_refused_and_the_guest_runs_on() {
 #[test]
 fn a_target_is_cancelled_by_the_token_of_its_route() {
     let token = CancelToken::new().unwrap();
-    let route = route("machine").with_cancel(&token);
+    let route = route("machine").cancel(&token);
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("socket");
     let listener = Listener::bind(&Address::Unix(path.clone())).unwrap();

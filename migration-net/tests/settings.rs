@@ -21,13 +21,10 @@ use multifd::{ChannelCount, ChannelError, MultifdConfig, RecvSet, SendSet};
 const PAGES: u64 = 600;
 
 fn config(channels: u8) -> MultifdConfig {
-    MultifdConfig {
-        channels: ChannelCount::new(channels).unwrap(),
-        zero_pages: ZeroPageDetection::None,
-        stall_limit: LIMIT,
-        send_mode: SendMode::Copy,
-        ..MultifdConfig::default()
-    }
+    MultifdConfig::new(ChannelCount::new(channels).unwrap())
+        .zero_pages(ZeroPageDetection::None)
+        .stall_limit(LIMIT)
+        .send_mode(SendMode::Copy)
 }
 
 /// Sends rounds of pages until it fails.
@@ -77,17 +74,13 @@ fn a_source_with_more_channels_and_its_target_both_say_how_many_they_have() {
 
 #[test]
 fn limits_without_end_are_none_from_the_first_connection_to_the_last_thread() {
-    let config = MultifdConfig {
-        stall_limit: Duration::MAX,
-        ..config(2)
-    };
-    let limits = Limits {
-        greeting: Duration::MAX,
-        complete: Duration::MAX,
-        channel: Duration::MAX,
-        grace: Duration::MAX,
-        unknown: 0,
-    };
+    let config = config(2).stall_limit(Duration::MAX);
+    let limits = Limits::default()
+        .greeting(Duration::MAX)
+        .complete(Duration::MAX)
+        .channel(Duration::MAX)
+        .grace(Duration::MAX)
+        .unknown(0);
     let dir = tempfile::tempdir().unwrap();
     let at = Address::Unix(dir.path().join("socket"));
     let listener = Listener::bind(&at).unwrap();

@@ -73,10 +73,9 @@ fn count(ram: &Ram, runs: Control) {
 }
 
 fn config() -> Result<MultifdConfig, BoxError> {
-    Ok(MultifdConfig {
-        channels: ChannelCount::new(CHANNELS).ok_or("no channel")?,
-        ..MultifdConfig::default()
-    })
+    Ok(MultifdConfig::new(
+        ChannelCount::new(CHANNELS).ok_or("no channel")?,
+    ))
 }
 
 /// Sends the running guest. The first of `sockets` is the main stream's.

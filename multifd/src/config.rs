@@ -118,6 +118,7 @@ pub enum Flush {
 /// The default is two channels without compression, zero pages found by the channels, synchronised each
 /// round, without zero-copy, for a VM without a UUID (all zero).
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct MultifdConfig {
     /// How many channels.
     pub channels: ChannelCount,
@@ -158,6 +159,57 @@ impl MultifdConfig {
             channels,
             ..Self::default()
         }
+    }
+
+    /// Sets how [pages are compressed](MultifdConfig::compression).
+    #[must_use]
+    pub const fn compression(mut self, compression: Compression) -> Self {
+        self.compression = compression;
+        self
+    }
+
+    /// Sets who looks for [zero pages](MultifdConfig::zero_pages).
+    #[must_use]
+    pub const fn zero_pages(mut self, zero_pages: ZeroPageDetection) -> Self {
+        self.zero_pages = zero_pages;
+        self
+    }
+
+    /// Sets when the channels are [synchronised](MultifdConfig::flush). A wrong setting loads pages out of order.
+    #[must_use]
+    pub const fn flush(mut self, flush: Flush) -> Self {
+        self.flush = flush;
+        self
+    }
+
+    /// Sets how pages [are sent](MultifdConfig::send_mode) that are not compressed.
+    #[must_use]
+    pub const fn send_mode(mut self, mode: SendMode) -> Self {
+        self.send_mode = mode;
+        self
+    }
+
+    /// Sets the [UUID](MultifdConfig::uuid) that the other side compares: a channel of another VM is refused.
+    #[must_use]
+    pub const fn uuid(mut self, uuid: [u8; 16]) -> Self {
+        self.uuid = uuid;
+        self
+    }
+
+    /// Sets the [memory](MultifdConfig::receive_memory) that a peer can make all channels take, bytes. With too
+    /// little for the peer's compression the migration fails.
+    #[must_use]
+    pub const fn receive_memory(mut self, bytes: usize) -> Self {
+        self.receive_memory = bytes;
+        self
+    }
+
+    /// Sets how long a channel [may be silent](MultifdConfig::stall_limit). It must exceed every silence of a
+    /// healthy peer.
+    #[must_use]
+    pub const fn stall_limit(mut self, limit: Duration) -> Self {
+        self.stall_limit = limit;
+        self
     }
 }
 

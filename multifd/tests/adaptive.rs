@@ -23,12 +23,9 @@ const PAGES: u64 = 2048;
 const PATIENCE: Duration = Duration::from_secs(120);
 
 fn config(range: ZstdRange) -> MultifdConfig {
-    MultifdConfig {
-        channels: ChannelCount::new(2).unwrap(),
-        compression: Compression::ZstdAdaptive(range),
-        stall_limit: LIMIT,
-        ..MultifdConfig::default()
-    }
+    MultifdConfig::new(ChannelCount::new(2).unwrap())
+        .compression(Compression::ZstdAdaptive(range))
+        .stall_limit(LIMIT)
 }
 
 /// Passes bytes on, no more than so many a second.
@@ -105,10 +102,8 @@ fn level_follows_the_bandwidth_and_every_page_arrives() {
 
 #[test]
 fn a_level_that_does_not_adapt_is_not_told() {
-    let config = MultifdConfig {
-        compression: Compression::Zstd(multifd::ZstdLevel::default()),
-        ..config(ZstdRange::default())
-    };
+    let config = (config(ZstdRange::default()))
+        .compression(Compression::Zstd(multifd::ZstdLevel::default()));
     let channels = [0; 2].map(|_| {
         let (ours, _) = UnixStream::pair().unwrap();
         SendChannel::from(FdChannel::new(ours, LIMIT).unwrap())

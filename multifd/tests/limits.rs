@@ -100,11 +100,7 @@ fn migrate(ram: &Arc<GuestRamMmap>, channels: u8, compression: Compression) -> V
             ZeroPageDetection::default(),
         )),
         Some(count) => {
-            let config = MultifdConfig {
-                channels: count,
-                compression,
-                ..MultifdConfig::default()
-            };
+            let config = MultifdConfig::new(count).compression(compression);
             let mut connected = Vec::new();
             for _ in 0..channels {
                 let (channel, reader) = connection(&arrivals);
@@ -251,10 +247,7 @@ fn a_peer_that_stands_still_delays_neither_progress_nor_a_cancel() {
                 ZeroPageDetection::default(),
             )),
             Some(count) => {
-                let config = MultifdConfig {
-                    channels: count,
-                    ..MultifdConfig::default()
-                };
+                let config = MultifdConfig::new(count);
                 let connected = (0..channels).map(|_| connect().into()).collect();
                 Box::new(SendSet::start(Arc::clone(&ram), connected, &config).unwrap())
             }

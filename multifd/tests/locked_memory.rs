@@ -37,12 +37,9 @@ fn the_error_names_the_limit_on_locked_memory() {
     };
     setrlimit(Resource::Memlock, none).unwrap();
 
-    let config = MultifdConfig {
-        channels: ChannelCount::new(1).unwrap(),
-        send_mode: SendMode::ZeroCopy,
-        stall_limit: LIMIT,
-        ..MultifdConfig::default()
-    };
+    let config = MultifdConfig::new(ChannelCount::new(1).unwrap())
+        .send_mode(SendMode::ZeroCopy)
+        .stall_limit(LIMIT);
     let (channel, _peer) = connection();
     let (main, _main_peer) = connection();
     let ram = Arc::new(memory(&[PAGES]));

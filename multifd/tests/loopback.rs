@@ -19,13 +19,10 @@ use migration_stream::{GuestRamMmap, PAGE_SIZE, StreamWriter, TransportCounters,
 use multifd::{ChannelCount, Compression, MultifdConfig, RecvSet, SendSet, ZlibLevel, ZstdLevel};
 
 fn config(channels: u8, compression: Compression) -> MultifdConfig {
-    MultifdConfig {
-        channels: ChannelCount::new(channels).unwrap(),
-        compression,
-        uuid: [9; 16],
-        stall_limit: LIMIT,
-        ..MultifdConfig::default()
-    }
+    MultifdConfig::new(ChannelCount::new(channels).unwrap())
+        .compression(compression)
+        .uuid([9; 16])
+        .stall_limit(LIMIT)
 }
 
 fn zlib() -> Compression {
@@ -190,10 +187,7 @@ fn every_page_arrives_by_255_channels() {
 #[test]
 fn without_zero_page_detection_every_page_travels_with_its_data() {
     for compression in [Compression::None, zlib(), zstd()] {
-        let config = MultifdConfig {
-            zero_pages: ZeroPageDetection::None,
-            ..config(2, compression)
-        };
+        let config = config(2, compression).zero_pages(ZeroPageDetection::None);
         assert_eq!(migrate(Over::Tcp, &config).zero_pages, 0);
     }
 }
@@ -201,10 +195,7 @@ fn without_zero_page_detection_every_page_travels_with_its_data() {
 #[test]
 fn every_page_arrives_without_being_copied_on_its_way_out() {
     for channels in [1, 3] {
-        let zero_copy = MultifdConfig {
-            send_mode: SendMode::ZeroCopy,
-            ..config(channels, Compression::None)
-        };
+        let zero_copy = config(channels, Compression::None).send_mode(SendMode::ZeroCopy);
         let counters = migrate(Over::Tcp, &zero_copy);
         // Loopback has no wire that could be waited for: the kernel copies for the receiver.
         assert!(counters.missed_zero_copy > 0, "{counters:?}");
@@ -221,10 +212,7 @@ fn spliced_pages_are_the_peers_own_when_they_are_synchronised() {
         (Over::Tcp, SendMode::Splice),
         (Over::Tcp, SendMode::ZeroCopy),
     ] {
-        let config = MultifdConfig {
-            send_mode,
-            ..config(2, Compression::None)
-        };
+        let config = config(2, Compression::None).send_mode(send_mode);
         let mut m = Migration::start(over, &config);
         for round in 1..10 {
             for page in 0..PAGES[0] {
@@ -251,10 +239,7 @@ fn pages_sent_beside_are_read_when_they_have_drained() {
         (Over::Unix, SendMode::Splice),
         (Over::Tcp, SendMode::ZeroCopy),
     ] {
-        let config = MultifdConfig {
-            send_mode,
-            ..config(2, Compression::None)
-        };
+        let config = config(2, Compression::None).send_mode(send_mode);
         let mut m = Migration::start(over, &config);
         m.send.beside().unwrap().keep_order();
         for round in 1..10 {
@@ -280,10 +265,7 @@ fn pages_sent_beside_are_read_when_they_have_drained() {
 #[test]
 fn what_cannot_be_sent_without_a_copy_is_refused() {
     let start = |over: Over, compression| {
-        let config = MultifdConfig {
-            send_mode: SendMode::ZeroCopy,
-            ..config(2, compression)
-        };
+        let config = config(2, compression).send_mode(SendMode::ZeroCopy);
         let (outgoing, _incoming) = connections(over, &config);
         let channels = outgoing.channels.into_iter().map(Into::into).collect();
         SendSet::start(Arc::new(memory(&PAGES)), channels, &config).unwrap_err()
@@ -454,10 +436,7 @@ fn pages_that_are_as_they_were_sent_do_not_cross_and_no_packet_is_without_pages(
             &both[..1]
         };
         for &send_mode in ways {
-            let config = MultifdConfig {
-                send_mode,
-                ..config(3, compression)
-            };
+            let config = config(3, compression).send_mode(send_mode);
             let mut m = Migration::start(Over::Tcp, &config);
             for page in (0..PAGES[0]).filter(|p| p % 3 != 0) {
                 m.ram.fill(0, page, 0);

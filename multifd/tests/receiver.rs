@@ -23,11 +23,7 @@ use multifd::{ChannelCount, ChannelError, Compression, MultifdConfig, Part, Recv
 const PAGES: [u64; 1] = [64];
 
 fn config(channels: u8) -> MultifdConfig {
-    MultifdConfig {
-        channels: ChannelCount::new(channels).unwrap(),
-        stall_limit: LIMIT,
-        ..MultifdConfig::default()
-    }
+    MultifdConfig::new(ChannelCount::new(channels).unwrap()).stall_limit(LIMIT)
 }
 
 fn start(channels: u8) -> Receiver {
@@ -349,10 +345,7 @@ fn what_comes_along_with_packets_without_a_payload_is_what_it_would_be_alone() {
 
 #[test]
 fn a_peer_that_stops_inside_a_packet_is_late() {
-    let config = MultifdConfig {
-        stall_limit: Duration::from_millis(50),
-        ..config(2)
-    };
+    let config = config(2).stall_limit(Duration::from_millis(50));
     let r = receiver(&config, &PAGES);
     write(&r.peers[0], &sync());
     write(&r.peers[1], &pages(&[0])[..2000]);
@@ -378,10 +371,7 @@ fn a_flush_ends_at_its_deadline() {
 
 #[test]
 fn a_sync_packet_without_a_flush_is_an_error_in_the_end() {
-    let config = MultifdConfig {
-        stall_limit: Duration::from_millis(50),
-        ..config(1)
-    };
+    let config = config(1).stall_limit(Duration::from_millis(50));
     let r = receiver(&config, &PAGES);
     write(&r.peers[0], &sync());
     assert!(r.errors.recv_timeout(LIMIT).unwrap().contains("no flush"));
@@ -565,10 +555,7 @@ fn device_state_that_nobody_takes_is_an_error_that_says_why() {
         assert!(device.0.lock().unwrap().is_empty());
     }
     let compression = Compression::Zstd(ZstdLevel::default());
-    let config = MultifdConfig {
-        compression,
-        ..config(1)
-    };
+    let config = config(1).compression(compression);
     let (set, peer, _) = start_with_device(&config);
     write(&peer, &device_packet(vfio(), b"x"));
     let e = text(&set.barrier().flush().unwrap_err());
@@ -638,14 +625,7 @@ fn pages_outside_the_block_or_of_an_unknown_block_are_errors() {
 #[test]
 fn another_compression_than_configured_is_an_error_that_names_both() {
     let zstd = Compression::Zstd(ZstdLevel::default());
-    let e = error_after(
-        &MultifdConfig {
-            compression: zstd,
-            ..config(2)
-        },
-        &pages(&[0]),
-        false,
-    );
+    let e = error_after(&config(2).compression(zstd), &pages(&[0]), false);
     let ChannelError::Packet { source, .. } = e else {
         panic!("{e:?}")
     };
@@ -673,14 +653,7 @@ fn a_payload_that_is_no_zstd_is_an_error() {
         },
         &[7; 100],
     );
-    let e = error_after(
-        &MultifdConfig {
-            compression: zstd,
-            ..config(2)
-        },
-        &bytes,
-        false,
-    );
+    let e = error_after(&config(2).compression(zstd), &bytes, false);
     assert!(
         matches!(e, ChannelError::Compression { index: 0, .. }),
         "{e:?}"

@@ -22,14 +22,11 @@ use multifd::{ChannelCount, ChannelError, Flush, MultifdConfig, SendChannel, Sen
 const PAGES: u64 = 4096;
 
 fn config(channels: u8) -> MultifdConfig {
-    MultifdConfig {
-        channels: ChannelCount::new(channels).unwrap(),
-        zero_pages: ZeroPageDetection::None,
-        stall_limit: LIMIT,
+    MultifdConfig::new(ChannelCount::new(channels).unwrap())
+        .zero_pages(ZeroPageDetection::None)
+        .stall_limit(LIMIT)
         // The peers of these tests read when all is over.
-        send_mode: SendMode::Copy,
-        ..MultifdConfig::default()
-    }
+        .send_mode(SendMode::Copy)
 }
 
 struct Sender {
@@ -104,10 +101,7 @@ fn every_channel_carries_one_sync_packet_behind_its_pages_and_then_main_its_flus
 
 #[test]
 fn synced_with_each_section_the_channels_are_so_at_its_end_and_main_says_nothing() {
-    let mut s = sender(&MultifdConfig {
-        flush: Flush::EachSection,
-        ..config(2)
-    });
+    let mut s = sender(&config(2).flush(Flush::EachSection));
     s.send(2).unwrap();
     s.sync().unwrap();
     s.set.end_section(&mut s.main).unwrap();
@@ -128,10 +122,7 @@ fn synced_with_each_section_the_channels_are_so_at_its_end_and_main_says_nothing
 
 #[test]
 fn legacy_zero_pages_are_records_of_the_main_stream_ahead_of_its_flush() {
-    let mut s = sender(&MultifdConfig {
-        zero_pages: ZeroPageDetection::Legacy,
-        ..config(1)
-    });
+    let mut s = sender(&config(1).zero_pages(ZeroPageDetection::Legacy));
     s.ram.fill(0, 1, 9);
     s.send(3).unwrap();
     s.sync().unwrap();
@@ -159,10 +150,7 @@ fn nothing_leaves_beside_a_main_stream_that_has_zero_pages_of_its_own() {
         (ZeroPageDetection::Multifd, true),
         (ZeroPageDetection::None, true),
     ] {
-        let mut s = sender(&MultifdConfig {
-            zero_pages,
-            ..config(1)
-        });
+        let mut s = sender(&config(1).zero_pages(zero_pages));
         assert_eq!(s.set.beside().is_some(), is_ordered, "{zero_pages:?}");
     }
 }
@@ -272,10 +260,7 @@ fn a_peer_that_stops_reading_is_late_at_the_deadline() {
 
 #[test]
 fn without_a_deadline_a_peer_that_stops_reading_is_late_after_the_stall_limit() {
-    let mut s = sender(&MultifdConfig {
-        stall_limit: Duration::from_millis(50),
-        ..config(2)
-    });
+    let mut s = sender(&config(2).stall_limit(Duration::from_millis(50)));
     let e = s.send(PAGES).and_then(|()| s.sync()).unwrap_err();
     assert!(
         matches!(cause(&e), (None, ChannelError::Stalled { .. })),
@@ -353,10 +338,7 @@ fn another_number_of_channels_than_configured_is_refused() {
 
 #[test]
 fn a_legacy_zero_page_that_was_zero_before_is_no_record_of_the_main_stream() {
-    let mut s = sender(&MultifdConfig {
-        zero_pages: ZeroPageDetection::Legacy,
-        ..config(1)
-    });
+    let mut s = sender(&config(1).zero_pages(ZeroPageDetection::Legacy));
     assert!(s.set.leave_out_unchanged(WhenToCompare::Always).unwrap());
     for _ in 0..3 {
         s.send(2).unwrap();

@@ -20,13 +20,10 @@ use multifd::{
 const PAGES: u64 = 600;
 
 fn config(channels: u8) -> MultifdConfig {
-    MultifdConfig {
-        channels: ChannelCount::new(channels).unwrap(),
-        zero_pages: ZeroPageDetection::None,
-        stall_limit: LIMIT,
-        send_mode: SendMode::Copy,
-        ..MultifdConfig::default()
-    }
+    MultifdConfig::new(ChannelCount::new(channels).unwrap())
+        .zero_pages(ZeroPageDetection::None)
+        .stall_limit(LIMIT)
+        .send_mode(SendMode::Copy)
 }
 
 /// Sends rounds of pages until it fails.
@@ -41,10 +38,7 @@ fn send_until_it_fails(set: &mut SendSet, main: &mut StreamWriter) -> TransportE
 
 #[test]
 fn compression_that_differs_is_told_by_both_sides() {
-    let source = MultifdConfig {
-        compression: Compression::Zlib(ZlibLevel::default()),
-        ..config(2)
-    };
+    let source = config(2).compression(Compression::Zlib(ZlibLevel::default()));
     let pair = || {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let end = |stream| FdChannel::new(stream, LIMIT).unwrap();
@@ -88,11 +82,9 @@ fn compression_that_differs_is_told_by_both_sides() {
 #[test]
 fn the_memory_of_all_channels_is_one_setting_and_what_does_not_fit_names_it() {
     let receive = |channels: u8, receive_memory, compression| {
-        let config = MultifdConfig {
-            receive_memory,
-            compression,
-            ..config(channels)
-        };
+        let config = config(channels)
+            .receive_memory(receive_memory)
+            .compression(compression);
         let (peers, ours): (Vec<_>, Vec<_>) = (0..channels)
             .map(|_| {
                 let (peer, ours) = UnixStream::pair().unwrap();

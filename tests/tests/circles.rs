@@ -2,6 +2,7 @@
 //!
 //! A file needs those that it names in `use` and in paths, re-exports followed to where a thing is defined.
 //! Tests and documentation may name what they like.
+#![allow(clippy::tests_outside_test_module)] // this whole file is tests
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;

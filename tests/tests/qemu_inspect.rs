@@ -346,12 +346,11 @@ fn listened_to(qemu: &Binary, channels: bool) -> Result<()> {
         source
             .qmp
             .set_parameters(json!({"multifd-channels": 2, "multifd-compression": "zstd"}))?;
-        Some(MultifdConfig {
-            channels: ChannelCount::new(2).ok_or("no count")?,
-            compression: Compression::Zstd(ZstdLevel::default()),
-            stall_limit: PATIENCE,
-            ..MultifdConfig::default()
-        })
+        Some(
+            MultifdConfig::new(ChannelCount::new(2).ok_or("no count")?)
+                .compression(Compression::Zstd(ZstdLevel::default()))
+                .stall_limit(PATIENCE),
+        )
     } else {
         None
     };

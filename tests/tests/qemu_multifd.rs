@@ -91,10 +91,7 @@ fn main() -> ExitCode {
                 relay_with(
                     q,
                     &newest(q),
-                    MultifdConfig {
-                        send_mode: SendMode::ZeroCopy,
-                        ..config(2, PLAIN(), Multifd)
-                    },
+                    (config(2, PLAIN(), Multifd)).send_mode(SendMode::ZeroCopy),
                 )
             }),
         ]
@@ -129,13 +126,10 @@ fn relay(
 }
 
 fn config(channels: u8, compression: Compression, zero_pages: ZeroPageDetection) -> MultifdConfig {
-    MultifdConfig {
-        channels: ChannelCount::new(channels).unwrap_or_default(),
-        compression,
-        zero_pages,
-        stall_limit: PATIENCE,
-        ..MultifdConfig::default()
-    }
+    MultifdConfig::new(ChannelCount::new(channels).unwrap_or_default())
+        .compression(compression)
+        .zero_pages(zero_pages)
+        .stall_limit(PATIENCE)
 }
 
 fn flush(machine: &str) -> Result<Flush> {
@@ -188,10 +182,7 @@ const THIN: u64 = 2_000_000;
 fn adaptive(qemu: &Binary) -> Result<()> {
     let machine = newest(qemu);
     let levels = Compression::ZstdAdaptive(ZstdRange::default());
-    let config = MultifdConfig {
-        flush: flush(&machine)?,
-        ..config(2, levels, ZeroPageDetection::Legacy)
-    };
+    let config = config(2, levels, ZeroPageDetection::Legacy).flush(flush(&machine)?);
     let dir = tempfile::tempdir()?;
     let disk = dir.path().join("disk");
     let checker = Checker {

@@ -199,11 +199,10 @@ impl Destination {
         let memory = store::memory(RamBlockTable::new(blocks)?)?;
         let multifd = match how {
             How::Plain | How::Xbzrle => None,
-            How::Multifd(count, compression) => Some(MultifdConfig {
-                channels: ChannelCount::new(count).unwrap_or_default(),
-                compression,
-                ..MultifdConfig::default()
-            }),
+            How::Multifd(count, compression) => Some(
+                MultifdConfig::new(ChannelCount::new(count).unwrap_or_default())
+                    .compression(compression),
+            ),
         };
         let decoder = DecoderConfig::new(ConfigurationRule::Any)
             .xbzrle(matches!(how, How::Xbzrle))

@@ -161,11 +161,7 @@ pub fn migrated_by(
 
 fn multifd(channels: &[FdChannel]) -> Option<MultifdConfig> {
     let channels = ChannelCount::new(u8::try_from(channels.len()).unwrap())?;
-    Some(MultifdConfig {
-        channels,
-        stall_limit: LIMIT,
-        ..MultifdConfig::default()
-    })
+    Some(MultifdConfig::new(channels).stall_limit(LIMIT))
 }
 
 fn migrate_away(connections: Vec<FdChannel>, how: How) -> Result<PrimaryEnd, SourceError> {

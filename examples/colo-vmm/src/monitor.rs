@@ -11,6 +11,7 @@ use qmp_types::{
 use crate::machine::MachineError;
 use crate::migration::{Migration, no_heartbeat};
 use crate::operator::Operator;
+use crate::vm::ContError;
 
 /// Carries out commands.
 pub struct Monitor {
@@ -66,14 +67,7 @@ impl Monitor {
     }
 
     fn stop(&self) -> CommandResult {
-        let vm = self.migration.vm();
-        match vm.state() {
-            RunState::InMigrate => {
-                vm.set_stays(true);
-                self.migration.set_autostart(false);
-            }
-            _ => vm.pause().map_err(refused)?,
-        }
+        self.migration.vm().pause().map_err(refused)?;
         done()
     }
 
@@ -81,20 +75,15 @@ impl Monitor {
         if self.migration.run_here()? {
             return done();
         }
-        let vm = self.migration.vm();
-        match vm.state() {
-            RunState::InMigrate => {
-                vm.set_stays(false);
-                self.migration.set_autostart(true);
-            }
-            RunState::Colo => return Err(QmpError::colo_checkpoint_in_progress()),
-            RunState::FinishMigrate => return Err(QmpError::migration_not_finalized()),
-            RunState::Shutdown | RunState::InternalError => return Err(QmpError::reset_required()),
-            _ => {
-                vm.resume().map_err(refused)?;
-            }
+        match self.migration.vm().cont() {
+            Ok(()) => done(),
+            Err(ContError::Machine(error)) => Err(refused(error)),
+            Err(ContError::State { state }) => Err(match state {
+                RunState::Colo => QmpError::colo_checkpoint_in_progress(),
+                RunState::FinishMigrate => QmpError::migration_not_finalized(),
+                _ => QmpError::reset_required(),
+            }),
         }
-        done()
     }
 
     fn yank(&self, instances: &[YankInstance]) -> CommandResult {

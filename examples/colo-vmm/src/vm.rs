@@ -23,8 +23,10 @@ struct Inner {
     suspended: bool,
     machine: Box<dyn Machine>,
     state: RunState,
-    /// What it is when the checkpoint is over that is being taken, or that comes.
+    /// What it is when the checkpoint or the hand-over is over that is under way, or that comes.
     after: RunState,
+    /// A guest that arrives is to run, if it ran where it comes from.
+    autostart: bool,
     /// It is to be reset then; whether the guest wants it.
     reset: Option<bool>,
     /// What a reset loads.
@@ -43,6 +45,7 @@ impl Vm {
                 machine,
                 state,
                 after: RunState::Running,
+                autostart: true,
                 reset: None,
                 image: None,
             }),
@@ -129,12 +132,69 @@ impl Vm {
         Ok(())
     }
 
-    /// Whether the guest is to stand still when the next checkpoint is over.
-    pub fn set_stays(&self, stays: bool) {
-        self.lock().after = if stays {
-            RunState::Paused
-        } else {
+    /// Stops the guest for a hand-over to another VM, and returns the state before. Until
+    /// [`Vm::take_back`] nobody lets it run, and who stops it meanwhile keeps it stopped.
+    ///
+    /// # Errors
+    /// As for [`Vm::stop`].
+    pub fn stop_for_hand_over(&self) -> Result<RunState, MachineError> {
+        let mut inner = self.lock();
+        inner.machine.stop()?;
+        let before = inner.state;
+        if inner.fenced {
+            return Err(MachineError::Fenced);
+        }
+        inner.after = before;
+        inner.state = RunState::FinishMigrate;
+        if before == RunState::Running {
+            self.events.publish(&Event::Stop);
+        }
+        Ok(before)
+    }
+
+    /// The hand-over has failed: the guest does what it would do without.
+    ///
+    /// # Errors
+    /// As for [`Vm::resume`].
+    pub fn take_back(&self) -> Result<Instant, MachineError> {
+        let mut inner = self.lock();
+        if inner.after == RunState::Running {
+            return self.resume_locked(&mut inner);
+        }
+        if !inner.fenced {
+            inner.state = inner.after;
+        }
+        Ok(Instant::now())
+    }
+
+    /// Sets whether a guest that arrives is to run, if it ran where it comes from.
+    pub fn set_autostart(&self, autostart: bool) {
+        self.lock().autostart = autostart;
+    }
+
+    /// A guest has arrived, which `ran` where it comes from. It runs, if it is to.
+    ///
+    /// # Errors
+    /// As for [`Vm::resume`]; it is paused then.
+    pub fn arrived(&self, ran: bool) -> Result<(), MachineError> {
+        let mut inner = self.lock();
+        if !inner.fenced {
+            inner.state = RunState::Paused;
+        }
+        if inner.autostart && ran {
+            self.resume_locked(&mut inner)?;
+        }
+        Ok(())
+    }
+
+    /// A guest has arrived that is checkpointed, and which `ran` where it comes from: whether it is to run
+    /// from the first checkpoint on.
+    pub fn arrived_for_checkpoints(&self, ran: bool) {
+        let mut inner = self.lock();
+        inner.after = if inner.autostart && ran {
             RunState::Running
+        } else {
+            RunState::Paused
         };
     }
 
@@ -191,8 +251,8 @@ impl Vm {
         Ok(())
     }
 
-    /// An operator stops the guest, which runs, or stands still for a checkpoint that is not to end
-    /// that.
+    /// An operator stops the guest, whatever it is doing: it runs, or would run when the checkpoint or the
+    /// hand-over is over, or when it has arrived.
     ///
     /// # Errors
     /// As for [`Vm::stop`].
@@ -204,8 +264,38 @@ impl Vm {
                 inner.state = RunState::Paused;
                 self.events.publish(&Event::Stop);
             }
-            RunState::Colo if inner.after == RunState::Running => inner.after = RunState::Paused,
+            RunState::InMigrate => {
+                inner.autostart = false;
+                inner.after = RunState::Paused;
+            }
+            RunState::Colo | RunState::FinishMigrate if inner.after == RunState::Running => {
+                inner.after = RunState::Paused;
+            }
             _ => {}
+        }
+        Ok(())
+    }
+
+    /// An operator lets the guest run, or has it run when it has arrived.
+    ///
+    /// # Errors
+    /// The guest cannot run in this state; the machine's.
+    pub fn cont(&self) -> Result<(), ContError> {
+        // The state may not change between this look at it and the resume: what reads the machine of a guest
+        // that stands still has set it.
+        let mut inner = self.lock();
+        match inner.state {
+            RunState::InMigrate => {
+                inner.autostart = true;
+                inner.after = RunState::Running;
+            }
+            state @ (RunState::Colo
+            | RunState::FinishMigrate
+            | RunState::Shutdown
+            | RunState::InternalError) => return Err(ContError::State { state }),
+            _ => {
+                self.resume_locked(&mut inner)?;
+            }
         }
         Ok(())
     }
@@ -317,6 +407,21 @@ impl Vm {
     }
 }
 
+/// Why an operator cannot let a guest run.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ContError {
+    /// It is being copied, is on its way to another VM, or has ended.
+    #[error("the guest cannot run in the state '{state}'")]
+    State {
+        /// The state.
+        state: RunState,
+    },
+    /// The machine's.
+    #[error(transparent)]
+    Machine(#[from] MachineError),
+}
+
 /// Why a VM was not reset.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -337,5 +442,100 @@ impl std::fmt::Debug for Vm {
         f.debug_struct("Vm")
             .field("state", &self.state())
             .finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::thread;
+
+    use super::*;
+    use crate::guest::WorkloadConfig;
+    use crate::machine::{CpuOptions, MachineConfig, RunState as Machine, SimMachine};
+
+    fn vm(state: RunState) -> Vm {
+        let machine = SimMachine::new(MachineConfig {
+            memory: Arc::new(Memory::new(16 << 20).unwrap()),
+            vcpus: 1,
+            guest: Some(GuestImage::Workload(WorkloadConfig {
+                memory_mib: 16,
+                ..WorkloadConfig::default()
+            })),
+            serial: Box::new(std::io::sink()),
+            cpu: CpuOptions::default(),
+        });
+        Vm::new(Box::new(machine.unwrap()), state, Arc::new(EventBus::new()))
+    }
+
+    fn is_running(vm: &Vm) -> bool {
+        vm.with_machine(|machine| machine.state()) == Machine::Running
+    }
+
+    #[test]
+    fn an_operator_who_stops_and_lets_go_on_disturbs_no_checkpoint_and_no_hand_over() {
+        let vm = vm(RunState::Paused);
+        let done = AtomicBool::new(false);
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                while !done.load(Ordering::Relaxed) {
+                    vm.pause().unwrap();
+                    match vm.cont() {
+                        Ok(()) | Err(ContError::State { .. }) => {}
+                        Err(ContError::Machine(error)) => panic!("{error}"),
+                    }
+                }
+            });
+            for round in 0..2000 {
+                let is_checkpoint = round % 2 == 0;
+                if is_checkpoint {
+                    vm.stop_for_checkpoint().unwrap();
+                } else {
+                    vm.stop_for_hand_over().unwrap();
+                }
+                for _ in 0..10 {
+                    assert!(!is_running(&vm), "round {round}");
+                    thread::yield_now();
+                }
+                if is_checkpoint {
+                    vm.resume_after_checkpoint().unwrap();
+                } else {
+                    vm.take_back().unwrap();
+                }
+            }
+            done.store(true, Ordering::Relaxed);
+        });
+    }
+
+    #[test]
+    fn a_stop_while_the_guest_is_handed_over_holds_when_it_comes_back() {
+        let vm = vm(RunState::Paused);
+        vm.resume().unwrap();
+        assert_eq!(vm.stop_for_hand_over().unwrap(), RunState::Running);
+        vm.pause().unwrap();
+        assert!(matches!(vm.cont(), Err(ContError::State { .. })));
+        vm.take_back().unwrap();
+        assert_eq!(vm.state(), RunState::Paused);
+        assert!(!is_running(&vm));
+        vm.cont().unwrap();
+        assert!(is_running(&vm));
+    }
+
+    #[test]
+    fn the_last_word_of_an_operator_counts_when_a_guest_arrives() {
+        for (stop, ran, runs) in [
+            (false, true, true),
+            (true, true, false),
+            (false, false, false),
+        ] {
+            let vm = vm(RunState::InMigrate);
+            vm.pause().unwrap();
+            vm.cont().unwrap();
+            if stop {
+                vm.pause().unwrap();
+            }
+            vm.arrived(ran).unwrap();
+            assert_eq!(is_running(&vm), runs, "stop {stop}, ran {ran}");
+        }
     }
 }

@@ -15,8 +15,8 @@ use crate::machine::Machine;
 /// How guests of this VMM migrate: by `channels` channels, or none.
 pub fn route(channels: u8) -> Result<Route, BoxError> {
     let multifd = ChannelCount::new(channels).map(MultifdConfig::new);
-    let route = Route::new(MachineName::new("minimal-1")?).with_multifd(multifd);
-    Ok(route.with_patience(Duration::from_secs(10)))
+    let route = Route::new(MachineName::new("minimal-1")?).multifd(multifd);
+    Ok(route.patience(Duration::from_secs(10)))
 }
 // ANCHOR_END: route
 

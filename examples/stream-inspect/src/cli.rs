@@ -142,11 +142,10 @@ impl Cli {
         let timeout = Duration::from_secs(self.timeout);
         let listening = Listening::open(ListenConfig {
             at: at.clone(),
-            multifd: self.multifd.map(|channels| MultifdConfig {
-                channels,
-                compression: self.compression.into(),
-                stall_limit: timeout,
-                ..MultifdConfig::default()
+            multifd: self.multifd.map(|channels| {
+                MultifdConfig::new(channels)
+                    .compression(self.compression.into())
+                    .stall_limit(timeout)
             }),
             without_return_path: self.without_return_path,
             timeout,

@@ -56,11 +56,9 @@ impl Listening {
     pub fn open(config: ListenConfig) -> Result<Self, IncomingError> {
         let listener = Listener::bind(&config.at)?;
         let address = listener.address().clone();
-        let limits = Limits {
-            complete: config.timeout,
-            channel: config.timeout,
-            ..Limits::default()
-        };
+        let limits = Limits::default()
+            .complete(config.timeout)
+            .channel(config.timeout);
         let acceptor = Acceptor::new(listener, config.multifd.as_ref(), limits)?;
         Ok(Self {
             config,

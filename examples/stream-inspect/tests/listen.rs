@@ -24,10 +24,7 @@ fn error_of(timeout: Duration, leaves: bool) -> String {
     let path = dir.path().join("socket");
     let listening = Listening::open(ListenConfig {
         at: Address::Unix(path.clone()),
-        multifd: Some(MultifdConfig {
-            channels: ChannelCount::new(1).unwrap(),
-            ..MultifdConfig::default()
-        }),
+        multifd: Some(MultifdConfig::new(ChannelCount::new(1).unwrap())),
         without_return_path: false,
         timeout,
     })
@@ -67,10 +64,7 @@ fn a_stream_that_ends_because_a_channel_failed_is_told_by_what_the_channel_met()
     let path = dir.path().join("socket");
     let listening = Listening::open(ListenConfig {
         at: Address::Unix(path.clone()),
-        multifd: Some(MultifdConfig {
-            channels: ChannelCount::new(1).unwrap(),
-            ..MultifdConfig::default()
-        }),
+        multifd: Some(MultifdConfig::new(ChannelCount::new(1).unwrap())),
         without_return_path: true,
         timeout: LONG,
     })

@@ -118,11 +118,9 @@ impl Incoming {
             Endpoint::Socket(address) => {
                 let listener = Listener::bind(address)?;
                 let address = listener.address().clone();
-                let limits = Limits {
-                    complete: config.timeout,
-                    channel: config.timeout,
-                    ..Limits::default()
-                };
+                let limits = Limits::default()
+                    .complete(config.timeout)
+                    .channel(config.timeout);
                 let multifd = config.channels.map(|c| config.multifd(c));
                 let acceptor = Acceptor::new(listener, multifd.as_ref(), limits)?;
                 Origin::Socket {
@@ -295,13 +293,10 @@ pub(crate) fn limits(len: usize) -> TailLimits {
 
 impl IncomingConfig {
     fn multifd(&self, channels: Channels) -> MultifdConfig {
-        MultifdConfig {
-            channels: channels.count,
-            compression: channels.compression,
-            uuid: self.uuid,
-            stall_limit: self.timeout,
-            ..MultifdConfig::default()
-        }
+        MultifdConfig::new(channels.count)
+            .compression(channels.compression)
+            .uuid(self.uuid)
+            .stall_limit(self.timeout)
     }
 
     /// Compares the device state behind RAM with its limit before RAM is read, if the file says already how

@@ -213,19 +213,16 @@ impl<F: Fn() -> Result<Devices, NotComing>> Departure<'_, F> {
     }
 
     fn multifd(&self, channels: Channels) -> MultifdConfig {
-        MultifdConfig {
-            channels: channels.count,
-            compression: channels.compression,
-            zero_pages: self.config.zero_pages,
-            flush: if self.machine_version().flushes_each_section() {
+        MultifdConfig::new(channels.count)
+            .compression(channels.compression)
+            .zero_pages(self.config.zero_pages)
+            .flush(if self.machine_version().flushes_each_section() {
                 Flush::EachSection
             } else {
                 Flush::EachRound
-            },
-            uuid: self.config.uuid,
-            stall_limit: self.config.timeout,
-            ..MultifdConfig::default()
-        }
+            })
+            .uuid(self.config.uuid)
+            .stall_limit(self.config.timeout)
     }
 
     fn in_stream(&self) -> InStream {

@@ -242,11 +242,7 @@ mod tests {
     use super::*;
 
     fn config(channels: u8) -> MultifdConfig {
-        MultifdConfig {
-            channels: ChannelCount::new(channels).unwrap(),
-            uuid: [7; 16],
-            ..MultifdConfig::default()
-        }
+        MultifdConfig::new(ChannelCount::new(channels).unwrap()).uuid([7; 16])
     }
 
     /// Feeds `bytes`, `step` at a time, and returns the verdict and how many were taken.

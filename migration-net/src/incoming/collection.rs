@@ -18,6 +18,7 @@ const EXHAUSTED_PAUSE: Duration = Duration::from_millis(100);
 ///
 /// A limit of [`Duration::MAX`] is none.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Limits {
     /// A connection must have said what it is this long after it was accepted. Default 10 s.
     pub greeting: Duration,
@@ -37,6 +38,14 @@ pub struct Limits {
 
 impl Default for Limits {
     fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Limits {
+    /// Returns the limits as by default.
+    #[must_use]
+    pub const fn new() -> Self {
         Self {
             greeting: Duration::from_secs(10),
             complete: Duration::from_secs(15),
@@ -44,6 +53,42 @@ impl Default for Limits {
             unknown: 256,
             grace: Duration::from_secs(1),
         }
+    }
+
+    /// Sets how long a connection has [to say what it is](Limits::greeting).
+    #[must_use]
+    pub const fn greeting(mut self, limit: Duration) -> Self {
+        self.greeting = limit;
+        self
+    }
+
+    /// Sets how long [all connections](Limits::complete) have to be there.
+    #[must_use]
+    pub const fn complete(mut self, limit: Duration) -> Self {
+        self.complete = limit;
+        self
+    }
+
+    /// Sets how long the collected channels [wait for the peer](Limits::channel). It must exceed every silence of
+    /// a healthy peer.
+    #[must_use]
+    pub const fn channel(mut self, limit: Duration) -> Self {
+        self.channel = limit;
+        self
+    }
+
+    /// Sets how many [unknown connections](Limits::unknown) may be open. Each costs a descriptor.
+    #[must_use]
+    pub const fn unknown(mut self, connections: usize) -> Self {
+        self.unknown = connections;
+        self
+    }
+
+    /// Sets how long an unknown connection [can count on](Limits::grace).
+    #[must_use]
+    pub const fn grace(mut self, limit: Duration) -> Self {
+        self.grace = limit;
+        self
     }
 }
 

@@ -60,8 +60,8 @@ pub enum Origin {
 /// use migration_stream::precopy::Limits;
 ///
 /// let route = Route::new(MachineName::new("my-vmm-1")?)
-///     .with_patience(Duration::from_secs(20))
-///     .with_limits(Limits::new(1 << 30, Duration::from_millis(100)).into());
+///     .patience(Duration::from_secs(20))
+///     .limits(Limits::new(1 << 30, Duration::from_millis(100)).into());
 /// assert_eq!(route.limits.max_bandwidth(), 1 << 30);
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
@@ -120,7 +120,7 @@ impl Route {
 
     /// Sets the [configuration section](Route::configuration).
     #[must_use]
-    pub fn with_configuration(self, configuration: Configuration) -> Self {
+    pub fn configuration(self, configuration: Configuration) -> Self {
         Self {
             configuration,
             ..self
@@ -129,26 +129,26 @@ impl Route {
 
     /// Sets the [limits](Route::limits), which the caller may share.
     #[must_use]
-    pub fn with_limits(self, limits: Arc<Limits>) -> Self {
+    pub fn limits(self, limits: Arc<Limits>) -> Self {
         Self { limits, ..self }
     }
 
     /// Sets the [patience](Route::patience).
     #[must_use]
-    pub fn with_patience(self, patience: Duration) -> Self {
+    pub fn patience(self, patience: Duration) -> Self {
         Self { patience, ..self }
     }
 
     /// Lets `token` [end](Route::cancel) one migration.
     #[must_use]
-    pub fn with_cancel(self, token: &CancelToken) -> Self {
+    pub fn cancel(self, token: &CancelToken) -> Self {
         let cancel = Some(token.clone());
         Self { cancel, ..self }
     }
 
     /// Sets whether the target is [asked for answers](Route::return_path).
     #[must_use]
-    pub fn with_return_path(self, return_path: bool) -> Self {
+    pub fn return_path(self, return_path: bool) -> Self {
         Self {
             return_path,
             ..self
@@ -157,7 +157,7 @@ impl Route {
 
     /// Sets whether SWITCHOVER_START [is sent](Route::switchover_start).
     #[must_use]
-    pub fn with_switchover_start(self, switchover_start: bool) -> Self {
+    pub fn switchover_start(self, switchover_start: bool) -> Self {
         Self {
             switchover_start,
             ..self
@@ -166,20 +166,20 @@ impl Route {
 
     /// Sets who looks for [zero pages](Route::zero_pages).
     #[must_use]
-    pub fn with_zero_pages(self, zero_pages: ZeroPageDetection) -> Self {
+    pub fn zero_pages(self, zero_pages: ZeroPageDetection) -> Self {
         Self { zero_pages, ..self }
     }
 
     /// Sets the size of the cache for [differences](Route::xbzrle), bytes.
     #[must_use]
-    pub fn with_xbzrle(self, xbzrle: impl Into<Option<u64>>) -> Self {
+    pub fn xbzrle(self, xbzrle: impl Into<Option<u64>>) -> Self {
         let xbzrle = xbzrle.into();
         Self { xbzrle, ..self }
     }
 
     /// Sets the [longest device section](Route::max_devices), bytes.
     #[must_use]
-    pub fn with_max_devices(self, max_devices: usize) -> Self {
+    pub fn max_devices(self, max_devices: usize) -> Self {
         Self {
             max_devices,
             ..self
@@ -189,7 +189,7 @@ impl Route {
     /// Sets the [channels](Route::multifd).
     #[cfg(feature = "multifd")]
     #[must_use]
-    pub fn with_multifd(self, multifd: impl Into<Option<MultifdConfig>>) -> Self {
+    pub fn multifd(self, multifd: impl Into<Option<MultifdConfig>>) -> Self {
         let multifd = multifd.into();
         Self { multifd, ..self }
     }
@@ -219,11 +219,9 @@ impl Route {
     /// # Errors
     /// [`IncomingError::Listen`].
     pub fn acceptor(&self, listener: impl Into<Listener>) -> Result<Acceptor, IncomingError> {
-        let limits = incoming::Limits {
-            complete: self.patience,
-            channel: self.patience,
-            ..incoming::Limits::default()
-        };
+        let limits = incoming::Limits::default()
+            .complete(self.patience)
+            .channel(self.patience);
         Acceptor::new(listener, self.channels(), limits)
     }
 

@@ -49,18 +49,13 @@ pub fn run(script: &[u8]) -> Outcome {
     let mut bytes = script.iter().copied();
     let mut next = move || bytes.next();
     let channels = ChannelCount::new(next().unwrap_or(0) % 4);
-    let config = channels.map(|channels| MultifdConfig {
-        channels,
-        uuid: UUID,
-        ..MultifdConfig::default()
-    });
-    let limits = Limits {
-        greeting: GREETING,
-        complete: COMPLETE,
-        channel: COMPLETE,
-        unknown: UNKNOWN,
-        grace: GRACE,
-    };
+    let config = channels.map(|channels| MultifdConfig::new(channels).uuid(UUID));
+    let limits = Limits::default()
+        .greeting(GREETING)
+        .complete(COMPLETE)
+        .channel(COMPLETE)
+        .unknown(UNKNOWN)
+        .grace(GRACE);
     let mut model = Model {
         collection: Collection::new(config.as_ref(), limits),
         wanted: channels.map_or(0, ChannelCount::get),

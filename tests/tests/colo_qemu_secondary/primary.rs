@@ -55,11 +55,7 @@ pub struct Way {
 
 impl Way {
     fn multifd(self) -> Option<MultifdConfig> {
-        Some(MultifdConfig {
-            channels: ChannelCount::new(self.channels)?,
-            stall_limit: PATIENCE,
-            ..MultifdConfig::default()
-        })
+        Some(MultifdConfig::new(ChannelCount::new(self.channels)?).stall_limit(PATIENCE))
     }
 
     fn driver(self) -> DriverConfig {

@@ -61,11 +61,7 @@ pub fn primary(data: &[u8]) -> u64 {
         match ChannelCount::new(u8::try_from(channels).expect("few")) {
             None => Box::new(InStream::new(Arc::clone(&ram), ZeroPageDetection::Multifd)),
             Some(count) => {
-                let config = MultifdConfig {
-                    channels: count,
-                    stall_limit: Duration::from_secs(10),
-                    ..MultifdConfig::default()
-                };
+                let config = MultifdConfig::new(count).stall_limit(Duration::from_secs(10));
                 let closes = Arc::clone(&world);
                 let channels = vec![SendChannel::new(sink(), move || closes.close())];
                 Box::new(SendSet::start(Arc::clone(&ram), channels, &config).expect("threads"))

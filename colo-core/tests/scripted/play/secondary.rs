@@ -150,12 +150,9 @@ fn receive(
     early: bool,
     world: &Shared,
 ) -> RecvSet<ColoStore> {
-    let config = MultifdConfig {
-        channels,
+    let config = MultifdConfig::new(channels)
         // Far longer than the driver's deadlines: a busy host is no mistake.
-        stall_limit: Duration::from_secs(10),
-        ..MultifdConfig::default()
-    };
+        .stall_limit(Duration::from_secs(10));
     let of = |script: &Vec<u8>| {
         let mut bytes = [sync(), sync()].concat();
         let mut then = script.clone();

@@ -300,7 +300,7 @@ pub(super) fn run(args: &RunArgs) -> Result<ExitCode, Box<dyn Error>> {
             vm.resume()?;
         }
         Some(incoming) => {
-            migration.set_autostart(!args.paused);
+            vm.set_autostart(!args.paused);
             if let IncomingArg::Uri(address) = incoming {
                 migration
                     .start_incoming(address, true)

@@ -45,15 +45,12 @@ pub(super) fn config(migration: &Migration) -> DriverConfig {
         .elide_unchanged(options.skip_unchanged)
 }
 
-/// The VM, without disks, with its serial line as all the output there is. `run`: the guest runs
-/// when COLO begins.
+/// The VM, without disks, with its serial line as all the output there is.
 pub(super) fn parts(
     migration: &Arc<Migration>,
     role: Role,
-    run: bool,
 ) -> Hooks<CheckpointedVm, NoReplication, ConsoleGate> {
     let console = migration.console.clone();
-    migration.vm.set_stays(!run);
     Hooks {
         vm: CheckpointedVm {
             migration: Arc::clone(migration),

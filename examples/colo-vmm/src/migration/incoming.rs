@@ -1,7 +1,6 @@
 //! The target: listen, take a guest in, and go on as the COLO secondary.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::Duration;
 
@@ -73,11 +72,9 @@ pub(super) fn prepare(
     };
     let listener = Listener::bind(address)?;
     let listening = qmp_addresses(&listener);
-    let limits = Limits {
-        complete: migration.options.io_limit,
-        channel: migration.options.io_limit,
-        ..Limits::default()
-    };
+    let limits = Limits::default()
+        .complete(migration.options.io_limit)
+        .channel(migration.options.io_limit);
     let acceptor = Acceptor::new(listener, multifd.as_ref(), limits)?
         .on_refused(|refusal| tracing::warn!(%refusal, "connection refused"));
     // A cache would replace what was populated, or be as large again.
@@ -298,10 +295,7 @@ fn complete(
     settled.confirm()?;
     migration.options.boundaries.reach("confirmed");
     migration.connections.clear();
-    migration.vm.set_state(RunState::Paused);
-    if to_run(migration)
-        && let Err(error) = migration.vm.resume()
-    {
+    if let Err(error) = migration.vm.arrived(ran(migration)) {
         // The source has given the guest away: it is here, whatever state it is in.
         let error = format!(
             "the guest has arrived and does not run: {}",
@@ -334,14 +328,16 @@ fn enter_colo(
     let link = SecondaryLink::new(confirmed, log, pool);
     // From here on nothing ends this side but COLO's own end, which is reported.
     migration.status.set(MigrationStatus::Colo);
-    let mut parts = colo::parts(migration, Role::Secondary, to_run(migration));
+    migration.vm.arrived_for_checkpoints(ran(migration));
+    let mut parts = colo::parts(migration, Role::Secondary);
     let outcome = run_secondary(link, &mut parts, &control, colo::config(migration))?;
     colo::finish(migration, outcome);
     Ok(())
 }
 
-fn to_run(migration: &Migration) -> bool {
-    migration.autostart.load(Ordering::Acquire) && migration.global_state.get() == RunState::Running
+/// Whether the guest ran where it comes from.
+fn ran(migration: &Migration) -> bool {
+    migration.global_state.get() == RunState::Running
 }
 
 #[cfg(test)]

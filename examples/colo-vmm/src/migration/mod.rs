@@ -20,7 +20,7 @@ mod plan;
 mod status;
 mod uncertain;
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
@@ -80,8 +80,6 @@ pub struct Migration {
     figures: Figures,
     /// As a primary, the most that is sent between checkpoints if any pages are, bytes a second.
     gap_bandwidth: AtomicU64,
-    /// `-S` of the target: whether the guest is to run once it has arrived.
-    autostart: AtomicBool,
     job: Mutex<Job>,
     heartbeat: OnceLock<Heartbeat>,
     /// Called when an incoming migration failed that was to end the process with it.
@@ -131,7 +129,6 @@ impl Migration {
             global_state,
             figures: Figures::default(),
             incoming: Mutex::new(incoming),
-            autostart: AtomicBool::new(true),
             job: Mutex::default(),
             heartbeat: OnceLock::new(),
             on_fatal: Box::new(on_fatal),
@@ -227,11 +224,6 @@ impl Migration {
     /// Capabilities and parameters.
     pub fn settings(&self) -> MutexGuard<'_, Settings> {
         lock(&self.settings)
-    }
-
-    /// Sets whether the guest is to run once it has arrived.
-    pub fn set_autostart(&self, autostart: bool) {
-        self.autostart.store(autostart, Ordering::Release);
     }
 
     /// Is this VM waiting for its guest?

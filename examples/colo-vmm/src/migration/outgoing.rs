@@ -48,8 +48,6 @@ pub(super) fn run(
         migration,
         heartbeat,
         cancel,
-        ran: false,
-        before: RunState::Running,
         peer_may_run: false,
     };
     let begun = heartbeat
@@ -78,7 +76,7 @@ fn switched_over(vm: &SourceSide<'_>, plan: &MigrationPlan, switched: Switched, 
     migration.status.downtime(switched.downtime);
     migration.status.clear_error();
     if plan.migrate_colo() {
-        if let Err(error) = enter_colo(migration, switched, copy, vm.ran) {
+        if let Err(error) = enter_colo(migration, switched, copy) {
             // The guest stands still, and the secondary has it too.
             if let Some(heartbeat) = vm.heartbeat {
                 heartbeat.colo_ended(Outcome::Quit);
@@ -208,7 +206,6 @@ fn enter_colo(
     migration: &Arc<Migration>,
     switched: Switched,
     staged: Copy,
-    ran: bool,
 ) -> Result<(), BoxError> {
     let mut link = PrimaryLink::new(switched)?;
     if let Some(staged) = staged {
@@ -218,7 +215,7 @@ fn enter_colo(
     }
     let control = colo::control(migration, Role::Primary)?;
     migration.status.set(MigrationStatus::Colo);
-    let mut parts = colo::parts(migration, Role::Primary, ran);
+    let mut parts = colo::parts(migration, Role::Primary);
     let outcome = run_primary(link, &mut parts, &control, colo::config(migration))?;
     colo::finish(migration, outcome);
     Ok(())
@@ -230,29 +227,20 @@ pub(super) struct SourceSide<'a> {
     /// That of the pair that is to be.
     pub(super) heartbeat: Option<&'a Heartbeat>,
     pub(super) cancel: &'a Cancel,
-    /// The guest ran when the migration stopped it.
-    ran: bool,
-    before: RunState,
     /// The peer may have all that it needs to go on as a COLO secondary.
     peer_may_run: bool,
 }
 
 impl VmControl for SourceSide<'_> {
     fn pause(&mut self) -> Result<(), BoxError> {
-        let vm = &self.migration.vm;
-        self.before = vm.state();
         self.migration.options.boundaries.reach("guest to stop");
-        self.ran = vm.stop(RunState::FinishMigrate)?;
-        self.migration.global_state.set(self.before);
+        let before = self.migration.vm.stop_for_hand_over()?;
+        self.migration.global_state.set(before);
         Ok(())
     }
 
     fn resume(&mut self) -> Result<Instant, BoxError> {
-        if self.ran {
-            return Ok(self.migration.vm.resume()?);
-        }
-        self.migration.vm.set_state(self.before);
-        Ok(Instant::now())
+        Ok(self.migration.vm.take_back()?)
     }
 }
 

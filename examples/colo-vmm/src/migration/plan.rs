@@ -85,17 +85,16 @@ impl Migration {
         let multifd = plan
             .multifd()
             .and_then(|n| ChannelCount::new(n.get()))
-            .map(|channels| MultifdConfig {
-                channels,
-                compression,
-                zero_pages: zero_pages(parameters),
-                send_mode: match settings.has(MigrationCapability::ZeroCopySend) {
-                    true => SendMode::ZeroCopy,
-                    false => self.options.send_mode,
-                },
-                uuid: self.options.uuid.map_or([0; 16], Uuid::into_bytes),
-                stall_limit: self.options.io_limit,
-                ..MultifdConfig::default()
+            .map(|channels| {
+                MultifdConfig::new(channels)
+                    .compression(compression)
+                    .zero_pages(zero_pages(parameters))
+                    .send_mode(match settings.has(MigrationCapability::ZeroCopySend) {
+                        true => SendMode::ZeroCopy,
+                        false => self.options.send_mode,
+                    })
+                    .uuid(self.options.uuid.map_or([0; 16], Uuid::into_bytes))
+                    .stall_limit(self.options.io_limit)
             });
         Ok((plan, multifd))
     }

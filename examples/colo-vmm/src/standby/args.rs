@@ -212,12 +212,11 @@ impl StandbyArgs {
         Ok(StandbyConfig {
             name: spec.name.clone(),
             incoming: spec.incoming.clone(),
-            multifd: self.multifd.map(|channels| MultifdConfig {
-                channels,
-                compression: self.multifd_compression.into(),
-                uuid,
-                stall_limit: io_limit,
-                ..MultifdConfig::default()
+            multifd: self.multifd.map(|channels| {
+                MultifdConfig::new(channels)
+                    .compression(self.multifd_compression.into())
+                    .uuid(uuid)
+                    .stall_limit(io_limit)
             }),
             max_memory: self
                 .max_memory

@@ -166,11 +166,9 @@ impl Standby {
         let listener = Listener::bind(&config.incoming)?;
         let address = listener.address().clone();
         let listening = qmp_addresses(&listener);
-        let limits = Limits {
-            complete: config.io_limit,
-            channel: config.io_limit,
-            ..Limits::default()
-        };
+        let limits = Limits::default()
+            .complete(config.io_limit)
+            .channel(config.io_limit);
         let name = config.name.clone();
         let acceptor = Acceptor::new(listener, config.multifd.as_ref(), limits)?.on_refused(
             move |refusal| tracing::warn!(guest = name, %refusal, "connection refused"),
