@@ -468,6 +468,15 @@ mod tests {
         Vm::new(Box::new(machine.unwrap()), state, Arc::new(EventBus::new()))
     }
 
+    /// Sets it, also when a test fails: another thread waits for it.
+    struct WhenDropped<'a>(&'a AtomicBool);
+
+    impl Drop for WhenDropped<'_> {
+        fn drop(&mut self) {
+            self.0.store(true, Ordering::Relaxed);
+        }
+    }
+
     fn is_running(vm: &Vm) -> bool {
         vm.with_machine(|machine| machine.state()) == Machine::Running
     }
@@ -486,6 +495,7 @@ mod tests {
                     }
                 }
             });
+            let _done = WhenDropped(&done);
             for round in 0..2000 {
                 let is_checkpoint = round % 2 == 0;
                 if is_checkpoint {
@@ -503,7 +513,6 @@ mod tests {
                     vm.take_back().unwrap();
                 }
             }
-            done.store(true, Ordering::Relaxed);
         });
     }
 
