@@ -72,7 +72,7 @@ impl<'a> Reader<'a> {
             .map_err(|items: Vec<T>| self.invalid(format_args!("{} of {N} elements", items.len())))
     }
 
-    /// The next `n` bytes as they are, for implementations of [`Field::load`].
+    /// The next `n` bytes as they are, for implementations of [`Field::load`](crate::Field::load).
     ///
     /// # Errors
     /// There are fewer.
@@ -112,7 +112,8 @@ impl<'a> Reader<'a> {
             .collect()
     }
 
-    /// The error of a value that must not be, for [`Field::load`] and [`VmState::load`].
+    /// The error of a value that must not be, for [`Field::load`](crate::Field::load) and
+    /// [`VmState::load`](crate::VmState::load).
     #[must_use]
     pub fn invalid(&self, what: impl fmt::Display) -> LoadError {
         LoadError::Invalid {

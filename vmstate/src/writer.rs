@@ -31,7 +31,7 @@ impl Writer {
         }
     }
 
-    /// Appends bytes as they are, for implementations of [`Field::save`].
+    /// Appends bytes as they are, for implementations of [`Field::save`](crate::Field::save).
     pub fn put(&mut self, bytes: &[u8]) {
         self.bytes.extend_from_slice(bytes);
     }
