@@ -556,7 +556,10 @@ fn tried_again(qemu: &Binary) -> Result<()> {
     held.standby.wait_migration("active")?;
     held.primary.qmp.execute("migrate_cancel", Value::Null)?;
     // It has failed, and waits again.
-    held.standby.wait_migration("setup")?;
+    let standby = &mut held.standby;
+    poll("standby that waits again", || {
+        Ok((standby.migration()?["status"] == "setup").then_some(()))
+    })?;
     poll("end of the migration", || {
         let migration = held.primary.qmp.execute("query-migrate", Value::Null)?;
         Ok((migration["status"] == "cancelled").then_some(()))

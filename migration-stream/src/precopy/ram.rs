@@ -7,13 +7,14 @@ use std::time::Instant;
 use super::error::SourceError;
 use super::heat::Heat;
 use super::pending::PendingPages;
+#[cfg(feature = "staged")]
+use crate::StagedRam;
 use crate::raw::ram::{RAM_VERSION, encode_end_of_section};
 use crate::raw::section;
 use crate::raw::section::{Announcement, Continuation};
-#[cfg(feature = "staged")]
 use crate::{
     DirtyLog, GuestRam, IdStr, InstanceId, PAGE_SIZE, PageTransport, SectionHeader, SectionId,
-    StagedRam, StreamWriter, TransportCounters, TransportError, WhenToCompare,
+    StreamWriter, TransportCounters, TransportError, WhenToCompare,
 };
 
 /// Pages are taken from the bitmap in runs of at most this many: a multifd packet's worth. Budgets
