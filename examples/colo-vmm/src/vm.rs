@@ -92,11 +92,11 @@ impl Vm {
         }
     }
 
-    /// Stops the guest, if it runs, and takes the run state `to`. Returns whether it ran.
+    /// Stops the guest, if it runs, and takes the run state `to`.
     ///
     /// # Errors
     /// The machine's; the run state is as before.
-    pub fn stop(&self, to: RunState) -> Result<bool, MachineError> {
+    pub fn stop(&self, to: RunState) -> Result<(), MachineError> {
         let mut inner = self.lock();
         let ran = inner.state == RunState::Running;
         inner.machine.stop()?;
@@ -106,7 +106,7 @@ impl Vm {
         if ran {
             self.events.publish(&Event::Stop);
         }
-        Ok(ran)
+        Ok(())
     }
 
     /// Stops the guest for a checkpoint. Until [`Vm::resume_after_checkpoint`] nobody lets it run, and
